@@ -1,0 +1,157 @@
+"""The exception tree. Every error says what happened, what state things are in, and what to do next.
+
+::
+
+    SGLangError
+    ├── ConfigError(ValueError)                    an argument can't be honoured
+    ├── ProtocolError                              the answer is not what this SGLang version promises
+    ├── ServerError(RuntimeError)
+    │   ├── ServerStartError                       the process did not become ready; carries the log's tail
+    │   ├── ServerUnreachableError(ConnectionError)   no connection was made: nothing ran, safe to send again
+    │   ├── ServerLostError(ConnectionError)       the connection broke after sending: the request may have run
+    │   ├── ServerTimeoutError(TimeoutError)       no answer in time: the request may still be running
+    │   └── RequestRejectedError                   the server answered no
+    └── WeightSyncError(RuntimeError)              carries the state of every server's weights
+        ├── WeightCoverageError                    names, shapes, dtypes or values don't match, listed
+        └── WeightUpdateError                      refused, timed out, or failed verification
+
+All of them pickle (they cross process boundaries in multi-process collectors), and none ever contains an API key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+__all__ = [
+    "ConfigError",
+    "ProtocolError",
+    "RequestRejectedError",
+    "SGLangError",
+    "ServerError",
+    "ServerLostError",
+    "ServerStartError",
+    "ServerTimeoutError",
+    "ServerUnreachableError",
+    "ServerWeights",
+    "WeightCoverageError",
+    "WeightSyncError",
+    "WeightUpdateError",
+]
+
+ServerWeights = Literal["old", "new", "mixed", "stuck"]
+"""What a server holds after a failed sync.
+
+``old``: nothing was changed; ``new``: complete and serving; ``mixed``: partly changed, taken out of routing until a
+full sync succeeds; ``stuck``: waiting inside a collective, it has to be restarted.
+"""
+
+
+class SGLangError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(SGLangError, ValueError):
+    """An argument can't be honoured. Nothing was sent or started."""
+
+
+class ProtocolError(SGLangError):
+    """The answer is not what this SGLang version promises (another web server, half a reply, a missing field).
+
+    Attributes:
+        server: base URL of the server that answered, if known.
+    """
+
+    def __init__(self, message: str, *, server: str | None = None) -> None:
+        super().__init__(message)
+        self.server = server
+
+
+class ServerError(SGLangError, RuntimeError):
+    """A server did not do what it was asked.
+
+    Attributes:
+        server: base URL of the server, if known.
+    """
+
+    def __init__(self, message: str, *, server: str | None = None) -> None:
+        super().__init__(message)
+        self.server = server
+
+
+class ServerStartError(ServerError):
+    """A server process did not become ready.
+
+    Attributes:
+        log_tail: the last lines the process wrote.
+    """
+
+    def __init__(self, message: str, *, server: str | None = None, log_tail: str = "") -> None:
+        super().__init__(message, server=server)
+        self.log_tail = log_tail
+
+
+class ServerUnreachableError(ServerError, ConnectionError):
+    """No connection was made, so nothing can have run: sending again is safe."""
+
+
+class ServerLostError(ServerError, ConnectionError):
+    """The connection broke after the request was sent: it may have run, so it is not sent again."""
+
+
+class ServerTimeoutError(ServerError, TimeoutError):
+    """No answer within the time-out: the request may still be running on the server."""
+
+
+class RequestRejectedError(ServerError):
+    """The server answered no.
+
+    Attributes:
+        status: HTTP status code.
+        detail: the server's own message.
+    """
+
+    def __init__(self, message: str, *, server: str | None = None, status: int = 0, detail: str = "") -> None:
+        super().__init__(message, server=server)
+        self.status = status
+        self.detail = detail
+
+
+class WeightSyncError(SGLangError, RuntimeError):
+    """A weight sync did not finish.
+
+    Attributes:
+        server_weights: per server URL, what it holds now (see :data:`ServerWeights`).
+    """
+
+    def __init__(self, message: str, *, server_weights: Mapping[str, ServerWeights] | None = None) -> None:
+        super().__init__(message)
+        self.server_weights: dict[str, ServerWeights] = dict(server_weights or {})
+
+
+class WeightCoverageError(WeightSyncError):
+    """The trainer's tensors don't match the served checkpoint. Raised before the first byte is sent.
+
+    Attributes:
+        missing: names the checkpoint has and the trainer does not send.
+        unknown: names the trainer sends and the checkpoint does not have.
+        mismatched: one line per tensor with a wrong shape or dtype, or with NaN/inf values.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        server_weights: Mapping[str, ServerWeights] | None = None,
+        missing: Sequence[str] = (),
+        unknown: Sequence[str] = (),
+        mismatched: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message, server_weights=server_weights)
+        self.missing = tuple(missing)
+        self.unknown = tuple(unknown)
+        self.mismatched = tuple(mismatched)
+
+
+class WeightUpdateError(WeightSyncError):
+    """A sync was refused, timed out or failed its proof; ``server_weights`` says what each server holds."""

@@ -1,0 +1,124 @@
+"""What crosses the wire, as values: a request to send, a generation that came back, what a server is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["GenerateReply", "HttpRequest", "ServerInfo", "TimeoutKind", "WeightSpan"]
+
+TimeoutKind = Literal["probe", "control", "generate", "update"]
+"""Which of :class:`~torchrl_sglang.ClientConfig`'s time-outs a request runs under."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpRequest:
+    """One request, not yet sent.
+
+    Attributes:
+        method: HTTP method.
+        path: absolute path on the server.
+        body: JSON body; ``None`` sends none.
+        timeout: which time-out applies.
+        repeatable: the request only reads, so it may be sent again even when an earlier copy may have run.
+    """
+
+    method: Literal["GET", "POST"]
+    path: str
+    body: Mapping[str, Any] | None = None
+    timeout: TimeoutKind = "control"
+    repeatable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSpan:
+    """Tokens ``start <= i < end`` of a response were made by weight version ``version`` (the server's string)."""
+
+    version: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateReply:
+    """One generated (or scored) sequence as the server reported it. ``T`` is the number of response tokens.
+
+    Attributes:
+        output_ids: response token ids, length ``T``; a matched stop token is included.
+        output_logprobs: natural-log probability of each response token, length ``T``; ``None`` when not asked for.
+        prompt_logprobs: one entry per prompt token, the first ``None``; ``None`` when not asked for.
+        text: the server's decoded response (stop strings trimmed).
+        finish_reason: ``"stop"``, ``"length"`` or ``"abort"``.
+        matched: the stop token id or stop string that ended the response, if one did.
+        abort_message: the server's words when ``finish_reason`` is ``"abort"``.
+        prompt_tokens: number of prompt tokens.
+        completion_tokens: number of response tokens.
+        cached_tokens: prompt tokens served from the prefix cache.
+        weight_version: weight version at the end of the response (the server's string).
+        weight_spans: which tokens were made by which version, in order, covering ``[0, T)``.
+        request_id: the server's id of the request.
+        latency_s: seconds from arrival to completion as the server measured them.
+        server: base URL of the server that answered.
+    """
+
+    output_ids: list[int]
+    output_logprobs: list[float] | None = None
+    prompt_logprobs: list[float | None] | None = None
+    text: str = ""
+    finish_reason: Literal["stop", "length", "abort"] = "length"
+    matched: int | str | None = None
+    abort_message: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    weight_version: str = "default"
+    weight_spans: tuple[WeightSpan, ...] = ()
+    request_id: str = ""
+    latency_s: float = 0.0
+    server: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """What a server said of itself on connect.
+
+    Attributes:
+        url: base URL.
+        version: SGLang's version string.
+        model_path: the served checkpoint, as the server was told.
+        tokenizer_path: the served tokenizer, as the server was told.
+        dtype: the server's ``--dtype``: ``"auto"``, ``"float32"``, ``"bfloat16"``...
+        architectures: the checkpoint's architectures, e.g. ``("LlamaForCausalLM",)``.
+        is_generation: ``False`` for embedding and reward models.
+        tp_size: tensor-parallel ranks (each is one rank of the weight group).
+        dp_size: data-parallel replicas inside this server; weight updates need 1.
+        pp_size: pipeline-parallel stages; weight updates need 1.
+        max_prompt_tokens: longest prompt the server accepts, in tokens.
+        context_length: prompt plus response limit, in tokens; ``None`` when the server does not say.
+        vocab_size: number of valid token ids; ``None`` when it can't be learned (a remote path we can't read).
+        weight_version: the server's weight version string at connect time.
+        device: ``"cpu"``, ``"cuda"``, ...
+        lora_enabled: whether adapters can be loaded.
+        quantization: the server's ``--quantization``, if any.
+        raw: ``/server_info`` as it came, for what has no field here.
+    """
+
+    url: str
+    version: str
+    model_path: str
+    tokenizer_path: str
+    dtype: str = "auto"
+    architectures: tuple[str, ...] = ()
+    is_generation: bool = True
+    tp_size: int = 1
+    dp_size: int = 1
+    pp_size: int = 1
+    max_prompt_tokens: int | None = None
+    context_length: int | None = None
+    vocab_size: int | None = None
+    weight_version: str = "default"
+    device: str = "cuda"
+    lora_enabled: bool = False
+    quantization: str | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)

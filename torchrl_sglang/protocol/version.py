@@ -1,0 +1,61 @@
+"""Weight versions as strings a server carries: a counter, who wrote it, and whether an update is half done.
+
+``"12"`` or ``"12@a1b2"`` is version 12 (written by trainer ``a1b2``); ``"dirty-13@a1b2"`` means an update to 13 was
+begun and not finished, so the server holds mixed weights. SGLang's own start value ``"default"`` counts as version 0.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["FOREIGN", "WeightVersion", "version_number"]
+
+FOREIGN = -1
+"""The number given to a version string somebody else wrote in a form we can't count."""
+
+_PATTERN = re.compile(r"(?P<dirty>dirty-)?(?P<number>\d+)(?:@(?P<owner>[0-9a-zA-Z_.-]+))?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightVersion:
+    """A parsed weight version.
+
+    Attributes:
+        number: the counter; :data:`FOREIGN` for a string we did not write.
+        owner: id of the trainer that wrote it, or ``None``.
+        dirty: an update to ``number`` was begun and not finished.
+
+    Examples:
+        >>> WeightVersion.parse("default").number
+        0
+        >>> str(WeightVersion(number=13, owner="a1b2", dirty=True))
+        'dirty-13@a1b2'
+        >>> WeightVersion.parse("dirty-13@a1b2").dirty
+        True
+        >>> WeightVersion.parse("my-experiment").number
+        -1
+    """
+
+    number: int
+    owner: str | None = None
+    dirty: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> WeightVersion:
+        """Read a server's version string; never raises, an unknown form has number :data:`FOREIGN`."""
+        if text == "default":
+            return cls(number=0)
+        match = _PATTERN.fullmatch(text)
+        if match is None:
+            return cls(number=FOREIGN, dirty=text.startswith("dirty-"))
+        return cls(number=int(match["number"]), owner=match["owner"], dirty=match["dirty"] is not None)
+
+    def __str__(self) -> str:
+        owner = f"@{self.owner}" if self.owner else ""
+        return f"{'dirty-' if self.dirty else ''}{self.number}{owner}"
+
+
+def version_number(text: str) -> int:
+    """The counter of a version string, e.g. 12 for ``"12@a1b2"``; :data:`FOREIGN` when it has none."""
+    return WeightVersion.parse(text).number
