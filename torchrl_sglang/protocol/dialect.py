@@ -1,0 +1,79 @@
+"""What a server is and which endpoints it speaks: asked once, on connect.
+
+SGLang 0.5.20 and before take weights without a session and report load at ``/get_load``; from 0.5.21 on begin and end
+are mandatory and ``/v1/loads`` is the only load report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchrl_sglang.errors import ProtocolError
+from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
+
+__all__ = ["MODEL_INFO", "SERVER_INFO", "SESSION_PROBE", "Dialect", "parse_dialect", "parse_info"]
+
+MODEL_INFO = HttpRequest(method="GET", path="/model_info", timeout="probe", repeatable=True)
+SERVER_INFO = HttpRequest(method="GET", path="/server_info", timeout="probe", repeatable=True)
+SESSION_PROBE = HttpRequest(method="GET", path="/begin_weight_update", timeout="probe", repeatable=True)
+"""The endpoint only takes POST: asked by GET it answers 405 where it exists and 404 where not, and opens nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """Which form of the contract a server speaks.
+
+    Attributes:
+        weight_session: updates stand between ``/begin_weight_update`` and ``/end_weight_update``.
+    """
+
+    weight_session: bool
+
+
+def parse_dialect(session_probe_status: int) -> Dialect:
+    """Read the status that :data:`SESSION_PROBE` came back with.
+
+    Examples:
+        >>> parse_dialect(405).weight_session, parse_dialect(404).weight_session
+        (True, False)
+    """
+    return Dialect(weight_session=session_probe_status != 404)
+
+
+def parse_info(model_info: Any, server_info: Any, *, url: str, vocab_size: int | None = None) -> ServerInfo:
+    """Read ``/model_info`` and ``/server_info``.
+
+    Raises:
+        ProtocolError: this is not an SGLang server, or one too old to serve (no ``weight_version``).
+    """
+    if not isinstance(model_info, Mapping) or "model_path" not in model_info or not isinstance(server_info, Mapping):
+        raise ProtocolError(
+            f"{url} answers, but not like an SGLang server: /model_info has no model_path. Is the port right?",
+            server=url,
+        )
+    max_prompt = server_info.get("max_req_input_len")
+    # SGLang keeps max_req_input_len = context_length - 6 (room for special tokens and one generated token); the
+    # limit of prompt plus response is the context length itself.
+    context = server_info.get("context_length") or (max_prompt + 6 if max_prompt else None)
+    return ServerInfo(
+        url=url,
+        version=str(server_info.get("version", "unknown")),
+        model_path=str(model_info["model_path"]),
+        tokenizer_path=str(model_info.get("tokenizer_path") or model_info["model_path"]),
+        dtype=str(server_info.get("dtype", "auto")),
+        architectures=tuple(model_info.get("architectures") or ()),
+        is_generation=bool(model_info.get("is_generation", True)),
+        tp_size=int(server_info.get("tp_size", 1)),
+        dp_size=int(server_info.get("dp_size", 1)),
+        pp_size=int(server_info.get("pp_size", 1)),
+        max_prompt_tokens=max_prompt,
+        context_length=context,
+        vocab_size=vocab_size,
+        weight_version=str(model_info.get("weight_version", "default")),
+        device=str(server_info.get("device") or "cuda"),
+        lora_enabled=bool(server_info.get("enable_lora")),
+        quantization=server_info.get("quantization"),
+        raw=dict(server_info),
+    )

@@ -1,0 +1,122 @@
+"""``/generate``: token ids in, :class:`GenerateReply` out.
+
+Shapes: ``ids_B_T`` is a list of ``B`` prompts of differing lengths ``T``; replies come prompt-major, ``n`` per prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.errors import ProtocolError
+from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest, WeightSpan
+
+__all__ = ["build_generate", "parse_generate", "parse_one"]
+
+
+def build_generate(
+    ids_B_T: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    *,
+    return_logprobs: bool = True,
+    prompt_logprobs: bool = False,
+    stream: bool = False,
+    request_ids: Sequence[str] | None = None,
+    lora: str | None = None,
+) -> HttpRequest:
+    """One request that carries the whole batch, so that the server's continuous batching sees everything at once.
+
+    Args:
+        ids_B_T: prompt token ids.
+        sampling: how tokens are drawn; ``sampling.n`` sequences per prompt.
+        return_logprobs: ask for the log-prob of every response token.
+        prompt_logprobs: ask for the log-prob of every prompt token too. The server then recomputes the whole prompt:
+            it can't use its prefix cache.
+        stream: answer with server-sent events.
+        request_ids: one id per prompt, by which the server can be asked to abort; not possible with ``n > 1``.
+        lora: name of a loaded adapter.
+
+    Examples:
+        >>> request = build_generate([[1, 2], [3]], SamplingParams(max_new_tokens=4))
+        >>> request.path, request.body["input_ids"], request.repeatable
+        ('/generate', [[1, 2], [3]], False)
+    """
+    body: dict[str, Any] = {
+        "input_ids": [list(ids_T) for ids_T in ids_B_T],
+        "sampling_params": sampling.to_wire(),
+        "return_logprob": return_logprobs or prompt_logprobs,
+    }
+    if prompt_logprobs:
+        body["logprob_start_len"] = 0  # the default, -1, reports response tokens only
+    if stream:
+        body["stream"] = True
+    if request_ids is not None:
+        body["rid"] = list(request_ids)
+    if lora is not None:
+        body["lora_path"] = lora  # a loaded adapter's name, in spite of the field's name
+    return HttpRequest(method="POST", path="/generate", body=body, timeout="generate")
+
+
+def parse_generate(
+    answer: Any, *, num_expected: int, server: str, return_logprobs: bool = True, prompt_logprobs: bool = False
+) -> list[GenerateReply]:
+    """Read the answer to :func:`build_generate`.
+
+    Raises:
+        ProtocolError: the answer is not a list of ``num_expected`` well-formed replies.
+    """
+    items = answer if isinstance(answer, list) else [answer]
+    if len(items) != num_expected:
+        raise ProtocolError(
+            f"{server} answered {len(items)} sequences where {num_expected} were asked for; nothing of it is used",
+            server=server,
+        )
+    return [
+        parse_one(item, server=server, return_logprobs=return_logprobs, prompt_logprobs=prompt_logprobs)
+        for item in items
+    ]
+
+
+def parse_one(
+    item: Any, *, server: str, return_logprobs: bool = True, prompt_logprobs: bool = False
+) -> GenerateReply:
+    """Read one sequence of an answer, or one (cumulative) event of a stream.
+
+    Raises:
+        ProtocolError: a field is missing, or the log-probs don't line up with the token ids.
+    """
+    try:
+        ids_T: list[int] = item["output_ids"]
+        meta: Mapping[str, Any] = item["meta_info"]
+        finish = meta["finish_reason"] or {}
+        logprobs_T = [entry[0] for entry in meta["output_token_logprobs"]] if return_logprobs else None
+        prompt_T = [entry[0] for entry in meta["input_token_logprobs"]] if prompt_logprobs else None
+        version = str(meta.get("weight_version", "default"))
+        spans = tuple(
+            WeightSpan(version=str(span["version"]), start=span["start"], end=span["end"])
+            for span in meta.get("weight_versions") or ()
+        )
+    except (KeyError, TypeError, IndexError) as error:
+        raise ProtocolError(
+            f"{server} answered /generate without the field {error}: not the reply SGLang promises", server=server
+        ) from error
+    if logprobs_T is not None and len(logprobs_T) != len(ids_T):
+        raise ProtocolError(f"{server} answered {len(logprobs_T)} log-probs for {len(ids_T)} tokens", server=server)
+    return GenerateReply(
+        output_ids=ids_T,
+        output_logprobs=logprobs_T,
+        prompt_logprobs=prompt_T,
+        text=item.get("text") or "",
+        finish_reason=finish.get("type", "length"),
+        matched=finish.get("matched"),
+        abort_message=str(finish.get("message", "")) if finish.get("type") == "abort" else "",
+        prompt_tokens=meta.get("prompt_tokens", 0),
+        completion_tokens=meta.get("completion_tokens", len(ids_T)),
+        cached_tokens=meta.get("cached_tokens", 0),
+        weight_version=version,
+        weight_spans=spans or (WeightSpan(version=version, start=0, end=len(ids_T)),),
+        request_id=str(meta.get("id", "")),
+        latency_s=float(meta.get("e2e_latency") or 0.0),
+        server=server,
+    )
