@@ -1,0 +1,72 @@
+# make env | quickstart | test | test-full | check      Needs Python 3.11 or 3.12, pip and make; no GPU.
+#
+# The environment is .venv, made anew when a file with pins changes. Another Python: make env PYTHON=/path/to/python3.12
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+SERVER_PINS := torchrl_sglang/server/cpu_requirements.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# The first of these that is 3.11 or 3.12; the pinned wheels are made for them.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$$p" && break; done)
+
+.PHONY: help env quickstart test test-full check format clean
+
+help:
+	@echo "make quickstart  environment, then a language model trained with GRPO against a real SGLang server (no GPU)"
+	@echo "make test        environment, checks, tests (about 10 minutes on 2 cores)"
+	@echo "make test-full   make test, then the slow tests"
+	@echo "make check       lint, format, types, architecture"
+	@echo "make env         the environment alone (.venv, 2.5 GB)"
+
+env: $(VENV)/.ready
+
+$(BIN)/python:
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or 3.12 is needed; name one with PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "env 1/4  $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv $(VENV)
+
+# torch alone and with its dependencies: pip takes the CPU build where there is one, else the CUDA build, which works
+# too, but not without its libraries. Its version is the server pins'.
+$(VENV)/.torch: $(SERVER_PINS) | $(BIN)/python
+	@echo "env 2/4  $$(grep '^torch==' $(SERVER_PINS)) (minutes on a slow line)"
+	@$(PIP) install --quiet --constraint $(SERVER_PINS) torch
+	@touch $@
+
+$(VENV)/.pins: requirements.txt $(SERVER_PINS) $(VENV)/.torch
+	@echo "env 3/4  $$(cat requirements.txt $(SERVER_PINS) | grep -c ==) pinned packages"
+	@$(PIP) install --quiet --no-deps --requirement requirements.txt
+	@touch $@
+
+$(VENV)/.ready: pyproject.toml $(VENV)/.pins
+	@echo "env 4/4  torchrl-sglang itself"
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -c 'import torch, torchrl, tensordict, transformers, torchrl_sglang; print("env ready: torch", torch.__version__, "torchrl", torchrl.__version__, "transformers", transformers.__version__)'
+	@touch $@
+
+quickstart: env
+	@$(BIN)/python examples/grpo.py
+
+check: env
+	@echo "check 1/4  ruff check";    $(BIN)/ruff check --quiet .
+	@echo "check 2/4  ruff format";   $(BIN)/ruff format --quiet --check .
+	@echo "check 3/4  mypy --strict"; $(BIN)/mypy --no-error-summary
+	@echo "check 4/4  architecture";  $(BIN)/python -m pytest -q tests/test_architecture.py
+
+# The checks come first, so that pytest's summary is the last thing printed.
+test: check
+	@$(BIN)/python -m pytest
+
+test-full: test
+	@$(BIN)/python -m pytest -m slow
+
+format: env
+	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet .
+
+clean:
+	rm -rf $(VENV) outputs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

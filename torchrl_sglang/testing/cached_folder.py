@@ -1,0 +1,88 @@
+"""A folder that is made once: written beside its place, then moved there, and recognised by what it was made from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torchrl_sglang.errors import ConfigError
+
+__all__ = ["cached_folder"]
+
+_RECIPE = "made_from.json"
+
+
+def cached_folder(path: Path, recipe: Mapping[str, object], build: Callable[[Path], None]) -> Path:
+    """Return ``path``, filled by ``build`` unless it already holds the result of the same ``recipe``.
+
+    Nobody ever sees half a folder: it is built under another name and renamed when complete, so an interrupted build
+    leaves nothing that looks finished, and two processes may build at the same time.
+
+    Args:
+        path: where the folder shall be.
+        recipe: what decides its content, as values that JSON can hold; kept in the folder.
+        build: fills the empty folder it is given.
+
+    Returns:
+        ``path``, absolute.
+
+    Raises:
+        ConfigError: ``path`` holds something that was not made here; nothing is deleted.
+
+    Examples:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "greeting"
+        >>> built = []
+        >>> def build(folder):
+        ...     built.append((folder / "hello.txt").write_text("hello"))
+        >>> for recipe in ({"version": 1}, {"version": 1}, {"version": 2}):
+        ...     folder = cached_folder(target, recipe, build)
+        >>> len(built), sorted(file.name for file in folder.iterdir())
+        (2, ['hello.txt', 'made_from.json'])
+    """
+    path = path.absolute()
+    if _made_from(path) == recipe:
+        return path
+    _refuse_foreign(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        build(partial)
+        (partial / _RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
+        _move_into_place(partial, path, recipe)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def _made_from(path: Path) -> object:
+    try:
+        return json.loads((path / _RECIPE).read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def _refuse_foreign(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ConfigError(f"{path} is a file, and a folder of that name is to be made: choose another path")
+    if any(path.iterdir()) and not (path / _RECIPE).exists():
+        raise ConfigError(f"{path} holds files that were not made here and are not overwritten: choose an empty folder")
+
+
+def _move_into_place(partial: Path, path: Path, recipe: Mapping[str, object]) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+    try:
+        partial.rename(path)
+    except OSError:
+        # Another process was faster; that is fine if it made the same thing.
+        if _made_from(path) != recipe:
+            raise
