@@ -1,4 +1,4 @@
-"""One server over HTTP: sends an :class:`HttpRequest`, translates every foreign error, decides what may be sent again."""
+"""One server over HTTP: sends an :class:`HttpRequest`, translates every foreign error, knows what may be sent again."""
 
 from __future__ import annotations
 
@@ -169,9 +169,7 @@ class SGLangClient:
             if not finished:
                 raise ServerLostError(f"{self.url} ended the stream of {request.path} half-way", server=self.url)
 
-    def _send_with_retries(
-        self, request: HttpRequest, timeout_s: float | None, *, stream: bool
-    ) -> requests.Response:
+    def _send_with_retries(self, request: HttpRequest, timeout_s: float | None, *, stream: bool) -> requests.Response:
         tries = 0
         while True:
             try:
@@ -309,7 +307,7 @@ def _normalise(url: str) -> str:
 
 
 def _detail(response: requests.Response) -> str:
-    """The server's own words: it answers errors as ``{"error": {"message"}}``, ``{"message"}``, ``{"detail"}`` or text."""
+    """The server's own words; it says errors as ``{"error": {"message"}}``, ``{"message"}``, ``{"detail"}`` or text."""
     try:
         value = response.json()
     except ValueError:

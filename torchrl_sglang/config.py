@@ -119,7 +119,9 @@ class SamplingParams:
         _require(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}")
         for name in ("frequency_penalty", "presence_penalty"):
             _require(-2 <= getattr(self, name) <= 2, f"{name} must be in [-2, 2], got {getattr(self, name)}")
-        _require(0 < self.repetition_penalty <= 2, f"repetition_penalty must be in (0, 2], got {self.repetition_penalty}")
+        _require(
+            0 < self.repetition_penalty <= 2, f"repetition_penalty must be in (0, 2], got {self.repetition_penalty}"
+        )
         grammars = [name for name in ("regex", "json_schema", "ebnf", "structural_tag") if getattr(self, name)]
         _require(len(grammars) <= 1, f"only one grammar can constrain a response, got {' and '.join(grammars)}")
 
@@ -171,7 +173,7 @@ class SamplingParams:
         )
 
     def to_wire(self) -> dict[str, Any]:
-        """The JSON object SGLang reads: fields that differ from SGLang's own defaults, and ``max_new_tokens`` always."""
+        """The JSON object SGLang reads: what differs from SGLang's own defaults, and ``max_new_tokens`` always."""
         wire: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -240,7 +242,7 @@ class ServerConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """``auto`` serves on a GPU when one is visible, else on SGLang's CPU engine."""
     python: str | None = None
-    """Python that has SGLang installed; ``None`` is this interpreter. SGLang pins its own torch, so it is often another."""
+    """Python that has SGLang installed; ``None`` is this one. SGLang pins its own torch, so it is often another."""
     host: str = "127.0.0.1"
     """Address to listen on; loopback unless other machines must reach it."""
     port: int | None = None
@@ -275,9 +277,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _require(bool(self.model), "model must be the path or hub name of a checkpoint")
         _require(self.tp_size >= 1, f"tp_size must be at least 1, got {self.tp_size}")
-        _require(
-            self.device in ("auto", "cuda", "cpu"), f"device must be 'auto', 'cuda' or 'cpu', got {self.device!r}"
-        )
+        _require(self.device in ("auto", "cuda", "cpu"), f"device must be 'auto', 'cuda' or 'cpu', got {self.device!r}")
         _require(self.port is None or 0 < self.port < 65536, f"port must be in 1..65535, got {self.port}")
         _require(
             self.gpus is None or len(self.gpus) == self.tp_size,
@@ -294,7 +294,7 @@ class SyncConfig:
     """How weights reach the servers."""
 
     road: Literal["auto", "broadcast", "disk", "lora"] = "auto"
-    """``broadcast``: a process group over all servers; ``disk``: a checkpoint all can read; ``lora``: the adapter only."""
+    """``broadcast``: a process group over all servers; ``disk``: a folder all can read; ``lora``: the adapter only."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Collective library: ``auto`` is NCCL when the servers run on GPUs, else gloo."""
     packing: Literal["flattened", "tensors"] = "flattened"
@@ -306,7 +306,7 @@ class SyncConfig:
     pause: Literal["auto", "abort", "retract", "in_place"] = "auto"
     """What happens to requests in flight: ``auto`` is ``abort`` when there are none, else ``retract``."""
     cache: Literal["flush", "keep"] = "flush"
-    """``flush`` empties the prefix cache with the last bucket; ``keep`` leaves stale KV (for tests of staleness only)."""
+    """``flush`` empties the prefix cache after the last bucket; ``keep`` leaves stale KV (to study staleness only)."""
     verify: Literal["off", "probe", "full"] = "probe"
     """``probe`` scores one fixed prompt on every server after a sync; ``full`` compares the servers' checksums too."""
     verify_atol: float | None = None

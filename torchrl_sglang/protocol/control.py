@@ -108,8 +108,10 @@ def build_update_bucket(
         shapes: one shape per name.
         group: name of the process group.
         flattened: the bucket travels as one tensor of bytes, else tensor by tensor.
-        flush_cache: empty the prefix cache after loading. SGLang's default is true on *every* call, so it is always sent.
-        version: new weight version; only with the last bucket, since it splits the version spans of running requests.
+        flush_cache: empty the prefix cache after loading. SGLang's default is true on *every* call, so this is
+            always sent.
+        version: new weight version; only with the last bucket, since it splits the version spans of running
+            requests.
     """
     body: dict[str, Any] = {
         "names": list(names),

@@ -53,10 +53,10 @@ def parse_info(model_info: Any, server_info: Any, *, url: str, vocab_size: int |
             f"{url} answers, but not like an SGLang server: /model_info has no model_path. Is the port right?",
             server=url,
         )
-    max_prompt = server_info.get("max_req_input_len")
-    # SGLang keeps max_req_input_len = context_length - 6 (room for special tokens and one generated token); the
-    # limit of prompt plus response is the context length itself.
-    context = server_info.get("context_length") or (max_prompt + 6 if max_prompt else None)
+    # SGLang 0.5.23 reports max_req_input_len = context_length - 6 and refuses prompts of that length too ("exceeds the
+    # maximum"); prompt plus response may fill the context to its end.
+    limit = server_info.get("max_req_input_len")
+    context = server_info.get("context_length") or (limit + 6 if limit else None)
     return ServerInfo(
         url=url,
         version=str(server_info.get("version", "unknown")),
@@ -68,7 +68,7 @@ def parse_info(model_info: Any, server_info: Any, *, url: str, vocab_size: int |
         tp_size=int(server_info.get("tp_size", 1)),
         dp_size=int(server_info.get("dp_size", 1)),
         pp_size=int(server_info.get("pp_size", 1)),
-        max_prompt_tokens=max_prompt,
+        max_prompt_tokens=limit - 1 if limit else None,
         context_length=context,
         vocab_size=vocab_size,
         weight_version=str(model_info.get("weight_version", "default")),

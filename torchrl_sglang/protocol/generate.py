@@ -78,9 +78,7 @@ def parse_generate(
     ]
 
 
-def parse_one(
-    item: Any, *, server: str, return_logprobs: bool = True, prompt_logprobs: bool = False
-) -> GenerateReply:
+def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_logprobs: bool = False) -> GenerateReply:
     """Read one sequence of an answer, or one (cumulative) event of a stream.
 
     Raises:

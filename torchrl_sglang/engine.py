@@ -1,0 +1,272 @@
+"""``AsyncSGLang``: servers and pool behind the one class people know from TorchRL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import ClientConfig, SamplingParams, ServerConfig, nearest_name
+from torchrl_sglang.errors import ConfigError, SGLangError
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.control import build_flush
+from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.server import SGLangServer, start_fleet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["AsyncSGLang"]
+
+# The names vLLM users type, and what SGLang calls the same thing.
+_SERVER_ALIASES = {
+    "max_model_len": "context_length",
+    "tensor_parallel_size": "tp_size",
+    "num_gpus": "tp_size",
+    "gpu_memory_utilization": "mem_fraction_static",
+    "num_replicas": "dp_size",
+    "data_parallel_size": "dp_size",
+}
+
+
+class AsyncSGLang:
+    """One or more SGLang servers of one model: launched here, or running elsewhere.
+
+    Use :meth:`from_pretrained` to launch servers and :meth:`connect` to attach to running ones. A launched engine
+    owns its processes and ends them on :meth:`shutdown`, at the end of a ``with`` block and at exit; a pickled copy
+    attaches to the same servers and owns nothing.
+
+    Attributes:
+        pool: the servers as one (:class:`~torchrl_sglang.SGLangPool`).
+        servers: the processes this engine launched; empty when attached.
+    """
+
+    def __init__(self, pool: SGLangPool, servers: Sequence[SGLangServer] = ()) -> None:
+        self.pool = pool
+        self.servers = tuple(servers)
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    # ------------------------------------------------------------------ making one
+
+    @classmethod
+    def connect(cls, url: str | Sequence[str], **client: Any) -> AsyncSGLang:
+        """Attach to running servers.
+
+        Args:
+            url: base URL, or one per server.
+            **client: fields of :class:`~torchrl_sglang.ClientConfig`: ``api_key``, ``admin_api_key``, time-outs...
+
+        Raises:
+            ConfigError: a bad URL, an unknown argument, or servers of different models.
+            ServerUnreachableError: nothing listens there.
+            ProtocolError: something that is not an SGLang server listens there.
+        """
+        _refuse_unknown(client, [f.name for f in fields(ClientConfig)])
+        config = ClientConfig(**client)
+        urls = [url] if isinstance(url, str) else list(url)
+        pool = SGLangPool([SGLangClient(each, config) for each in urls])
+        pool.connect()
+        return cls(pool)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        tp_size: int = 1,
+        dp_size: int = 1,
+        gpus: Sequence[Sequence[int]] | None = None,
+        progress: Callable[[str], None] | None = None,
+        client: ClientConfig | None = None,
+        **server: Any,
+    ) -> AsyncSGLang:
+        """Launch servers and wait until they are ready.
+
+        Args:
+            model: path or hub name of the checkpoint.
+            tp_size: tensor-parallel ranks per server.
+            dp_size: number of servers. Several servers are the only form of data parallelism that can take weight
+                updates, so SGLang's own ``--dp-size`` is not used.
+            gpus: GPUs of each server, e.g. ``[[0, 1], [2, 3]]``; by default server ``i`` takes the next ``tp_size``.
+            progress: called with a line of text while the servers load.
+            client: how to talk to the servers; their keys are filled in.
+            **server: fields of :class:`~torchrl_sglang.ServerConfig` (vLLM's ``max_model_len``,
+                ``gpu_memory_utilization``, ... are translated); SGLang's other flags go into ``extra_args``.
+
+        Raises:
+            ConfigError: an unknown or impossible argument, before anything is launched.
+            ServerStartError: a server did not become ready; all are ended, the log's tail is in the error.
+        """
+        for name, ours in _SERVER_ALIASES.items():
+            if name in server and ours in ("tp_size", "dp_size"):
+                value = server.pop(name)
+                tp_size, dp_size = (value, dp_size) if ours == "tp_size" else (tp_size, value)
+            elif name in server:
+                server[ours] = server.pop(name)
+        known = [f.name for f in fields(ServerConfig) if f.name not in ("model", "tp_size", "gpus")]
+        _refuse_unknown(server, [*known, *_SERVER_ALIASES])
+        if dp_size < 1:
+            raise ConfigError(f"dp_size is the number of servers and must be at least 1, got {dp_size}")
+        if gpus is not None and len(gpus) != dp_size:
+            raise ConfigError(f"gpus must name the GPUs of dp_size={dp_size} servers, got {len(gpus)} lists")
+        if dp_size > 1 and server.get("port") is not None:
+            raise ConfigError("port can be set for one server only; leave it out with dp_size > 1")
+        configs = [
+            ServerConfig(
+                model=model, tp_size=tp_size, gpus=_gpus_of(index, tp_size, gpus, dp_size), **server
+            )
+            for index in range(dp_size)
+        ]
+        servers = start_fleet(configs, progress=progress)
+        keys = {"api_key": configs[0].api_key, "admin_api_key": configs[0].admin_api_key}
+        base = {f.name: getattr(client, f.name) for f in fields(ClientConfig)} if client is not None else {}
+        config = ClientConfig(**{**base, **{name: key for name, key in keys.items() if key is not None}})
+        engine = cls(SGLangPool([SGLangClient(each.url, config) for each in servers]), servers)
+        try:
+            engine.pool.connect()
+        except SGLangError:
+            engine.shutdown()
+            raise
+        return engine
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The served model's tokenizer, loaded on first use.
+
+        Raises:
+            ConfigError: the server's tokenizer path can't be read from this machine.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.pool)
+        return self._tokenizer
+
+    @property
+    def weight_version(self) -> int:
+        """Version number of the weights that the last finished sync put on the servers."""
+        return self.pool.weight_version
+
+    def get_tp_size(self) -> int:
+        """Tensor-parallel ranks of one server."""
+        return self.pool.info.tp_size
+
+    def get_dp_size(self) -> int:
+        """Number of servers."""
+        return len(self.pool.clients)
+
+    # ------------------------------------------------------------------ generating
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        sampling_params: SamplingParams | dict[str, Any] | None = None,
+        return_logprobs: bool = True,
+        timeout_s: float | None = None,
+        **sampling: Any,
+    ) -> GenerateReply | list[GenerateReply]:
+        """Generate from text or token ids, one or many.
+
+        Args:
+            prompts: text; encoded with the served tokenizer.
+            input_ids: token ids instead of text.
+            sampling_params: how tokens are drawn.
+            return_logprobs: report the log-prob of every response token.
+            timeout_s: seconds for the whole batch.
+            **sampling: single sampling arguments instead of ``sampling_params``, under any of the names that
+                :meth:`SamplingParams.from_kwargs` knows.
+
+        Returns:
+            One reply for a single prompt with ``n=1``, else a prompt-major list of ``B * n``.
+
+        Raises:
+            ConfigError: bad prompts or sampling arguments; nothing was sent.
+            ServerError: see :meth:`SGLangPool.generate`.
+        """
+        if (prompts is None) == (input_ids is None):
+            raise ConfigError("give either prompts (text) or input_ids (token ids)")
+        if prompts is not None:
+            texts = [prompts] if isinstance(prompts, str) else list(prompts)
+            ids_B_T = [self.tokenizer.encode(text) for text in texts]
+            single = isinstance(prompts, str)
+        else:
+            assert input_ids is not None
+            single = len(input_ids) > 0 and isinstance(input_ids[0], int)
+            ids_B_T = [list(input_ids)] if single else [list(ids_T) for ids_T in input_ids]  # type: ignore[arg-type]
+        params = _sampling(sampling_params, sampling)
+        replies = self.pool.generate(ids_B_T, params, return_logprobs=return_logprobs, timeout_s=timeout_s)
+        return replies[0] if single and params.n == 1 else replies
+
+    def flush_cache(self) -> None:
+        """Empty every server's prefix cache.
+
+        Raises:
+            RequestRejectedError: a server has requests running.
+        """
+        for outcome in self.pool.fan_out(lambda client: build_flush()).values():
+            outcome.unwrap()
+
+    # ------------------------------------------------------------------ life
+
+    def shutdown(self) -> None:
+        """Close connections and end the servers this engine launched. Safe to call twice."""
+        self.pool.close()
+        for server in self.servers:
+            server.stop()
+
+    def __enter__(self) -> AsyncSGLang:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"pool": self.pool}  # a copy attaches; processes and tokenizer stay with the original
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["pool"])  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        return f"AsyncSGLang({[client.url for client in self.pool.clients]}, owns={len(self.servers)})"
+
+
+def load_tokenizer(pool: SGLangPool) -> PreTrainedTokenizerBase:
+    """The tokenizer that the servers of ``pool`` were told to use.
+
+    Raises:
+        ConfigError: its path can't be read from this machine.
+    """
+    from transformers import AutoTokenizer  # slow to import, and not needed for token-only use
+
+    path = pool.info.tokenizer_path
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the served tokenizer {path!r} can't be loaded here ({error}); pass tokenizer=") from error
+
+
+def _gpus_of(
+    index: int, tp_size: int, gpus: Sequence[Sequence[int]] | None, dp_size: int
+) -> tuple[int, ...] | None:
+    if gpus is not None:
+        return tuple(gpus[index])
+    if dp_size == 1:
+        return None
+    return tuple(range(index * tp_size, (index + 1) * tp_size))
+
+
+def _sampling(given: SamplingParams | dict[str, Any] | None, single: dict[str, Any]) -> SamplingParams:
+    if given is not None and single:
+        raise ConfigError(f"give sampling_params or single arguments, not both: {sorted(single)}")
+    if isinstance(given, SamplingParams):
+        return given
+    return SamplingParams.from_kwargs(**(given or single))
+
+
+def _refuse_unknown(given: dict[str, Any], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"unknown argument {name!r}.{nearest_name(name, known)}")

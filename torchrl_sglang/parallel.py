@@ -1,0 +1,85 @@
+"""Run a few blocking calls side by side and get every result or error back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
+
+from torchrl_sglang.errors import SGLangError
+
+__all__ = ["Outcome", "Task", "side_by_side"]
+
+Result = TypeVar("Result")
+
+
+class Outcome(Generic[Result]):
+    """What became of one call: ``value`` if it returned, ``error`` if it raised one of this package's errors."""
+
+    __slots__ = ("error", "value")
+
+    def __init__(self, value: Result | None = None, error: SGLangError | None = None) -> None:
+        self.value = value
+        self.error = error
+
+    def unwrap(self) -> Result:
+        """The value; raises the error instead if there was one."""
+        if self.error is not None:
+            raise self.error
+        return self.value  # type: ignore[return-value]
+
+
+class Task(Generic[Result]):
+    """One call running in a daemon thread: an interrupted program never waits for a server that doesn't answer."""
+
+    def __init__(self, call: Callable[[], Result], *, name: str) -> None:
+        self._call = call
+        self._value: Result | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:  # handed to whoever waits for the outcome, never swallowed
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        """Whether the call has ended."""
+        return not self._thread.is_alive()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the call to end; ``False`` if it still runs after ``timeout_s``."""
+        self._thread.join(timeout_s)
+        return self.done
+
+    def outcome(self) -> Outcome[Result]:
+        """Wait for the call and return its outcome; an error that is not one of ours is raised here."""
+        self._thread.join()
+        if self._error is None:
+            return Outcome(value=self._value)
+        if isinstance(self._error, SGLangError):
+            return Outcome(error=self._error)
+        raise self._error
+
+
+def side_by_side(calls: Mapping[str, Callable[[], Result]]) -> dict[str, Outcome[Result]]:
+    """Run named calls at the same time and wait for all of them.
+
+    A single call runs in the caller's own thread, so that Ctrl-C interrupts it.
+
+    Examples:
+        >>> outcomes = side_by_side({"a": lambda: 1, "b": lambda: 2})
+        >>> outcomes["b"].unwrap()
+        2
+    """
+    if len(calls) == 1:
+        ((name, call),) = calls.items()
+        try:
+            return {name: Outcome(value=call())}
+        except SGLangError as error:
+            return {name: Outcome(error=error)}
+    tasks = {name: Task(call, name=f"sglang-{name}") for name, call in calls.items()}
+    return {name: task.outcome() for name, task in tasks.items()}

@@ -1,0 +1,66 @@
+"""What a batch has to satisfy before it may be sent: SGLang dies of an unknown token id and of an empty prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchrl_sglang.errors import ConfigError
+
+__all__ = ["check_prompts"]
+
+
+def check_prompts(
+    ids_B_T: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    vocab_size: int | None,
+    max_prompt_tokens: int | None,
+    context_length: int | None,
+) -> None:
+    """Refuse a batch the servers could not serve, naming the first offending prompt and the limit.
+
+    Args:
+        ids_B_T: prompt token ids.
+        max_new_tokens: most response tokens.
+        vocab_size: number of valid ids; ``None`` skips the upper check.
+        max_prompt_tokens: longest accepted prompt; ``None`` skips the check.
+        context_length: limit of prompt plus response; ``None`` skips the check.
+
+    Raises:
+        ConfigError: an empty prompt, an id that is no int, negative or outside the vocabulary, or too many tokens.
+
+    Examples:
+        >>> check_prompts([[1, 2], [3, 99]], max_new_tokens=4, vocab_size=64, max_prompt_tokens=8, context_length=16)
+        Traceback (most recent call last):
+        ...
+        torchrl_sglang.errors.ConfigError: prompt 1 holds token id 99 at position 1, but the served vocabulary has 64 \
+ids (0..63); is this the served model's tokenizer?
+    """
+    for index, ids_T in enumerate(ids_B_T):
+        if len(ids_T) == 0:
+            raise ConfigError(f"prompt {index} is empty; SGLang needs at least one token (start with BOS)")
+        if set(map(type, ids_T)) != {int}:
+            bad = next(value for value in ids_T if type(value) is not int)
+            raise ConfigError(f"prompt {index} holds {bad!r} of type {type(bad).__name__}; token ids are Python ints")
+        if min(ids_T) < 0:
+            position = next(i for i, value in enumerate(ids_T) if value < 0)
+            raise ConfigError(
+                f"prompt {index} holds the negative token id {ids_T[position]} at position {position}; "
+                "is padding or an ignore label left in it?"
+            )
+        if vocab_size is not None and max(ids_T) >= vocab_size:
+            position = next(i for i, value in enumerate(ids_T) if value >= vocab_size)
+            raise ConfigError(
+                f"prompt {index} holds token id {ids_T[position]} at position {position}, but the served vocabulary "
+                f"has {vocab_size} ids (0..{vocab_size - 1}); is this the served model's tokenizer?"
+            )
+        if max_prompt_tokens is not None and len(ids_T) > max_prompt_tokens:
+            raise ConfigError(
+                f"prompt {index} has {len(ids_T)} tokens, but the server takes at most {max_prompt_tokens}; "
+                "shorten it or launch the server with a larger context_length"
+            )
+        if context_length is not None and len(ids_T) + max_new_tokens > context_length:
+            raise ConfigError(
+                f"prompt {index} has {len(ids_T)} tokens and max_new_tokens is {max_new_tokens}: together more than "
+                f"the context length of {context_length}; lower max_new_tokens or shorten the prompt"
+            )
