@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,23 @@ def nearest_name(name: str, known: Sequence[str]) -> str:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _require_positive(config: object, *names: str, zero: bool = False) -> None:
+    """Each of the fields that is not ``None`` must be a finite number above 0 (or 0 itself, with ``zero``)."""
+    for name in names:
+        value = getattr(config, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        _require(
+            value is None or (is_number and (value > 0 or (zero and value == 0))),
+            f"{name} must be {'at least 0' if zero else 'positive'}, got {value!r}",
+        )
+
+
+def _words(name: str, value: Sequence[str]) -> tuple[str, ...]:
+    # A plain string is a sequence too, of its letters.
+    _require(not isinstance(value, str), f"{name} must be a sequence of strings, got the string {value!r}")
+    return tuple(str(word) for word in value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +115,14 @@ class SamplingParams:
                 object.__setattr__(self, name, (value,))
             else:
                 object.__setattr__(self, name, tuple(value))
+        _require(
+            all(isinstance(text, str) and text for text in (*self.stop, *self.stop_regex)),
+            f"stop and stop_regex must be non-empty strings, got stop={self.stop!r}, stop_regex={self.stop_regex!r}",
+        )
+        _require(
+            all(isinstance(token, int) and token >= 0 for token in self.stop_token_ids),
+            f"stop_token_ids must be token ids, got {self.stop_token_ids!r}",
+        )
         for name in ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"):
             value = getattr(self, name)
             _require(
@@ -137,6 +162,19 @@ class SamplingParams:
         Raises:
             ConfigError: an unknown name (the nearest valid one is offered), a beam-search argument, or a bad value.
         """
+        return cls(**cls._translate(kwargs))
+
+    def updated(self, **kwargs: Any) -> SamplingParams:
+        """These settings with some replaced, in any of the names :meth:`from_kwargs` takes.
+
+        Examples:
+            >>> SamplingParams(max_new_tokens=16, top_p=0.9).updated(max_tokens=4).to_wire()
+            {'max_new_tokens': 4, 'top_p': 0.9}
+        """
+        return replace(self, **self._translate(kwargs))
+
+    @classmethod
+    def _translate(cls, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in kwargs.items() if value is not None}
         for old, name in _ALIASES.items():
             if old in given:
@@ -158,7 +196,7 @@ class SamplingParams:
             if name not in known:
                 hint = nearest_name(name, [*known, *_ALIASES, "do_sample"])
                 raise ConfigError(f"unknown generation argument {name!r}.{hint}")
-        return cls(**given)
+        return given
 
     @property
     def truncates(self) -> bool:
@@ -225,9 +263,7 @@ class ClientConfig:
     """Number of valid token ids, for servers whose checkpoint path can't be read from here."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if f.name.endswith("_timeout_s"):
-                _require(getattr(self, f.name) > 0, f"{f.name} must be positive, got {getattr(self, f.name)}")
+        _require_positive(self, *(f.name for f in fields(self) if f.name.endswith("_timeout_s")))
         _require(self.max_connections >= 1, f"max_connections must be at least 1, got {self.max_connections}")
         _require(self.connect_retries >= 0, f"connect_retries must be at least 0, got {self.connect_retries}")
         _require(self.vocab_size is None or self.vocab_size > 0, f"vocab_size must be positive, got {self.vocab_size}")
@@ -283,8 +319,22 @@ class ServerConfig:
             self.gpus is None or len(self.gpus) == self.tp_size,
             f"gpus must name tp_size={self.tp_size} GPUs, got {self.gpus}",
         )
-        _require(self.start_timeout_s > 0 and self.stop_timeout_s >= 0, "time-outs must be positive")
-        object.__setattr__(self, "extra_args", tuple(str(word) for word in self.extra_args))
+        _require_positive(self, "start_timeout_s", "mem_fraction_static", "context_length", "max_total_tokens")
+        _require_positive(self, "stop_timeout_s", zero=True)
+        _require(
+            self.mem_fraction_static is None or self.mem_fraction_static < 1,
+            f"mem_fraction_static is a fraction below 1, got {self.mem_fraction_static}",
+        )
+        object.__setattr__(self, "extra_args", _words("extra_args", self.extra_args))
+        # The words of a command line are for everyone on the machine to see, and part of our own repr.
+        for key in ("api_key", "admin_api_key"):
+            flag = "--" + key.replace("_", "-")
+            _require(
+                not any(word.split("=")[0] == flag for word in self.extra_args),
+                f"{flag} does not belong into extra_args: use {key}=",
+            )
+        for name, value in self.env.items():
+            _require(isinstance(value, str), f"env[{name!r}] must be a string, got {value!r}")
         if self.log_dir is not None:
             object.__setattr__(self, "log_dir", Path(self.log_dir))
 
@@ -336,9 +386,14 @@ class SyncConfig:
         for name, allowed in _SYNC_CHOICES.items():
             value = getattr(self, name)
             _require(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
-        for name in ("bucket_bytes", "group_timeout_s", "fixed_timeout_s", "assumed_bytes_per_s"):
-            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        object.__setattr__(self, "ignore", tuple(self.ignore))
+        _require_positive(
+            self, "bucket_bytes", "group_timeout_s", "fixed_timeout_s", "assumed_bytes_per_s", "verify_atol"
+        )
+        _require(
+            self.master_port is None or 0 < self.master_port < 65536,
+            f"master_port must be in 1..65535, got {self.master_port}",
+        )
+        object.__setattr__(self, "ignore", _words("ignore", self.ignore))
         if self.disk_dir is not None:
             object.__setattr__(self, "disk_dir", Path(self.disk_dir))
         _require(self.road != "disk" or self.disk_dir is not None, "road='disk' needs disk_dir, a folder all can read")

@@ -14,7 +14,7 @@ __all__ = ["FOREIGN", "WeightVersion", "version_number"]
 FOREIGN = -1
 """The number given to a version string somebody else wrote in a form we can't count."""
 
-_PATTERN = re.compile(r"(?P<dirty>dirty-)?(?P<number>\d+)(?:@(?P<owner>[0-9a-zA-Z_.-]+))?")
+_PATTERN = re.compile(r"(?P<dirty>dirty-)?(?P<number>[0-9]{1,18})(?:@(?P<owner>[0-9a-zA-Z_.-]+))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,83 @@
+"""The exception tree: what it derives from, that it crosses process boundaries whole."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+
+import pytest
+
+from torchrl_sglang import errors
+
+URL = "http://127.0.0.1:30000"
+
+EXAMPLES = [
+    errors.SGLangError("what"),
+    errors.ConfigError("what"),
+    errors.ProtocolError("what", server=URL),
+    errors.ServerError("what", server=URL),
+    errors.ServerStartError("what", server=URL, log_tail="last\nlines"),
+    errors.ServerUnreachableError("what", server=URL),
+    errors.ServerLostError("what", server=URL),
+    errors.ServerTimeoutError("what", server=URL),
+    errors.RequestRejectedError("what", server=URL, status=400, detail="no session"),
+    errors.WeightSyncError("what", server_weights={URL: "old"}),
+    errors.WeightCoverageError(
+        "what", server_weights={URL: "old"}, missing=["a"], unknown=["b"], mismatched=["c: (1,) is not (2,)"]
+    ),
+    errors.WeightUpdateError("what", server_weights={URL: "mixed"}),
+]
+
+
+def test_every_error_class_has_an_example_here():
+    classes = {value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, Exception)}
+    assert {type(error) for error in EXAMPLES} == classes
+
+
+def test_all_lists_every_public_name():
+    defined = {name for name, value in vars(errors).items() if getattr(value, "__module__", "") == errors.__name__}
+    assert defined | {"ServerWeights"} == set(errors.__all__)
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_an_error_pickles_with_its_message_and_attributes(error: Exception):
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error) == "what"
+    assert vars(copy) == vars(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [
+        (errors.ConfigError, ValueError),
+        (errors.ServerError, RuntimeError),
+        (errors.ServerUnreachableError, ConnectionError),
+        (errors.ServerLostError, ConnectionError),
+        (errors.ServerTimeoutError, TimeoutError),
+        (errors.WeightSyncError, RuntimeError),
+    ],
+)
+def test_an_error_is_caught_as_the_builtin_people_expect(error: type[Exception], builtin: type[Exception]):
+    assert issubclass(error, builtin)
+    assert issubclass(error, errors.SGLangError)
+
+
+def test_a_protocol_error_is_not_a_server_error():
+    # Whoever restarts servers on ServerError must not do so because of a wrong address.
+    assert not issubclass(errors.ProtocolError, errors.ServerError)
+
+
+def test_only_an_unreachable_server_counts_as_never_asked():
+    # The retry rule rests on telling the two apart.
+    assert not issubclass(errors.ServerLostError, errors.ServerUnreachableError)
+    assert not issubclass(errors.ServerTimeoutError, errors.ServerUnreachableError)
+
+
+def test_lists_of_names_are_kept_as_they_were_when_the_error_was_made():
+    missing, weights = ["a"], {URL: "old"}
+    error = errors.WeightCoverageError("what", missing=missing, server_weights=weights)
+    missing.append("b")
+    weights[URL] = "new"
+    assert error.missing == ("a",)
+    assert error.server_weights == {URL: "old"}
