@@ -1,0 +1,179 @@
+"""The command line of a server, and what about it can be checked before anything is started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from torchrl_sglang.config import ServerConfig
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.server.cpu import cpu_command_args
+
+__all__ = ["build_command", "build_url", "check_config", "find_python", "keys_as_yaml", "probe_host", "uses_tls"]
+
+# Flags whose value this package must know to reach the server; each has its own field.
+_OWN_FLAGS = {
+    "--model-path": "model",
+    "--model": "model",
+    "--host": "host",
+    "--port": "port",
+    "--tp-size": "tp_size",
+    "--tensor-parallel-size": "tp_size",
+    "--tp": "tp_size",
+    "--device": "device",
+    "--api-key": "api_key",
+    "--admin-api-key": "admin_api_key",
+}
+_WILDCARD_HOSTS = ("0.0.0.0", "::", "")
+
+
+def find_python(config: ServerConfig) -> str:
+    """Path of the Python that runs the server.
+
+    Raises:
+        ConfigError: ``config.python`` is not an executable file.
+    """
+    if config.python is None:
+        return sys.executable
+    found = shutil.which(str(Path(config.python).expanduser()))
+    if found is None:
+        raise ConfigError(
+            f"python={config.python!r} is not an executable file. Give the path of a Python that has SGLang installed; "
+            "without a GPU, `torchrl-sglang install-cpu-server --venv DIR` makes one at DIR/bin/python."
+        )
+    return str(Path(found).absolute())  # not resolved: a virtual environment's Python is a link that must stay one
+
+
+def local_model_path(model: str) -> Path | None:
+    """The checkpoint's place on this machine; ``None`` for the name of a model on the hub.
+
+    Raises:
+        ConfigError: it can only be a path, and nothing that can be served is there.
+
+    Examples:
+        >>> local_model_path("Qwen/Qwen3-0.6B") is None
+        True
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        if path.is_dir() and not any((path / name).exists() for name in ("config.json", "params.json")):
+            held = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+            raise ConfigError(f"model={model!r} is a folder without config.json (it holds {held}), so not a checkpoint")
+        return path.absolute()
+    if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
+        raise ConfigError(f"model={model!r}: there is no such file or folder (the name of a hub model has one slash)")
+    return None
+
+
+def check_config(config: ServerConfig) -> None:
+    """Find now what would otherwise fail after a minute of loading.
+
+    Raises:
+        ConfigError: no such Python or checkpoint, or ``extra_args`` sets what has a field of its own.
+    """
+    if not sys.platform.startswith("linux"):
+        raise ConfigError("servers are launched on Linux only; start SGLang elsewhere and connect to its address")
+    find_python(config)
+    local_model_path(config.model)
+    for word in config.extra_args:
+        flag = word.partition("=")[0]
+        if flag in _OWN_FLAGS:
+            raise ConfigError(f"{flag} in extra_args: set ServerConfig.{_OWN_FLAGS[flag]} instead")
+        if flag == "--config" and (config.api_key or config.admin_api_key):
+            raise ConfigError(
+                "SGLang reads one --config file, and ours with the keys is it: give its other settings as flags"
+            )
+    for name in ("api_key", "admin_api_key"):
+        key = getattr(config, name)
+        if key is not None and (not key or key.startswith("-") or any(character.isspace() for character in key)):
+            raise ConfigError(f"{name} must not be empty, start with '-' or hold white space")
+
+
+def build_command(
+    config: ServerConfig, *, port: int, rendezvous_port: int, cpu: bool, key_file: Path | None = None
+) -> list[str]:
+    """The server's command line. No key is ever on it: every user of the machine can read command lines.
+
+    Args:
+        config: the server.
+        port: HTTP port.
+        rendezvous_port: port at which the server's own ranks meet (SGLang's ``--nccl-port``).
+        cpu: use the CPU engine.
+        key_file: YAML file with the keys, if there are any.
+    """
+    command = [
+        *(find_python(config), "-m", "sglang.launch_server"),
+        *("--model-path", str(local_model_path(config.model) or config.model)),
+        *("--host", config.host, "--port", str(port)),
+        # Left to itself SGLang picks a port that is free now and binds it later; side by side, two pick the same.
+        *("--nccl-port", str(rendezvous_port)),
+        *("--tp-size", str(config.tp_size)),
+    ]
+    if config.context_length is not None:
+        command += ["--context-length", str(config.context_length)]
+    if cpu:
+        command += cpu_command_args(config)
+    else:
+        for flag, value in (
+            ("--dtype", config.dtype),
+            ("--mem-fraction-static", config.mem_fraction_static),
+            ("--max-total-tokens", config.max_total_tokens),
+        ):
+            if value is not None:
+                command += [flag, str(value)]
+    if key_file is not None:
+        command += ["--config", str(key_file)]
+    return [*command, *config.extra_args]
+
+
+def keys_as_yaml(config: ServerConfig) -> str | None:
+    r"""The keys as the contents of SGLang's ``--config`` file; ``None`` when there are none.
+
+    Examples:
+        >>> keys_as_yaml(ServerConfig(model="m", api_key="a: b"))
+        '"api-key": "a: b"\n'
+    """
+    keys = {"api-key": config.api_key, "admin-api-key": config.admin_api_key}
+    lines = [f"{json.dumps(name)}: {json.dumps(key)}\n" for name, key in keys.items() if key is not None]
+    return "".join(lines) or None
+
+
+def probe_host(host: str) -> str:
+    """Where this machine itself reaches a server that listens on ``host``.
+
+    Examples:
+        >>> probe_host("0.0.0.0"), probe_host("::"), probe_host("10.0.0.7")
+        ('127.0.0.1', '::1', '10.0.0.7')
+    """
+    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def build_url(config: ServerConfig, port: int) -> str:
+    """An address that clients can use, on other machines too when the server listens on all interfaces.
+
+    Examples:
+        >>> build_url(ServerConfig(model="m"), 30000), build_url(ServerConfig(model="m", host="::1"), 30000)
+        ('http://127.0.0.1:30000', 'http://[::1]:30000')
+    """
+    scheme = "https" if uses_tls(config) else "http"
+    host = _outward_address(config.host) if config.host in _WILDCARD_HOSTS else config.host
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def uses_tls(config: ServerConfig) -> bool:
+    """Whether ``extra_args`` gives the server a certificate."""
+    return any(word.partition("=")[0] == "--ssl-certfile" for word in config.extra_args)
+
+
+def _outward_address(wildcard: str) -> str:
+    """This machine's address on the interface of its default route; loopback when it has none."""
+    family, anywhere = (socket.AF_INET6, "2001:db8::1") if wildcard == "::" else (socket.AF_INET, "192.0.2.1")
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing
+        try:
+            probe.connect((anywhere, 9))
+        except OSError:
+            return probe_host(wildcard)
+        return str(probe.getsockname()[0])

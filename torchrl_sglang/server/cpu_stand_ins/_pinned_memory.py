@@ -1,0 +1,28 @@
+"""Makes torch ignore requests for pinned host memory, which exists only beside an accelerator.
+
+SGLang's LoRA code asks for it unconditionally, so a CPU server with adapters needs this; no other does.
+"""
+
+import functools
+
+import torch
+from torch.utils._device import _device_constructors
+
+
+def ignore_requests():
+    """Drop ``pin_memory=`` from torch's constructors and make ``Tensor.pin_memory()`` return the tensor itself."""
+    # `with torch.device("meta")` recognises constructors by identity, in a set that is filled on first use: fill it
+    # while they are still the original functions.
+    _device_constructors()
+    for name in ("tensor", "empty", "zeros", "ones", "full", "arange"):
+        setattr(torch, name, _without_pinning(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+
+
+def _without_pinning(constructor):
+    @functools.wraps(constructor)
+    def unpinned(*args, **kwargs):
+        kwargs.pop("pin_memory", None)
+        return constructor(*args, **kwargs)
+
+    return unpinned

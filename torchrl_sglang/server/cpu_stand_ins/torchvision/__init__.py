@@ -1,0 +1,5 @@
+"""Stand-in for torchvision, whose compiled operators are built for CUDA and don't load beside a CPU torch."""
+
+import _stand_in
+
+_stand_in.install(__name__, __version__="0.28.0")

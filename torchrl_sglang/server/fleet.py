@@ -1,0 +1,105 @@
+"""Several servers on one machine, started side by side: all of them come up, or none stays."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
+from torchrl_sglang.config import ServerConfig
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.server.cpu import needs_cpu_engine
+from torchrl_sglang.server.gpus import assign_gpus
+from torchrl_sglang.server.process import SGLangServer
+
+__all__ = ["replicate", "start_fleet", "stop_fleet"]
+
+
+def replicate(
+    config: ServerConfig, num_servers: int, gpus: Sequence[Sequence[int]] | None = None
+) -> tuple[ServerConfig, ...]:
+    """Settings of ``num_servers`` like servers, each on GPUs (or its share of the CPU cores) of its own.
+
+    Args:
+        config: the settings they share; with more than one server its ``port`` and ``gpus`` must be ``None``.
+        num_servers: how many.
+        gpus: one list of ``tp_size`` GPU numbers per server; ``None`` counts up from 0.
+
+    Raises:
+        ConfigError: a port or GPUs that all servers would share, or GPU lists that don't fit.
+
+    Examples:
+        >>> config = ServerConfig(model="Qwen/Qwen3-0.6B", device="cuda", tp_size=2)
+        >>> [one.gpus for one in replicate(config, 2)]
+        [(0, 1), (2, 3)]
+    """
+    if num_servers < 1:
+        raise ConfigError(f"num_servers must be at least 1, got {num_servers}")
+    if num_servers == 1 and gpus is None:
+        return (config,)
+    if num_servers > 1 and config.port is not None:
+        raise ConfigError(f"{num_servers} servers can't share port {config.port}: leave port=None, each finds its own")
+    if config.gpus is not None:
+        raise ConfigError("give one list of GPUs per server (gpus=[[...], [...]]), not the same GPUs to all of them")
+    if needs_cpu_engine(config):
+        if gpus is not None:
+            raise ConfigError(f"gpus={gpus} was given, but these servers run on the CPU")
+        threads = max(1, len(os.sched_getaffinity(0)) // (num_servers * config.tp_size))
+        shared = dataclasses.replace(config, env={"OMP_NUM_THREADS": str(threads), **config.env})
+        return (shared,) * num_servers
+    return tuple(dataclasses.replace(config, gpus=one) for one in assign_gpus(num_servers, config.tp_size, gpus))
+
+
+def start_fleet(
+    configs: Sequence[ServerConfig], *, progress: Callable[[str], None] | None = None
+) -> tuple[SGLangServer, ...]:
+    """Launch all servers, then wait for all of them.
+
+    Args:
+        configs: one per server, in the order of the result.
+        progress: called about once a second and server with one line, from several threads.
+
+    Returns:
+        The servers, all ready.
+
+    Raises:
+        ConfigError: something that can be checked beforehand is wrong; nothing is left running.
+        ServerStartError: one did not come up; the others were ended too.
+    """
+    servers = tuple(SGLangServer(config) for config in configs)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(stop_fleet, servers, kill=True)
+        for server in servers:
+            server.launch()
+        with ThreadPoolExecutor(max(1, len(servers)), thread_name_prefix="sglang-start") as threads:
+            waits = [threads.submit(server.wait_ready, progress=_labelled(progress, server)) for server in servers]
+            try:
+                wait(waits, return_when=FIRST_EXCEPTION)
+            finally:
+                failed = next((one for one in waits if one.done() and one.exception() is not None), None)
+                if failed is not None or not all(one.done() for one in waits):
+                    stop_fleet(servers, kill=True)  # the other threads see their servers gone, and end
+        if failed is not None:
+            failed.result()
+        on_failure.pop_all()
+    return servers
+
+
+def stop_fleet(servers: Sequence[SGLangServer], *, kill: bool = False) -> None:
+    """End all servers, at the same time: each may take seconds to finish its requests.
+
+    Args:
+        servers: from :func:`start_fleet`, or any others.
+        kill: end them at once, see :meth:`SGLangServer.stop`.
+    """
+    with ThreadPoolExecutor(max(1, len(servers)), thread_name_prefix="sglang-stop") as threads:
+        for done in [threads.submit(server.stop, kill=kill) for server in servers]:
+            done.result()
+
+
+def _labelled(progress: Callable[[str], None] | None, server: SGLangServer) -> Callable[[str], None] | None:
+    if progress is None:
+        return None
+    return lambda line: progress(f"{server.url}: {line}")

@@ -1,0 +1,181 @@
+"""The small process between us and a server: starts it, keeps its log, and ends its whole tree when either side dies.
+
+Run by path with ``python -I -S``, standard library only, so that it is up in milliseconds and pulls in nothing of the
+trainer. Its order comes as JSON on stdin (not on the command line: it may hold keys)::
+
+    {"owner_pid": 1234, "command": ["python", "-m", ...], "log_path": "...", "secrets": ["..."],
+     "secret_file": {"path": "...yaml", "content": "..."}}
+
+It answers with the server's pid on stdout, and later exits with the server's exit code (128 + signal when killed).
+
+Why a process and not the kernel's parent-death signal alone: that one fires when the *thread* that launched the server
+ends, and reaches only the direct child. Here the owner's death shows as a changed parent pid, whoever else inherited
+its pipes; and as a "subreaper" the supervisor stays the ancestor of every process the server ever starts, so walking
+down from it finds them all and leaves no zombie behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+__all__ = ["ProcessRow", "kill_tree", "process_table", "tree_pids"]
+
+_OWNER_POLL_S = 0.5
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class ProcessRow(NamedTuple):
+    """One line of the process table: parent pid, session id, state letter (``Z`` is a zombie)."""
+
+    parent: int
+    session: int
+    state: str
+
+
+def process_table() -> dict[int, ProcessRow]:
+    """Every process of this machine that ``/proc`` shows, by pid."""
+    table = {}
+    for entry in os.listdir("/proc"):  # noqa: PTH208
+        if not entry.isdigit():
+            continue
+        try:
+            stat = Path("/proc", entry, "stat").read_bytes()
+        except OSError:  # it ended while we were looking
+            continue
+        # The name is in parentheses and may itself hold spaces and parentheses.
+        state, parent, _group, session = stat.rpartition(b")")[2].split()[:4]
+        table[int(entry)] = ProcessRow(int(parent), int(session), state.decode())
+    return table
+
+
+def tree_pids(root: int) -> set[int]:
+    """Living descendants of ``root`` and members of its session, without ``root`` itself."""
+    table = process_table()
+    members = {pid for pid, row in table.items() if row.session == root}
+    grew = True
+    while grew:
+        children = {pid for pid, row in table.items() if row.parent == root or row.parent in members}
+        grew = not children <= members
+        members |= children
+    return {pid for pid in members if pid != root and table[pid].state != "Z"}
+
+
+def kill_tree(root: int, timeout_s: float = 10.0) -> bool:
+    """SIGKILL everything below ``root``, again and again until nothing is left; ``False`` when something remains.
+
+    Repeated because a process may start another one between the look and the kill.
+    """
+    deadline = time.monotonic() + timeout_s
+    while pids := tree_pids(root):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def copy_log(source: BinaryIO, target: BinaryIO, secrets: list[bytes]) -> None:
+    """Copy line by line until the writers are gone, with every secret replaced by ``***``.
+
+    SGLang prints its whole configuration, keys included, when it starts. Progress bars end their lines with a carriage
+    return, so that counts as an end of line too.
+    """
+    rest = b""
+    while chunk := source.read1(65536):  # type: ignore[attr-defined]
+        rest += chunk
+        end = max(rest.rfind(b"\n"), rest.rfind(b"\r")) + 1
+        if end:
+            target.write(_redact(rest[:end], secrets))
+            target.flush()
+            rest = rest[end:]
+    target.write(_redact(rest, secrets))
+    target.flush()
+
+
+def _redact(text: bytes, secrets: list[bytes]) -> bytes:
+    for secret in secrets:
+        text = text.replace(secret, b"***")
+    return text
+
+
+def _reap_adopted(timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            time.sleep(0.01)
+
+
+def _announce_end(server: subprocess.Popen[bytes], ended: threading.Event) -> None:
+    server.wait()
+    ended.set()
+
+
+def _supervise(order: dict[str, Any], prctl: Callable[..., int]) -> int:
+    owner_pid = order["owner_pid"]
+    if os.getppid() != owner_pid:  # it died before we came up
+        return 1
+    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    # SIGTERM before there is a server to pass it on to ends this process, which is right.
+    server = subprocess.Popen(
+        order["command"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # Should this process be killed by force, the server goes with it, and SGLang's own processes with the server.
+        preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
+    )
+    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    print(server.pid, flush=True)
+    sys.stdout.close()
+
+    assert server.stdout is not None
+    secrets = [secret.encode() for secret in order["secrets"]]
+    log = open(order["log_path"], "ab")  # noqa: SIM115, PTH123
+    copier = threading.Thread(target=copy_log, args=(server.stdout, log, secrets), daemon=True)
+    copier.start()
+    ended = threading.Event()
+    threading.Thread(target=_announce_end, args=(server, ended), daemon=True).start()
+    while not ended.wait(_OWNER_POLL_S) and os.getppid() == owner_pid:
+        pass
+    kill_tree(os.getpid())
+    ended.wait(5)
+    _reap_adopted()
+    copier.join(5)
+    code = server.returncode if server.returncode is not None else -signal.SIGKILL
+    return code if code >= 0 else 128 - code
+
+
+def _main() -> int:
+    order = json.load(sys.stdin)
+    secret_file = order.get("secret_file")
+    if secret_file is None:
+        return _supervise(order, ctypes.CDLL(None).prctl)
+    path = secret_file["path"]
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123
+        file.write(secret_file["content"])
+    try:
+        return _supervise(order, ctypes.CDLL(None).prctl)
+    finally:
+        Path(path).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
