@@ -360,7 +360,7 @@ class SyncConfig:
     verify: Literal["off", "probe", "full"] = "probe"
     """``probe`` scores one fixed prompt on every server after a sync; ``full`` compares the servers' checksums too."""
     verify_atol: float | None = None
-    """Largest log-prob difference the proof accepts; ``None`` is 1e-3 for float32 and 0.25 for half precision."""
+    """Largest log-prob difference the proof accepts; ``None`` is 1e-3 for float32 and 0.5 for half precision."""
     name_map: Mapping[str, str] = field(default_factory=dict)
     """Trainer's tensor name to checkpoint name, for custom models; applied before every check."""
     ignore: tuple[str, ...] = ()
@@ -375,6 +375,8 @@ class SyncConfig:
     """Port of the rendezvous store; ``None`` picks a free one."""
     group_timeout_s: float = 60.0
     """To form the process group, and for the first bucket (NCCL makes its communicator there)."""
+    bucket_timeout_s: float = 60.0
+    """Longest one bucket may take on its way. A collective that hangs can be given up only after this time (gloo)."""
     fixed_timeout_s: float = 60.0
     """Fixed part of a sync's deadline."""
     assumed_bytes_per_s: float = 100e6

@@ -1,0 +1,132 @@
+"""Replies into the rows a policy returns: decodes, and puts every TensorClass under its key.
+
+Shapes: ``S`` sequences prompt-major, ``P`` prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tensordict import TensorDict
+from torchrl.modules.llm.policies import ChatHistory, Text
+
+from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.rollout.outputs import (
+    Padding,
+    chat_rows,
+    generation_rows,
+    text_rows,
+    token_rows,
+)
+from torchrl_sglang.rollout.prompts import Prompts
+from torchrl_sglang.rollout.scoring import score_rows
+from torchrl_sglang.rollout.settings import RolloutSettings
+
+__all__ = ["generated_rows", "scored_rows"]
+
+
+def generated_rows(
+    prompts: Prompts,
+    replies_S: Sequence[GenerateReply],
+    settings: RolloutSettings,
+    sampling: SamplingParams,
+    padding: Padding,
+    tokenizer: Any,
+    *,
+    resumes_S: Sequence[int],
+    errors_B: Sequence[str],
+) -> list[TensorDict]:
+    """One TensorDict per generated sequence. ``tokenizer`` is only used in text and history mode."""
+    n = sampling.n
+    prompts_S_P = [ids_P for ids_P in prompts.ids_B_T for _ in range(n)]
+    fields = token_rows(
+        prompts_S_P,
+        replies_S,
+        padding,
+        log_probs=settings.returns_log_probs,
+        # vLLMWrapper leaves the full log-probs out when there is a sample dimension
+        full_log_probs=settings.samples is None,
+    )
+    columns: list[tuple[Any, Sequence[Any]]] = [
+        (settings.masks_key, [f["masks"] for f in fields]),
+        (settings.tokens_key, [f["tokens"] for f in fields]),
+    ]
+    if settings.returns_log_probs:
+        columns.append((settings.log_probs_key, [f["log_probs"] for f in fields]))
+    if settings.input_mode != "tokens":
+        columns.extend(_spoken(prompts, prompts_S_P, replies_S, settings, sampling, tokenizer))
+    if settings.generation_key is not None:
+        generation = generation_rows(
+            replies_S,
+            sampling,
+            padding,
+            dropped_S=[d for d in prompts.dropped_B or [0] * len(prompts.ids_B_T) for _ in range(n)],
+            resumes_S=resumes_S,
+            errors_S=[e for e in errors_B for _ in range(n)],
+            exact=not sampling.truncates,
+        )
+        columns.append((settings.generation_key, generation))
+    return _rows(columns, len(replies_S))
+
+
+def _spoken(
+    prompts: Prompts,
+    prompts_S_P: Sequence[Sequence[int]],
+    replies_S: Sequence[GenerateReply],
+    settings: RolloutSettings,
+    sampling: SamplingParams,
+    tokenizer: Any,
+) -> list[tuple[Any, Sequence[Any]]]:
+    """``text`` and, in history mode, ``history``. Text is decoded from the ids here: the server trims its own."""
+    decoding = {"skip_special_tokens": bool(settings.decoding("skip_special_tokens"))}
+    responses = tokenizer.batch_decode([r.output_ids for r in replies_S], **decoding)
+    texts_B = prompts.texts_B or tokenizer.batch_decode(prompts.ids_B_T, skip_special_tokens=False)
+    texts_S = [text for text in texts_B for _ in range(sampling.n)]
+    if settings.input_mode == "history":
+        joint = [[*ids_P, *reply.output_ids] for ids_P, reply in zip(prompts_S_P, replies_S, strict=True)]
+        fulls = tokenizer.batch_decode(joint, skip_special_tokens=False)
+    else:
+        fulls = [text + response for text, response in zip(texts_S, responses, strict=True)]
+    columns: list[tuple[Any, Sequence[Any]]] = [(settings.text_key, text_rows(texts_S, responses, fulls))]
+    if settings.input_mode == "history":
+        histories_S = [h for h in prompts.histories_B or [] for _ in range(sampling.n)]
+        # The template writes the end of a message itself: an answer that carried it too would end twice next turn.
+        said = [
+            reply.output_ids[:-1]
+            if isinstance(reply.matched, int) and reply.output_ids[-1:] == [reply.matched]
+            else reply.output_ids
+            for reply in replies_S
+        ]
+        contents = tokenizer.batch_decode(said, skip_special_tokens=False)
+        complete = [reply.finish_reason == "stop" for reply in replies_S]
+        columns.append((settings.history_key, chat_rows(histories_S, contents, complete)))
+    return columns
+
+
+def scored_rows(
+    prompts: Prompts, replies_B: Sequence[GenerateReply], settings: RolloutSettings, padding: Padding
+) -> list[TensorDict]:
+    """One TensorDict per scored sequence."""
+    fields = score_rows(prompts.ids_B_T, replies_B, padding, assistant_B_T=prompts.assistant_B_T)
+    columns: list[tuple[Any, Sequence[Any]]] = [
+        (settings.masks_key, [f["masks"] for f in fields]),
+        (settings.tokens_key, [f["tokens"] for f in fields]),
+        (settings.log_probs_key, [f["log_probs"] for f in fields]),
+    ]
+    if settings.input_mode != "tokens":
+        columns.append((settings.text_key, [Text(full=text) for text in prompts.texts_B or []]))
+    if settings.input_mode == "history":
+        columns.append((settings.history_key, [ChatHistory(full=h, batch_size=()) for h in prompts.histories_B or []]))
+    return _rows(columns, len(fields))
+
+
+def _rows(columns: Sequence[tuple[Any, Sequence[Any]]], count: int) -> list[TensorDict]:
+    rows = []
+    for index in range(count):
+        row = TensorDict()
+        for key, values in columns:
+            row.set(key, values[index])
+        rows.append(row)
+    return rows

@@ -1,0 +1,214 @@
+"""Replies as TorchRL's TensorClasses: ragged inside, padded once at the rim.
+
+Shapes: ``B`` prompts, ``n`` responses each, ``S = B * n`` sequences prompt-major; ``P`` prompt, ``R`` response tokens.
+Ragged values are one tensor per sequence. Padded ones are dense: prompts padded on the left, responses on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from tensordict import LazyStackedTensorDict, MetaData, NonTensorData, TensorDict, TensorDictBase
+from torchrl.data.llm import History
+from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
+
+from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.rollout.generation import NO_TOKEN, Generation, token_versions
+
+__all__ = ["Padding", "chat_rows", "first_zero", "generation_rows", "stack_rows", "text_rows", "to_rows", "token_rows"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Padding:
+    """How the tensors of a batch are shaped.
+
+    Attributes:
+        enabled: dense tensors rather than one per sequence.
+        value: token id put where there is no token; log-probs are 0 there, masks ``False``.
+        prompt_width: least padded width of the prompts, when they came in a wider tensor.
+    """
+
+    enabled: bool
+    value: int = 0
+    prompt_width: int = 0
+
+
+def _ragged(values_S_T: Sequence[Sequence[Any]], dtype: torch.dtype) -> list[torch.Tensor]:
+    """One tensor per sequence, each with storage of its own: a row kept in a buffer must not keep its whole batch."""
+    flat = torch.tensor(list(chain.from_iterable(values_S_T)), dtype=dtype)
+    return [row.clone() for row in flat.split([len(v) for v in values_S_T])]  # type: ignore[no-untyped-call]
+
+
+def _padded(
+    values_S_T: Sequence[Sequence[Any]], dtype: torch.dtype, fill: Any, side: str, width: int = 0
+) -> list[torch.Tensor]:
+    width = max(width, max((len(v) for v in values_S_T), default=0))
+    rows: list[list[Any]] = []
+    for v in values_S_T:
+        gap = [fill] * (width - len(v))
+        rows.append([*gap, *v] if side == "left" else [*v, *gap])
+    return list(torch.tensor(rows, dtype=dtype).reshape(len(rows), width).unbind(0))
+
+
+def to_rows(
+    values_S_T: Sequence[Sequence[Any]], dtype: torch.dtype, padding: Padding, fill: Any, side: str
+) -> list[torch.Tensor]:
+    """One tensor per sequence: of its own length, or all of one width with ``fill`` on ``side``."""
+    if not padding.enabled:
+        return _ragged(values_S_T, dtype)
+    return _padded(values_S_T, dtype, fill, side, padding.prompt_width if side == "left" else 0)
+
+
+def token_rows(
+    prompts_S_P: Sequence[Sequence[int]],
+    replies_S: Sequence[GenerateReply],
+    padding: Padding,
+    *,
+    log_probs: bool,
+    full_log_probs: bool,
+) -> list[dict[str, Any]]:
+    """``tokens``, ``masks`` and ``log_probs`` of every generated sequence.
+
+    ``LogProbs.full`` has the length of ``Tokens.full``; where the server was not asked for prompt log-probs its prompt
+    part is NaN (0 would claim certainty), which TorchRL's losses leave out.
+
+    Args:
+        prompts_S_P: prompt ids, one entry per reply.
+        replies_S: what came back.
+        padding: dense or ragged.
+        log_probs: write ``log_probs``.
+        full_log_probs: also write ``LogProbs.full``.
+
+    Returns:
+        One dictionary per sequence: ``tokens`` (int64), ``masks`` (bool), ``log_probs`` (float32).
+    """
+    mark = MetaData(padding.enabled)
+    responses_S_R = [reply.output_ids for reply in replies_S]
+    prompt = to_rows(prompts_S_P, torch.long, padding, padding.value, "left")
+    response = to_rows(responses_S_R, torch.long, padding, padding.value, "right")
+    attended = to_rows([[True] * len(p) for p in prompts_S_P], torch.bool, padding, False, "left")
+    answered = to_rows([[True] * len(r) for r in responses_S_R], torch.bool, padding, False, "right")
+    rows: list[dict[str, Any]] = []
+    for p, r, a, m in zip(prompt, response, attended, answered, strict=True):
+        rows.append(
+            {
+                "tokens": Tokens(prompt=p, response=r, full=torch.cat([p, r]), padded=mark),
+                "masks": Masks(
+                    all_attention_mask=torch.cat([a, m]),
+                    all_assistant_mask=torch.cat([torch.zeros_like(a), m]),
+                    padded=mark,
+                ),
+            }
+        )
+    if log_probs:
+        scores = to_rows([r.output_logprobs or [] for r in replies_S], torch.float32, padding, 0.0, "right")
+        known = [r.prompt_logprobs for r in replies_S]
+        prompt_scores: list[torch.Tensor] | None = None
+        if all(scored is not None for scored in known):
+            prompt_scores = to_rows([first_zero(k or []) for k in known], torch.float32, padding, 0.0, "left")
+        for index, (row, p) in enumerate(zip(rows, prompt, strict=True)):
+            before = prompt_scores[index] if prompt_scores else torch.full(p.shape, float("nan"))
+            row["log_probs"] = LogProbs(
+                prompt=prompt_scores[index] if prompt_scores else None,
+                response=scores[index],
+                full=torch.cat([before, scores[index]]) if full_log_probs else None,
+                padded=mark,
+            )
+    return rows
+
+
+def first_zero(scores_P: Sequence[float | None]) -> list[float]:
+    """The first token is conditioned on nothing and has no log-prob; TorchRL's wrappers write 0 for it."""
+    return [0.0 if s is None else s for s in scores_P]
+
+
+def text_rows(prompts_S: Sequence[str], responses_S: Sequence[str], fulls_S: Sequence[str]) -> list[Text]:
+    """``Text`` of every sequence."""
+    return [Text(prompt=p, response=r, full=f) for p, r, f in zip(prompts_S, responses_S, fulls_S, strict=True)]
+
+
+def chat_rows(prompts_S: Sequence[History], contents_S: Sequence[str], complete_S: Sequence[bool]) -> list[ChatHistory]:
+    """``ChatHistory`` of every sequence: the prompt's messages, the assistant's answer, and both.
+
+    Args:
+        prompts_S: conversations of shape ``(messages,)``.
+        contents_S: what the assistant said, without the token that ended it.
+        complete_S: whether it ended by itself.
+    """
+    rows = []
+    for prompt, content, complete in zip(prompts_S, contents_S, complete_S, strict=True):
+        message = TensorDict(
+            {
+                "role": NonTensorData("assistant"),
+                "content": NonTensorData(content),
+                "is_complete": NonTensorData(complete),
+            }
+        )
+        answer = History._from_tensordict(LazyStackedTensorDict(message, stack_dim=0))
+        full = prompt.extend(answer, inplace=False, dim=-1)
+        rows.append(ChatHistory(prompt=prompt, response=answer, full=full, batch_size=()))
+    return rows
+
+
+def generation_rows(
+    replies_S: Sequence[GenerateReply],
+    sampling: SamplingParams,
+    padding: Padding,
+    *,
+    dropped_S: Sequence[int],
+    resumes_S: Sequence[int],
+    errors_S: Sequence[str],
+    exact: bool,
+) -> list[Generation]:
+    """:class:`Generation` of every sequence."""
+    versions = to_rows([token_versions(r) for r in replies_S], torch.long, padding, NO_TOKEN, "right")
+    temperature, top_p, min_p = (torch.tensor(float(v)) for v in (sampling.temperature, sampling.top_p, sampling.min_p))
+    top_k, exact_T = torch.tensor(sampling.top_k), torch.tensor(exact)
+    counts = torch.tensor(
+        [
+            [r.prompt_tokens, r.completion_tokens, r.cached_tokens, dropped, resumes]
+            for r, dropped, resumes in zip(replies_S, dropped_S, resumes_S, strict=True)
+        ],
+        dtype=torch.long,
+    ).reshape(-1, 5)
+    rows = []
+    for reply, version, count, error in zip(replies_S, versions, counts, errors_S, strict=True):
+        prompt_tokens, completion_tokens, cached_tokens, dropped, resumes = count.clone().unbind(0)
+        rows.append(
+            Generation(
+                finish_reason="error" if error else reply.finish_reason,
+                matched=NonTensorData(reply.matched),
+                truncated=torch.tensor(reply.finish_reason != "stop"),
+                prompt_tokens=prompt_tokens,
+                completion_tokens=completion_tokens,
+                cached_tokens=cached_tokens,
+                dropped_tokens=dropped,
+                resumes=resumes,
+                weight_version=version,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                exact_log_probs=exact_T,
+                server=reply.server,
+                latency_s=torch.tensor(reply.latency_s, dtype=torch.float32),
+                error=error,
+            )
+        )
+    return rows
+
+
+def stack_rows(rows: Sequence[TensorDictBase], shape: Sequence[int]) -> TensorDictBase:
+    """Rows as one lazily stacked TensorDict of batch shape ``shape``."""
+    if not shape:
+        return rows[0]
+    if len(shape) == 1:
+        return LazyStackedTensorDict(*rows, stack_dim=0)
+    step = len(rows) // shape[0]
+    parts = [stack_rows(rows[i * step : (i + 1) * step], shape[1:]) for i in range(shape[0])]
+    return LazyStackedTensorDict(*parts, stack_dim=0)

@@ -1,0 +1,281 @@
+"""``SGLangWrapper``: the policy. A TensorDict with prompts goes in, one with responses comes out."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from tensordict import TensorDict, TensorDictBase, lazy_stack, set_list_to_stack
+from torchrl.modules.llm.policies import LLMWrapperBase
+from transformers import AutoTokenizer
+
+from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.engine import AsyncSGLang
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.rollout.assemble import generated_rows, scored_rows
+from torchrl_sglang.rollout.batching import Batcher
+from torchrl_sglang.rollout.outputs import Padding, stack_rows
+from torchrl_sglang.rollout.prompts import Prompts, read_history, read_text, read_tokens
+from torchrl_sglang.rollout.resume import generate_resuming
+from torchrl_sglang.rollout.settings import RolloutSettings
+
+__all__ = ["SGLangWrapper"]
+
+
+class SGLangWrapper(LLMWrapperBase):
+    """TorchRL policy that generates (or scores) with SGLang servers.
+
+    Interchangeable with :class:`~torchrl.modules.llm.vLLMWrapper`: the same arguments, input keys, output keys and
+    TensorClasses. What it tells beyond that lies under ``generation_key``, see :class:`Generation`.
+
+    Args:
+        model: an :class:`~torchrl_sglang.AsyncSGLang`, an :class:`~torchrl_sglang.SGLangPool`, or the URL of a running
+            server.
+
+    Keyword Args:
+        tokenizer: a Hugging Face tokenizer, or the name of one; ``None`` takes the served model's.
+        input_mode: ``"history"`` (:class:`~torchrl.data.llm.History`), ``"text"`` (strings) or ``"tokens"`` (ids).
+        input_key: where the input is; ``None`` is ``(input_mode, "prompt")`` when generating, ``(input_mode, "full")``
+            when scoring.
+        attention_mask_key: in tokens mode, where an attention mask says which ids are padding.
+        generate: generate responses; ``False`` gives the log-probs of sequences that are already there.
+        return_log_probs: also return log-probs; always when scoring.
+        generate_kwargs: how tokens are drawn, in the names of TorchRL, Hugging Face, vLLM or SGLang, see
+            :meth:`SamplingParams.from_kwargs`; and ``logprobs`` (like ``return_log_probs``) and ``prompt_logprobs``
+            (also report those of the prompt, for which the server gives up its prefix cache). Without
+            ``prompt_logprobs`` the prompt part of ``LogProbs.full`` is NaN, as with vLLMWrapper.
+        tokenizer_kwargs: passed to the tokenizer in text mode, e.g. ``add_special_tokens=False``.
+        pad_output: return dense tensors, prompts padded on the left and responses on the right, instead of ragged ones.
+        pad_model_input: not possible; servers take ragged input.
+        inplace: ``True`` writes into the input TensorDict (the default), ``False`` returns a new one with the outputs
+            alone (the default with several samples), ``"empty"`` writes into an empty one of the input's type.
+        device: where output tensors go when the input TensorDict has no device of its own.
+        layout: only ``torch.strided``; ask the output for nested tensors where you need them.
+        num_samples: responses per prompt; the output has one batch dimension more. ``None`` is one without it.
+        chat_template_name: one of TorchRL's chat templates, instead of the tokenizer's.
+        chat_template: a chat template, instead of the tokenizer's.
+        history_key: where the :class:`~torchrl.modules.llm.ChatHistory` goes.
+        text_key: where the :class:`~torchrl.modules.llm.Text` goes.
+        tokens_key: where the :class:`~torchrl.modules.llm.Tokens` go.
+        masks_key: where the :class:`~torchrl.modules.llm.Masks` go.
+        log_probs_key: where the :class:`~torchrl.modules.llm.LogProbs` go.
+        generation_key: where the :class:`Generation` goes; ``None`` leaves it out.
+        batching: merge calls made by several threads at the same time into one request.
+        min_batch_size: with batching, wait for this many prompts (default 1)...
+        max_batch_size: ...and send no more than this many at once.
+        batching_timeout: seconds after which a waiting call is sent with fewer.
+        prefer_tokens: in history mode, take the ids at ``(tokens_key, "prompt")`` (else ``"full"``) as the truth where
+            they are, and tokenize only what the conversation has gained since.
+        on_overlong: what to do with a prompt that does not fit: ``"raise"``, or ``"truncate_left"`` to keep its end.
+        on_error: what to do with a prompt that can't be served: ``"raise"``, or ``"mask"`` to return its row with an
+            empty response and :attr:`Generation.error` set, and the others' results unharmed.
+        progress: show tokens done and tokens per second while a batch runs.
+        max_resumes: how often a response that a weight update interrupted is continued from its tokens.
+
+    Raises:
+        ConfigError: an argument that can't be honoured; it is also a ``ValueError``.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_sglang.testing.echo_pool import EchoPool
+        >>> policy = SGLangWrapper(EchoPool(), input_mode="tokens", generate_kwargs={"max_new_tokens": 2})
+        >>> prompts = {("tokens", "prompt"): torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3)}
+        >>> td = policy(TensorDict(prompts, batch_size=1))
+        >>> td["tokens", "full"].tolist(), list(td["generation"].finish_reason)
+        ([[5, 6, 7, 7, 6]], ['length'])
+    """
+
+    def __init__(self, model: AsyncSGLang | SGLangPool | str, **kwargs: Any) -> None:
+        super().__init__()
+        self.settings = RolloutSettings.from_kwargs(**kwargs)
+        if isinstance(model, str):
+            model = AsyncSGLang.connect(model)
+        if not hasattr(model, "generate"):
+            raise ConfigError(
+                f"model must be an AsyncSGLang, an SGLangPool or a server's URL, got {type(model).__name__}"
+            )
+        self.model = model
+        self._batcher: Batcher[Any, Any] | None = None
+        self._expose_settings()
+
+    def _expose_settings(self) -> None:
+        """The attributes that TorchRL, and code written for its wrappers, reads."""
+        settings = self.settings
+        for name in (
+            *("input_mode", "attention_mask_key", "generate", "pad_output", "layout", "prefer_tokens"),
+            *("chat_template_name", "chat_template", "generate_kwargs", "tokenizer_kwargs"),
+            *("history_key", "text_key", "tokens_key", "masks_key", "log_probs_key", "generation_key"),
+        ):
+            setattr(self, name, getattr(settings, name))
+        self.inplace = settings.writes_inplace
+        self.num_samples = settings.samples
+        self.return_log_probs = settings.returns_log_probs
+        self.sampling_params = settings.sampling
+        self.in_keys = [settings.source_key]
+        self.input_key = settings.source_key
+        self.out_keys = settings.out_keys
+        self._min_batch_size = settings.min_batch_size
+        if settings.min_batch_size is None and (settings.batching or settings.max_batch_size is not None):
+            self._min_batch_size = 1
+        self._max_batch_size = settings.max_batch_size
+        self._batching_timeout = settings.batching_timeout
+        if self._min_batch_size is not None:
+            self._batcher = Batcher(
+                min_items=self._min_batch_size, max_items=self._max_batch_size, wait_s=self._batching_timeout
+            )
+
+    # ------------------------------------------------------------------ what it stands on
+
+    @property
+    def pool(self) -> SGLangPool:
+        """The servers."""
+        pool: SGLangPool = getattr(self.model, "pool", self.model)  # type: ignore[arg-type]
+        return pool
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded on first use.
+
+        Raises:
+            ConfigError: the served model's tokenizer can't be read from this machine; pass ``tokenizer=``.
+        """
+        given = self.settings.tokenizer
+        if given is None:
+            owner = self.model if hasattr(self.model, "tokenizer") else AsyncSGLang(self.pool)
+            given = owner.tokenizer
+        elif isinstance(given, str):
+            given = AutoTokenizer.from_pretrained(given)
+        if given is not self.settings.tokenizer:
+            self.settings = self.settings.changed(tokenizer=given)
+        return given
+
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        """Use another tokenizer from now on."""
+        self.settings = self.settings.changed(tokenizer=tokenizer)
+
+    @property
+    def padding_value(self) -> int:
+        """The id that fills padded tensors: the tokenizer's padding token, else its end-of-sequence token."""
+        value = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if value is None else value)
+
+    def get_new_version(self, **kwargs: Any) -> SGLangWrapper:
+        """A copy on the same servers with some arguments changed; everything not named stays.
+
+        A custom ``input_key`` belongs to one input mode and to generating or scoring: it is forgotten when these
+        change.
+
+        Raises:
+            ConfigError: as the constructor.
+        """
+        model = kwargs.pop("model", self.model)
+        settings = self.settings.changed(**kwargs)
+        return type(self)(model, **{f.name: getattr(settings, f.name) for f in fields(settings)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A collector's weak reference and a batcher's lock stay behind: a copy in another process has its own.
+        return {**self.__dict__, "_collector": None, "_batcher": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._expose_settings()
+
+    # ------------------------------------------------------------------ a batch
+
+    @set_list_to_stack(True)
+    def forward(
+        self,
+        tensordict: TensorDictBase,
+        *,
+        tensordict_out: TensorDictBase | None = None,
+        logits_only: bool = False,
+        **kwargs: Any,
+    ) -> TensorDictBase:
+        """Generate (or score) a batch of any batch shape.
+
+        Args:
+            tensordict: holds the prompts at ``input_key``.
+            tensordict_out: written instead of what ``inplace`` says.
+            logits_only: not possible: servers return no logits.
+            **kwargs: generation arguments that replace those of the constructor for this call.
+
+        Returns:
+            The TensorDict that was written, of the input's batch shape, with ``num_samples`` appended if set.
+
+        Raises:
+            ConfigError: a prompt that can't be served, naming its index; nothing was sent.
+            ServerError: a server failed.
+        """
+        if logits_only:
+            raise NotImplementedError("SGLang servers return log-probs of tokens, not logits")
+        shape = tensordict.batch_size
+        flat = lazy_stack([tensordict]) if not shape else tensordict if len(shape) == 1 else tensordict.reshape(-1)
+        sampling = self.settings.sampling.updated(**kwargs) if kwargs else self.settings.sampling
+        if sampling.n != self.settings.sampling.n:
+            raise ConfigError("the number of samples is part of the output's shape: set num_samples, not n per call")
+        if flat.shape[0]:
+            prompts = self._read(flat)
+            rows = self._generate(prompts, sampling) if self.generate else self._score(prompts)
+            out = stack_rows(rows, [*shape, self.num_samples] if self.num_samples is not None else shape)
+        else:
+            out = TensorDict(batch_size=[*shape, *([] if self.num_samples is None else [self.num_samples])])
+        device = tensordict.device or self.settings.device
+        return self._write(out if device is None else out.to(device), tensordict, tensordict_out)
+
+    def _read(self, flat: TensorDictBase) -> Prompts:
+        settings, key = self.settings, self.settings.source_key
+        if settings.input_mode == "text":
+            return read_text(flat, key, self.tokenizer, settings.text_kwargs)
+        if settings.input_mode == "tokens":
+            return read_tokens(
+                flat,
+                key,
+                mask_keys=(settings.attention_mask_key, (settings.masks_key, "all_attention_mask")),
+                padding=lambda: (self.padding_value, self.tokenizer.eos_token_id),
+            )
+        return read_history(
+            flat,
+            key,
+            self.tokenizer,
+            settings.template_kwargs,
+            add_generation_prompt=settings.generate,
+            assistant_mask=not settings.generate,
+        )
+
+    def _padding(self, prompts: Prompts) -> Padding:
+        if not self.pad_output:
+            return Padding(enabled=False)
+        return Padding(enabled=True, value=self.padding_value, prompt_width=prompts.width or 0)
+
+    def _generate(self, prompts: Prompts, sampling: SamplingParams) -> list[TensorDict]:
+        replies_S, resumes_S = generate_resuming(
+            self.pool,
+            prompts.ids_B_T,
+            sampling,
+            max_resumes=self.settings.max_resumes,
+            return_logprobs=self.return_log_probs,
+            prompt_logprobs=self.settings.asks_prompt_log_probs,
+        )
+        return generated_rows(
+            prompts,
+            replies_S,
+            self.settings,
+            sampling,
+            self._padding(prompts),
+            None if self.input_mode == "tokens" else self.tokenizer,
+            resumes_S=resumes_S,
+            errors_B=[""] * len(prompts.ids_B_T),
+        )
+
+    def _score(self, prompts: Prompts) -> list[TensorDict]:
+        replies_B = self.pool.generate(prompts.ids_B_T, SamplingParams(max_new_tokens=0), prompt_logprobs=True)
+        return scored_rows(prompts, replies_B, self.settings, self._padding(prompts))
+
+    def _write(self, out: TensorDictBase, source: TensorDictBase, target: TensorDictBase | None) -> TensorDictBase:
+        if target is None:
+            if self.inplace is False:
+                return out
+            target = source if self.inplace is True else source.empty()
+        target = target.exclude(*self.out_keys, inplace=True)
+        return target.update(out, keys_to_update=self.out_keys)

@@ -1,0 +1,127 @@
+"""Generation that survives interruption: an aborted response is taken up again from the tokens it has.
+
+Shapes: ``B`` prompts of ``P`` tokens, ``n`` responses each, ``S = B * n`` responses prompt-major.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Protocol
+
+from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.rollout.generation import join_spans
+
+__all__ = ["CanGenerate", "generate_resuming", "is_resumable"]
+
+_MOST_REQUESTS_AT_ONCE = 8
+
+
+class CanGenerate(Protocol):
+    """What the rollout needs of a pool of servers."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        return_logprobs: bool = True,
+        prompt_logprobs: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[GenerateReply]:
+        """``sampling.n`` replies per prompt, prompt-major."""
+        ...
+
+
+def is_resumable(reply: GenerateReply, sampling: SamplingParams) -> bool:
+    """Whether an interrupted response can be continued from its tokens.
+
+    A response under a grammar can't: the grammar would start anew in the middle.
+
+    Examples:
+        >>> cut = GenerateReply(output_ids=[5], finish_reason="abort")
+        >>> is_resumable(cut, SamplingParams(max_new_tokens=4))
+        True
+        >>> is_resumable(cut, SamplingParams(max_new_tokens=4, regex="[a-z]*"))
+        False
+    """
+    grammar = sampling.regex or sampling.json_schema or sampling.ebnf or sampling.structural_tag
+    return reply.finish_reason == "abort" and not grammar and len(reply.output_ids) < sampling.max_new_tokens
+
+
+def generate_resuming(
+    pool: CanGenerate,
+    prompts_B_P: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    *,
+    max_resumes: int,
+    return_logprobs: bool = True,
+    prompt_logprobs: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[GenerateReply], list[int]]:
+    """Generate, and continue what was aborted with its tokens, log-probs and weight versions kept.
+
+    Frequency, presence and repetition penalties of a continued part don't count the tokens of the part before it.
+
+    Args:
+        pool: where to generate.
+        prompts_B_P: prompt ids.
+        sampling: how tokens are drawn.
+        max_resumes: most continuations per response; what is still aborted then stays so.
+        return_logprobs: ask for response log-probs.
+        prompt_logprobs: ask for prompt log-probs.
+        progress: called with the number of tokens made so far.
+
+    Returns:
+        ``S`` replies, and per reply how often it was continued.
+    """
+    replies_S = pool.generate(
+        prompts_B_P, sampling, return_logprobs=return_logprobs, prompt_logprobs=prompt_logprobs, progress=progress
+    )
+    resumes_S = [0] * len(replies_S)
+    for _ in range(max_resumes):
+        by_left: dict[int, list[int]] = defaultdict(list)
+        for index, reply in enumerate(replies_S):
+            if is_resumable(reply, sampling):
+                by_left[sampling.max_new_tokens - len(reply.output_ids)].append(index)
+        if not by_left:
+            break
+
+        def go_on(group: tuple[int, list[int]]) -> list[GenerateReply]:
+            left, indices = group
+            # Responses cut at the same time have mostly the same length, so these are few requests.
+            done = sampling.max_new_tokens - left
+            rest = replace(
+                sampling, n=1, max_new_tokens=left, min_new_tokens=min(left, max(0, sampling.min_new_tokens - done))
+            )
+            prompts = [[*prompts_B_P[i // sampling.n], *replies_S[i].output_ids] for i in indices]
+            return pool.generate(prompts, rest, return_logprobs=return_logprobs)
+
+        groups = list(by_left.items())
+        with ThreadPoolExecutor(min(len(groups), _MOST_REQUESTS_AT_ONCE)) as executor:
+            for (_, indices), parts in zip(groups, executor.map(go_on, groups), strict=True):
+                for index, part in zip(indices, parts, strict=True):
+                    replies_S[index] = _joined(replies_S[index], part)
+                    resumes_S[index] += 1
+    return replies_S, resumes_S
+
+
+def _joined(first: GenerateReply, second: GenerateReply) -> GenerateReply:
+    scores = None
+    if first.output_logprobs is not None and second.output_logprobs is not None:
+        scores = [*first.output_logprobs, *second.output_logprobs]
+    return replace(
+        second,
+        output_ids=[*first.output_ids, *second.output_ids],
+        output_logprobs=scores,
+        prompt_logprobs=first.prompt_logprobs,
+        text=first.text + second.text,
+        prompt_tokens=first.prompt_tokens,
+        completion_tokens=len(first.output_ids) + len(second.output_ids),
+        cached_tokens=first.cached_tokens,
+        weight_spans=join_spans(first.weight_spans, second.weight_spans, len(first.output_ids)),
+        latency_s=first.latency_s + second.latency_s,
+    )

@@ -1,0 +1,64 @@
+"""Log-probs of sequences that are already there (``generate=False``), in one request.
+
+Shapes: ``B`` sequences of ``T`` tokens each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import MetaData
+from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
+
+from torchrl_sglang.errors import ProtocolError
+from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.rollout.outputs import Padding, first_zero, to_rows
+
+__all__ = ["score_rows"]
+
+
+def score_rows(
+    ids_B_T: Sequence[Sequence[int]],
+    replies_B: Sequence[GenerateReply],
+    padding: Padding,
+    *,
+    assistant_B_T: Sequence[Sequence[bool]] | None = None,
+) -> list[dict[str, Any]]:
+    """``tokens.full``, ``masks`` and ``log_probs.full`` of every sequence; padded on the left when padded.
+
+    The first token of a sequence is conditioned on nothing; its log-prob is 0, as TorchRL's wrappers have it. These
+    log-probs are never tempered.
+
+    Args:
+        ids_B_T: the sequences.
+        replies_B: what the server answered; only ``prompt_logprobs`` is read.
+        padding: dense or ragged.
+        assistant_B_T: which tokens the assistant wrote, if known.
+
+    Raises:
+        ProtocolError: a server answered with another number of log-probs than it was given tokens.
+    """
+    for index, (ids_T, reply) in enumerate(zip(ids_B_T, replies_B, strict=True)):
+        known = len(reply.prompt_logprobs or ())
+        if known != len(ids_T):
+            raise ProtocolError(
+                f"{reply.server} answered {known} prompt log-probs for the {len(ids_T)} tokens of batch index {index}",
+                server=reply.server,
+            )
+    mark = MetaData(padding.enabled)
+    full = to_rows(ids_B_T, torch.long, padding, padding.value, "left")
+    attended = to_rows([[True] * len(ids_T) for ids_T in ids_B_T], torch.bool, padding, False, "left")
+    scores = to_rows([first_zero(r.prompt_logprobs or []) for r in replies_B], torch.float32, padding, 0.0, "left")
+    assistant: Sequence[torch.Tensor | None] = [None] * len(full)
+    if assistant_B_T is not None:
+        assistant = to_rows(assistant_B_T, torch.bool, padding, False, "left")
+    return [
+        {
+            "tokens": Tokens(full=f, padded=mark),
+            "masks": Masks(all_attention_mask=a, all_assistant_mask=m, padded=mark),
+            "log_probs": LogProbs(full=s, padded=mark),
+        }
+        for f, a, m, s in zip(full, attended, assistant, scores, strict=True)
+    ]

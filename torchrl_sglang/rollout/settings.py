@@ -1,0 +1,227 @@
+"""What a policy was asked to do, checked and with TorchRL's defaults filled in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+from tensordict import NestedKey
+
+from torchrl_sglang.config import SamplingParams, nearest_name
+from torchrl_sglang.errors import ConfigError
+
+__all__ = ["InputMode", "RolloutSettings"]
+
+InputMode = Literal["history", "text", "tokens"]
+
+# Settled for the tokenizer by what is done with its output; a caller may repeat them but not change them.
+_TOKENIZER_FIXED = {"return_attention_mask": (True,), "padding_side": ("left",), "padding": (True, False)}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """The keyword arguments of :class:`~torchrl_sglang.SGLangWrapper`, under their names; documented there."""
+
+    tokenizer: Any | str | None = None
+    input_mode: InputMode = "history"
+    input_key: NestedKey | None = None
+    attention_mask_key: NestedKey = "attention_mask"
+    generate: bool = True
+    generate_kwargs: dict[str, Any] | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+    pad_output: bool = False
+    pad_model_input: bool | None = None
+    inplace: Literal[True, False, "empty"] | None = None
+    device: torch.device | str | int | None = None
+    layout: torch.layout | None = None
+    num_samples: int | None = None
+    chat_template_name: str | None = None
+    chat_template: str | None = None
+    return_log_probs: bool | None = None
+    history_key: NestedKey = "history"
+    text_key: NestedKey = "text"
+    tokens_key: NestedKey = "tokens"
+    masks_key: NestedKey = "masks"
+    log_probs_key: NestedKey = "log_probs"
+    generation_key: NestedKey | None = "generation"
+    batching: bool | None = None
+    min_batch_size: int | None = None
+    max_batch_size: int | None = None
+    batching_timeout: float = 10.0
+    prefer_tokens: bool = False
+    on_overlong: Literal["raise", "truncate_left"] = "raise"
+    on_error: Literal["raise", "mask"] = "raise"
+    progress: bool = False
+    max_resumes: int = 8
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("input_mode", get_args(InputMode)),
+            ("on_overlong", ("raise", "truncate_left")),
+            ("on_error", ("raise", "mask")),
+            ("inplace", (None, True, False, "empty")),
+        ):
+            value = getattr(self, name)
+            _require(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
+        for name in ("generate", "pad_output", "prefer_tokens", "progress"):
+            _require(isinstance(getattr(self, name), bool), f"{name} must be a boolean, got {getattr(self, name)!r}")
+        _require(self.pad_model_input is None, "pad_model_input is not supported: servers take ragged input; remove it")
+        _require(
+            self.layout in (None, torch.strided),
+            f"layout={self.layout} is not supported: ragged output is one strided tensor per sequence; "
+            "td.get(key, as_nested_tensor=True, layout=torch.jagged) gives a nested tensor of it",
+        )
+        _require(self.max_resumes >= 0, f"max_resumes must be at least 0, got {self.max_resumes}")
+        _require(
+            self.return_log_probs is not False or self.generate, "return_log_probs must be True when generate=False."
+        )
+        self._check_batching()
+        self._check_tokenizer_kwargs()
+        _ = self.sampling, self.samples, self.returns_log_probs, self.writes_inplace  # each raises what is wrong
+
+    def _check_batching(self) -> None:
+        sizes = (self.min_batch_size, self.max_batch_size)
+        _require(
+            self.batching is not False or sizes == (None, None),
+            "min_batch_size and max_batch_size must be None if batching is False.",
+        )
+        for name, size in zip(("min_batch_size", "max_batch_size"), sizes, strict=True):
+            _require(size is None or size >= 1, f"{name} must be at least 1, got {size}")
+        if self.min_batch_size is not None and self.max_batch_size is not None:
+            _require(
+                self.min_batch_size <= self.max_batch_size,
+                f"min_batch_size ({self.min_batch_size}) must be <= max_batch_size ({self.max_batch_size})",
+            )
+        _require(self.batching_timeout > 0, f"batching_timeout must be positive, got {self.batching_timeout}")
+
+    def _check_tokenizer_kwargs(self) -> None:
+        for name, allowed in _TOKENIZER_FIXED.items():
+            value = (self.tokenizer_kwargs or {}).get(name, allowed[0])
+            _require(value in allowed, f"tokenizer_kwargs[{name!r}] must be {allowed[0]}, got {value!r}")
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> RolloutSettings:
+        """Build from keyword arguments.
+
+        Raises:
+            ConfigError: an unknown name (the nearest valid one is offered) or a bad value.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in kwargs:
+            _require(name in known, f"unknown argument {name!r}.{nearest_name(name, known)}")
+        return cls(**kwargs)
+
+    def changed(self, **kwargs: Any) -> RolloutSettings:
+        """These settings with some replaced. An ``input_key`` of another mode is forgotten unless given anew."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if any(kwargs.get(name, values[name]) != values[name] for name in ("input_mode", "generate")):
+            values["input_key"] = None
+        if kwargs.get("generate") is False:
+            values["return_log_probs"] = None
+        return self.from_kwargs(**{**values, **kwargs})
+
+    # ------------------------------------------------------------------ what follows from them
+
+    @property
+    def source_key(self) -> NestedKey:
+        """Where the input is."""
+        if self.input_key is not None:
+            return self.input_key
+        return (self.input_mode, "prompt" if self.generate else "full")
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """What the policy writes, in vLLMWrapper's order."""
+        keys = [self.text_key] if self.input_mode != "tokens" else []
+        keys += [self.masks_key, self.tokens_key]
+        if self.returns_log_probs:
+            keys.append(self.log_probs_key)
+        if self.input_mode == "history":
+            keys.append(self.history_key)
+        if self.generate and self.generation_key is not None:
+            keys.append(self.generation_key)
+        return keys
+
+    @property
+    def _own_kwargs(self) -> dict[str, Any]:
+        """The generation arguments that are about the reply, not about drawing tokens."""
+        return {k: v for k, v in (self.generate_kwargs or {}).items() if k in ("logprobs", "prompt_logprobs")}
+
+    @property
+    def returns_log_probs(self) -> bool:
+        """Whether log-probs are written."""
+        wanted = self._own_kwargs.get("logprobs")
+        _require(
+            wanted is None or int(wanted) <= 1,
+            f"logprobs={wanted!r}: only the log-prob of the chosen token is returned; use logprobs=True",
+        )
+        if wanted is not None and self.generate and self.return_log_probs is not None:
+            _require(
+                bool(wanted) == self.return_log_probs,
+                f"generate_kwargs['logprobs']={wanted!r} contradicts return_log_probs={self.return_log_probs}",
+            )
+        if not self.generate:
+            return True
+        if self.return_log_probs is not None:
+            return self.return_log_probs
+        return True if wanted is None else bool(wanted)
+
+    @property
+    def asks_prompt_log_probs(self) -> bool:
+        """Whether prompt log-probs are asked for while generating."""
+        return self.returns_log_probs and bool(self._own_kwargs.get("prompt_logprobs"))
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How tokens are drawn; ``n`` is the number of samples."""
+        given = {k: v for k, v in (self.generate_kwargs or {}).items() if k not in self._own_kwargs}
+        sampling = SamplingParams.from_kwargs(**given)
+        if self.num_samples is not None:
+            _require(
+                isinstance(self.num_samples, int) and self.num_samples >= 1,
+                f"num_samples must be at least 1, got {self.num_samples}",
+            )
+            _require(
+                sampling.n in (1, self.num_samples),
+                f"num_samples={self.num_samples} differs from generate_kwargs['n']={sampling.n}.",
+            )
+            sampling = sampling.updated(n=self.num_samples)
+        return sampling
+
+    @property
+    def samples(self) -> int | None:
+        """Size of the sample dimension; ``None`` when there is none."""
+        if not self.generate:
+            return None
+        return self.sampling.n if self.sampling.n > 1 or self.num_samples is not None else None
+
+    @property
+    def writes_inplace(self) -> Literal[True, False, "empty"]:
+        """``inplace`` with its default: in place, unless several samples need a dimension more."""
+        if self.samples is None:
+            return True if self.inplace is None else self.inplace
+        _require(not self.inplace, "inplace must be False (or None) when generating more than one sample.")
+        return False
+
+    @property
+    def template_kwargs(self) -> dict[str, str]:
+        """What names the chat template."""
+        given = {"chat_template_name": self.chat_template_name, "chat_template": self.chat_template}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def text_kwargs(self) -> dict[str, Any]:
+        """What the tokenizer is called with: padding and tensors come later."""
+        return {
+            k: v for k, v in (self.tokenizer_kwargs or {}).items() if k not in (*_TOKENIZER_FIXED, "return_tensors")
+        }
+
+    def decoding(self, name: str) -> Any:
+        """A decoding argument as the caller gave it, else ``None``."""
+        return (self.generate_kwargs or {}).get(name)
