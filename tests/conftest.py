@@ -211,8 +211,8 @@ def no_server_is_left() -> Iterator[None]:
     assert not left, f"server processes were left behind: {[' '.join(p.info['cmdline'])[:200] for p in left]}"
 
 
-# Processes of the fixtures' servers, as (pid, start time). SGLang's workers overwrite their environment with a title, so
-# that an orphaned one carries no mark any more.
+# Processes of the fixtures' servers, as (pid, start time). SGLang's workers overwrite their environment with a title,
+# so that an orphaned one carries no mark any more.
 SEEN: set[tuple[int, float]] = set()
 
 
