@@ -1,6 +1,88 @@
-"""TorchRL trains, SGLang generates: the policy and the weight sync that make them one system."""
+"""TorchRL trains, SGLang generates: the policy and the weight sync that make them one system.
+
+Names are loaded when they are first used: settings and errors cost nothing, the policy brings torchrl along.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torchrl_sglang.config import ClientConfig, SamplingParams, ServerConfig, SyncConfig
-from torchrl_sglang.errors import SGLangError
+from torchrl_sglang.errors import (
+    ConfigError,
+    ProtocolError,
+    RequestRejectedError,
+    ServerError,
+    ServerLostError,
+    ServerStartError,
+    ServerTimeoutError,
+    ServerUnreachableError,
+    SGLangError,
+    WeightCoverageError,
+    WeightSyncError,
+    WeightUpdateError,
+)
 
-__all__ = ["ClientConfig", "SGLangError", "SamplingParams", "ServerConfig", "SyncConfig"]
+if TYPE_CHECKING:
+    from torchrl_sglang.client import SGLangClient
+    from torchrl_sglang.engine import AsyncSGLang
+    from torchrl_sglang.pool import SGLangPool
+    from torchrl_sglang.rollout import Generation, SGLangWrapper
+    from torchrl_sglang.server import SGLangServer
+    from torchrl_sglang.weights import SGLangWeightSyncScheme, SyncReport, WeightSync
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "AsyncSGLang": "torchrl_sglang.engine",
+    "Generation": "torchrl_sglang.rollout",
+    "SGLangClient": "torchrl_sglang.client",
+    "SGLangPool": "torchrl_sglang.pool",
+    "SGLangServer": "torchrl_sglang.server",
+    "SGLangWeightSyncScheme": "torchrl_sglang.weights",
+    "SGLangWrapper": "torchrl_sglang.rollout",
+    "SyncReport": "torchrl_sglang.weights",
+    "WeightSync": "torchrl_sglang.weights",
+}
+
+__all__ = [
+    "AsyncSGLang",
+    "ClientConfig",
+    "ConfigError",
+    "Generation",
+    "ProtocolError",
+    "RequestRejectedError",
+    "SGLangClient",
+    "SGLangError",
+    "SGLangPool",
+    "SGLangServer",
+    "SGLangWeightSyncScheme",
+    "SGLangWrapper",
+    "SamplingParams",
+    "ServerConfig",
+    "ServerError",
+    "ServerLostError",
+    "ServerStartError",
+    "ServerTimeoutError",
+    "ServerUnreachableError",
+    "SyncConfig",
+    "SyncReport",
+    "WeightCoverageError",
+    "WeightSync",
+    "WeightSyncError",
+    "WeightUpdateError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

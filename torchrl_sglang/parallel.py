@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torchrl_sglang.errors import SGLangError
 
@@ -30,10 +30,21 @@ class Outcome(Generic[Result]):
 
 
 class Task(Generic[Result]):
-    """One call running in a daemon thread: an interrupted program never waits for a server that doesn't answer."""
+    """One call running in a daemon thread: an interrupted program never waits for a server that doesn't answer.
 
-    def __init__(self, call: Callable[[], Result], *, name: str) -> None:
+    Args:
+        call: what to run.
+        name: name of the thread.
+        on_done: called in that thread when the call has ended.
+    """
+
+    def __init__(
+        self, call: Callable[[], Result], *, name: str, on_done: Callable[[Task[Result]], None] | None = None
+    ) -> None:
+        self.name = name
         self._call = call
+        self._on_done = on_done
+        self._finished = threading.Event()
         self._value: Result | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -44,25 +55,33 @@ class Task(Generic[Result]):
             self._value = self._call()
         except BaseException as error:  # handed to whoever waits for the outcome, never swallowed
             self._error = error
+        finally:
+            self._call = _nothing  # whatever the call held (a buffer, a group) is free again
+            self._finished.set()
+            if self._on_done is not None:
+                self._on_done(self)
 
     @property
     def done(self) -> bool:
         """Whether the call has ended."""
-        return not self._thread.is_alive()
+        return self._finished.is_set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the call to end; ``False`` if it still runs after ``timeout_s``."""
-        self._thread.join(timeout_s)
-        return self.done
+        return self._finished.wait(timeout_s)
 
     def outcome(self) -> Outcome[Result]:
         """Wait for the call and return its outcome; an error that is not one of ours is raised here."""
-        self._thread.join()
+        self._finished.wait()
         if self._error is None:
             return Outcome(value=self._value)
         if isinstance(self._error, SGLangError):
             return Outcome(error=self._error)
         raise self._error
+
+
+def _nothing() -> Any:
+    return None
 
 
 def side_by_side(calls: Mapping[str, Callable[[], Result]]) -> dict[str, Outcome[Result]]:

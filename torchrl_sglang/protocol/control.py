@@ -18,6 +18,7 @@ __all__ = [
     "build_flush",
     "build_init_group",
     "build_load_lora",
+    "build_loads",
     "build_pause",
     "build_ready",
     "build_release_memory",
@@ -28,6 +29,7 @@ __all__ = [
     "build_update_from_disk",
     "check_success",
     "parse_checksum",
+    "parse_loads",
 ]
 
 
@@ -38,6 +40,29 @@ def _post(path: str, body: Mapping[str, Any], **options: Any) -> HttpRequest:
 def build_ready() -> HttpRequest:
     """Answers in milliseconds, also while paused; ``/health`` would generate a token, and says 503 while paused."""
     return HttpRequest(method="GET", path="/ready", timeout="probe", repeatable=True)
+
+
+def build_loads(*, legacy: bool = False) -> HttpRequest:
+    """How many requests a server holds; ``legacy`` for servers before 0.5.21."""
+    return HttpRequest(method="GET", path="/get_load" if legacy else "/v1/loads", timeout="probe", repeatable=True)
+
+
+def parse_loads(answer: Any) -> int:
+    """Number of requests running or waiting, from either form of the answer.
+
+    Examples:
+        >>> parse_loads({"loads": [{"num_running_reqs": 2, "num_waiting_reqs": 1}]})
+        3
+        >>> parse_loads([{"num_reqs": 2, "num_waiting_reqs": 1}])
+        2
+    """
+    entries = answer.get("loads", []) if isinstance(answer, Mapping) else answer
+    return sum(
+        entry["num_running_reqs"] + entry.get("num_waiting_reqs", 0)
+        if "num_running_reqs" in entry
+        else entry.get("num_reqs", 0)
+        for entry in entries
+    )
 
 
 def build_pause(mode: Literal["abort", "retract", "in_place"]) -> HttpRequest:

@@ -1,0 +1,7 @@
+"""From a trainer's weights to bytes on the wire: sources, coverage, buckets, group, session, scheme, proof."""
+
+from torchrl_sglang.weights.report import SyncReport
+from torchrl_sglang.weights.scheme import SGLangWeightSyncScheme
+from torchrl_sglang.weights.sync import WeightSync
+
+__all__ = ["SGLangWeightSyncScheme", "SyncReport", "WeightSync"]

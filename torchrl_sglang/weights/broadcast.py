@@ -1,0 +1,141 @@
+"""The default road: one process group over trainer and servers, buckets broadcast inside one update session."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+
+import torch
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.version import WeightVersion
+from torchrl_sglang.weights.buckets import Bucket
+from torchrl_sglang.weights.group import WeightGroup
+from torchrl_sglang.weights.packing import BucketPacker
+from torchrl_sglang.weights.session import UpdateSession
+from torchrl_sglang.weights.transfer import Transfer
+
+__all__ = ["BroadcastRoad", "Packing"]
+
+PackedBuckets = Generator[tuple[Bucket, torch.Tensor], None, None]
+Packing = Callable[[BucketPacker], PackedBuckets]
+"""Turns a packer's buffers into buckets with their bytes, each made when it is asked for."""
+
+
+class BroadcastRoad:
+    """Sends weights over a process group that is kept from one sync to the next.
+
+    After a failure the group is dropped, since some rank may be lost in a collective; the next send makes a new one.
+    """
+
+    name = "broadcast"
+
+    def __init__(self, pool: SGLangPool, config: SyncConfig) -> None:
+        self._pool = pool
+        self._config = config
+        self._groups: list[WeightGroup] = []
+        self._packer: BucketPacker | None = None
+
+    def connect(self, clients: Sequence[SGLangClient]) -> None:
+        """Make the process group, if it is not there yet for exactly these servers.
+
+        Raises:
+            ConfigError: a server can't take part in a weight group.
+            WeightUpdateError: a server did not join.
+        """
+        _refuse_impossible(clients)
+        members = [client.url for group in self._groups for client in group.clients]
+        if members == [client.url for client in clients]:
+            return
+        self.close()
+        if self._config.groups == "per_server":
+            self._groups = [WeightGroup.form([client], self._config) for client in clients]
+        else:
+            self._groups = [WeightGroup.form(clients, self._config)]
+
+    def send(
+        self,
+        clients: Sequence[SGLangClient],
+        packing: Packing,
+        version: WeightVersion,
+        deadline: float,
+    ) -> UpdateSession:
+        """Put the weights on the servers.
+
+        Args:
+            clients: the servers.
+            packing: makes the packed buckets, given the buffers to use.
+            version: what they will be called.
+            deadline: ``time.monotonic()`` value by which everything has to be done.
+
+        Returns:
+            The finished session, which knows how long each phase took.
+
+        Raises:
+            WeightUpdateError: what went wrong, and what each server holds now.
+        """
+        start = time.monotonic()
+        self.connect(clients)
+        if self._packer is None:
+            self._packer = BucketPacker(self._groups[0].device)
+        packed = packing(self._packer)
+        try:
+            return self._send(clients, packed, version, deadline, start)
+        finally:
+            packed.close()  # lets a sharded source's other ranks go, however this ended
+
+    def _send(
+        self,
+        clients: Sequence[SGLangClient],
+        packed: PackedBuckets,
+        version: WeightVersion,
+        deadline: float,
+        start: float,
+    ) -> UpdateSession:
+        first = next(packed, None)  # gathered, checked and flattened while the servers still generate
+        session = UpdateSession(self._pool, clients, version=version, config=self._config, deadline=deadline)
+        session.seconds["prepare"] = time.monotonic() - start
+        transfer = Transfer(self._groups, self._config, deadline)
+        try:
+            with session:
+                session.transfer(transfer, _chain(first, packed))
+        except BaseException:
+            self.drop()
+            raise
+        return session
+
+    def drop(self) -> None:
+        """Let go of the groups without asking the servers, which may be stuck in them."""
+        for group in self._groups:
+            group.drop()
+        self._groups = []
+
+    def close(self) -> None:
+        """Take the groups down on both sides."""
+        for group in self._groups:
+            group.close()
+        self._groups = []
+
+
+def _chain(first: tuple[Bucket, torch.Tensor] | None, rest: PackedBuckets) -> PackedBuckets:
+    if first is not None:
+        yield first
+        yield from rest
+
+
+def _refuse_impossible(clients: Sequence[SGLangClient]) -> None:
+    for client in clients:
+        info = client.info
+        if info.dp_size > 1:
+            raise ConfigError(
+                f"{client.url} runs dp_size={info.dp_size} replicas inside one server, and SGLang's weight updates "
+                "reach only one of them: use several servers instead (AsyncSGLang.from_pretrained(..., dp_size=N))"
+            )
+        if info.pp_size > 1:
+            raise ConfigError(
+                f"{client.url} runs pp_size={info.pp_size} pipeline stages, whose ranks collide in a weight group: "
+                "use tensor parallelism, or SyncConfig(road='disk')"
+            )

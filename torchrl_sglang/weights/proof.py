@@ -1,0 +1,131 @@
+"""Proof that a sync arrived: one fixed prompt scored on every server, and by the trainer's model where it can be called.
+
+A server answers 200 to names it does not know, and over NCCL even before the data is there: only an answer made with
+the new weights proves anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import SamplingParams, SyncConfig
+from torchrl_sglang.errors import ServerWeights, WeightUpdateError
+from torchrl_sglang.parallel import side_by_side
+from torchrl_sglang.protocol.control import build_checksum, parse_checksum
+from torchrl_sglang.protocol.generate import build_generate, parse_generate
+
+__all__ = ["compare_checksums", "probe_ids", "prove", "trainer_logprobs"]
+
+_PROBE_TOKENS = 12
+
+
+def probe_ids(vocab_size: int) -> list[int]:
+    """The fixed prompt: token ids spread over the vocabulary, so that rows all over the embedding take part.
+
+    Examples:
+        >>> probe_ids(320)[:4]
+        [1, 268, 216, 164]
+    """
+    return [1 + (index * 7919) % (vocab_size - 1) for index in range(_PROBE_TOKENS)]
+
+
+def prove(
+    clients: Sequence[SGLangClient], *, vocab_size: int, model: nn.Module | None, config: SyncConfig, exact: bool
+) -> float:
+    """Score the fixed prompt everywhere and compare.
+
+    Args:
+        clients: the servers that were updated.
+        vocab_size: number of valid token ids.
+        model: the trainer's model; ``None`` compares the servers with each other only.
+        config: tolerance.
+        exact: trainer and servers compute in float32, so the narrow tolerance holds.
+
+    Returns:
+        The largest log-prob difference seen (natural log).
+
+    Raises:
+        WeightUpdateError: a server did not answer, or answers as another model; ``server_weights`` names it.
+    """
+    ids = probe_ids(vocab_size)
+    outcomes = side_by_side({client.url: _Scoring(client, ids) for client in clients})
+    scores: dict[str, torch.Tensor] = {}
+    for url, outcome in outcomes.items():
+        if outcome.error is not None:
+            raise WeightUpdateError(
+                f"{url} could not prove its new weights: {outcome.error}", server_weights={url: "mixed"}
+            ) from outcome.error
+        scores[url] = torch.tensor(outcome.unwrap(), dtype=torch.float64)
+    first = clients[0].url
+    reference, whose = (trainer_logprobs(model, ids), "the trainer") if model is not None else (scores[first], first)
+    atol = config.verify_atol if config.verify_atol is not None else (1e-3 if exact else 0.5)
+    gaps = {url: float((score - reference).abs().max()) for url, score in scores.items()}
+    wrong = {url: gap for url, gap in gaps.items() if not gap <= atol}  # also catches NaN
+    if wrong:
+        states: dict[str, ServerWeights] = dict.fromkeys(wrong, "mixed")
+        raise WeightUpdateError(
+            "after the update "
+            + ", ".join(f"{url} differs from {whose} by {gap:.2g} in log-prob" for url, gap in wrong.items())
+            + f" (tolerance {atol:g}). Does the trainer's model compute what the served checkpoint's architecture does?"
+            " SyncConfig.verify_atol widens the tolerance",
+            server_weights=states,
+        )
+    return max(gaps.values())
+
+
+class _Scoring:
+    """Asks one server for the log-probs of the fixed prompt, past the pool: the server is not in routing yet."""
+
+    def __init__(self, client: SGLangClient, ids: list[int]) -> None:
+        self._client = client
+        self._ids = ids
+
+    def __call__(self) -> list[float]:
+        request = build_generate([self._ids], SamplingParams(max_new_tokens=0), prompt_logprobs=True)
+        answer = self._client.send(request, timeout_s=self._client.config.update_timeout_s)
+        (reply,) = parse_generate(answer, num_expected=1, server=self._client.url, prompt_logprobs=True)
+        return [value for value in reply.prompt_logprobs or [] if value is not None]
+
+
+@torch.no_grad()
+def trainer_logprobs(model: nn.Module, ids: Sequence[int]) -> torch.Tensor:
+    """Log-prob of each token of ``ids`` after the first, by the trainer's model: float64, shape ``(len(ids) - 1,)``."""
+    device = next(model.parameters()).device
+    with _evaluating(model):
+        logits = model(input_ids=torch.tensor([list(ids)], device=device)).logits[0, :-1]
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    targets = torch.tensor(list(ids[1:]), device=device)
+    return log_probs.gather(1, targets[:, None])[:, 0].double().cpu()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off for the probe; every submodule's own mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def compare_checksums(clients: Sequence[SGLangClient]) -> None:
+    """Compare the hashes of every tensor that the servers hold with those of the first server.
+
+    Raises:
+        WeightUpdateError: a server holds other tensors than the first.
+    """
+    sums = {client.url: parse_checksum(client.send(build_checksum())) for client in clients}
+    first = clients[0].url
+    for url, tensors in sums.items():
+        different = sorted(name for name in sums[first].keys() | tensors if sums[first].get(name) != tensors.get(name))
+        if different:
+            raise WeightUpdateError(
+                f"{url} holds other weights than {first}: {', '.join(different[:5])}", server_weights={url: "mixed"}
+            )

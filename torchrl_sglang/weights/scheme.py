@@ -1,0 +1,170 @@
+"""``SGLangWeightSyncScheme``: what a TorchRL collector calls when the policy's weights changed.
+
+Private names of torchrl's base class are used here and nowhere else in ``weights``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchrl.weight_update import weight_sync_schemes as _host
+from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.weights.report import SyncReport
+from torchrl_sglang.weights.sync import WeightSync
+
+__all__ = ["SGLangWeightSyncScheme"]
+
+
+class SGLangWeightSyncScheme(WeightSyncScheme):
+    """Sends a policy's weights to SGLang servers whenever the collector is told to update them.
+
+    Args:
+        servers: an :class:`~torchrl_sglang.AsyncSGLang`, an :class:`~torchrl_sglang.SGLangPool`, or the URL(s) of
+            running servers.
+        model: when given, its weights are sent as soon as the collector connects, so that the first rollout already
+            uses them; otherwise the servers serve what they were started with until the first update.
+        config: how weights travel; see :class:`~torchrl_sglang.SyncConfig`.
+
+    Raises:
+        ConfigError: ``servers`` is none of these.
+
+    The collector hands on whatever ``update_policy_weights_`` was given: a module, a nested TensorDict, or a flat
+    dict of tensors. The servers hold the new weights when the call returns, or it raises.
+
+    Examples:
+        >>> collector = Collector(env, policy, frames_per_batch=64,
+        ...                       weight_sync_schemes={"policy": SGLangWeightSyncScheme(engine)})   # doctest: +SKIP
+        >>> collector.update_policy_weights_(actor)                                                 # doctest: +SKIP
+    """
+
+    def __init__(self, servers: Any, *, model: Any = None, config: SyncConfig | None = None) -> None:
+        super().__init__("tensordict")
+        self.pool = _pool_of(servers)
+        self.config = config or SyncConfig()
+        self._initial_weights = model
+        self._sync: WeightSync | None = None
+        self._is_receiver = False
+
+    @property
+    def sync(self) -> WeightSync:
+        """The machinery behind the scheme; made on first use, so that a pickled copy carries no socket."""
+        if self._sync is None:
+            self._sync = WeightSync(self.pool, self.config)
+        return self._sync
+
+    @property
+    def last_report(self) -> SyncReport | None:
+        """What the last successful sync did."""
+        return None if self._sync is None else self._sync.last_report
+
+    # ------------------------------------------------------------------ the sender: the trainer's process
+
+    def _init_on_sender_impl(self, model_id: str | None = None, context: Any = None, **kwargs: Any) -> None:
+        """Called by every kind of collector with its own extras; multi-process ones call it before their workers
+        start, so nothing that must not be inherited is made here."""
+        self.model_id = model_id or "policy"
+        self.context = context
+        self._register_worker_sender(worker_idx=0)
+
+    def create_transport(self, **kwargs: Any) -> _Transport:
+        """One transport stands for all servers: they are told together."""
+        return _Transport(self)
+
+    def prepare_weights(self, weights: Any, model_id: str, strategy: Any, context: Any = None) -> Any:
+        """Hand weights on as they came: turning a module into a TensorDict would lose what it can compute.
+
+        Raises:
+            ConfigError: no weights were given. The collector's own policy is the wrapper, which holds none.
+        """
+        if weights is None or (hasattr(weights, "is_empty") and weights.is_empty()):
+            raise ConfigError(
+                "no weights to send: the collector's policy generates on SGLang servers and holds none itself. Pass "
+                "the trained model: collector.update_policy_weights_(model)"
+            )
+        return weights
+
+    def _iterate_transports(self, worker_ids: int | list[int] | None = None) -> Any:
+        """Workers share the servers, so whichever are named, the servers are told once."""
+        return super()._iterate_transports(None)
+
+    def _setup_connection_and_weights_on_sender_impl(
+        self, *, worker_idx: int | None = None, weights: Any | None = None
+    ) -> None:
+        weights = weights if weights is not None else self._initial_weights
+        self._initial_weights = None
+        if weights is not None:
+            self.sync.push(weights)
+        else:
+            self.pool.connect()
+
+    # ------------------------------------------------------------------ the receiver: a collector's worker process
+
+    def _init_on_receiver_impl(self, model_id: str, context: Any = None, **kwargs: Any) -> None:
+        """Workers only talk to the servers; nothing arrives at them."""
+        self.model_id = model_id
+        self.worker_idx = kwargs.get("worker_idx")
+        self.context = context
+
+    def _setup_connection_and_weights_on_receiver_impl(self, *, worker_idx: int | None = None) -> None:
+        """Nothing to set up in a worker."""
+
+    # ------------------------------------------------------------------ life
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state["_sync"] = None
+        state["_initial_weights"] = None  # the sender's affair; a worker must not carry a model
+        state["_sender_transports"] = None
+        state["_receiver_transport"] = None
+        state["_shared_transport"] = None
+        return state
+
+    def shutdown(self) -> None:
+        """Take the process group down. The servers go on serving."""
+        super().shutdown()
+        sync = getattr(self, "_sync", None)
+        if sync is not None:
+            sync.close()
+            self._sync = None
+
+
+class _Transport:
+    """TorchRL's transport contract; the work is done by :class:`WeightSync`."""
+
+    def __init__(self, scheme: SGLangWeightSyncScheme) -> None:
+        self._scheme = scheme
+
+    def send_weights(self, weights: Any) -> None:
+        self._scheme.sync.push(weights)
+
+    def receive_weights(self, timeout: float | None = None, **kwargs: Any) -> None:
+        return None
+
+    def setup_connection_and_weights_on_sender(self) -> None:
+        return None
+
+    def setup_connection_and_weights_on_receiver(self, **kwargs: Any) -> None:
+        return None
+
+
+def _pool_of(servers: Any) -> SGLangPool:
+    if isinstance(servers, SGLangPool):
+        return servers
+    pool = getattr(servers, "pool", None)
+    if isinstance(pool, SGLangPool):
+        return pool
+    if isinstance(servers, str):
+        return SGLangPool([SGLangClient(servers)])
+    if isinstance(servers, (list, tuple)) and all(isinstance(each, str) for each in servers):
+        return SGLangPool([SGLangClient(each) for each in servers])
+    raise ConfigError(f"servers must be an AsyncSGLang, an SGLangPool or URLs, got {type(servers).__name__}")
+
+
+# torchrl 0.12 has no registry of schemes by name.
+if hasattr(_host, "register_weight_sync_backend"):
+    _host.register_weight_sync_backend("sglang")(SGLangWeightSyncScheme)

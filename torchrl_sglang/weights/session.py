@@ -1,0 +1,265 @@
+"""One weight update as the servers live it: pause, mark dirty, begin, (transfer), end, flush, new version, continue.
+
+::
+
+    with UpdateSession(pool, clients, version=..., config=...) as session:
+        session.transfer(transfer, packed_buckets)
+
+Leaving the block without an error finishes the update on every server. Leaving it with one takes the failure exit: a
+server that received nothing goes on with its old weights; one that may have received something stays paused, marked
+dirty and out of routing until a full sync succeeds; one that does not answer is reported as stuck.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Literal
+
+import torch
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.errors import RequestRejectedError, ServerWeights, SGLangError, WeightUpdateError
+from torchrl_sglang.parallel import side_by_side
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol import control
+from torchrl_sglang.protocol.dialect import MODEL_INFO
+from torchrl_sglang.protocol.messages import HttpRequest
+from torchrl_sglang.protocol.version import WeightVersion
+from torchrl_sglang.weights.buckets import Bucket
+from torchrl_sglang.weights.transfer import Transfer
+
+__all__ = ["UpdateSession"]
+
+_CLEANUP_TIMEOUT_S = 5.0
+"""For control calls on the failure exit: a server that needs longer is waiting inside a collective."""
+
+
+class UpdateSession:
+    """A ``with`` block around one update; used once.
+
+    Args:
+        pool: the servers; its quarantine list is kept up to date.
+        clients: the servers this update goes to.
+        version: what the weights will be called.
+        config: pause mode and cache handling.
+        deadline: ``time.monotonic()`` value by which everything has to be done.
+
+    Attributes:
+        server_weights: per server URL what it holds at this moment.
+        seconds: seconds per phase so far.
+        pause_mode: the pause mode that was used.
+        standstill_s: seconds between the pause and the continue.
+        num_bytes: bytes broadcast, counted once.
+        num_buckets: number of buckets they travelled in.
+        num_tensors: number of tensors.
+    """
+
+    def __init__(
+        self,
+        pool: SGLangPool,
+        clients: Sequence[SGLangClient],
+        *,
+        version: WeightVersion,
+        config: SyncConfig,
+        deadline: float,
+    ) -> None:
+        self.server_weights: dict[str, ServerWeights] = {client.url: "old" for client in clients}
+        self.seconds: dict[str, float] = {}
+        self.pause_mode: Literal["abort", "retract", "in_place"] = "abort"
+        self.standstill_s = 0.0
+        self.num_bytes = 0
+        self.num_buckets = 0
+        self.num_tensors = 0
+        self._pool = pool
+        self._clients = tuple(clients)
+        self._version = version
+        self._config = config
+        self._deadline = deadline
+        self._previous: dict[str, str] = {}
+        self._begun: set[str] = set()
+        self._paused_at = 0.0
+
+    def __enter__(self) -> UpdateSession:
+        try:
+            self._open()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._fail(error)
+            return
+        try:
+            self._finish()
+        except BaseException as late:
+            self._fail(late)
+            raise
+
+    def transfer(self, transfer: Transfer, packed: Iterable[tuple[Bucket, torch.Tensor]]) -> None:
+        """Send the buckets; from the first announcement on a server counts as mixed.
+
+        Raises:
+            WeightUpdateError: a server refused, died or hung.
+        """
+        with self._phase("transfer"):
+            try:
+                transfer.run(packed)
+                self.num_bytes, self.num_buckets = transfer.num_bytes, transfer.num_buckets
+                self.num_tensors = transfer.num_tensors
+            finally:
+                for url in transfer.announced - transfer.untouched:
+                    self.server_weights[url] = "mixed"
+
+    # ------------------------------------------------------------------ opening
+
+    def _open(self) -> None:
+        with self._phase("pause"):
+            self.pause_mode = self._choose_pause()
+            self._paused_at = time.monotonic()
+            self._each("pausing", control.build_pause(self.pause_mode))
+        with self._phase("begin"):
+            self._remember_versions()
+            dirty = WeightVersion(number=self._version.number, owner=self._version.owner, dirty=True)
+            self._each("marking its weights dirty", control.build_set_version(str(dirty)))
+            self._run({client.url: self._beginning(client) for client in self._clients})
+
+    def _choose_pause(self) -> Literal["abort", "retract", "in_place"]:
+        if self._config.pause != "auto":
+            return self._config.pause
+        for client in self._clients:
+            legacy = not client.dialect.weight_session
+            if control.parse_loads(client.send(control.build_loads(legacy=legacy))) > 0:
+                return "retract"
+        return "abort"  # at once when nothing runs, and unlike the other modes it lets an idle scheduler sleep
+
+    def _remember_versions(self) -> None:
+        answers = self._run({client.url: _sending(client, MODEL_INFO) for client in self._clients})
+        for url, answer in answers.items():
+            version = WeightVersion.parse(str(answer["weight_version"]))
+            if version.dirty:  # an earlier update never finished: there is no old state to go back to
+                self.server_weights[url] = "mixed"
+            self._previous[url] = str(answer["weight_version"])
+
+    def _beginning(self, client: SGLangClient) -> Callable[[], None]:
+        """Open the update session; a left-over one of a trainer that died is closed first."""
+
+        def begin() -> None:
+            if not client.dialect.weight_session:
+                return
+            request = control.build_begin_update()
+            try:
+                _send(client, request, "opening the update session")
+            except RequestRejectedError as error:
+                if "already open" not in error.detail:
+                    raise
+                self.server_weights[client.url] = "mixed"  # nobody knows what the dead trainer had sent
+                _send(client, control.build_end_update(), "closing a left-over update session")
+                _send(client, request, "opening the update session")
+            self._begun.add(client.url)
+
+        return begin
+
+    # ------------------------------------------------------------------ finishing
+
+    def _finish(self) -> None:
+        with self._phase("end"):
+            begun = [client for client in self._clients if client.url in self._begun]
+            self._each("closing the update session", control.build_end_update(), clients=begun)
+            self._begun.clear()
+            if self._config.cache == "flush" and self.pause_mode != "in_place":
+                self._each("flushing its prefix cache", control.build_flush())
+            self._each("taking the new version", control.build_set_version(str(self._version)))
+            self._each("continuing", control.build_continue())
+        self.standstill_s = time.monotonic() - self._paused_at
+        for client in self._clients:
+            self.server_weights[client.url] = "new"
+
+    def withdraw(self, client: SGLangClient) -> None:
+        """Mark a finished server dirty again and stop it: its proof failed."""
+        dirty = WeightVersion(number=self._version.number, owner=self._version.owner, dirty=True)
+        for request in (control.build_pause("abort"), control.build_set_version(str(dirty))):
+            try:
+                client.send(request, timeout_s=_CLEANUP_TIMEOUT_S)
+            except SGLangError:
+                self.server_weights[client.url] = "stuck"
+
+    # ------------------------------------------------------------------ the failure exit
+
+    def _fail(self, error: BaseException) -> None:
+        """Bring every server into the best state it can still reach, and note that state."""
+        side_by_side({client.url: self._leaving(client) for client in self._clients})
+        for url, state in self.server_weights.items():
+            if state in ("mixed", "stuck"):
+                self._pool.quarantine(url, f"its weights are {state} after a failed update ({error})")
+        if isinstance(error, WeightUpdateError):
+            error.server_weights.update(self.server_weights)
+
+    def _leaving(self, client: SGLangClient) -> Callable[[], None]:
+        def leave() -> None:
+            try:
+                if client.url in self._begun:
+                    client.send(control.build_end_update(), timeout_s=_CLEANUP_TIMEOUT_S)
+                if self.server_weights[client.url] == "old":
+                    if client.url in self._previous:
+                        request = control.build_set_version(self._previous[client.url])
+                        client.send(request, timeout_s=_CLEANUP_TIMEOUT_S)
+                    client.send(control.build_continue(), timeout_s=_CLEANUP_TIMEOUT_S)
+                else:
+                    # Requests it holds answer with what they have instead of waiting for weights that don't come.
+                    client.send(control.build_abort(), timeout_s=_CLEANUP_TIMEOUT_S)
+            except RequestRejectedError:
+                self.server_weights[client.url] = "mixed"
+            except SGLangError:
+                self.server_weights[client.url] = "stuck"
+
+        return leave
+
+    # ------------------------------------------------------------------ calls
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+    def _each(self, what: str, request: HttpRequest, *, clients: Sequence[SGLangClient] | None = None) -> None:
+        targets = self._clients if clients is None else clients
+        self._run({client.url: _calling(client, request, what, self._remaining()) for client in targets})
+
+    def _run(self, calls: dict[str, Callable[[], object]]) -> dict[str, object]:
+        if not calls:
+            return {}
+        outcomes = side_by_side(calls)
+        failed = {url: outcome.error for url, outcome in outcomes.items() if outcome.error is not None}
+        if failed:
+            url, error = next(iter(failed.items()))
+            others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            raise WeightUpdateError(f"{url}{others} failed during a weight update: {error}") from error
+        return {url: outcome.unwrap() for url, outcome in outcomes.items()}
+
+    def _remaining(self) -> float:
+        return max(0.05, self._deadline - time.monotonic())
+
+
+def _send(client: SGLangClient, request: HttpRequest, what: str, timeout_s: float | None = None) -> object:
+    answer = client.send(request, timeout_s=timeout_s)
+    control.check_success(answer, server=client.url, what=what)
+    return answer
+
+
+def _calling(client: SGLangClient, request: HttpRequest, what: str, timeout_s: float) -> Callable[[], object]:
+    return lambda: _send(client, request, what, timeout_s)
+
+
+def _sending(client: SGLangClient, request: HttpRequest) -> Callable[[], object]:
+    return lambda: client.send(request)

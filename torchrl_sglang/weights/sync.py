@@ -1,0 +1,238 @@
+"""Weights to all servers, from whatever the trainer has: open, check, send, prove. The two flows meet in the pool."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.errors import RequestRejectedError, SGLangError, WeightUpdateError
+from torchrl_sglang.parallel import side_by_side
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.control import build_ready
+from torchrl_sglang.protocol.version import WeightVersion
+from torchrl_sglang.weights.broadcast import BroadcastRoad, Packing
+from torchrl_sglang.weights.buckets import Bucket, plan_buckets
+from torchrl_sglang.weights.checkpoint import Checkpoint
+from torchrl_sglang.weights.coverage import check_coverage, wire_dtype
+from torchrl_sglang.weights.proof import compare_checksums, prove
+from torchrl_sglang.weights.report import SyncReport
+from torchrl_sglang.weights.session import UpdateSession
+from torchrl_sglang.weights.source import WeightSource, open_source
+
+__all__ = ["WeightSync"]
+
+_log = logging.getLogger(__name__)
+
+
+class WeightSync:
+    """Keeps servers at a trainer's weights. One object per trainer; its process group lives from sync to sync.
+
+    Args:
+        pool: the servers.
+        config: how weights travel.
+        checkpoint: what the servers were started from; read from the served path when not given.
+
+    Attributes:
+        owner: id that this trainer writes into the servers' weight version.
+        last_report: what the last successful sync did.
+    """
+
+    def __init__(
+        self, pool: SGLangPool, config: SyncConfig | None = None, *, checkpoint: Checkpoint | None = None
+    ) -> None:
+        self.owner = uuid.uuid4().hex[:8]
+        self.last_report: SyncReport | None = None
+        self._pool = pool
+        self._config = config or SyncConfig()
+        self._checkpoint = checkpoint
+        self._road = BroadcastRoad(pool, self._config)
+        self._complete = False
+
+    def push(self, weights: Any, *, version: int | None = None) -> SyncReport | None:
+        """Send weights to every server that can be reached, and return when they serve them.
+
+        Under FSDP2 every rank calls this; the first one sends.
+
+        Args:
+            weights: a module, nested TensorDict, flat dict or iterator (see :func:`open_source`).
+            version: number of the new version; ``None`` counts one up.
+
+        Returns:
+            What was done; ``None`` on ranks that only help to gather.
+
+        Raises:
+            ConfigError: weights nobody can read, or servers that can't take any.
+            WeightCoverageError: names, shapes or values don't match; nothing was sent.
+            WeightUpdateError: a server refused, died, hung or failed its proof; ``server_weights`` says what each
+                server holds. The next push, with everything sent again, heals what can be healed.
+        """
+        start = time.monotonic()
+        self._pool.connect()
+        checkpoint = self._read_checkpoint()
+        source = open_source(weights, checkpoint, name_map=self._config.name_map, ignore=self._config.ignore)
+        plan = self._plan(source, checkpoint)
+        if not source.is_sender:
+            _gather_only(source, plan)
+            return None
+        number = self._pool.weight_version + 1 if version is None else version
+        deadline = time.monotonic() + self._config.deadline_s(_num_bytes(plan) or checkpoint.nbytes)
+        try:
+            clients = self._reachable()
+            self._road.connect(clients)
+        except SGLangError:
+            _gather_only(source, plan)  # the other ranks are in the first gather and would wait there for ever
+            raise
+        packing = self._packing(source, checkpoint, plan)
+        session = self._road.send(clients, packing, WeightVersion(number=number, owner=self.owner), deadline)
+        gap = self._prove(clients, source, session)
+        for client in clients:
+            self._pool.restore(client.url)
+        self._pool.weight_version = number
+        self._complete = True
+        self.last_report = SyncReport(
+            version=number,
+            road=self._road.name,
+            num_bytes=session.num_bytes,
+            num_tensors=session.num_tensors,
+            num_buckets=session.num_buckets,
+            pause=session.pause_mode,
+            seconds=dict(session.seconds),
+            standstill_s=session.standstill_s,
+            total_s=time.monotonic() - start,
+            max_logprob_gap=gap,
+            server_weights=dict(session.server_weights),
+        )
+        _log.info("weights %d on %d servers in %.3f s", number, len(clients), self.last_report.total_s)
+        return self.last_report
+
+    def close(self) -> None:
+        """Take the process group down; the servers go on serving."""
+        self._road.close()
+
+    # ------------------------------------------------------------------ what goes over
+
+    def _read_checkpoint(self) -> Checkpoint:
+        if self._checkpoint is None:
+            self._checkpoint = Checkpoint.read(self._pool.info.model_path)
+        return self._checkpoint
+
+    def _plan(self, source: WeightSource, checkpoint: Checkpoint) -> list[Bucket]:
+        """Which tensors travel in which bucket; everything that can be wrong with them is found here.
+
+        Empty for a source that can be read only once: its tensors are checked one by one as they pass.
+        """
+        if source.one_shot:
+            return []
+        specs = source.specs()
+        check_coverage(specs, checkpoint, ignore=self._config.ignore, server=self._pool.clients[0].url)
+        served = self._served_dtype(checkpoint)
+        wire = [replace(spec, dtype=wire_dtype(spec, checkpoint, served)) for spec in specs.values()]
+        if self._config.only_trainable and self._complete:
+            wire = [spec for spec in wire if spec.trainable]
+        if self._config.check_values:
+            source.check_values([spec.name for spec in wire], served)
+        return plan_buckets(wire, bucket_bytes=self._config.bucket_bytes)
+
+    def _packing(self, source: WeightSource, checkpoint: Checkpoint, plan: list[Bucket]) -> Packing:
+        if not source.one_shot:
+            return lambda packer: packer.packed(plan, source.tensors)
+        served = self._served_dtype(checkpoint)
+        return lambda packer: packer.packed_stream(
+            source.tensors(),
+            bucket_bytes=self._config.bucket_bytes,
+            dtype_of=lambda spec: wire_dtype(spec, checkpoint, served),
+            expected=checkpoint.specs,
+        )
+
+    def _served_dtype(self, checkpoint: Checkpoint) -> torch.dtype | None:
+        dtype = getattr(torch, self._pool.info.dtype, None)
+        return dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
+
+    # ------------------------------------------------------------------ where it goes
+
+    def _reachable(self) -> list[SGLangClient]:
+        """The servers that answer. One that is gone is left out with a warning; it has to be synced when it is back.
+
+        Raises:
+            WeightUpdateError: none answers.
+        """
+        outcomes = side_by_side({client.url: _Ready(client) for client in self._pool.clients})
+        for client in self._pool.clients:
+            error = outcomes[client.url].error
+            if error is not None:
+                self._pool.quarantine(client.url, f"it could not be reached for a weight update ({error})")
+        alive = [client for client in self._pool.clients if outcomes[client.url].error is None]
+        if not alive:
+            raise WeightUpdateError(
+                f"no server can be reached: {outcomes[self._pool.clients[0].url].error}",
+                server_weights={client.url: "stuck" for client in self._pool.clients},
+            )
+        return alive
+
+    # ------------------------------------------------------------------ what came out
+
+    def _prove(self, clients: Sequence[SGLangClient], source: WeightSource, session: UpdateSession) -> float | None:
+        vocab_size = self._pool.vocab_size
+        if self._config.verify == "off" or vocab_size is None:
+            return None
+        start = time.monotonic()
+        served = self._served_dtype(self._read_checkpoint())
+        model = source.module if _can_be_asked(source) else None
+        exact = served == torch.float32 and (model is None or next(model.parameters()).dtype == torch.float32)
+        try:
+            gap = prove(clients, vocab_size=vocab_size, model=model, config=self._config, exact=exact)
+            if self._config.verify == "full":
+                compare_checksums(clients)
+        except WeightUpdateError as error:
+            self._withdraw(clients, error, session)
+            raise
+        session.seconds["prove"] = time.monotonic() - start
+        return gap
+
+    def _withdraw(self, clients: Sequence[SGLangClient], error: WeightUpdateError, session: UpdateSession) -> None:
+        """Take servers that failed their proof out of service again."""
+        states = {**session.server_weights, **error.server_weights}
+        error.server_weights.update(states)
+        for client in clients:
+            if states[client.url] != "new":
+                self._pool.quarantine(client.url, f"it failed its proof ({error})")
+                session.withdraw(client)
+        self._road.drop()
+
+
+class _Ready:
+    def __init__(self, client: SGLangClient) -> None:
+        self._client = client
+
+    def __call__(self) -> None:
+        """A paused server says 503 to this: it is there, and only that is asked."""
+        try:
+            self._client.send(build_ready())
+        except RequestRejectedError:
+            pass
+
+
+def _num_bytes(plan: Sequence[Bucket]) -> int:
+    return sum(bucket.nbytes for bucket in plan)
+
+
+def _gather_only(source: WeightSource, plan: Sequence[Bucket]) -> None:
+    """Take part in gathering what the sending rank gathers, in the same order."""
+    for _ in source.tensors([name for bucket in plan for name in bucket.names]):
+        pass
+
+
+def _can_be_asked(source: WeightSource) -> bool:
+    """A sharded model computes only when all ranks call it, which they don't do here."""
+    if source.module is None:
+        return False
+    return not any(isinstance(parameter, DTensor) for parameter in source.module.parameters())

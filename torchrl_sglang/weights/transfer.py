@@ -1,0 +1,147 @@
+"""The bucket loop: announce over HTTP, broadcast, pack the next one meanwhile, watch every reply."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.errors import RequestRejectedError, SGLangError, WeightUpdateError
+from torchrl_sglang.parallel import Task
+from torchrl_sglang.protocol.control import build_update_bucket, check_success
+from torchrl_sglang.protocol.messages import HttpRequest
+from torchrl_sglang.weights.buckets import Bucket
+from torchrl_sglang.weights.group import WeightGroup
+
+__all__ = ["Transfer"]
+
+
+class Transfer:
+    """Sends packed buckets to all servers of some groups.
+
+    A bucket is announced only after the one before it has left: two announcements under way could reach a server in
+    either order, and then both ends would wait for ever. While a bucket is broadcast the next is packed, and the
+    servers load the one before.
+
+    Args:
+        groups: one group over all servers, or one per server.
+        config: packing and time-outs.
+        deadline: ``time.monotonic()`` value by which everything has to have arrived.
+
+    Attributes:
+        announced: servers that were told of at least one bucket.
+        untouched: announced servers known to have refused before they received anything.
+        num_bytes: bytes broadcast so far, counted once.
+        num_buckets: buckets broadcast so far.
+        num_tensors: tensors in them.
+    """
+
+    def __init__(self, groups: Sequence[WeightGroup], config: SyncConfig, deadline: float) -> None:
+        self.announced: set[str] = set()
+        self.untouched: set[str] = set()
+        self.num_bytes = 0
+        self.num_buckets = 0
+        self.num_tensors = 0
+        self._groups = tuple(groups)
+        self._config = config
+        self._deadline = deadline
+        self._done: queue.SimpleQueue[Task[Any]] = queue.SimpleQueue()
+        self._replies: dict[Task[Any], str] = {}
+        self._first_arrived = False
+
+    def run(self, packed: Iterable[tuple[Bucket, torch.Tensor]]) -> None:
+        """Send every bucket of ``packed``: pairs of a bucket and its bytes (uint8, ``(bucket.nbytes,)``).
+
+        A bucket's memory is free again when the iterator is asked for the bucket after the next.
+
+        Raises:
+            WeightUpdateError: a server refused, died or hung; names it.
+        """
+        buckets = iter(packed)
+        item = next(buckets, None)
+        while item is not None:
+            bucket, flat = item
+            self._announce(bucket)
+            flights = self._launch(bucket, flat)
+            item = next(buckets, None)
+            self._await(flights)
+            self._first_arrived = True
+            self.num_bytes += flat.nbytes
+            self.num_buckets += 1
+            self.num_tensors += len(bucket.slots)
+        self._await(set(self._replies))
+
+    def _announce(self, bucket: Bucket) -> None:
+        for group in self._groups:
+            request = build_update_bucket(
+                names=bucket.names,
+                dtypes=[str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
+                shapes=bucket.shapes,
+                group=group.name,
+                flattened=self._config.packing == "flattened",
+            )
+            for client in group.clients:
+                self.announced.add(client.url)
+                task = Task(_announcing(client, request, self._remaining()), name=client.url, on_done=self._done.put)
+                self._replies[task] = client.url
+
+    def _launch(self, bucket: Bucket, flat: torch.Tensor) -> set[Task[Any]]:
+        limit = self._config.bucket_timeout_s if self._first_arrived else self._config.group_timeout_s
+        timeout_s = min(limit, self._remaining())
+        parts = [flat] if self._config.packing == "flattened" else bucket.views(flat)
+
+        def sending(group: WeightGroup) -> Any:
+            def send() -> None:
+                for part in parts:
+                    group.broadcast(part, timeout_s=timeout_s)
+
+            return send
+
+        return {Task(sending(group), name=f"broadcast-{group.name}", on_done=self._done.put) for group in self._groups}
+
+    def _await(self, tasks: set[Task[Any]]) -> None:
+        """Wait until ``tasks`` have ended, reading every reply that comes in meanwhile."""
+        waiting = set(tasks)
+        while waiting:
+            try:
+                task = self._done.get(timeout=max(0.0, self._remaining()))
+            except queue.Empty:
+                raise self._late(waiting) from None
+            waiting.discard(task)
+            url = self._replies.pop(task, None)
+            outcome = task.outcome()
+            if outcome.error is not None:
+                raise self._failed(url, outcome.error)
+
+    def _failed(self, url: str | None, error: SGLangError) -> SGLangError:
+        if url is None:
+            # A broken broadcast says that some peer is gone, a server's own reply says which and why: wait for it.
+            for task, suspect in self._replies.items():
+                if task.wait(1.0) and (reason := task.outcome().error) is not None:
+                    return self._failed(suspect, reason)
+            return error
+        if isinstance(error, RequestRejectedError) and not self._first_arrived:
+            self.untouched.add(url)
+        return WeightUpdateError(f"{url} failed while receiving weights: {error}")
+
+    def _late(self, waiting: set[Task[Any]]) -> SGLangError:
+        silent = sorted({url for task, url in self._replies.items() if not task.done})
+        return WeightUpdateError(
+            f"the weights did not arrive in time; no reply from {', '.join(silent) or 'the process group'}. A frozen "
+            "server, or a slower network than SyncConfig.assumed_bytes_per_s assumes?"
+        )
+
+    def _remaining(self) -> float:
+        return max(0.05, self._deadline - time.monotonic())
+
+
+def _announcing(client: SGLangClient, request: HttpRequest, timeout_s: float) -> Any:
+    def call() -> None:
+        check_success(client.send(request, timeout_s=timeout_s), server=client.url, what="a bucket of weights")
+
+    return call
