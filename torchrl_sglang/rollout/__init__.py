@@ -1,1 +1,6 @@
 """TensorDict in, TensorDict out: prompts are read, generated or scored by the servers, and written back."""
+
+from torchrl_sglang.rollout.generation import Generation
+from torchrl_sglang.rollout.policy import SGLangWrapper
+
+__all__ = ["Generation", "SGLangWrapper"]

@@ -22,24 +22,17 @@ from torchrl_sglang.rollout.outputs import (
 )
 from torchrl_sglang.rollout.prompts import Prompts
 from torchrl_sglang.rollout.scoring import score_rows
+from torchrl_sglang.rollout.serve import Answers
 from torchrl_sglang.rollout.settings import RolloutSettings
 
 __all__ = ["generated_rows", "scored_rows"]
 
 
 def generated_rows(
-    prompts: Prompts,
-    replies_S: Sequence[GenerateReply],
-    settings: RolloutSettings,
-    sampling: SamplingParams,
-    padding: Padding,
-    tokenizer: Any,
-    *,
-    resumes_S: Sequence[int],
-    errors_B: Sequence[str],
+    answers: Answers, settings: RolloutSettings, sampling: SamplingParams, padding: Padding, tokenizer: Any
 ) -> list[TensorDict]:
     """One TensorDict per generated sequence. ``tokenizer`` is only used in text and history mode."""
-    n = sampling.n
+    n, prompts, replies_S = sampling.n, answers.prompts, answers.replies_S
     prompts_S_P = [ids_P for ids_P in prompts.ids_B_T for _ in range(n)]
     fields = token_rows(
         prompts_S_P,
@@ -63,8 +56,8 @@ def generated_rows(
             sampling,
             padding,
             dropped_S=[d for d in prompts.dropped_B or [0] * len(prompts.ids_B_T) for _ in range(n)],
-            resumes_S=resumes_S,
-            errors_S=[e for e in errors_B for _ in range(n)],
+            resumes_S=answers.resumes_S,
+            errors_S=[e for e in answers.errors_B for _ in range(n)],
             exact=not sampling.truncates,
         )
         columns.append((settings.generation_key, generation))
@@ -105,11 +98,16 @@ def _spoken(
     return columns
 
 
-def scored_rows(
-    prompts: Prompts, replies_B: Sequence[GenerateReply], settings: RolloutSettings, padding: Padding
-) -> list[TensorDict]:
+def scored_rows(answers: Answers, settings: RolloutSettings, padding: Padding) -> list[TensorDict]:
     """One TensorDict per scored sequence."""
-    fields = score_rows(prompts.ids_B_T, replies_B, padding, assistant_B_T=prompts.assistant_B_T)
+    prompts = answers.prompts
+    fields = score_rows(
+        prompts.ids_B_T,
+        answers.replies_S,
+        padding,
+        assistant_B_T=prompts.assistant_B_T,
+        valid_B=[not error for error in answers.errors_B],
+    )
     columns: list[tuple[Any, Sequence[Any]]] = [
         (settings.masks_key, [f["masks"] for f in fields]),
         (settings.tokens_key, [f["tokens"] for f in fields]),

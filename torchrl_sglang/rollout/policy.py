@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from tensordict import TensorDict, TensorDictBase, lazy_stack, set_list_to_stack
+from tensordict import NestedKey, TensorDict, TensorDictBase, lazy_stack, set_list_to_stack, unravel_key
 from torchrl.modules.llm.policies import LLMWrapperBase
 from transformers import AutoTokenizer
 
@@ -16,8 +16,14 @@ from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.rollout.assemble import generated_rows, scored_rows
 from torchrl_sglang.rollout.batching import Batcher
 from torchrl_sglang.rollout.outputs import Padding, stack_rows
-from torchrl_sglang.rollout.prompts import Prompts, read_history, read_text, read_tokens
-from torchrl_sglang.rollout.resume import generate_resuming
+from torchrl_sglang.rollout.prompts import (
+    Prompts,
+    prefer_given_tokens,
+    read_history,
+    read_text,
+    read_tokens,
+)
+from torchrl_sglang.rollout.serve import RequestBatcher, generate_prompts, score_sequences, truncate_left
 from torchrl_sglang.rollout.settings import RolloutSettings
 
 __all__ = ["SGLangWrapper"]
@@ -96,7 +102,7 @@ class SGLangWrapper(LLMWrapperBase):
                 f"model must be an AsyncSGLang, an SGLangPool or a server's URL, got {type(model).__name__}"
             )
         self.model = model
-        self._batcher: Batcher[Any, Any] | None = None
+        self._batcher: RequestBatcher | None = None
         self._expose_settings()
 
     def _expose_settings(self) -> None:
@@ -215,8 +221,7 @@ class SGLangWrapper(LLMWrapperBase):
         if sampling.n != self.settings.sampling.n:
             raise ConfigError("the number of samples is part of the output's shape: set num_samples, not n per call")
         if flat.shape[0]:
-            prompts = self._read(flat)
-            rows = self._generate(prompts, sampling) if self.generate else self._score(prompts)
+            rows = self._generate(self._read(flat), sampling) if self.generate else self._score(self._read(flat))
             out = stack_rows(rows, [*shape, self.num_samples] if self.num_samples is not None else shape)
         else:
             out = TensorDict(batch_size=[*shape, *([] if self.num_samples is None else [self.num_samples])])
@@ -228,19 +233,31 @@ class SGLangWrapper(LLMWrapperBase):
         if settings.input_mode == "text":
             return read_text(flat, key, self.tokenizer, settings.text_kwargs)
         if settings.input_mode == "tokens":
-            return read_tokens(
-                flat,
-                key,
-                mask_keys=(settings.attention_mask_key, (settings.masks_key, "all_attention_mask")),
-                padding=lambda: (self.padding_value, self.tokenizer.eos_token_id),
-            )
-        return read_history(
+            return self._read_tokens(flat, key)
+        prompts = read_history(
             flat,
             key,
             self.tokenizer,
             settings.template_kwargs,
             add_generation_prompt=settings.generate,
             assistant_mask=not settings.generate,
+        )
+        if not (settings.generate and settings.prefer_tokens):
+            return prompts
+        for name in ("prompt", "full"):
+            given_key = unravel_key((settings.tokens_key, name))
+            if flat.get(given_key, None, as_list=True) is not None:
+                given = self._read_tokens(flat, given_key)
+                return prefer_given_tokens(prompts, given, self.tokenizer, settings.template_kwargs)
+        return prompts
+
+    def _read_tokens(self, flat: TensorDictBase, key: NestedKey) -> Prompts:
+        return read_tokens(
+            flat,
+            key,
+            mask_keys=(self.attention_mask_key, unravel_key((self.masks_key, "all_attention_mask"))),
+            padding=lambda: (self.padding_value, self.tokenizer.eos_token_id),
+            assistant_key=None if self.generate else unravel_key((self.masks_key, "all_assistant_mask")),
         )
 
     def _padding(self, prompts: Prompts) -> Padding:
@@ -249,28 +266,26 @@ class SGLangWrapper(LLMWrapperBase):
         return Padding(enabled=True, value=self.padding_value, prompt_width=prompts.width or 0)
 
     def _generate(self, prompts: Prompts, sampling: SamplingParams) -> list[TensorDict]:
-        replies_S, resumes_S = generate_resuming(
+        settings = self.settings
+        if settings.on_overlong == "truncate_left":
+            prompts = truncate_left(prompts, self.pool, sampling)
+        answers = generate_prompts(
             self.pool,
-            prompts.ids_B_T,
-            sampling,
-            max_resumes=self.settings.max_resumes,
-            return_logprobs=self.return_log_probs,
-            prompt_logprobs=self.settings.asks_prompt_log_probs,
-        )
-        return generated_rows(
             prompts,
-            replies_S,
-            self.settings,
             sampling,
-            self._padding(prompts),
-            None if self.input_mode == "tokens" else self.tokenizer,
-            resumes_S=resumes_S,
-            errors_B=[""] * len(prompts.ids_B_T),
+            mask_errors=settings.on_error == "mask",
+            max_resumes=settings.max_resumes,
+            return_logprobs=self.return_log_probs,
+            prompt_logprobs=settings.asks_prompt_log_probs,
+            progress=settings.progress,
+            batcher=self._batcher,
         )
+        tokenizer = None if self.input_mode == "tokens" else self.tokenizer
+        return generated_rows(answers, settings, sampling, self._padding(answers.prompts), tokenizer)
 
     def _score(self, prompts: Prompts) -> list[TensorDict]:
-        replies_B = self.pool.generate(prompts.ids_B_T, SamplingParams(max_new_tokens=0), prompt_logprobs=True)
-        return scored_rows(prompts, replies_B, self.settings, self._padding(prompts))
+        answers = score_sequences(self.pool, prompts, mask_errors=self.settings.on_error == "mask")
+        return scored_rows(answers, self.settings, self._padding(prompts))
 
     def _write(self, out: TensorDictBase, source: TensorDictBase, target: TensorDictBase | None) -> TensorDictBase:
         if target is None:

@@ -6,17 +6,20 @@ Shapes: ``B`` sequences, each of its own length ``T``; ``ids_B_T`` is a list of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from tensordict import TensorDictBase, is_tensor_collection
 from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.rollout.continuation import continue_tokens
 
-__all__ = ["Prompts", "read_history", "read_text", "read_tokens"]
+__all__ = ["Prompts", "prefer_given_tokens", "read_history", "read_text", "read_tokens"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,6 +33,7 @@ class Prompts:
         assistant_B_T: which tokens the assistant wrote, where the chat template tells.
         width: the padded width the ids came in, if they were padded.
         dropped_B: tokens cut off on the left, per sequence.
+        problems: per batch index, why that one can't be read; its ids are empty.
     """
 
     ids_B_T: list[list[int]]
@@ -38,6 +42,7 @@ class Prompts:
     assistant_B_T: list[list[bool]] | None = None
     width: int | None = None
     dropped_B: list[int] | None = None
+    problems: dict[int, str] = field(default_factory=dict)
 
 
 def _require_value(td: TensorDictBase, key: NestedKey, mode: str) -> Any:
@@ -57,6 +62,7 @@ def read_tokens(
     *,
     mask_keys: Sequence[NestedKey] = (),
     padding: Callable[[], tuple[int, int | None]] | None = None,
+    assistant_key: NestedKey | None = None,
 ) -> Prompts:
     """Read token ids: a padded tensor, a nested tensor, or a list, one per sequence.
 
@@ -69,6 +75,7 @@ def read_tokens(
         key: where the ids are.
         mask_keys: where attention masks may be; the entries are bool or 0/1.
         padding: gives the ids of the padding and the end-of-sequence token; only called when they are needed.
+        assistant_key: where a mask may be of the tokens the assistant wrote.
 
     Raises:
         ConfigError: nothing is at ``key``, or what is there are not integers.
@@ -81,54 +88,58 @@ def read_tokens(
     """
     value = _require_value(td, key, "tokens")
     dense = isinstance(value, torch.Tensor) and not value.is_nested
-    rows_B = _as_rows(value, key)
-    ids_B_T = [row.tolist() if isinstance(row, torch.Tensor) else list(row) for row in rows_B]
+    ids_B_T, problems = _as_rows(value, key)
     width = value.shape[-1] if dense else None
-    mask_B_T = _matching_mask(td, mask_keys, ids_B_T)
-    if mask_B_T is not None:
-        ids_B_T = [
-            ids_T if all(mask_T) else [i for i, keep in zip(ids_T, mask_T, strict=True) if keep]
-            for ids_T, mask_T in zip(ids_B_T, mask_B_T, strict=True)
-        ]
-    elif padding is not None and _may_be_padded(td, key, dense):
+    keep_B_T = _first_match(td, mask_keys, ids_B_T)
+    if keep_B_T is None and padding is not None and _may_be_padded(td, key, dense):
         padding_value, eos_id = padding()
-        ids_B_T = [_strip(ids_T, padding_value, only_ends=padding_value == eos_id) for ids_T in ids_B_T]
-    return Prompts(ids_B_T=ids_B_T, width=width)
+        keep_B_T = [_real(ids_T, padding_value, only_ends=padding_value == eos_id) for ids_T in ids_B_T]
+    assistant_B_T = _first_match(td, () if assistant_key is None else (assistant_key,), ids_B_T)
+    if keep_B_T is not None:
+        ids_B_T = [list(compress(ids_T, keep_T)) for ids_T, keep_T in zip(ids_B_T, keep_B_T, strict=True)]
+        if assistant_B_T is not None:
+            assistant_B_T = [list(compress(mask_T, k)) for mask_T, k in zip(assistant_B_T, keep_B_T, strict=True)]
+    return Prompts(ids_B_T=ids_B_T, assistant_B_T=assistant_B_T, width=width, problems=problems)
 
 
-def _as_rows(value: Any, key: NestedKey) -> list[Any]:
+def _as_rows(value: Any, key: NestedKey) -> tuple[list[list[int]], dict[int, str]]:
+    """Ids per sequence, and per index why that one has none."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise ConfigError(f"tokens at {key!r} have dtype {value.dtype}; token ids must be integers")
         if value.ndim != 2:
             raise ConfigError(f"tokens at {key!r} have shape {tuple(value.shape)}; one row of ids each is needed")
-        return list(value.unbind(0)) if value.is_nested else value.tolist()
+        return [row.tolist() for row in value.unbind(0)] if value.is_nested else value.tolist(), {}
     if hasattr(value, "tolist") and not isinstance(value, list):
         value = value.tolist()
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"tokens at {key!r} are a {type(value).__name__}; a tensor or a list of id lists is needed")
+    rows: list[list[int]] = []
+    problems: dict[int, str] = {}
     for index, row in enumerate(value):
         if isinstance(row, torch.Tensor):
-            if row.is_floating_point() or row.is_complex() or row.dtype == torch.bool or row.ndim != 1:
-                raise ConfigError(
-                    f"batch index {index} of {key!r} is a {row.dtype} tensor of shape {tuple(row.shape)}; "
-                    "one dimension of integer token ids is needed"
-                )
-        elif not isinstance(row, (list, tuple)) or not all(type(i) is int for i in row):
-            raise ConfigError(f"batch index {index} of {key!r} is {row!r:.80}; a list of integer token ids is needed")
-    return list(value)
+            bad = row.is_floating_point() or row.is_complex() or row.dtype == torch.bool or row.ndim != 1
+            shown = f"a {row.dtype} tensor of shape {tuple(row.shape)}"
+        else:
+            bad = not isinstance(row, (list, tuple)) or not all(type(i) is int for i in row)
+            shown = f"{row!r:.80}"
+        if bad:
+            problems[index] = f"{key!r} holds {shown}; one dimension of integer token ids is needed"
+        rows.append([] if bad else row.tolist() if isinstance(row, torch.Tensor) else list(row))
+    return rows, problems
 
 
-def _matching_mask(
-    td: TensorDictBase, mask_keys: Sequence[NestedKey], ids_B_T: list[list[int]]
-) -> list[list[bool]] | None:
-    for key in mask_keys:
+def _first_match(td: TensorDictBase, keys: Sequence[NestedKey], ids_B_T: list[list[int]]) -> list[list[bool]] | None:
+    """The first mask among ``keys`` that has the lengths of the ids."""
+    for key in keys:
         value = td.get(key, None, as_list=True)
         if value is None:
             continue
-        if isinstance(value, torch.Tensor) and value.is_nested:
-            value = list(value.unbind(0))
-        mask_B_T = [[bool(m) for m in row.tolist()] for row in value]
+        mask_B_T = (
+            [row.bool().tolist() for row in value.unbind(0)]
+            if isinstance(value, torch.Tensor)
+            else [torch.as_tensor(row).bool().tolist() for row in value]
+        )
         if [len(m) for m in mask_B_T] == [len(i) for i in ids_B_T]:
             return mask_B_T
     return None
@@ -143,15 +154,13 @@ def _may_be_padded(td: TensorDictBase, key: NestedKey, dense: bool) -> bool:
     return dense
 
 
-def _strip(ids_T: list[int], padding_value: int, *, only_ends: bool) -> list[int]:
-    if not only_ends:
-        return [i for i in ids_T if i != padding_value]
-    start, stop = 0, len(ids_T)
-    while start < stop and ids_T[start] == padding_value:
-        start += 1
-    while stop > start and ids_T[stop - 1] == padding_value:
-        stop -= 1
-    return ids_T[start:stop]
+def _real(ids_T: list[int], padding_value: int, *, only_ends: bool) -> list[bool]:
+    """Which ids are not padding."""
+    real = [i != padding_value for i in ids_T]
+    if only_ends and True in real:
+        first, last = real.index(True), len(real) - 1 - real[::-1].index(True)
+        real[first : last + 1] = [True] * (last + 1 - first)
+    return real
 
 
 def read_text(td: TensorDictBase, key: NestedKey, tokenizer: Any, tokenizer_kwargs: Mapping[str, Any]) -> Prompts:
@@ -165,12 +174,13 @@ def read_text(td: TensorDictBase, key: NestedKey, tokenizer: Any, tokenizer_kwar
         value = value.tolist()
     if isinstance(value, str):
         value = [value] * td.shape[0]
+    problems: dict[int, str] = {}
     for index, text in enumerate(value):
         if not isinstance(text, str):
-            raise ConfigError(f"batch index {index} of {key!r} is a {type(text).__name__}; text mode needs strings")
-    texts_B = list(value)
+            problems[index] = f"{key!r} holds a {type(text).__name__}; text mode needs strings"
+    texts_B = ["" if index in problems else text for index, text in enumerate(value)]
     encoded = tokenizer(texts_B, **tokenizer_kwargs)
-    return Prompts(ids_B_T=[list(ids_T) for ids_T in encoded["input_ids"]], texts_B=texts_B)
+    return Prompts(ids_B_T=[list(ids_T) for ids_T in encoded["input_ids"]], texts_B=texts_B, problems=problems)
 
 
 def read_history(
@@ -206,31 +216,57 @@ def read_history(
             f"the History at {key!r} has shape {tuple(history.shape)}; its last dimension must be the messages of one "
             f"conversation, so (B, messages) is needed"
         )
-    histories_B = list(history.unbind(0))
-    texts_B = [
-        h.apply_chat_template(tokenizer=tokenizer, add_generation_prompt=add_generation_prompt, **template_kwargs)
-        for h in histories_B
-    ]
+    problems: dict[int, str] = {}
+    histories_B, texts_B, structs_B = list(history.unbind(0)), [], []
+    asked = {"tokenizer": tokenizer, "add_generation_prompt": add_generation_prompt, **template_kwargs}
+    for index, conversation in enumerate(histories_B):
+        try:
+            texts_B.append(conversation.apply_chat_template(**asked))
+            if assistant_mask:
+                structs_B.append(
+                    conversation.apply_chat_template(
+                        **asked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                    )
+                )
+        except TemplateError as error:
+            problems[index] = f"the chat template refuses the conversation at {key!r}: {error}"
+            texts_B.append("")
+            structs_B.append({"input_ids": torch.empty(0, dtype=torch.long), "assistant_masks": torch.empty(0)})
     if not assistant_mask:
         # The template has put every special token into the text; adding BOS once more would be a different prompt.
-        encoded = tokenizer(texts_B, add_special_tokens=False)
-        return Prompts(ids_B_T=[list(i) for i in encoded["input_ids"]], texts_B=texts_B, histories_B=histories_B)
-    structs_B = [
-        h.apply_chat_template(
-            tokenizer=tokenizer,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            padding=False,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **template_kwargs,
-        )
-        for h in histories_B
-    ]
-    masks_B = [s.get("assistant_masks", None) for s in structs_B]
+        encoded = tokenizer(texts_B, add_special_tokens=False)["input_ids"]
+        ids_B_T, masks_B_T = [list(ids_T) for ids_T in encoded], None
+    else:
+        ids_B_T = [struct.get("input_ids").tolist() for struct in structs_B]
+        masks = [struct.get("assistant_masks", None) for struct in structs_B]
+        masks_B_T = None if any(m is None for m in masks) else [m.bool().tolist() for m in masks]
     return Prompts(
-        ids_B_T=[s.get("input_ids").tolist() for s in structs_B],
-        texts_B=texts_B,
-        histories_B=histories_B,
-        assistant_B_T=None if any(m is None for m in masks_B) else [m.bool().tolist() for m in masks_B],
+        ids_B_T=ids_B_T, texts_B=texts_B, histories_B=histories_B, assistant_B_T=masks_B_T, problems=problems
     )
+
+
+def prefer_given_tokens(
+    prompts: Prompts, given: Prompts, tokenizer: Any, template_kwargs: Mapping[str, Any]
+) -> Prompts:
+    """Conversations whose tokens are partly there already: those are kept, and only what is new is tokenized.
+
+    Args:
+        prompts: the conversations, from :func:`read_history`.
+        given: the tokens that are there, from :func:`read_tokens`; an empty entry is none.
+        tokenizer: a Hugging Face tokenizer.
+        template_kwargs: as for :func:`read_history`.
+    """
+
+    def render(conversation: History) -> str:
+        text: str = conversation.apply_chat_template(
+            tokenizer=tokenizer, add_generation_prompt=False, **template_kwargs
+        )
+        return text
+
+    ids_B_T = [
+        continue_tokens(known_T, text, tokenizer, history=conversation, render=render) if known_T else ids_T
+        for ids_T, known_T, text, conversation in zip(
+            prompts.ids_B_T, given.ids_B_T, prompts.texts_B or (), prompts.histories_B or (), strict=True
+        )
+    ]
+    return replace(prompts, ids_B_T=ids_B_T, texts_B=tokenizer.batch_decode(ids_B_T, skip_special_tokens=False))

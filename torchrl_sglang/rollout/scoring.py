@@ -25,6 +25,7 @@ def score_rows(
     padding: Padding,
     *,
     assistant_B_T: Sequence[Sequence[bool]] | None = None,
+    valid_B: Sequence[bool] | None = None,
 ) -> list[dict[str, Any]]:
     """``tokens.full``, ``masks`` and ``log_probs.full`` of every sequence; padded on the left when padded.
 
@@ -36,6 +37,7 @@ def score_rows(
         replies_B: what the server answered; only ``prompt_logprobs`` is read.
         padding: dense or ragged.
         assistant_B_T: which tokens the assistant wrote, if known.
+        valid_B: which sequences were scored; of the others the attention mask is all ``False``.
 
     Raises:
         ProtocolError: a server answered with another number of log-probs than it was given tokens.
@@ -49,11 +51,14 @@ def score_rows(
             )
     mark = MetaData(padding.enabled)
     full = to_rows(ids_B_T, torch.long, padding, padding.value, "left")
-    attended = to_rows([[True] * len(ids_T) for ids_T in ids_B_T], torch.bool, padding, False, "left")
+    valid_B = valid_B or [True] * len(ids_B_T)
+    attended_B_T = [[valid] * len(ids_T) for ids_T, valid in zip(ids_B_T, valid_B, strict=True)]
+    attended = to_rows(attended_B_T, torch.bool, padding, False, "left")
     scores = to_rows([first_zero(r.prompt_logprobs or []) for r in replies_B], torch.float32, padding, 0.0, "left")
     assistant: Sequence[torch.Tensor | None] = [None] * len(full)
     if assistant_B_T is not None:
-        assistant = to_rows(assistant_B_T, torch.bool, padding, False, "left")
+        written_B_T = [m if len(m) == len(i) else [False] * len(i) for m, i in zip(assistant_B_T, ids_B_T, strict=True)]
+        assistant = to_rows(written_B_T, torch.bool, padding, False, "left")
     return [
         {
             "tokens": Tokens(full=f, padded=mark),
