@@ -35,17 +35,20 @@ $(BIN)/python:
 # too, but not without its libraries. Its version is the server pins'.
 $(VENV)/.torch: $(SERVER_PINS) | $(BIN)/python
 	@echo "env 2/4  $$(grep '^torch==' $(SERVER_PINS)) (minutes on a slow line)"
-	@$(PIP) install --quiet --constraint $(SERVER_PINS) torch
+	@$(PIP) install --constraint $(SERVER_PINS) torch
 	@touch $@
 
 $(VENV)/.pins: requirements.txt $(SERVER_PINS) $(VENV)/.torch
 	@echo "env 3/4  $$(cat requirements.txt $(SERVER_PINS) | grep -c ==) pinned packages"
-	@$(PIP) install --quiet --no-deps --requirement requirements.txt
+	@$(PIP) install --no-deps --requirement requirements.txt --log $(VENV)/pip.log 2>&1 | awk '\
+		/^Collecting/ && ++n % 20 == 0 { print "         " n " found"; fflush() } \
+		/^Installing/ { print "         installing"; fflush() } \
+		/^ERROR|^error/ { print; print "         (the whole story is in $(VENV)/pip.log)" }'
 	@touch $@
 
 $(VENV)/.ready: pyproject.toml $(VENV)/.pins
 	@echo "env 4/4  torchrl-sglang itself"
-	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(PIP) install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -c 'import torch, torchrl, tensordict, transformers, torchrl_sglang; print("env ready: torch", torch.__version__, "torchrl", torchrl.__version__, "transformers", transformers.__version__)'
 	@touch $@
 

@@ -38,8 +38,6 @@ PRIVATE_NAMES_ALLOWED = {
     ("torch.distributed", "torch._C._distributed_c10d"): {"weights/group.py"},
     ("torchrl",): {"rollout/policy.py", "rollout/outputs.py", "weights/scheme.py"},
 }
-# These catch everything in one thread and hand it to the threads that wait for the result, where it is raised.
-CATCH_FOR_ANOTHER_THREAD = {"parallel.py", "rollout/batching.py"}
 # These are programs: what they print is their answer.
 PRINT = {"cli.py", "server/supervisor.py"}
 NOT_OURS = "server/cpu_stand_ins/"
@@ -164,7 +162,7 @@ def is_private_of(name: str, roots: tuple[str, ...]) -> bool:
 def habit_breaches(path: str, tree: ast.Module, uses: list[Use]) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler):
-            message = handler_breach(path, node)
+            message = handler_breach(node)
             if message:
                 yield node.lineno, message
         if isinstance(node, ast.Call) and dotted(node.func) == "print" and path not in PRINT:
@@ -181,17 +179,26 @@ ENVIRONMENT_WRITERS = {f"os.environ.{name}" for name in ("update", "setdefault",
 ENVIRONMENT_WRITERS |= {"os.putenv", "os.unsetenv"}
 
 
-def handler_breach(path: str, handler: ast.ExceptHandler) -> str | None:
+def handler_breach(handler: ast.ExceptHandler) -> str | None:
     if handler.type is None:
         return "bare except: name what can happen"
     caught = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
     names = {dotted(node) for node in caught}
     if "Exception" in names:
         return "except Exception: name what can happen"
-    reraises = any(isinstance(node, ast.Raise) and node.exc is None for node in ast.walk(handler))
-    if "BaseException" in names and not reraises and path not in CATCH_FOR_ANOTHER_THREAD:
-        return "except BaseException without raising it again"
+    if "BaseException" in names and not any(passes_on(node, handler.name) for node in ast.walk(handler)):
+        return "except BaseException that neither raises it again nor hands it to another thread"
     return None
+
+
+def passes_on(node: ast.AST, error: str | None) -> bool:
+    """``raise``, ``kept = error`` or ``future.set_exception(error)``."""
+    if isinstance(node, ast.Raise):
+        return node.exc is None
+    if isinstance(node, ast.Assign):
+        return error is not None and dotted(node.value) == error
+    is_handing_over = isinstance(node, ast.Call) and (dotted(node.func) or "").endswith(".set_exception")
+    return is_handing_over and [dotted(argument) for argument in node.args] == [error]
 
 
 def written_targets(node: ast.AST) -> list[ast.expr]:
@@ -292,6 +299,11 @@ BREACHES = {
     "bare except": ("pool.py", "try:\n    pass\nexcept:\n    pass", "bare except"),
     "except Exception": ("pool.py", "try:\n    pass\nexcept (OSError, Exception):\n    raise", "except Exception"),
     "a swallowed BaseException": ("pool.py", "try:\n    pass\nexcept BaseException:\n    pass", "except BaseException"),
+    "a BaseException that is only looked at": (
+        "pool.py",
+        "try:\n    pass\nexcept BaseException as error:\n    log(error)",
+        "except BaseException",
+    ),
     "print": ("engine.py", "print('here')", "print in the library"),
     "an environment variable set": ("engine.py", "import os\nos.environ['A'] = '1'", "writes os.environ"),
     "an environment variable removed": ("engine.py", "from os import environ\ndel environ['A']", "writes os.environ"),
@@ -345,6 +357,7 @@ def test_the_checker_accepts_what_is_allowed(tmp_path: Path):
         "__init__.py": "from torchrl_sglang.pool import SGLangPool\nfrom torchrl_sglang.engine import AsyncSGLang",
         "parallel.py": "try:\n    pass\nexcept BaseException as error:\n    kept = error",
         "pool.py": "from torchrl_sglang.client import SGLangClient\ntry:\n    pass\nexcept BaseException:\n    raise",
+        "streaming.py": "try:\n    pass\nexcept BaseException as error:\n    future.set_exception(error)",
         "client.py": "import os\nenv = dict(os.environ)\nenv['A'] = '1'\nenv.update(B='2')",
         "engine.py": "from torchrl_sglang.weights import scheme\nfrom torchrl_sglang.server import SGLangServer",
         "weights/group.py": "from torch.distributed.distributed_c10d import _world",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -49,9 +49,8 @@ def cached_folder(path: Path, recipe: Mapping[str, object], build: Callable[[Pat
         return path
     _refuse_foreign(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    partial.chmod(0o755)
     try:
         build(partial)
         (partial / _RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
@@ -78,11 +77,12 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _move_into_place(partial: Path, path: Path, recipe: Mapping[str, object]) -> None:
+    if _made_from(path) == recipe:  # another process was faster, and may be reading its files already
+        return
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
     try:
         partial.rename(path)
     except OSError:
-        # Another process was faster; that is fine if it made the same thing.
         if _made_from(path) != recipe:
             raise
