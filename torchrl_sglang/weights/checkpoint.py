@@ -1,0 +1,266 @@
+"""What the served checkpoint calls its tensors: names, shapes and dtypes, read from the files' headers alone.
+
+A server loads weights by checkpoint name and silently ignores names it doesn't know, so the checkpoint's own
+safetensors headers are the one source of truth for what has to be sent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from torchrl_sglang.errors import ConfigError
+
+__all__ = ["Checkpoint", "TensorSpec", "read_safetensors_header"]
+
+_DTYPES: dict[str, str] = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
+}
+_INDEX = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 512 * 2**20  # a header is JSON of names and offsets; more than this means a damaged file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """What one tensor looks like, without its values.
+
+    Attributes:
+        name: checkpoint name.
+        shape: sizes per dimension; ``()`` for a scalar.
+        dtype: element type.
+        trainable: whether an optimiser changes it (a frozen base weight with a trainable adapter counts).
+
+    Examples:
+        >>> TensorSpec(name="w", shape=(2, 3), dtype=torch.bfloat16).nbytes
+        12
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """The tensors a checkpoint holds, without their values.
+
+    Attributes:
+        specs: checkpoint name to :class:`TensorSpec`; read-only.
+        tied: whether the output embedding is the input embedding; then ``lm_head.weight`` need not be sent.
+        quantization: the method of a pre-quantised checkpoint (``"fp8"``, ``"awq"``...), or ``None``.
+        config: the model's ``config.json``; empty when unknown.
+        path: folder it was read from, or ``None``.
+
+    Examples:
+        >>> checkpoint = Checkpoint.from_specs({"w": ((2, 3), torch.float32)})
+        >>> checkpoint.specs["w"].nbytes, checkpoint.dtype
+        (24, torch.float32)
+    """
+
+    specs: Mapping[str, TensorSpec]
+    tied: bool = False
+    quantization: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    path: Path | None = None
+
+    @classmethod
+    def read(cls, model_path: str | Path) -> Checkpoint:
+        """Read the headers of a checkpoint's safetensors files; no tensor is loaded and no network used.
+
+        Args:
+            model_path: a local folder, or a hub name that is in the local Hugging Face cache.
+
+        Raises:
+            ConfigError: nothing readable is there, or it has no safetensors files.
+        """
+        folder = _locate(str(model_path))
+        config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        specs: dict[str, TensorSpec] = {}
+        for file in _weight_files(folder):
+            specs.update(read_safetensors_header(file))
+        return cls(
+            specs=MappingProxyType(specs),
+            tied=_is_tied(config, specs),
+            quantization=_quantization(config, specs),
+            config=config,
+            path=folder,
+        )
+
+    @classmethod
+    def from_specs(
+        cls, specs: Mapping[str, tuple[Iterable[int], torch.dtype]] | Iterable[TensorSpec], *, tied: bool = False
+    ) -> Checkpoint:
+        """Describe a checkpoint by hand, for servers whose model path can't be read from here.
+
+        Args:
+            specs: name to ``(shape, dtype)``, or :class:`TensorSpec` records.
+            tied: whether ``lm_head.weight`` is the input embedding.
+        """
+        if isinstance(specs, Mapping):
+            records = [TensorSpec(name=n, shape=tuple(shape), dtype=dtype) for n, (shape, dtype) in specs.items()]
+        else:
+            records = list(specs)
+        return cls(specs=MappingProxyType({record.name: record for record in records}), tied=tied)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The floating dtype that most of its elements have; ``None`` if it has no floating tensors."""
+        counts: dict[torch.dtype, int] = {}
+        for spec in self.specs.values():
+            if spec.dtype.is_floating_point:
+                counts[spec.dtype] = counts.get(spec.dtype, 0) + spec.numel
+        return max(counts, key=lambda dtype: counts[dtype]) if counts else None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    def optional(self, name: str) -> bool:
+        """Whether a trainer may leave ``name`` out: the output embedding of a tied checkpoint."""
+        return self.tied and is_output_embedding(name)
+
+
+def is_output_embedding(name: str) -> bool:
+    """Whether ``name`` is what Hugging Face calls the output embedding."""
+    return name == "lm_head.weight" or name.endswith(".lm_head.weight")
+
+
+def read_safetensors_header(file: Path) -> dict[str, TensorSpec]:
+    """Names, shapes and dtypes of one ``.safetensors`` file.
+
+    Source: the safetensors format: eight bytes of little-endian length, then that much JSON.
+
+    Raises:
+        ConfigError: the file is cut short, a Git LFS pointer, or has a dtype this torch doesn't know.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        raw = stream.read(length) if length <= _MAX_HEADER_BYTES else b""
+    try:
+        header = json.loads(raw)
+    except ValueError:
+        raise ConfigError(
+            f"{file} is not a safetensors file: its header can't be read. It may be cut short or a Git LFS pointer; "
+            "download it again."
+        ) from None
+    specs = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = getattr(torch, _DTYPES.get(entry["dtype"], ""), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, which this torch can't represent")
+        specs[name] = TensorSpec(name=name, shape=tuple(entry["shape"]), dtype=dtype)
+    return specs
+
+
+def _locate(model_path: str) -> Path:
+    folder = Path(model_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or model_path.startswith((".", "~")) or model_path.count("/") > 1:
+        raise ConfigError(f"{model_path} is not a folder on this machine. {_NO_CHECKPOINT}")
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model_path, "config.json")
+    except HFValidationError as error:
+        raise ConfigError(f"{model_path!r} is neither a folder nor a hub name ({error}). {_NO_CHECKPOINT}") from None
+    if not isinstance(cached, str):
+        raise ConfigError(f"{model_path!r} is neither a folder nor in the local Hugging Face cache. {_NO_CHECKPOINT}")
+    return Path(cached).parent
+
+
+_NO_CHECKPOINT = (
+    "The server's tensor names are read from its checkpoint: make the same files readable here, or describe them with "
+    "Checkpoint.from_specs(...)."
+)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files a server would load: those of the index, else every model file."""
+    if (folder / _INDEX).is_file():
+        files = sorted({folder / file for file in _read_json(folder / _INDEX)["weight_map"].values()})
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise ConfigError(f"{folder} lacks {len(absent)} of the files its index names, e.g. {absent[0]}")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    # Adapters and Mistral's second copy under its own names lie in the same folder without belonging to the model.
+    files = [file for file in files if not file.name.startswith("adapter_")]
+    model_files = [file for file in files if not file.name.startswith("consolidated")]
+    files = model_files or files
+    if not files:
+        pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
+        what = f"only {pickled[0].name}" if pickled else "no weight files"
+        raise ConfigError(
+            f"{folder} holds {what}: tensor names are read from safetensors headers. Convert it with "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), or describe it with "
+            "Checkpoint.from_specs(...)."
+        )
+    return files
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} should hold a JSON object")
+    return content
+
+
+def _is_tied(config: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Config files leave out what is their class's default, so a checkpoint without an output embedding is tied."""
+    text_config = config.get("text_config")
+    for section in (config, text_config if isinstance(text_config, dict) else {}):
+        if "tie_word_embeddings" in section:
+            return bool(section["tie_word_embeddings"])
+    return not any(is_output_embedding(name) for name in names)
+
+
+def _quantization(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> str | None:
+    declared = config.get("quantization_config") or config.get("compression_config")
+    if isinstance(declared, dict):
+        return str(declared.get("quant_method") or declared.get("quant_algo") or "unnamed")
+    narrow = next(
+        (spec.dtype for spec in specs.values() if spec.dtype.is_floating_point and spec.dtype.itemsize < 2), None
+    )
+    return str(narrow).removeprefix("torch.") if narrow else None
