@@ -355,8 +355,9 @@ class SyncConfig:
     """Most bytes per bucket; a single larger tensor gets a bucket of its own."""
     pause: Literal["auto", "abort", "retract", "in_place"] = "auto"
     """What happens to requests in flight: ``auto`` is ``abort`` when there are none, else ``retract``."""
-    cache: Literal["flush", "keep"] = "flush"
-    """``flush`` empties the prefix cache after the last bucket; ``keep`` leaves stale KV (to study staleness only)."""
+    cache: Literal["flush", "salt", "keep"] = "flush"
+    """``flush`` empties the prefix caches; ``salt`` leaves them and gives requests made through this pool a name-space
+    per version (what ``flush`` becomes under ``in_place``); ``keep`` serves stale KV, to study staleness only."""
     verify: Literal["off", "probe", "full"] = "probe"
     """``probe`` scores one fixed prompt on every server after a sync; ``full`` compares the servers' checksums too."""
     verify_atol: float | None = None
@@ -411,6 +412,6 @@ _SYNC_CHOICES: dict[str, tuple[str, ...]] = {
     "packing": ("flattened", "tensors"),
     "groups": ("shared", "per_server"),
     "pause": ("auto", "abort", "retract", "in_place"),
-    "cache": ("flush", "keep"),
+    "cache": ("flush", "salt", "keep"),
     "verify": ("off", "probe", "full"),
 }

@@ -113,9 +113,7 @@ class AsyncSGLang:
         if dp_size > 1 and server.get("port") is not None:
             raise ConfigError("port can be set for one server only; leave it out with dp_size > 1")
         configs = [
-            ServerConfig(
-                model=model, tp_size=tp_size, gpus=_gpus_of(index, tp_size, gpus, dp_size), **server
-            )
+            ServerConfig(model=model, tp_size=tp_size, gpus=_gpus_of(index, tp_size, gpus, dp_size), **server)
             for index in range(dp_size)
         ]
         servers = start_fleet(configs, progress=progress)
@@ -248,9 +246,7 @@ def load_tokenizer(pool: SGLangPool) -> PreTrainedTokenizerBase:
         raise ConfigError(f"the served tokenizer {path!r} can't be loaded here ({error}); pass tokenizer=") from error
 
 
-def _gpus_of(
-    index: int, tp_size: int, gpus: Sequence[Sequence[int]] | None, dp_size: int
-) -> tuple[int, ...] | None:
+def _gpus_of(index: int, tp_size: int, gpus: Sequence[Sequence[int]] | None, dp_size: int) -> tuple[int, ...] | None:
     if gpus is not None:
         return tuple(gpus[index])
     if dp_size == 1:

@@ -53,7 +53,7 @@ class Task(Generic[Result]):
     def _run(self) -> None:
         try:
             self._value = self._call()
-        except BaseException as error:  # handed to whoever waits for the outcome, never swallowed
+        except BaseException as error:  # noqa: BLE001  handed to whoever waits for the outcome, never swallowed
             self._error = error
         finally:
             self._call = _nothing  # whatever the call held (a buffer, a group) is free again

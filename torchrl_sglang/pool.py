@@ -43,6 +43,7 @@ class SGLangPool:
         clients: all servers, also quarantined ones.
         weight_version: version number of the weights that the last finished sync put on the routed servers; after
             :meth:`connect` the highest version found. This is where rollout and weight sync meet.
+        cache_salt: name-space of the prefix caches that new requests use; set by a sync that could not flush.
     """
 
     def __init__(self, clients: Sequence[SGLangClient]) -> None:
@@ -60,6 +61,7 @@ class SGLangPool:
         self._quarantined: dict[str, str] = {}
         self._connected = False
         self.weight_version = 0
+        self.cache_salt: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"clients": self.clients}
@@ -206,11 +208,12 @@ class SGLangPool:
         def run(client: SGLangClient, share: list[int]) -> list[GenerateReply]:
             prompts = [ids_B_T[index] for index in share]
             options: dict[str, Any] = {"return_logprobs": return_logprobs, "prompt_logprobs": prompt_logprobs}
+            naming: dict[str, Any] = {"lora": lora, "cache_salt": self.cache_salt}
             if progress is not None:
                 return generate_streaming(
-                    client, prompts, sampling, progress=progress, timeout_s=timeout_s, lora=lora, **options
+                    client, prompts, sampling, progress=progress, timeout_s=timeout_s, **naming, **options
                 )
-            request = build_generate(prompts, sampling, lora=lora, **options)
+            request = build_generate(prompts, sampling, **naming, **options)
             answer = client.send(request, timeout_s=timeout_s)
             return parse_generate(answer, num_expected=len(share) * sampling.n, server=client.url, **options)
 

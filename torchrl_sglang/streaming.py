@@ -26,6 +26,7 @@ def generate_streaming(
     prompt_logprobs: bool = False,
     timeout_s: float | None = None,
     lora: str | None = None,
+    cache_salt: str | None = None,
 ) -> list[GenerateReply]:
     """Like one ``/generate`` call on one server, but reports progress.
 
@@ -41,6 +42,7 @@ def generate_streaming(
         prompt_logprobs: report prompt log-probs.
         timeout_s: seconds between two events.
         lora: name of a loaded adapter.
+        cache_salt: name-space in the prefix cache.
 
     Returns:
         ``B * n`` replies, prompt-major.
@@ -59,6 +61,7 @@ def generate_streaming(
         stream=True,
         request_ids=ids,
         lora=lora,
+        cache_salt=cache_salt,
     )
     last: dict[str, dict[str, Any]] = {}
     counted: dict[str, int] = {}

@@ -24,6 +24,7 @@ def build_generate(
     stream: bool = False,
     request_ids: Sequence[str] | None = None,
     lora: str | None = None,
+    cache_salt: str | None = None,
 ) -> HttpRequest:
     """One request that carries the whole batch, so that the server's continuous batching sees everything at once.
 
@@ -36,6 +37,7 @@ def build_generate(
         stream: answer with server-sent events.
         request_ids: one id per prompt, by which the server can be asked to abort; not possible with ``n > 1``.
         lora: name of a loaded adapter.
+        cache_salt: name-space in the prefix cache: only requests with the same one share prefixes.
 
     Examples:
         >>> request = build_generate([[1, 2], [3]], SamplingParams(max_new_tokens=4))
@@ -55,6 +57,8 @@ def build_generate(
         body["rid"] = list(request_ids)
     if lora is not None:
         body["lora_path"] = lora  # a loaded adapter's name, in spite of the field's name
+    if cache_salt is not None:
+        body["extra_key"] = cache_salt
     return HttpRequest(method="POST", path="/generate", body=body, timeout="generate")
 
 

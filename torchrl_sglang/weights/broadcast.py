@@ -62,6 +62,8 @@ class BroadcastRoad:
         packing: Packing,
         version: WeightVersion,
         deadline: float,
+        *,
+        num_buckets: int | None,
     ) -> UpdateSession:
         """Put the weights on the servers.
 
@@ -70,6 +72,7 @@ class BroadcastRoad:
             packing: makes the packed buckets, given the buffers to use.
             version: what they will be called.
             deadline: ``time.monotonic()`` value by which everything has to be done.
+            num_buckets: how many buckets will come, if that is known.
 
         Returns:
             The finished session, which knows how long each phase took.
@@ -83,28 +86,17 @@ class BroadcastRoad:
             self._packer = BucketPacker(self._groups[0].device)
         packed = packing(self._packer)
         try:
-            return self._send(clients, packed, version, deadline, start)
-        finally:
-            packed.close()  # lets a sharded source's other ranks go, however this ended
-
-    def _send(
-        self,
-        clients: Sequence[SGLangClient],
-        packed: PackedBuckets,
-        version: WeightVersion,
-        deadline: float,
-        start: float,
-    ) -> UpdateSession:
-        first = next(packed, None)  # gathered, checked and flattened while the servers still generate
-        session = UpdateSession(self._pool, clients, version=version, config=self._config, deadline=deadline)
-        session.seconds["prepare"] = time.monotonic() - start
-        transfer = Transfer(self._groups, self._config, deadline)
-        try:
+            first = next(packed, None)  # gathered, checked and flattened while the servers still generate
+            session = UpdateSession(self._pool, clients, version=version, config=self._config, deadline=deadline)
+            session.seconds["prepare"] = time.monotonic() - start
+            transfer = Transfer(self._groups, self._config, deadline)
             with session:
-                session.transfer(transfer, _chain(first, packed))
+                session.transfer(transfer, _chain(first, packed), num_buckets=num_buckets)
         except BaseException:
             self.drop()
             raise
+        finally:
+            packed.close()  # lets a sharded source's other ranks go, however this ended
         return session
 
     def drop(self) -> None:

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
@@ -78,7 +79,7 @@ class WeightGroup:
         try:
             _await_ranks(store, joins, world_size, backend, deadline, address=address, port=port)
             prefix = "cuda/" if backend == "nccl" else "cpu/"
-            prefixed = dist.PrefixStore(prefix, dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store)))
+            prefixed = c10d.PrefixStore(prefix, c10d.PrefixStore(f"{name}/", c10d.PrefixStore(name, store)))
             group = _join(prefixed, world_size, backend, address, config)
             for url, task in joins.items():
                 _check_join(url, task, deadline, address=address, port=port)
@@ -135,8 +136,10 @@ class WeightGroup:
         self.drop()
 
     def drop(self) -> None:
-        """Let go of the trainer's side only. Never blocks: gloo waits for an operation under way when it is destroyed,
-        so the last reference is given up in a thread of its own."""
+        """Let go of the trainer's side only, without blocking.
+
+        gloo waits for an operation under way when it is destroyed, so the last reference is given up in a thread.
+        """
         group, self._group = self._group, None
         if group is not None:
             Task(_Release(group, self.backend), name="drop-weight-group")
@@ -189,7 +192,7 @@ def _choose_backend(config: SyncConfig, clients: Sequence[SGLangClient]) -> str:
     return "nccl"
 
 
-def _listen(address: str, port: int | None, timeout: timedelta) -> tuple[dist.TCPStore, int]:
+def _listen(address: str, port: int | None, timeout: timedelta) -> tuple[c10d.TCPStore, int]:
     """A store that listens on one address only, on a port that nobody can take in between."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -204,7 +207,7 @@ def _listen(address: str, port: int | None, timeout: timedelta) -> tuple[dist.TC
             "address of this machine that the servers reach, and master_port to a free port (or None)"
         ) from error
     chosen = int(listener.getsockname()[1])
-    store = dist.TCPStore(
+    store = c10d.TCPStore(
         address, chosen, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
     )
     return store, chosen
@@ -229,7 +232,7 @@ def _bind_send(client: SGLangClient, request: Any) -> Any:
 
 
 def _await_ranks(
-    store: dist.TCPStore,
+    store: c10d.TCPStore,
     joins: Mapping[str, Task[Any]],
     world_size: int,
     backend: str,
@@ -273,11 +276,11 @@ def _check_join(url: str, task: Task[Any], deadline: float, *, address: str, por
         ) from error
 
 
-def _join(store: dist.Store, world_size: int, backend: str, address: str, config: SyncConfig) -> Any:
+def _join(store: c10d.Store, world_size: int, backend: str, address: str, config: SyncConfig) -> Any:
     timeout = timedelta(seconds=config.group_timeout_s)
     try:
         if backend == "gloo":
-            options = dist.ProcessGroupGloo._Options()
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
             options._timeout = timeout
             return dist.ProcessGroupGloo(store, 0, world_size, options)

@@ -1,4 +1,4 @@
-"""Proof that a sync arrived: one fixed prompt scored on every server, and by the trainer's model where it can be called.
+"""Proof that a sync arrived: one fixed prompt scored on every server, and by the trainer's model if it can be called.
 
 A server answers 200 to names it does not know, and over NCCL even before the data is there: only an answer made with
 the new weights proves anything.

@@ -65,8 +65,10 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
     # ------------------------------------------------------------------ the sender: the trainer's process
 
     def _init_on_sender_impl(self, model_id: str | None = None, context: Any = None, **kwargs: Any) -> None:
-        """Called by every kind of collector with its own extras; multi-process ones call it before their workers
-        start, so nothing that must not be inherited is made here."""
+        """Called by every kind of collector, with its own extras.
+
+        Multi-process ones call it before their workers start, so nothing that must not be inherited is made here.
+        """
         self.model_id = model_id or "policy"
         self.context = context
         self._register_worker_sender(worker_idx=0)

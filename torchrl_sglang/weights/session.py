@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -82,6 +82,7 @@ class UpdateSession:
         self._previous: dict[str, str] = {}
         self._begun: set[str] = set()
         self._paused_at = 0.0
+        self._flushed = False
 
     def __enter__(self) -> UpdateSession:
         try:
@@ -103,15 +104,23 @@ class UpdateSession:
             self._fail(late)
             raise
 
-    def transfer(self, transfer: Transfer, packed: Iterable[tuple[Bucket, torch.Tensor]]) -> None:
+    def transfer(
+        self, transfer: Transfer, packed: Iterable[tuple[Bucket, torch.Tensor]], *, num_buckets: int | None
+    ) -> None:
         """Send the buckets; from the first announcement on a server counts as mixed.
+
+        Args:
+            transfer: over the groups to use.
+            packed: see :meth:`Transfer.run`.
+            num_buckets: how many will come, if that is known.
 
         Raises:
             WeightUpdateError: a server refused, died or hung.
         """
         with self._phase("transfer"):
             try:
-                transfer.run(packed)
+                transfer.run(packed, num_buckets=num_buckets, flush_cache=self._cache == "flush")
+                self._flushed = transfer.flushed
                 self.num_bytes, self.num_buckets = transfer.num_bytes, transfer.num_buckets
                 self.num_tensors = transfer.num_tensors
             finally:
@@ -139,6 +148,13 @@ class UpdateSession:
             if control.parse_loads(client.send(control.build_loads(legacy=legacy))) > 0:
                 return "retract"
         return "abort"  # at once when nothing runs, and unlike the other modes it lets an idle scheduler sleep
+
+    @property
+    def _cache(self) -> str:
+        """Requests frozen in place keep their KV, and a flush is refused because of them: new requests get a salt."""
+        if self._config.cache == "flush" and self.pause_mode == "in_place":
+            return "salt"
+        return self._config.cache
 
     def _remember_versions(self) -> None:
         answers = self._run({client.url: _sending(client, MODEL_INFO) for client in self._clients})
@@ -174,8 +190,10 @@ class UpdateSession:
             begun = [client for client in self._clients if client.url in self._begun]
             self._each("closing the update session", control.build_end_update(), clients=begun)
             self._begun.clear()
-            if self._config.cache == "flush" and self.pause_mode != "in_place":
+            if self._cache == "flush" and not self._flushed:
+                # Costs a garbage collection on the server that flushing with the last bucket doesn't.
                 self._each("flushing its prefix cache", control.build_flush())
+            self._pool.cache_salt = str(self._version) if self._cache == "salt" else None
             self._each("taking the new version", control.build_set_version(str(self._version)))
             self._each("continuing", control.build_continue())
         self.standstill_s = time.monotonic() - self._paused_at
@@ -236,7 +254,7 @@ class UpdateSession:
         targets = self._clients if clients is None else clients
         self._run({client.url: _calling(client, request, what, self._remaining()) for client in targets})
 
-    def _run(self, calls: dict[str, Callable[[], object]]) -> dict[str, object]:
+    def _run(self, calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
         if not calls:
             return {}
         outcomes = side_by_side(calls)

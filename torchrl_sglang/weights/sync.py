@@ -6,6 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -92,7 +93,13 @@ class WeightSync:
             _gather_only(source, plan)  # the other ranks are in the first gather and would wait there for ever
             raise
         packing = self._packing(source, checkpoint, plan)
-        session = self._road.send(clients, packing, WeightVersion(number=number, owner=self.owner), deadline)
+        session = self._road.send(
+            clients,
+            packing,
+            WeightVersion(number=number, owner=self.owner),
+            deadline,
+            num_buckets=None if source.one_shot else len(plan),
+        )
         gap = self._prove(clients, source, session)
         for client in clients:
             self._pool.restore(client.url)
@@ -215,10 +222,8 @@ class _Ready:
 
     def __call__(self) -> None:
         """A paused server says 503 to this: it is there, and only that is asked."""
-        try:
+        with suppress(RequestRejectedError):
             self._client.send(build_ready())
-        except RequestRejectedError:
-            pass
 
 
 def _num_bytes(plan: Sequence[Bucket]) -> int:

@@ -30,7 +30,7 @@ class Transfer:
 
     Args:
         groups: one group over all servers, or one per server.
-        config: packing and time-outs.
+        config: packing, cache handling and time-outs.
         deadline: ``time.monotonic()`` value by which everything has to have arrived.
 
     Attributes:
@@ -39,6 +39,7 @@ class Transfer:
         num_bytes: bytes broadcast so far, counted once.
         num_buckets: buckets broadcast so far.
         num_tensors: tensors in them.
+        flushed: the last bucket told the servers to empty their prefix caches.
     """
 
     def __init__(self, groups: Sequence[WeightGroup], config: SyncConfig, deadline: float) -> None:
@@ -47,6 +48,7 @@ class Transfer:
         self.num_bytes = 0
         self.num_buckets = 0
         self.num_tensors = 0
+        self.flushed = False
         self._groups = tuple(groups)
         self._config = config
         self._deadline = deadline
@@ -54,10 +56,14 @@ class Transfer:
         self._replies: dict[Task[Any], str] = {}
         self._first_arrived = False
 
-    def run(self, packed: Iterable[tuple[Bucket, torch.Tensor]]) -> None:
-        """Send every bucket of ``packed``: pairs of a bucket and its bytes (uint8, ``(bucket.nbytes,)``).
+    def run(self, packed: Iterable[tuple[Bucket, torch.Tensor]], *, num_buckets: int | None, flush_cache: bool) -> None:
+        """Send every bucket.
 
-        A bucket's memory is free again when the iterator is asked for the bucket after the next.
+        Args:
+            packed: pairs of a bucket and its bytes (uint8, ``(bucket.nbytes,)``). A bucket's memory is free again
+                when the iterator is asked for the bucket after the next.
+            num_buckets: how many will come, if that is known.
+            flush_cache: empty the prefix caches with the last bucket, if it is known which one that is.
 
         Raises:
             WeightUpdateError: a server refused, died or hung; names it.
@@ -66,6 +72,8 @@ class Transfer:
         item = next(buckets, None)
         while item is not None:
             bucket, flat = item
+            is_last = num_buckets is not None and self.num_buckets == num_buckets - 1
+            self.flushed = is_last and flush_cache
             self._announce(bucket)
             flights = self._launch(bucket, flat)
             item = next(buckets, None)
@@ -84,6 +92,7 @@ class Transfer:
                 shapes=bucket.shapes,
                 group=group.name,
                 flattened=self._config.packing == "flattened",
+                flush_cache=self.flushed,
             )
             for client in group.clients:
                 self.announced.add(client.url)
