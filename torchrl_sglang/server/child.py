@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,20 @@ class Child:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the server's main process runs."""
-        if self.supervisor.returncode is None and _has_ended(self.supervisor.pid):
-            # It cleared up before it ended, unless it was killed itself. Until its exit status is taken its pid can't
-            # become anyone else's, so now is the time to look.
-            supervisor.kill_tree(self.supervisor.pid)
-        return self.supervisor.poll() is None
+        """Whether the server's main process runs. When it has ended, so has everything else of it, on return."""
+        process = self.supervisor
+        if process.returncode is not None:
+            return False
+        main = supervisor.process_row(self.pid)
+        if main is not None and main.parent == process.pid and main.state != "Z":
+            return True
+        # The supervisor is clearing up, or was killed itself. Until its exit status is taken its pid can't become
+        # anyone else's: look below it before.
+        deadline = time.monotonic() + _REAP_TIMEOUT_S
+        while not _has_ended(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._kill()
+        return False
 
     @property
     def is_listening(self) -> bool:
@@ -133,20 +142,22 @@ class Child:
         """Kill the whole tree, take the exit status, give everything back. Again and again does no harm."""
         if self.owner_pid != os.getpid():
             return  # a forked child must not take the server down with it
-        process = self.supervisor
-        if process.returncode is None:
-            # Below the supervisor only: it reaps them, so that no zombie stays, and then ends by itself.
-            supervisor.kill_tree(process.pid)
-            try:
-                process.wait(_REAP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        if self.supervisor.returncode is None:
+            self._kill()
         for reservation in self.reservations:
             reservation.close()
         self.forget_keys()
         if self.temporary_folder is not None and not self.keep_log:
             shutil.rmtree(self.temporary_folder, ignore_errors=True)
+
+    def _kill(self) -> None:
+        # Below the supervisor only: it reaps them, so that no zombie stays, and then ends by itself.
+        supervisor.kill_tree(self.supervisor.pid)
+        try:
+            self.supervisor.wait(_REAP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.supervisor.kill()
+            self.supervisor.wait()
 
 
 def read_end(path: Path, num_bytes: int = 65536) -> str:

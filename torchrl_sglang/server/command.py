@@ -24,8 +24,6 @@ _OWN_FLAGS = {
     "--tensor-parallel-size": "tp_size",
     "--tp": "tp_size",
     "--device": "device",
-    "--api-key": "api_key",
-    "--admin-api-key": "admin_api_key",
 }
 _WILDCARD_HOSTS = ("0.0.0.0", "::", "")
 

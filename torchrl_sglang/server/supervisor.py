@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-__all__ = ["ProcessRow", "kill_tree", "process_table", "tree_pids"]
+__all__ = ["ProcessRow", "kill_tree", "process_row", "process_table", "tree_pids"]
 
 _OWNER_POLL_S = 0.5
 _PR_SET_PDEATHSIG = 1
@@ -44,20 +44,22 @@ class ProcessRow(NamedTuple):
     state: str
 
 
+def process_row(pid: int) -> ProcessRow | None:
+    """What ``/proc`` says of one process; ``None`` when there is no such process."""
+    try:
+        stat = Path("/proc", str(pid), "stat").read_bytes()
+    except OSError:
+        return None
+    # The name is in parentheses and may itself hold spaces and parentheses.
+    state, parent, _group, session = stat.rpartition(b")")[2].split()[:4]
+    return ProcessRow(int(parent), int(session), state.decode())
+
+
 def process_table() -> dict[int, ProcessRow]:
     """Every process of this machine that ``/proc`` shows, by pid."""
-    table = {}
-    for entry in os.listdir("/proc"):  # noqa: PTH208
-        if not entry.isdigit():
-            continue
-        try:
-            stat = Path("/proc", entry, "stat").read_bytes()
-        except OSError:  # it ended while we were looking
-            continue
-        # The name is in parentheses and may itself hold spaces and parentheses.
-        state, parent, _group, session = stat.rpartition(b")")[2].split()[:4]
-        table[int(entry)] = ProcessRow(int(parent), int(session), state.decode())
-    return table
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]  # noqa: PTH208
+    rows = ((pid, process_row(pid)) for pid in pids)
+    return {pid: row for pid, row in rows if row is not None}  # without those that ended while we were looking
 
 
 def tree_pids(root: int) -> set[int]:

@@ -1,0 +1,55 @@
+"""What a failed server's log is taken to mean. The lines are SGLang's, torch's and Python's own."""
+
+from __future__ import annotations
+
+import pytest
+
+from torchrl_sglang.server.diagnosis import describe_exit, explain_failure, last_meaningful_line
+
+
+@pytest.mark.parametrize(
+    ("log", "code", "advice"),
+    [
+        ("/x/bin/python: Error while finding module specification for 'sglang.launch_server' "
+         "(ModuleNotFoundError: No module named 'sglang')", 1, "install-cpu-server"),
+        ("/x/bin/python: No module named sglang", 1, "install-cpu-server"),
+        ("ModuleNotFoundError: No module named 'orjson'", 1, "lacks the module 'orjson'"),
+        ("ModuleNotFoundError: No module named 'sglang.srt.foo'", 1, "lacks the module 'sglang.srt.foo'"),
+        ("sglang serve: error: unrecognized arguments: --no-such-flag 3", 2, "doesn't know --no-such-flag 3"),
+        ("sglang serve: error: argument --dtype: invalid choice: 'f'", 2, "refused its command line: argument --dtype"),
+        ("[Errno 98] error while attempting to bind on address ('127.0.0.1', 1): address already in use", 1, "port"),
+        ("ValueError: nccl_port at 3000 is not available in 30 seconds.", 1, "took the port"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", 1, "mem_fraction_static"),
+        ("RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.", 1, "mem_fraction_static"),
+        ("OSError: org/x is not a local folder and is not a valid model identifier listed on", 1, "hub name"),
+        ("ValueError: Unrecognized model in /x. Should have a `model_type` key", 1, "architecture"),
+        ("", 137, "killed from outside"),
+        ("", -9, "killed from outside"),
+    ],
+)  # fmt: skip
+def test_known_failures_come_with_what_to_do(log: str, code: int, advice: str) -> None:
+    assert advice in explain_failure(f"starting\n{log}\n", code)
+
+
+def test_an_unknown_failure_gets_no_invented_cause() -> None:
+    assert explain_failure("ValueError: something new", 1) == ""
+
+
+def test_exit_codes_are_named() -> None:
+    assert [describe_exit(code) for code in (3, 139, -15)] == [
+        "exit code 3",
+        "exit code 139 (SIGSEGV)",
+        "exit code -15 (SIGTERM)",
+    ]
+
+
+def test_the_line_to_show_is_the_latest_that_says_something() -> None:
+    log = (
+        "[2026-01-01 10:00:00 TP0] Load weight begin. avail mem=3 GB\n"
+        "Loading safetensors: 50% 1/2\rLoading safetensors: 100% 2/2\r\n"
+        "/x/y.py:3: UserWarning: old\n  warnings.warn('old')\n"
+        '[2026-01-01 10:00:01] INFO:     127.0.0.1:1 - "GET /ready HTTP/1.1" 503\n\n'
+    )
+    assert last_meaningful_line(log) == "Loading safetensors: 100% 2/2"
+    assert last_meaningful_line("\x1b[1;33mwords\x1b[0m\n") == "words"
+    assert last_meaningful_line("") == ""
