@@ -85,7 +85,7 @@ class Child:
                     config, port=http.port, rendezvous_port=rendezvous.port, cpu=cpu, key_file=key_file
                 ),
                 "log_path": str(log_path),
-                "secrets": [key for key in (config.api_key, config.admin_api_key) if key],
+                "secrets": command.key_spellings(config),
                 "secret_file": {"path": str(key_file), "content": keys} if keys else None,
             }
             process, pid = _start_supervisor(order, variables, log_path)

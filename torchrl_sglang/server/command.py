@@ -12,7 +12,17 @@ from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.server.cpu import cpu_command_args
 
-__all__ = ["build_command", "build_url", "check_config", "find_python", "keys_as_yaml", "probe_host", "uses_tls"]
+__all__ = [
+    "build_command",
+    "build_url",
+    "check_config",
+    "find_python",
+    "key_spellings",
+    "keys_as_yaml",
+    "local_model_path",
+    "probe_host",
+    "uses_tls",
+]
 
 # Flags whose value this package must know to reach the server; each has its own field.
 _OWN_FLAGS = {
@@ -137,6 +147,18 @@ def keys_as_yaml(config: ServerConfig) -> str | None:
     keys = {"api-key": config.api_key, "admin-api-key": config.admin_api_key}
     lines = [f"{json.dumps(name)}: {json.dumps(key)}\n" for name, key in keys.items() if key is not None]
     return "".join(lines) or None
+
+
+def key_spellings(config: ServerConfig) -> list[str]:
+    r"""Every way a log may spell the keys, the longest first: as they are, as Python and as JSON quote them.
+
+    Examples:
+        >>> key_spellings(ServerConfig(model="m", api_key='a"b'))
+        ['a\\"b', 'a"b']
+    """
+    keys = [key for key in (config.api_key, config.admin_api_key) if key]
+    spellings = {spelling for key in keys for spelling in (key, repr(key)[1:-1], json.dumps(key)[1:-1])}
+    return sorted(spellings, key=len, reverse=True)
 
 
 def probe_host(host: str) -> str:

@@ -68,8 +68,10 @@ def reserve_port(host: str = "0.0.0.0", port: int | None = None) -> PortReservat
         >>> reserve_port("127.0.0.1", first.port) is None
         True
         >>> first.close()
-        >>> reserve_port("127.0.0.1", first.port).port == first.port
+        >>> again = reserve_port("127.0.0.1", first.port)
+        >>> again.port == first.port
         True
+        >>> again.close()
     """
     candidates = [port] if port is not None else random.sample(range(_FIRST_PORT, _LAST_PORT + 1), 256)
     for candidate in candidates:
