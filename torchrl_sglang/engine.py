@@ -209,6 +209,21 @@ class AsyncSGLang:
 
     # ------------------------------------------------------------------ life
 
+    def restart(self, url: str) -> bool:
+        """End and start again the server at ``url``, at the same address and with the checkpoint it was launched from.
+
+        Returns:
+            ``False`` if this engine did not launch it: then nothing is done.
+
+        Raises:
+            ServerStartError: it did not come up again.
+        """
+        for client, server in zip(self.pool.clients, self.servers, strict=False):
+            if client.url == url:
+                server.restart()
+                return True
+        return False
+
     def shutdown(self) -> None:
         """Close connections and end the servers this engine launched. Safe to call twice."""
         self.pool.close()

@@ -140,9 +140,10 @@ class WeightGroup:
 
         gloo waits for an operation under way when it is destroyed, so the last reference is given up in a thread.
         """
-        group, self._group = self._group, None
-        if group is not None:
-            Task(_Release(group, self.backend), name="drop-weight-group")
+        if self._group is not None:
+            release = _Release(self._group, self.backend)
+            self._group = None  # no name in this thread may hold it any more: the last one to let go waits
+            Task(release, name="drop-weight-group")
 
 
 class _Release:
@@ -192,7 +193,7 @@ def _choose_backend(config: SyncConfig, clients: Sequence[SGLangClient]) -> str:
     return "nccl"
 
 
-def _listen(address: str, port: int | None, timeout: timedelta) -> tuple[c10d.TCPStore, int]:
+def _listen(address: str, port: int | None, timeout: timedelta) -> tuple[c10d.Store, int]:
     """A store that listens on one address only, on a port that nobody can take in between."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -207,7 +208,7 @@ def _listen(address: str, port: int | None, timeout: timedelta) -> tuple[c10d.TC
             "address of this machine that the servers reach, and master_port to a free port (or None)"
         ) from error
     chosen = int(listener.getsockname()[1])
-    store = c10d.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         address, chosen, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
     )
     return store, chosen
@@ -232,7 +233,7 @@ def _bind_send(client: SGLangClient, request: Any) -> Any:
 
 
 def _await_ranks(
-    store: c10d.TCPStore,
+    store: c10d.Store,
     joins: Mapping[str, Task[Any]],
     world_size: int,
     backend: str,
@@ -254,11 +255,12 @@ def _await_ranks(
         if arrived:
             return
         if time.monotonic() > deadline:
-            waiting = [url for url, task in joins.items() if not task.done]
+            silent = [url for url, task in joins.items() if not task.done]
             raise WeightUpdateError(
-                f"{', '.join(waiting)} did not join the weight group in time. Can they reach {address}:{port}? Set "
-                "SyncConfig.master_address to an address of the trainer that they reach, or raise group_timeout_s",
-                server_weights={url: "stuck" if url in waiting else "old" for url in joins},
+                f"the weight group did not form within its time: {', '.join(silent or joins)} did not arrive at "
+                f"{address}:{port}. Can the servers reach that address? Set SyncConfig.master_address to one of the "
+                "trainer's that they reach, or raise group_timeout_s",
+                server_weights={url: "stuck" if url in silent else "old" for url in joins},
             )
         time.sleep(_POLL_S)
 

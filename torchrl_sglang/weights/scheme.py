@@ -46,6 +46,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         super().__init__("tensordict")
         self.pool = _pool_of(servers)
         self.config = config or SyncConfig()
+        self._restart = getattr(servers, "restart", None)
         self._initial_weights = model
         self._sync: WeightSync | None = None
         self._is_receiver = False
@@ -54,7 +55,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
     def sync(self) -> WeightSync:
         """The machinery behind the scheme; made on first use, so that a pickled copy carries no socket."""
         if self._sync is None:
-            self._sync = WeightSync(self.pool, self.config)
+            self._sync = WeightSync(self.pool, self.config, restart=self._restart)
         return self._sync
 
     @property
@@ -120,6 +121,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         state["_sync"] = None
+        state["_restart"] = None
         state["_initial_weights"] = None  # the sender's affair; a worker must not carry a model
         state["_sender_transports"] = None
         state["_receiver_transport"] = None

@@ -16,13 +16,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
-from torchrl_sglang.errors import RequestRejectedError, ServerWeights, SGLangError, WeightUpdateError
+from torchrl_sglang.errors import (
+    RequestRejectedError,
+    ServerWeights,
+    SGLangError,
+    WeightCoverageError,
+    WeightUpdateError,
+)
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol import control
@@ -36,6 +42,14 @@ __all__ = ["UpdateSession"]
 
 _CLEANUP_TIMEOUT_S = 5.0
 """For control calls on the failure exit: a server that needs longer is waiting inside a collective."""
+
+
+_STATE_IN_WORDS: dict[ServerWeights, str] = {
+    "old": "serves its old weights",
+    "new": "serves the new weights",
+    "mixed": "holds mixed weights and serves nothing until all weights are sent again",
+    "stuck": "does not answer and has to be restarted",
+}
 
 
 class UpdateSession:
@@ -87,22 +101,21 @@ class UpdateSession:
     def __enter__(self) -> UpdateSession:
         try:
             self._open()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  also on Ctrl-C servers are left in a good state; raised below
             self._fail(error)
-            raise
+            self._raise(error)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._fail(error)
-            return
         try:
+            if error is not None:
+                raise error
             self._finish()
-        except BaseException as late:
-            self._fail(late)
-            raise
+        except BaseException as failure:  # noqa: BLE001  as above
+            self._fail(failure)
+            self._raise(failure)
 
     def transfer(
         self, transfer: Transfer, packed: Iterable[tuple[Bucket, torch.Tensor]], *, num_buckets: int | None
@@ -217,8 +230,15 @@ class UpdateSession:
         for url, state in self.server_weights.items():
             if state in ("mixed", "stuck"):
                 self._pool.quarantine(url, f"its weights are {state} after a failed update ({error})")
-        if isinstance(error, WeightUpdateError):
+
+    def _raise(self, error: BaseException) -> NoReturn:
+        """Raise an error of ours with what each server holds now and what to do; any other as it is."""
+        if isinstance(error, WeightCoverageError):
             error.server_weights.update(self.server_weights)
+        if isinstance(error, WeightCoverageError) or not isinstance(error, SGLangError):
+            raise error
+        states = "; ".join(f"{url} {_STATE_IN_WORDS[state]}" for url, state in self.server_weights.items())
+        raise WeightUpdateError(f"{error}.\nNow {states}", server_weights=self.server_weights) from error
 
     def _leaving(self, client: SGLangClient) -> Callable[[], None]:
         def leave() -> None:

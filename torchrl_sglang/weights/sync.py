@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -15,10 +15,17 @@ from torch.distributed.tensor import DTensor
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
-from torchrl_sglang.errors import RequestRejectedError, SGLangError, WeightUpdateError
+from torchrl_sglang.errors import (
+    ConfigError,
+    RequestRejectedError,
+    ServerError,
+    SGLangError,
+    WeightSyncError,
+    WeightUpdateError,
+)
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
-from torchrl_sglang.protocol.control import build_ready
+from torchrl_sglang.protocol.control import build_ready, build_set_version
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.broadcast import BroadcastRoad, Packing
 from torchrl_sglang.weights.buckets import Bucket, plan_buckets
@@ -33,6 +40,9 @@ __all__ = ["WeightSync"]
 
 _log = logging.getLogger(__name__)
 
+_STUCK_TIMEOUT_S = 5.0
+"""How long a server that was stuck gets to show that somebody freed or restarted it."""
+
 
 class WeightSync:
     """Keeps servers at a trainer's weights. One object per trainer; its process group lives from sync to sync.
@@ -41,6 +51,8 @@ class WeightSync:
         pool: the servers.
         config: how weights travel.
         checkpoint: what the servers were started from; read from the served path when not given.
+        restart: restarts the server at a URL and returns whether it is ours to restart
+            (:meth:`AsyncSGLang.restart`); called for servers that are gone or stuck in a collective.
 
     Attributes:
         owner: id that this trainer writes into the servers' weight version.
@@ -48,7 +60,12 @@ class WeightSync:
     """
 
     def __init__(
-        self, pool: SGLangPool, config: SyncConfig | None = None, *, checkpoint: Checkpoint | None = None
+        self,
+        pool: SGLangPool,
+        config: SyncConfig | None = None,
+        *,
+        checkpoint: Checkpoint | None = None,
+        restart: Callable[[str], bool] | None = None,
     ) -> None:
         self.owner = uuid.uuid4().hex[:8]
         self.last_report: SyncReport | None = None
@@ -57,6 +74,9 @@ class WeightSync:
         self._checkpoint = checkpoint
         self._road = BroadcastRoad(pool, self._config)
         self._complete = False
+        self._restart = restart
+        self._stuck: set[str] = set()
+        self._last_weights: Any = None
 
     def push(self, weights: Any, *, version: int | None = None) -> SyncReport | None:
         """Send weights to every server that can be reached, and return when they serve them.
@@ -93,14 +113,19 @@ class WeightSync:
             _gather_only(source, plan)  # the other ranks are in the first gather and would wait there for ever
             raise
         packing = self._packing(source, checkpoint, plan)
-        session = self._road.send(
-            clients,
-            packing,
-            WeightVersion(number=number, owner=self.owner),
-            deadline,
-            num_buckets=None if source.one_shot else len(plan),
-        )
-        gap = self._prove(clients, source, session)
+        self._last_weights = None if source.one_shot else weights
+        try:
+            session = self._road.send(
+                clients,
+                packing,
+                WeightVersion(number=number, owner=self.owner),
+                deadline,
+                num_buckets=None if source.one_shot else len(plan),
+            )
+            gap = self._prove(clients, source, session)
+        except WeightSyncError as error:
+            self._stuck |= {url for url, state in error.server_weights.items() if state == "stuck"}
+            raise
         for client in clients:
             self._pool.restore(client.url)
         self._pool.weight_version = number
@@ -121,9 +146,21 @@ class WeightSync:
         _log.info("weights %d on %d servers in %.3f s", number, len(clients), self.last_report.total_s)
         return self.last_report
 
+    def heal(self) -> SyncReport | None:
+        """Send the weights of the last push again, to every server: for after a failure, or a server's return.
+
+        Raises:
+            ConfigError: nothing was pushed yet, or it came as an iterator that can't be read twice.
+            WeightUpdateError: as :meth:`push`.
+        """
+        if self._last_weights is None:
+            raise ConfigError("there are no weights to send again: push(model) them")
+        return self.push(self._last_weights)
+
     def close(self) -> None:
         """Take the process group down; the servers go on serving."""
         self._road.close()
+        self._last_weights = None
 
     # ------------------------------------------------------------------ what goes over
 
@@ -172,18 +209,35 @@ class WeightSync:
         Raises:
             WeightUpdateError: none answers.
         """
-        outcomes = side_by_side({client.url: _Ready(client) for client in self._pool.clients})
+        outcomes = side_by_side({client.url: self._finding(client) for client in self._pool.clients})
         for client in self._pool.clients:
             error = outcomes[client.url].error
             if error is not None:
                 self._pool.quarantine(client.url, f"it could not be reached for a weight update ({error})")
         alive = [client for client in self._pool.clients if outcomes[client.url].error is None]
+        self._stuck -= {client.url for client in alive}
         if not alive:
             raise WeightUpdateError(
                 f"no server can be reached: {outcomes[self._pool.clients[0].url].error}",
                 server_weights={client.url: "stuck" for client in self._pool.clients},
             )
         return alive
+
+    def _finding(self, client: SGLangClient) -> Callable[[], None]:
+        """Is the server there? If not, and it is ours, start it again."""
+
+        def find() -> None:
+            try:
+                with suppress(RequestRejectedError):  # a paused server says 503: it is there, and only that is asked
+                    client.send(build_ready())
+                if client.url in self._stuck:
+                    _await_scheduler(client)
+            except ServerError:
+                if self._restart is None or not self._restart(client.url):
+                    raise
+                client.connect()
+
+        return find
 
     # ------------------------------------------------------------------ what came out
 
@@ -216,14 +270,13 @@ class WeightSync:
         self._road.drop()
 
 
-class _Ready:
-    def __init__(self, client: SGLangClient) -> None:
-        self._client = client
+def _await_scheduler(client: SGLangClient) -> None:
+    """Ask something only the scheduler can answer: a server stuck in a collective still answers ``/ready``.
 
-    def __call__(self) -> None:
-        """A paused server says 503 to this: it is there, and only that is asked."""
-        with suppress(RequestRejectedError):
-            self._client.send(build_ready())
+    Raises:
+        ServerTimeoutError: it is still stuck.
+    """
+    client.send(build_set_version("dirty-0"), timeout_s=_STUCK_TIMEOUT_S)
 
 
 def _num_bytes(plan: Sequence[Bucket]) -> int:

@@ -21,6 +21,10 @@ from torchrl_sglang.weights.group import WeightGroup
 __all__ = ["Transfer"]
 
 
+_REPLY_PATIENCE_S = 1.0
+"""How long a server's own account of a broken broadcast is waited for."""
+
+
 class Transfer:
     """Sends packed buckets to all servers of some groups.
 
@@ -130,10 +134,12 @@ class Transfer:
     def _failed(self, url: str | None, error: SGLangError) -> SGLangError:
         if url is None:
             # A broken broadcast says that some peer is gone, a server's own reply says which and why: wait for it.
+            patience = time.monotonic() + _REPLY_PATIENCE_S
             for task, suspect in self._replies.items():
-                if task.wait(1.0) and (reason := task.outcome().error) is not None:
+                if task.wait(max(0.0, patience - time.monotonic())) and (reason := task.outcome().error) is not None:
                     return self._failed(suspect, reason)
-            return error
+            silent = sorted({suspect for task, suspect in self._replies.items() if not task.done})
+            return WeightUpdateError(f"{error}; no reply from {', '.join(silent) or 'any server'}")
         if isinstance(error, RequestRejectedError) and not self._first_arrived:
             self.untouched.add(url)
         return WeightUpdateError(f"{url} failed while receiving weights: {error}")
