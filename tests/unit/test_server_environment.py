@@ -58,6 +58,12 @@ def test_the_configs_env_wins_over_everything_and_the_parent_stays_as_it_is(cpu:
     assert dict(os.environ) == real
 
 
+def test_a_crashed_server_ends_at_once_unless_dumps_were_asked_for() -> None:
+    name = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"
+    assert environment(ServerConfig(model="m"), {})[name] == "0"
+    assert environment(ServerConfig(model="m"), {name: "1"})[name] == "1"
+
+
 def test_another_python_does_not_get_this_ones_module_path() -> None:
     parent = {"PYTHONPATH": "/mine", "PYTHONHOME": "/p", "VIRTUAL_ENV": "/v"}
     assert environment(ServerConfig(model="m"), parent).items() >= parent.items()

@@ -26,6 +26,10 @@ _LAUNCHER_PREFIXES = ("ROLE_", "TORCHELASTIC_", "RAY_")
 # Where modules come from is a matter of each Python: ours, handed to another one, mixes two installations.
 _PYTHON_NAMES = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
 
+# When one of its processes crashes, SGLang (0.5.23) waits 65 s for debuggers and core dumps before it ends. All that
+# time it looks alive and answers nothing, and a trainer waits. Who wants the dumps sets these to 1.
+_CRASH_DUMP_NAMES = ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH")
+
 
 def is_trainers_own(name: str) -> bool:
     """Whether a variable tells the trainer its place among its peers, and so is not for a server.
@@ -58,6 +62,8 @@ def child_environment(
         for name in _PYTHON_NAMES:
             variables.pop(name, None)
     variables["PYTHONUNBUFFERED"] = "1"  # the last words of a crash are the ones that matter
+    for name in _CRASH_DUMP_NAMES:
+        variables.setdefault(name, "0")
     if cpu:
         ours = cpu_environment(config)
         inherited_path = variables.get("PYTHONPATH")
