@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file
 from tensordict import TensorDict
@@ -82,6 +83,17 @@ def test_a_compiled_model_is_seen_through(model: nn.Module, folder: Path) -> Non
     assert any("._orig_mod." in name for name, _ in model.named_parameters())
     assert_sends_the_checkpoint(model, folder)
     assert_sends_the_checkpoint(model.state_dict(), folder)
+
+
+def test_a_model_in_a_real_ddp_is_seen_through_and_its_process_group_left_alone(model: nn.Module, folder: Path) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for weights in (parallel, torch.compile(parallel), parallel.state_dict(), TensorDict.from_module(parallel)):
+            assert_sends_the_checkpoint(weights, folder)
+        assert open_source(parallel, Checkpoint.read(folder)).module is model
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("as_torchrl_does", [False, True])

@@ -165,6 +165,8 @@ def unit_key(name: str) -> str:
         False
     """
     module, _, _ = name.rpartition(".")
+    if not module:
+        return name
     parent, _, leaf = module.rpartition(".")
     families = [index for index, family in enumerate(_REQUEST_LOCAL) if leaf in family]
     # wkv is in two families: whichever sister is there, the three of them stay together.

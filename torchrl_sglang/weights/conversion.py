@@ -8,6 +8,7 @@ is that function's signature, ``(model, state_dict) -> state_dict``. Source: tra
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -87,24 +88,31 @@ def plan_conversion(
 
 def _grouped(traced: Mapping[str, _Traced], converted: Mapping[str, _Traced]) -> list[ConversionGroup]:
     """Outputs with a source in common, directly or through others, belong to one group."""
-    groups: list[tuple[set[str], dict[str, _Traced]]] = []
-    member_of: dict[str, tuple[set[str], dict[str, _Traced]]] = {}
+    parent = {name: name for name in traced}
+
+    def leader(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    for tensor in converted.values():
+        first, *others = tensor.origin or ("",)
+        for other in others:
+            parent[leader(other)] = leader(first)
+    outputs: dict[str, dict[str, _Traced]] = {}
     for name, tensor in converted.items():
-        sources, outputs = set(tensor.origin), {name: tensor}
-        for group in {id(member_of[source]): member_of[source] for source in sources if source in member_of}.values():
-            sources |= group[0]
-            outputs = {**group[1], **outputs}
-            groups = [other for other in groups if other is not group]
-        groups.append((sources, outputs))
-        member_of.update(dict.fromkeys(sources, groups[-1]))
+        for source in itertools.islice(tensor.origin, 1):
+            outputs.setdefault(leader(source), {})[name] = tensor
+    sources: dict[str, list[str]] = {}
+    for name in traced:
+        sources.setdefault(leader(name), []).append(name)
     return [
         ConversionGroup(
-            sources=tuple(name for name in traced if name in sources) if len(sources) > 1 else tuple(sources),
-            outputs={name: (tuple(tensor.shape), tensor.dtype) for name, tensor in outputs.items()},
-            renames=len(outputs) == 1
-            and any(traced[source] is tensor for source in sources for tensor in outputs.values()),
+            sources=tuple(sources[key]),
+            outputs={name: (tuple(tensor.shape), tensor.dtype) for name, tensor in group.items()},
+            renames=[id(tensor) for tensor in group.values()] == [id(traced[name]) for name in sources[key]],
         )
-        for sources, outputs in groups
+        for key, group in outputs.items()
     ]
 
 

@@ -19,8 +19,9 @@ class BucketPacker:
     """Copies tensors into buckets, casting on the way; no other memory is taken than the buffers.
 
     A buffer is as large as the largest bucket it has held and is kept for the next sync: fresh memory costs more in
-    page faults than the copy itself. The copies release Python's lock, so packing in one thread runs beside a
-    broadcast in another.
+    page faults than the copy itself. A bucket of one tensor (one that is larger than a bucket, mostly) that needs no
+    cast is not copied at all: its own bytes are handed out, which may be the live weight's. The copies release
+    Python's lock, so packing in one thread runs beside a broadcast in another.
 
     Args:
         device: where the buffers live; ``None`` is each bucket's first tensor's.
@@ -56,7 +57,8 @@ class BucketPacker:
                 than they are taken from it.
 
         Returns:
-            The bucket's bytes: uint8, ``(bucket.nbytes,)``, contiguous. Overwritten by the call after the next.
+            The bucket's bytes: uint8, ``(bucket.nbytes,)``, contiguous. Overwritten by the call after the next, so
+            hold no more than two.
 
         Raises:
             ConfigError: a tensor is not the bucket's, has another shape, or is missing.
@@ -73,10 +75,13 @@ class BucketPacker:
                 wanted = f"shape {slot.shape}" if slot else f"one of {', '.join(list(expected)[:3])}"
                 raise ConfigError(f"got {name!r} with shape {tuple(tensor.shape)} for a bucket that wants {wanted}")
             if flat is None:
+                flat = self._as_it_is(bucket, tensor)
+                if flat is not None:
+                    return flat
                 flat = self._buffer(bucket.nbytes, tensor.device)
+                self._turn += 1
             slot.view(flat).copy_(tensor.detach())
             del tensor  # before the next one is gathered
-        self._turn += 1
         return flat if flat is not None else torch.empty(0, dtype=torch.uint8)
 
     def packed(
@@ -150,6 +155,12 @@ class BucketPacker:
         flat = self.pack(bucket, [(spec.name, tensor) for spec, tensor in held])
         held.clear()
         return bucket, flat
+
+    def _as_it_is(self, bucket: Bucket, tensor: torch.Tensor) -> torch.Tensor | None:
+        here = self._device is None or tensor.device == self._device
+        if len(bucket.slots) == 1 and tensor.dtype == bucket.dtypes[0] and tensor.is_contiguous() and here:
+            return tensor.detach().view(-1).view(torch.uint8)
+        return None
 
     def _buffer(self, nbytes: int, device: torch.device) -> torch.Tensor:
         device = self._device or device
