@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,12 @@ KEY = "correct-horse-battery"
 pytestmark = [pytest.mark.usefixtures("needs_sglang"), pytest.mark.timeout(400)]
 REQUEST = {"input_ids": [[1, 5, 6], [1, 7]], "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
 DEADLY = {"input_ids": [10**6], "sampling_params": {"max_new_tokens": 1}}
+
+
+@pytest.fixture(autouse=True)
+def logs_of_failures_go_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # read TMPDIR anew
 
 
 def tree(server: SGLangServer) -> set[int]:
