@@ -366,6 +366,9 @@ class SyncConfig:
     """Trainer's tensor name to checkpoint name, for custom models; applied before every check."""
     ignore: tuple[str, ...] = ()
     """Names (``fnmatch`` patterns) that are neither required from the trainer nor sent."""
+    blocking: bool = True
+    """Whether a collector's update waits until the servers have the weights. If not, the next rollout may start, and
+    an error is raised by the next update; the trainer has to leave the parameters alone until then."""
     only_trainable: bool = False
     """After the first full sync, send only parameters with ``requires_grad``."""
     check_values: bool = True

@@ -5,6 +5,7 @@ Private names of torchrl's base class are used here and nowhere else in ``weight
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torchrl.weight_update import weight_sync_schemes as _host
@@ -62,6 +63,46 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
     def last_report(self) -> SyncReport | None:
         """What the last successful sync did."""
         return None if self._sync is None else self._sync.last_report
+
+    def attach(self, collector: Any) -> SGLangWeightSyncScheme:
+        """Serve a collector whose constructor takes no ``weight_sync_schemes``: ``LLMCollector``, ``RayLLMCollector``.
+
+        A ``RayLLMCollector`` would ship the weights to its actor; the broadcast has to start in the trainer's process,
+        so from now on its ``update_policy_weights_`` sends from here and counts the actor's policy version up.
+
+        Args:
+            collector: the collector.
+
+        Returns:
+            This scheme.
+
+        Raises:
+            ConfigError: a collector of a kind we don't know.
+
+        Examples:
+            >>> scheme = SGLangWeightSyncScheme(engine).attach(LLMCollector(env, policy=policy))  # doctest: +SKIP
+        """
+        if hasattr(collector, "_setup_weight_sync"):
+            if not hasattr(collector, "_collector"):
+                collector._setup_weight_sync(None, {"policy": self})
+                return self
+            self.init_on_sender(model_id="policy", context=None)
+            self.connect()
+            collector.update_policy_weights_ = _RemoteUpdate(self, collector)
+            return self
+        raise ConfigError(
+            f"a {type(collector).__name__} can't be given a scheme afterwards: pass weight_sync_schemes={{'policy': "
+            "scheme}} to its constructor"
+        )
+
+    def wait(self) -> None:
+        """Wait for an update under way in the background (``SyncConfig(blocking=False)``).
+
+        Raises:
+            SGLangError: it failed.
+        """
+        if self._sync is not None:
+            self._sync.wait()
 
     # ------------------------------------------------------------------ the sender: the trainer's process
 
@@ -144,7 +185,10 @@ class _Transport:
         self._scheme = scheme
 
     def send_weights(self, weights: Any) -> None:
-        self._scheme.sync.push(weights)
+        if self._scheme.config.blocking:
+            self._scheme.sync.push(weights)
+        else:
+            self._scheme.sync.push_in_background(weights)
 
     def receive_weights(self, timeout: float | None = None, **kwargs: Any) -> None:
         return None
@@ -154,6 +198,21 @@ class _Transport:
 
     def setup_connection_and_weights_on_receiver(self, **kwargs: Any) -> None:
         return None
+
+
+class _RemoteUpdate:
+    """``update_policy_weights_`` of a collector that lives in another process."""
+
+    def __init__(self, scheme: SGLangWeightSyncScheme, collector: Any) -> None:
+        self._scheme = scheme
+        self._collector = weakref.ref(collector)  # the collector holds us
+
+    def __call__(self, policy_or_weights: Any = None, *, weights: Any = None, policy: Any = None, **_: Any) -> None:
+        given = next((each for each in (policy_or_weights, weights, policy) if each is not None), None)
+        self._scheme.send(given)
+        collector = self._collector()
+        if collector is not None and collector.policy_version is not None:
+            collector.increment_version()
 
 
 def _pool_of(servers: Any) -> SGLangPool:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torchrl_sglang.client import SGLangClient
@@ -23,7 +24,7 @@ from torchrl_sglang.errors import (
     WeightSyncError,
     WeightUpdateError,
 )
-from torchrl_sglang.parallel import side_by_side
+from torchrl_sglang.parallel import Task, side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_ready, build_set_version
 from torchrl_sglang.protocol.version import WeightVersion
@@ -31,6 +32,7 @@ from torchrl_sglang.weights.broadcast import BroadcastRoad, Packing
 from torchrl_sglang.weights.buckets import Bucket, plan_buckets
 from torchrl_sglang.weights.checkpoint import Checkpoint
 from torchrl_sglang.weights.coverage import check_coverage, wire_dtype
+from torchrl_sglang.weights.pending import PendingSync
 from torchrl_sglang.weights.proof import compare_checksums, prove
 from torchrl_sglang.weights.report import SyncReport
 from torchrl_sglang.weights.session import UpdateSession
@@ -77,11 +79,12 @@ class WeightSync:
         self._restart = restart
         self._stuck: set[str] = set()
         self._last_weights: Any = None
+        self._pending: PendingSync | None = None
 
     def push(self, weights: Any, *, version: int | None = None) -> SyncReport | None:
         """Send weights to every server that can be reached, and return when they serve them.
 
-        Under FSDP2 every rank calls this; the first one sends.
+        Under FSDP2 every rank calls this; the first one sends. A push under way in the background is waited for.
 
         Args:
             weights: a module, nested TensorDict, flat dict or iterator (see :func:`open_source`).
@@ -96,6 +99,39 @@ class WeightSync:
             WeightUpdateError: a server refused, died, hung or failed its proof; ``server_weights`` says what each
                 server holds. The next push, with everything sent again, heals what can be healed.
         """
+        self.wait()
+        return self._push(weights, version)
+
+    def push_in_background(self, weights: Any, *, version: int | None = None) -> PendingSync:
+        """Like :meth:`push`, but return at once: the next rollout may start while the weights travel.
+
+        Requests that arrive meanwhile wait in the paused servers and are answered with the new weights. The trainer
+        must leave its parameters alone until the push is done.
+
+        Returns:
+            A handle; its :meth:`~PendingSync.result` raises what :meth:`push` would have raised. So does the next
+            push, if nobody has asked the handle by then.
+
+        Raises:
+            ConfigError: the model is sharded; gathering it in a thread could cross the training's own collectives.
+        """
+        self.wait()
+        if isinstance(weights, nn.Module) and _is_sharded(weights):
+            raise ConfigError("a sharded model can't be sent in the background: use push, or gather it first")
+        self._pending = PendingSync(Task(lambda: self._push(weights, version), name="weight-sync"))
+        return self._pending
+
+    def wait(self) -> None:
+        """Wait for a push under way in the background.
+
+        Raises:
+            SGLangError: it failed, and nobody has asked its handle.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None and not pending.asked:
+            pending.result()
+
+    def _push(self, weights: Any, version: int | None) -> SyncReport | None:
         start = time.monotonic()
         self._pool.connect()
         checkpoint = self._read_checkpoint()
@@ -158,7 +194,9 @@ class WeightSync:
         return self.push(self._last_weights)
 
     def close(self) -> None:
-        """Take the process group down; the servers go on serving."""
+        """Take the process group down, after a push under way has ended; the servers go on serving."""
+        if self._pending is not None:
+            self._pending.join()
         self._road.close()
         self._last_weights = None
 
@@ -291,6 +329,8 @@ def _gather_only(source: WeightSource, plan: Sequence[Bucket]) -> None:
 
 def _can_be_asked(source: WeightSource) -> bool:
     """A sharded model computes only when all ranks call it, which they don't do here."""
-    if source.module is None:
-        return False
-    return not any(isinstance(parameter, DTensor) for parameter in source.module.parameters())
+    return source.module is not None and not _is_sharded(source.module)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
