@@ -21,6 +21,7 @@ from torchrl_sglang.parallel import Outcome, side_by_side
 from torchrl_sglang.protocol.control import build_ready
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
 from torchrl_sglang.protocol.limits import check_prompts
+from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest, ServerInfo
 from torchrl_sglang.protocol.routing import split_batch
 from torchrl_sglang.protocol.version import WeightVersion
@@ -179,6 +180,7 @@ class SGLangPool:
         timeout_s: float | None = None,
         progress: Callable[[int], None] | None = None,
         lora: str | None = None,
+        media: Sequence[Media] | None = None,
     ) -> list[GenerateReply]:
         """Generate ``sampling.n`` sequences for each of ``B`` prompts.
 
@@ -193,6 +195,7 @@ class SGLangPool:
             timeout_s: seconds for the whole batch instead of ``ClientConfig.generate_timeout_s``.
             progress: called with the number of newly generated tokens while the batch runs.
             lora: name of a loaded adapter.
+            media: images, videos and sounds of each prompt (not together with ``progress``).
 
         Returns:
             ``B * n`` replies, prompt-major, in the order of the prompts.
@@ -204,6 +207,8 @@ class SGLangPool:
         if len(ids_B_T) == 0:
             return []
         self.check(ids_B_T, sampling)
+        if media is not None and (progress is not None or len(media) != len(ids_B_T)):
+            raise ConfigError("media needs one entry per prompt, and goes without progress")
 
         def run(client: SGLangClient, share: list[int]) -> list[GenerateReply]:
             prompts = [ids_B_T[index] for index in share]
@@ -213,7 +218,8 @@ class SGLangPool:
                 return generate_streaming(
                     client, prompts, sampling, progress=progress, timeout_s=timeout_s, **naming, **options
                 )
-            request = build_generate(prompts, sampling, **naming, **options)
+            shown = None if media is None else [media[index] for index in share]
+            request = build_generate(prompts, sampling, media=shown, **naming, **options)
             answer = client.send(request, timeout_s=timeout_s)
             return parse_generate(answer, num_expected=len(share) * sampling.n, server=client.url, **options)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ProtocolError
+from torchrl_sglang.protocol.media import Media, media_fields
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest, WeightSpan
 
 __all__ = ["build_generate", "parse_generate", "parse_one"]
@@ -25,6 +26,7 @@ def build_generate(
     request_ids: Sequence[str] | None = None,
     lora: str | None = None,
     cache_salt: str | None = None,
+    media: Sequence[Media] | None = None,
 ) -> HttpRequest:
     """One request that carries the whole batch, so that the server's continuous batching sees everything at once.
 
@@ -38,6 +40,8 @@ def build_generate(
         request_ids: one id per prompt, by which the server can be asked to abort; not possible with ``n > 1``.
         lora: name of a loaded adapter.
         cache_salt: name-space in the prefix cache: only requests with the same one share prefixes.
+        media: images, videos and sounds of each prompt. Each stands in the ids as the *one* placeholder that the chat
+            template writes; the server widens it to the item's size.
 
     Examples:
         >>> request = build_generate([[1, 2], [3]], SamplingParams(max_new_tokens=4))
@@ -59,6 +63,8 @@ def build_generate(
         body["lora_path"] = lora  # a loaded adapter's name, in spite of the field's name
     if cache_salt is not None:
         body["extra_key"] = cache_salt
+    if media is not None:
+        body.update(media_fields(media))
     return HttpRequest(method="POST", path="/generate", body=body, timeout="generate")
 
 

@@ -1,0 +1,168 @@
+"""Images, videos and sounds in any form people hold them in, as the URLs that ``/generate`` takes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import wave
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from torchrl_sglang.chat.mjpeg import write_avi
+from torchrl_sglang.errors import ConfigError
+
+__all__ = ["MediaKind", "media_url"]
+
+MediaKind = Literal["image", "video", "audio"]
+
+# (offset, bytes found there, what the file is)
+_SIGNATURES = (
+    (0, b"\x89PNG\r\n\x1a\n", "image/png"),
+    (0, b"\xff\xd8\xff", "image/jpeg"),
+    (0, b"GIF8", "image/gif"),
+    (8, b"WEBP", "image/webp"),
+    (0, b"BM", "image/bmp"),
+    (0, b"II*\x00", "image/tiff"),
+    (0, b"MM\x00*", "image/tiff"),
+    (4, b"ftyp", "video/mp4"),
+    (0, b"\x1aE\xdf\xa3", "video/webm"),
+    (8, b"AVI ", "video/x-msvideo"),
+    (8, b"WAVE", "audio/wav"),
+    (0, b"ID3", "audio/mpeg"),
+    (0, b"\xff\xfb", "audio/mpeg"),
+    (0, b"fLaC", "audio/flac"),
+    (0, b"OggS", "audio/ogg"),
+)
+# Containers that hold sound as well as pictures, and animations.
+_ALSO = {"image/gif": "video", "video/mp4": "audio", "video/webm": "audio", "audio/ogg": "video"}
+# SGLang's image processors look at two frames a second at most, so none is dropped.
+_FRAMES_PER_S = 2.0
+
+
+def media_url(item: Any, kind: MediaKind) -> str:
+    """One image, video or sound as a URL.
+
+    Args:
+        item: a path, the bytes of a file, an ``http(s)://`` URL (which the *server* will fetch), a ``data:`` URL, or
+
+            * image: a ``PIL.Image``; an array or tensor of shape ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)``, either
+              uint8 or floating point in [0, 1];
+            * video: a list of images, an array of shape ``(frames, H, W, C)`` or ``(frames, C, H, W)``, or
+              ``{"frames": ..., "fps": ...}``; sent as motion JPEG;
+            * audio: ``(samples, rate)`` or ``{"array": ..., "sampling_rate": ...}`` with samples of shape ``(N,)`` or
+              ``(N, channels)``, int16 or floating point in [-1, 1]; sent as 16-bit WAV.
+        kind: what it is.
+
+    Raises:
+        ConfigError: no such file, a file of another kind, or values that can't be read as this kind.
+
+    Examples:
+        >>> media_url("https://host/cat.png", "image")
+        'https://host/cat.png'
+        >>> media_url(np.zeros((2, 2, 3), dtype=np.uint8), "image")[:30]
+        'data:image/png;base64,iVBORw0K'
+    """
+    if isinstance(item, str) and item.startswith(("http://", "https://", "data:")):
+        return item
+    if isinstance(item, (str, Path)):
+        return _as_data_url(_read(item, kind), kind, f"the file {str(item)!r}")
+    if isinstance(item, (bytes, bytearray, memoryview)):
+        return _as_data_url(bytes(item), kind, "these bytes")
+    encode = {"image": _png, "video": _avi, "audio": _wav}[kind]
+    return _as_data_url(encode(item), kind, f"this {type(item).__name__}")
+
+
+def _read(path: str | Path, kind: MediaKind) -> bytes:
+    file = Path(str(path).removeprefix("file://")).expanduser()
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"the {kind} {str(path)!r} can't be read ({reason}); give a path, a URL or bytes") from error
+
+
+def _as_data_url(data: bytes, kind: MediaKind, what: str) -> str:
+    found = next((mime for at, mark, mime in _SIGNATURES if data[at : at + len(mark)] == mark), None)
+    if not data or (found is not None and kind not in (found.split("/")[0], _ALSO.get(found))):
+        raise ConfigError(f"{what} is no {kind}: it holds {found or 'nothing'}")
+    mime = found if found is not None and found.startswith(kind) else f"{kind}/{found.split('/')[1] if found else '*'}"
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def _as_array(values: Any) -> np.ndarray[Any, Any]:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype.is_floating_point else values
+    return np.asarray(values)
+
+
+def as_pillow(image: Any) -> Any:
+    """An image as a ``PIL.Image`` in RGB or grey."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ConfigError("images that are not files need Pillow: pip install pillow") from error
+    if isinstance(image, Image.Image):
+        return image
+    pixels = _as_array(image)
+    channels_first = pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4)
+    if channels_first and (pixels.shape[-1] not in (1, 3, 4) or hasattr(image, "detach")):
+        pixels = np.moveaxis(pixels, 0, -1)
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    if pixels.size == 0 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (3, 4)):
+        raise ConfigError(
+            f"an image is a path, bytes, a URL, a PIL image or an array of shape (H, W), (H, W, C) or (C, H, W); got "
+            f"{type(image).__name__} of shape {pixels.shape}"
+        )
+    if np.issubdtype(pixels.dtype, np.floating):
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            raise ConfigError("a floating-point image must have values in [0, 1]; is it normalised for a model?")
+        pixels = np.round(pixels * 255).astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise ConfigError(f"an image's values must be uint8 or floating point in [0, 1], got {pixels.dtype}")
+    return Image.fromarray(pixels)
+
+
+def _png(image: Any) -> bytes:
+    file = io.BytesIO()
+    as_pillow(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def _avi(video: Any) -> bytes:
+    frames, fps = (video["frames"], video.get("fps")) if isinstance(video, Mapping) else (video, None)
+    if not isinstance(frames, Sequence):
+        frames = _as_array(frames) if not hasattr(frames, "detach") else frames
+        if frames.ndim != 4:
+            raise ConfigError(f"a video's array must have 4 dimensions, frames first; got shape {tuple(frames.shape)}")
+    return write_avi([as_pillow(frame) for frame in frames], fps=float(fps or _FRAMES_PER_S))
+
+
+def _wav(audio: Any) -> bytes:
+    if isinstance(audio, Mapping) and "array" in audio and "sampling_rate" in audio:
+        audio = (audio["array"], audio["sampling_rate"])
+    if not (isinstance(audio, tuple) and len(audio) == 2 and isinstance(audio[1], int) and audio[1] > 0):
+        raise ConfigError(
+            "a sound is a path, bytes, a URL, (samples, rate) or {'array': samples, 'sampling_rate': rate}; "
+            f"got {type(audio).__name__}"
+        )
+    samples, rate = _as_array(audio[0]), audio[1]
+    if samples.size == 0 or samples.ndim not in (1, 2) or (samples.ndim == 2 and samples.shape[1] > 8):
+        raise ConfigError(f"samples must have shape (N,) or (N, channels), got {samples.shape}")
+    if np.issubdtype(samples.dtype, np.floating):
+        if not np.abs(samples).max() <= 1:
+            raise ConfigError("floating-point samples must lie in [-1, 1]")
+        samples = np.round(samples * 32767).astype("<i2")
+    if samples.dtype != np.int16:
+        raise ConfigError(f"samples must be int16 or floating point in [-1, 1], got {samples.dtype}")
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1 if samples.ndim == 1 else samples.shape[1])
+        out.setsampwidth(2)
+        out.setframerate(rate)
+        out.writeframes(samples.astype("<i2").tobytes())
+    return file.getvalue()
