@@ -1,0 +1,180 @@
+"""The whole road in small: start a server, generate, compare with the model, sync new weights, prove it, time it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import SamplingParams, ServerConfig, SyncConfig
+from torchrl_sglang.doctor.checks import Check, Diagnosis
+from torchrl_sglang.doctor.raw_broadcast import raw_broadcast_s
+from torchrl_sglang.errors import SGLangError
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.server import SGLangServer
+from torchrl_sglang.testing import make_tiny_model
+from torchrl_sglang.weights.proof import probe_ids, trainer_logprobs
+from torchrl_sglang.weights.report import SyncReport
+from torchrl_sglang.weights.sync import WeightSync
+
+__all__ = ["self_test"]
+
+_NUM_SYNCS = 3
+_NUM_PROMPTS = 16
+_NEW_TOKENS = 32
+
+
+def self_test(
+    diagnosis: Diagnosis, server: ServerConfig | None = None, *, progress: Callable[[str], None] | None = None
+) -> None:
+    """Try everything a training run needs and note how it went.
+
+    With two GPUs or more the trainer stays on the first and the server gets the next, so that weights travel over
+    NCCL. With none everything runs on the CPU, over gloo.
+
+    Args:
+        diagnosis: where findings go.
+        server: how to launch the server (its Python, say); the model is ours.
+        progress: called with a line of text now and then.
+    """
+    say = progress or (lambda line: None)
+    with tempfile.TemporaryDirectory(prefix="torchrl-sglang-doctor-") as folder:
+        say("making a small model")
+        model_path = make_tiny_model(Path(folder) / "tiny", hidden=512, layers=8, heads=8, kv_heads=4)
+        config = _placed(replace(server or ServerConfig(model="-"), model=str(model_path), dtype="float32"))
+        launched = SGLangServer(config)
+        try:
+            with _step(diagnosis, "server start", "its log's tail is above; `torchrl-sglang serve` shows all of it"):
+                start = time.monotonic()
+                launched.start(progress=say)
+                diagnosis.figures["server_start_s"] = time.monotonic() - start
+            pool = SGLangPool([SGLangClient(launched.url)])
+            _try_everything(diagnosis, pool, model_path, say)
+        except _Stop:
+            pass
+        finally:
+            launched.stop(kill=True)
+
+
+class _Stop(Exception):
+    """A step failed on which the rest depends."""
+
+
+@contextmanager
+def _step(diagnosis: Diagnosis, name: str, next_step: str) -> Iterator[dict[str, str]]:
+    """Note how a step went; what the block puts under ``detail`` is shown."""
+    found: dict[str, str] = {"detail": ""}
+    start = time.monotonic()
+    try:
+        yield found
+    except (SGLangError, AssertionError) as error:
+        diagnosis.add(Check(name=name, status="fail", detail=str(error), next_step=next_step))
+        raise _Stop from error
+    detail = found["detail"] or f"{time.monotonic() - start:.1f} s"
+    diagnosis.add(Check(name=name, status="pass", detail=detail))
+
+
+def _try_everything(diagnosis: Diagnosis, pool: SGLangPool, model_path: Path, say: Callable[[str], None]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).to(_trainer_device()).eval()
+    say("comparing the server with the model")
+    with _step(
+        diagnosis, "log-probs equal the model's", "trainer and server compute differently: check dtypes"
+    ) as found:
+        gap = _gap(pool, model)
+        found["detail"] = f"largest difference {gap:.1e}"
+        assert gap < 1e-3, f"they differ by {gap:.2g}, where float32 should agree to 1e-4"
+        diagnosis.figures["logprob_gap"] = gap
+    with _step(diagnosis, "generation", "see the server's log") as found:
+        tokens_per_s = _throughput(pool)
+        diagnosis.figures["generate_tokens_per_s"] = tokens_per_s
+        found["detail"] = f"{tokens_per_s:.0f} tokens/s with {_NUM_PROMPTS} prompts side by side"
+    sync = WeightSync(pool, SyncConfig())
+    try:
+        _try_syncs(diagnosis, pool, sync, model, say)
+    finally:
+        sync.close()
+
+
+def _try_syncs(
+    diagnosis: Diagnosis, pool: SGLangPool, sync: WeightSync, model: Any, say: Callable[[str], None]
+) -> None:
+    say("sending new weights")
+    backend = "gloo" if pool.info.device == "cpu" else "NCCL"
+    advice = f"{backend} could not carry the weights; SyncConfig(road='disk') needs no process group"
+    with _step(diagnosis, f"weight sync over {backend}", advice) as found:
+        reports = [_perturb_and_push(sync, model) for _ in range(_NUM_SYNCS)]
+        report = reports[-1]
+        seconds = [each.seconds["transfer"] for each in reports]
+        num_bytes = report.num_bytes
+        rate = num_bytes / min(seconds) / 1e9
+        diagnosis.figures |= {"sync_s": report.total_s, "sync_bytes": num_bytes, "sync_gb_per_s": rate}
+        found["detail"] = (
+            f"{num_bytes / 1e6:.0f} MB in {min(seconds):.2f} s ({rate:.2f} GB/s), version {report.version}"
+        )
+    with _step(
+        diagnosis, "the server answers as the new model", "weights arrived wrongly: please report this"
+    ) as found:
+        gap = _gap(pool, model)
+        assert gap < 1e-3, f"log-probs differ by {gap:.2g} from the model whose weights were sent"
+        found["detail"] = f"largest log-prob difference {gap:.1e} after {_NUM_SYNCS} syncs"
+        diagnosis.figures["logprob_gap_after_sync"] = gap
+    say("timing a bare broadcast")
+    with _step(
+        diagnosis, "beside a bare broadcast", "the network between two processes is at fault, not this library"
+    ) as found:
+        raw_s = raw_broadcast_s(num_bytes, backend.lower())
+        diagnosis.figures |= {"raw_broadcast_s": raw_s, "transfer_to_raw": min(seconds) / raw_s}
+        times = min(seconds) / raw_s
+        found["detail"] = (
+            f"{num_bytes / raw_s / 1e9:.2f} GB/s bare; transfer and loading take {times:.1f} times as long"
+        )
+
+
+def _placed(config: ServerConfig) -> ServerConfig:
+    """The server on the second GPU, the trainer on the first: NCCL can't join two processes on one."""
+    if torch.cuda.device_count() >= 2 and config.gpus is None and config.device != "cpu":
+        return replace(config, gpus=(1,))
+    if torch.cuda.device_count() == 1 and config.device == "auto":
+        return replace(config, device="cpu")
+    return config
+
+
+def _trainer_device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.device_count() >= 2 else torch.device("cpu")
+
+
+def _gap(pool: SGLangPool, model: nn.Module) -> float:
+    ids = probe_ids(pool.vocab_size or 2)
+    (reply,) = pool.score([ids])
+    served = torch.tensor([value for value in reply.prompt_logprobs or [] if value is not None], dtype=torch.float64)
+    return float((served - trainer_logprobs(model, ids)).abs().max())
+
+
+def _throughput(pool: SGLangPool) -> float:
+    ids = probe_ids(pool.vocab_size or 2)
+    sampling = SamplingParams(max_new_tokens=_NEW_TOKENS, ignore_eos=True)
+    pool.generate([ids[:4]], SamplingParams(max_new_tokens=2))
+    start = time.monotonic()
+    replies = pool.generate([ids[: 2 + index % 8] for index in range(_NUM_PROMPTS)], sampling)
+    tokens = sum(len(reply.output_ids) for reply in replies)
+    assert tokens == _NUM_PROMPTS * _NEW_TOKENS, f"{tokens} tokens came back instead of {_NUM_PROMPTS * _NEW_TOKENS}"
+    return tokens / (time.monotonic() - start)
+
+
+@torch.no_grad()
+def _perturb_and_push(sync: WeightSync, model: nn.Module) -> SyncReport:
+    for parameter in model.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    report = sync.push(model)
+    assert report is not None  # only helping ranks of a sharded model get none
+    return report

@@ -1,0 +1,73 @@
+"""A look at a running server: what it is, and whether it can take weights."""
+
+from __future__ import annotations
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import ClientConfig
+from torchrl_sglang.doctor.checks import Check
+from torchrl_sglang.errors import SGLangError
+from torchrl_sglang.protocol.messages import ServerInfo
+from torchrl_sglang.protocol.version import WeightVersion
+
+__all__ = ["check_server"]
+
+
+def check_server(url: str, config: ClientConfig | None = None) -> list[Check]:
+    """Ask a server what it is. Nothing on it is changed.
+
+    Args:
+        url: base URL.
+        config: keys and time-outs.
+    """
+    client = SGLangClient(url, config)
+    try:
+        info = client.connect()
+        session = client.dialect.weight_session
+    except SGLangError as error:
+        return [Check(name="server", status="fail", detail=str(error), next_step="see `torchrl-sglang serve`")]
+    finally:
+        client.close()
+    detail = f"{info.url}: SGLang {info.version} serves {info.model_path} ({', '.join(info.architectures)})"
+    form = "update session" if session else "no update session (before 0.5.21)"
+    return [
+        Check(name="server", status="pass", detail=f"{detail} on {info.device}, dtype {info.dtype}; {form}"),
+        _vocabulary(info),
+        _updates(info),
+        _weights(info),
+    ]
+
+
+def _vocabulary(info: ServerInfo) -> Check:
+    if info.vocab_size is None:
+        return Check(
+            name="vocabulary",
+            status="warn",
+            detail=f"the size can't be read: {info.model_path!r} is not on this machine",
+            next_step="pass vocab_size=... when connecting: an unknown token id kills a server",
+        )
+    return Check(
+        name="vocabulary", status="pass", detail=f"{info.vocab_size} ids, context {info.context_length} tokens"
+    )
+
+
+def _updates(info: ServerInfo) -> Check:
+    if info.dp_size > 1 or info.pp_size > 1:
+        return Check(
+            name="weight updates",
+            status="fail",
+            detail=f"dp_size={info.dp_size}, pp_size={info.pp_size}: a process group can't reach all of it",
+            next_step="use several servers instead of dp_size, tensor instead of pipeline parallelism",
+        )
+    return Check(name="weight updates", status="pass", detail=f"possible; {info.tp_size} rank(s) in a weight group")
+
+
+def _weights(info: ServerInfo) -> Check:
+    version = WeightVersion.parse(info.weight_version)
+    if version.dirty:
+        return Check(
+            name="weights",
+            status="fail",
+            detail=f"half-updated ({info.weight_version}): a trainer died or failed in the middle of a sync",
+            next_step="send all weights again: WeightSync(pool).push(model), or restart the server",
+        )
+    return Check(name="weights", status="pass", detail=f"version {info.weight_version}")
