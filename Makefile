@@ -22,7 +22,7 @@ help:
 	@echo "make test        environment, checks, tests (about 10 minutes on 2 cores)"
 	@echo "make test-full   make test, then the slow tests"
 	@echo "make check       lint, format, types, architecture"
-	@echo "make env         the environment alone (.venv, 2.5 GB)"
+	@echo "make env         the environment alone (.venv, 2 GB)"
 
 env: $(VENV)/.ready
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "torchrl_sglang"
 
 # A unit is a module or folder right under the package. It imports itself and units of the lines above its own; only
-# the last line but two are peers, and of those `rollout` and `weights` never meet.
+# PEERS, the line with the engine, import each other, and of those `rollout` and `weights` never meet.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"config", "parallel"}),
@@ -27,9 +27,10 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"pool", "server"}),
     frozenset({"rollout", "weights", "engine", "chat"}),
     frozenset({"testing"}),
+    frozenset({"doctor"}),
     frozenset({"cli"}),
 )
-PEERS = LAYERS[6]
+PEERS = next(units for units in LAYERS if "engine" in units)
 NEVER_MEET = frozenset({"rollout", "weights"})
 LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 
