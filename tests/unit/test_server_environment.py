@@ -94,6 +94,7 @@ def test_each_cpu_rank_computes_on_cores_of_its_own() -> None:
     assert variables["OMP_NUM_THREADS"] == "1"
     uneven = cpu_environment(ServerConfig(model="m", tp_size=2), cores=[2, 5, 6, 7, 9])
     assert uneven["SGLANG_CPU_OMP_THREADS_BIND"] == "2,5|6,7"
+    assert cpu_environment(ServerConfig(model="m"), cores=list(range(8)))["OMP_NUM_THREADS"] == "4"
     assert "SGLANG_CPU_OMP_THREADS_BIND" not in cpu_environment(ServerConfig(model="m"), cores=[0, 1])
 
 
@@ -188,7 +189,7 @@ def test_replicas_on_a_cpu_share_the_cores_and_refuse_what_cannot_be_shared() ->
     config = ServerConfig(model="m", device="cpu", env={"A": "1"})
     first, second = replicate(config, 2)
     assert first == second
-    assert first.env == {"A": "1", "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}
+    assert first.env == {"A": "1", "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 4))}
     assert replicate(config, 1) == (config,)
     with pytest.raises(ConfigError, match="can't share port 31150"):
         replicate(ServerConfig(model="m", device="cpu", port=31150), 2)

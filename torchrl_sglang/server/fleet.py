@@ -46,7 +46,7 @@ def replicate(
     if needs_cpu_engine(config):
         if gpus is not None:
             raise ConfigError(f"gpus={gpus} was given, but these servers run on the CPU")
-        threads = max(1, len(os.sched_getaffinity(0)) // (num_servers * config.tp_size))
+        threads = max(1, len(os.sched_getaffinity(0)) // (2 * num_servers * config.tp_size))  # half is the trainer's
         shared = dataclasses.replace(config, env={"OMP_NUM_THREADS": str(threads), **config.env})
         return (shared,) * num_servers
     return tuple(dataclasses.replace(config, gpus=one) for one in assign_gpus(num_servers, config.tp_size, gpus))

@@ -56,6 +56,7 @@ class SGLangServer:
         self._lock = threading.RLock()
         self._port = config.port
         self._attached = False
+        self._was_ready = False
         self._last_log = ""
 
     # ------------------------------------------------------------------ start
@@ -112,12 +113,14 @@ class SGLangServer:
                     self._wait_ready(started, progress)
                     break
                 except ServerStartError as error:
-                    if last_try or self.config.port is not None or not ADDRESS_IN_USE.search(error.log_tail):
+                    may_move = self.config.port is None and not self._was_ready  # later on, clients know the address
+                    if last_try or not may_move or not ADDRESS_IN_USE.search(error.log_tail):
                         raise
                 # Somebody took our freshly chosen port before the server could bind it.
                 self._fail()
                 self._port = None
                 self.launch()
+            self._was_ready = True
             on_failure.pop_all()
 
     def restart(self, *, progress: Callable[[str], None] | None = None) -> None:
