@@ -73,8 +73,7 @@ def _spoken(
     tokenizer: Any,
 ) -> list[tuple[Any, Sequence[Any]]]:
     """``text`` and, in history mode, ``history``. Text is decoded from the ids here: the server trims its own."""
-    decoding = {"skip_special_tokens": bool(settings.decoding("skip_special_tokens"))}
-    responses = tokenizer.batch_decode([r.output_ids for r in replies_S], **decoding)
+    responses = _responses(replies_S, settings, tokenizer)
     texts_B = prompts.texts_B or tokenizer.batch_decode(prompts.ids_B_T, skip_special_tokens=False)
     texts_S = [text for text in texts_B for _ in range(sampling.n)]
     if settings.input_mode == "history":
@@ -85,17 +84,50 @@ def _spoken(
     columns: list[tuple[Any, Sequence[Any]]] = [(settings.text_key, text_rows(texts_S, responses, fulls))]
     if settings.input_mode == "history":
         histories_S = [h for h in prompts.histories_B or [] for _ in range(sampling.n)]
-        # The template writes the end of a message itself: an answer that carried it too would end twice next turn.
-        said = [
-            reply.output_ids[:-1]
-            if isinstance(reply.matched, int) and reply.output_ids[-1:] == [reply.matched]
-            else reply.output_ids
-            for reply in replies_S
-        ]
-        contents = tokenizer.batch_decode(said, skip_special_tokens=False)
         complete = [reply.finish_reason == "stop" for reply in replies_S]
+        contents = _contents(replies_S, responses, settings, tokenizer)
         columns.append((settings.history_key, chat_rows(histories_S, contents, complete)))
     return columns
+
+
+def _responses(replies_S: Sequence[GenerateReply], settings: RolloutSettings, tokenizer: Any) -> list[str]:
+    """What the ids spell, special tokens and stop strings included unless they were asked to be left out."""
+    skips = bool(settings.decoding("skip_special_tokens"))
+    trims = False in (settings.decoding("include_stop_str_in_output"), settings.decoding("no_stop_trim"))
+    ids_S_R = [reply.output_ids for reply in replies_S]
+    if trims:
+        ids_S_R = [ids[:-1] if isinstance(r.matched, int) else ids for ids, r in zip(ids_S_R, replies_S, strict=True)]
+    texts: list[str] = tokenizer.batch_decode(ids_S_R, skip_special_tokens=skips)
+    if trims:
+        for index, reply in enumerate(replies_S):
+            if isinstance(reply.matched, str):
+                texts[index] = texts[index].rpartition(reply.matched)[0]
+    return texts
+
+
+def _contents(
+    replies_S: Sequence[GenerateReply], responses_S: Sequence[str], settings: RolloutSettings, tokenizer: Any
+) -> list[str]:
+    """What the assistant said, without the special token that ended it.
+
+    The chat template writes the end of a message itself: an answer that carried it too would end twice next turn.
+    """
+    special = set(tokenizer.all_special_ids)
+    said_S = [
+        r.output_ids[:-1] if r.output_ids[-1:] == [r.matched] and r.matched in special else r.output_ids
+        for r in replies_S
+    ]
+    as_spelled = all(settings.decoding(n) is None for n in ("skip_special_tokens", "include_stop_str_in_output"))
+    again = [
+        index
+        for index, (said, reply) in enumerate(zip(said_S, replies_S, strict=True))
+        if not as_spelled or len(said) < len(reply.output_ids)
+    ]
+    contents = list(responses_S)
+    if again:  # batch_decode([]) is one empty text
+        for index, text in zip(again, tokenizer.batch_decode([said_S[i] for i in again]), strict=True):
+            contents[index] = text
+    return contents
 
 
 def scored_rows(answers: Answers, settings: RolloutSettings, padding: Padding) -> list[TensorDict]:

@@ -93,33 +93,49 @@ def token_rows(
     response = to_rows(responses_S_R, torch.long, padding, padding.value, "right")
     attended = to_rows([[True] * len(p) for p in prompts_S_P], torch.bool, padding, False, "left")
     answered = to_rows([[True] * len(r) for r in responses_S_R], torch.bool, padding, False, "right")
-    rows: list[dict[str, Any]] = []
-    for p, r, a, m in zip(prompt, response, attended, answered, strict=True):
-        rows.append(
-            {
-                "tokens": Tokens(prompt=p, response=r, full=torch.cat([p, r]), padded=mark),
-                "masks": Masks(
-                    all_attention_mask=torch.cat([a, m]),
-                    all_assistant_mask=torch.cat([torch.zeros_like(a), m]),
-                    padded=mark,
-                ),
-            }
-        )
-    if log_probs:
-        scores = to_rows([r.output_logprobs or [] for r in replies_S], torch.float32, padding, 0.0, "right")
-        known = [r.prompt_logprobs for r in replies_S]
-        prompt_scores: list[torch.Tensor] | None = None
-        if all(scored is not None for scored in known):
-            prompt_scores = to_rows([first_zero(k or []) for k in known], torch.float32, padding, 0.0, "left")
-        for index, (row, p) in enumerate(zip(rows, prompt, strict=True)):
-            before = prompt_scores[index] if prompt_scores else torch.full(p.shape, float("nan"))
-            row["log_probs"] = LogProbs(
-                prompt=prompt_scores[index] if prompt_scores else None,
-                response=scores[index],
-                full=torch.cat([before, scores[index]]) if full_log_probs else None,
+    rows: list[dict[str, Any]] = [
+        {
+            "tokens": _made(Tokens, prompt=p, response=r, full=torch.cat([p, r]), padded=mark),
+            "masks": _made(
+                Masks,
+                all_attention_mask=torch.cat([a, m]),
+                all_assistant_mask=torch.cat([torch.zeros_like(a), m]),
                 padded=mark,
-            )
+            ),
+        }
+        for p, r, a, m in zip(prompt, response, attended, answered, strict=True)
+    ]
+    if log_probs:
+        scored = _log_prob_rows(prompt, replies_S, padding, full=full_log_probs)
+        for row, scores in zip(rows, scored, strict=True):
+            row["log_probs"] = scores
     return rows
+
+
+def _log_prob_rows(
+    prompt: Sequence[torch.Tensor], replies_S: Sequence[GenerateReply], padding: Padding, *, full: bool
+) -> list[LogProbs]:
+    mark = MetaData(padding.enabled)
+    response = to_rows([r.output_logprobs or [] for r in replies_S], torch.float32, padding, 0.0, "right")
+    known = [r.prompt_logprobs for r in replies_S]
+    before: list[torch.Tensor] | None = None
+    if all(scores is not None for scores in known):
+        before = to_rows([first_zero(scores or []) for scores in known], torch.float32, padding, 0.0, "left")
+    rows = []
+    for index, (p, r) in enumerate(zip(prompt, response, strict=True)):
+        fields = {"response": r, "padded": mark}
+        if before is not None:
+            fields["prompt"] = before[index]
+        if full:
+            unknown = torch.full(p.shape, float("nan"))
+            fields["full"] = torch.cat([fields.get("prompt", unknown), r])
+        rows.append(_made(LogProbs, **fields))
+    return rows
+
+
+def _made(kind: Any, **fields: Any) -> Any:
+    """One row of a TensorClass. Its constructor takes three times as long, a lot with hundreds of rows."""
+    return kind._from_tensordict(TensorDict(fields))
 
 
 def first_zero(scores_P: Sequence[float | None]) -> list[float]:
@@ -129,7 +145,10 @@ def first_zero(scores_P: Sequence[float | None]) -> list[float]:
 
 def text_rows(prompts_S: Sequence[str], responses_S: Sequence[str], fulls_S: Sequence[str]) -> list[Text]:
     """``Text`` of every sequence."""
-    return [Text(prompt=p, response=r, full=f) for p, r, f in zip(prompts_S, responses_S, fulls_S, strict=True)]
+    return [
+        _made(Text, prompt=NonTensorData(p), response=NonTensorData(r), full=NonTensorData(f))
+        for p, r, f in zip(prompts_S, responses_S, fulls_S, strict=True)
+    ]
 
 
 def chat_rows(prompts_S: Sequence[History], contents_S: Sequence[str], complete_S: Sequence[bool]) -> list[ChatHistory]:
@@ -150,8 +169,9 @@ def chat_rows(prompts_S: Sequence[History], contents_S: Sequence[str], complete_
             }
         )
         answer = History._from_tensordict(LazyStackedTensorDict(message, stack_dim=0))
-        full = prompt.extend(answer, inplace=False, dim=-1)
-        rows.append(ChatHistory(prompt=prompt, response=answer, full=full, batch_size=()))
+        messages = [*prompt._tensordict.unbind(0), message]
+        full = History._from_tensordict(LazyStackedTensorDict(*messages, stack_dim=0))
+        rows.append(_made(ChatHistory, prompt=prompt, response=answer, full=full))
     return rows
 
 
@@ -166,41 +186,35 @@ def generation_rows(
     exact: bool,
 ) -> list[Generation]:
     """:class:`Generation` of every sequence."""
-    versions = to_rows([token_versions(r) for r in replies_S], torch.long, padding, NO_TOKEN, "right")
-    temperature, top_p, min_p = (torch.tensor(float(v)) for v in (sampling.temperature, sampling.top_p, sampling.min_p))
-    top_k, exact_T = torch.tensor(sampling.top_k), torch.tensor(exact)
-    counts = torch.tensor(
-        [
-            [r.prompt_tokens, r.completion_tokens, r.cached_tokens, dropped, resumes]
-            for r, dropped, resumes in zip(replies_S, dropped_S, resumes_S, strict=True)
-        ],
-        dtype=torch.long,
-    ).reshape(-1, 5)
-    rows = []
-    for reply, version, count, error in zip(replies_S, versions, counts, errors_S, strict=True):
-        prompt_tokens, completion_tokens, cached_tokens, dropped, resumes = count.clone().unbind(0)
-        rows.append(
-            Generation(
-                finish_reason="error" if error else reply.finish_reason,
-                matched=NonTensorData(reply.matched),
-                truncated=torch.tensor(reply.finish_reason != "stop"),
-                prompt_tokens=prompt_tokens,
-                completion_tokens=completion_tokens,
-                cached_tokens=cached_tokens,
-                dropped_tokens=dropped,
-                resumes=resumes,
-                weight_version=version,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                min_p=min_p,
-                exact_log_probs=exact_T,
-                server=reply.server,
-                latency_s=torch.tensor(reply.latency_s, dtype=torch.float32),
-                error=error,
-            )
-        )
-    return rows
+    count = len(replies_S)
+    columns: dict[str, Sequence[Any]] = {
+        "weight_version": to_rows([token_versions(r) for r in replies_S], torch.long, padding, NO_TOKEN, "right"),
+        "truncated": torch.tensor([r.finish_reason != "stop" for r in replies_S]).unbind(0),
+        "prompt_tokens": torch.tensor([r.prompt_tokens for r in replies_S]).unbind(0),
+        "completion_tokens": torch.tensor([r.completion_tokens for r in replies_S]).unbind(0),
+        "cached_tokens": torch.tensor([r.cached_tokens for r in replies_S]).unbind(0),
+        "dropped_tokens": torch.tensor(dropped_S).unbind(0),
+        "resumes": torch.tensor(resumes_S).unbind(0),
+        "latency_s": torch.tensor([r.latency_s for r in replies_S], dtype=torch.float32).unbind(0),
+        # One element each: a shared one would be changed for all rows by whoever changes it in place for one.
+        "temperature": torch.full((count,), float(sampling.temperature)).unbind(0),
+        "top_p": torch.full((count,), float(sampling.top_p)).unbind(0),
+        "top_k": torch.full((count,), sampling.top_k).unbind(0),
+        "min_p": torch.full((count,), float(sampling.min_p)).unbind(0),
+        "exact_log_probs": torch.full((count,), exact).unbind(0),
+        "finish_reason": _words(["error" if e else r.finish_reason for r, e in zip(replies_S, errors_S, strict=True)]),
+        "matched": _words([r.matched for r in replies_S]),
+        "server": _words([r.server for r in replies_S]),
+        "error": _words(errors_S),
+    }
+    names = tuple(columns)
+    return [_made(Generation, **dict(zip(names, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+
+def _words(values_S: Sequence[Any]) -> list[NonTensorData]:
+    """Non-tensor entries; equal ones are one object, since there are few kinds."""
+    kinds = {value: NonTensorData(value) for value in set(values_S)}
+    return [kinds[value] for value in values_S]
 
 
 def stack_rows(rows: Sequence[TensorDictBase], shape: Sequence[int]) -> TensorDictBase:

@@ -118,7 +118,8 @@ def _as_rows(value: Any, key: NestedKey) -> tuple[list[list[int]], dict[int, str
     problems: dict[int, str] = {}
     for index, row in enumerate(value):
         if isinstance(row, torch.Tensor):
-            bad = row.is_floating_point() or row.is_complex() or row.dtype == torch.bool or row.ndim != 1
+            no_ints = row.is_floating_point() or row.is_complex() or row.dtype == torch.bool
+            bad = row.ndim != 1 or (no_ints and row.numel() > 0)  # torch.tensor([]) is float
             shown = f"a {row.dtype} tensor of shape {tuple(row.shape)}"
         else:
             bad = not isinstance(row, (list, tuple)) or not all(type(i) is int for i in row)

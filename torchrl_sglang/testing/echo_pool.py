@@ -72,20 +72,23 @@ class EchoPool:
         self.check(ids_B_T, sampling)
         with self._lock:
             self.requests.append([list(ids_T) for ids_T in ids_B_T])
-        replies = [self._answer(ids_T, sampling) for ids_T in ids_B_T for _ in range(sampling.n)]
+        asked = {"return_logprobs": return_logprobs, "prompt_logprobs": prompt_logprobs}
+        replies = [self._answer(ids_T, sampling, **asked) for ids_T in ids_B_T for _ in range(sampling.n)]
         if progress is not None:
             progress(sum(len(reply.output_ids) for reply in replies))
         return replies
 
-    def _answer(self, ids_T: Sequence[int], sampling: SamplingParams) -> GenerateReply:
+    def _answer(
+        self, ids_T: Sequence[int], sampling: SamplingParams, *, return_logprobs: bool, prompt_logprobs: bool
+    ) -> GenerateReply:
         echo = list(itertools.islice(itertools.cycle(reversed(ids_T)), sampling.max_new_tokens))
         ends = {*sampling.stop_token_ids} if sampling.ignore_eos else {self.eos_id, *sampling.stop_token_ids}
         stop = next((i for i, token in enumerate(echo) if token in ends), None)
         output_ids = echo if stop is None else echo[: stop + 1]
         return GenerateReply(
             output_ids=output_ids,
-            output_logprobs=[-i / 1000 for i in output_ids],
-            prompt_logprobs=[None, *(-i / 1000 for i in ids_T[1:])],
+            output_logprobs=[-i / 1000 for i in output_ids] if return_logprobs else None,
+            prompt_logprobs=[None, *(-i / 1000 for i in ids_T[1:])] if prompt_logprobs else None,
             finish_reason="length" if stop is None else "stop",
             matched=None if stop is None else echo[stop],
             prompt_tokens=len(ids_T),
