@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"client"}),
     frozenset({"streaming"}),
     frozenset({"pool", "server"}),
-    frozenset({"rollout", "weights", "engine", "chat"}),
+    frozenset({"rollout", "weights", "engine", "chat", "scores"}),
     frozenset({"testing"}),
     frozenset({"doctor"}),
     frozenset({"cli"}),
@@ -193,12 +193,12 @@ def handler_breach(handler: ast.ExceptHandler) -> str | None:
 
 
 def passes_on(node: ast.AST, error: str | None) -> bool:
-    """``raise``, ``kept = error`` or ``future.set_exception(error)``."""
+    """``raise``, ``self._raise(error)``, ``kept = error`` or ``future.set_exception(error)``."""
     if isinstance(node, ast.Raise):
         return node.exc is None
     if isinstance(node, ast.Assign):
         return error is not None and dotted(node.value) == error
-    is_handing_over = isinstance(node, ast.Call) and (dotted(node.func) or "").endswith(".set_exception")
+    is_handing_over = isinstance(node, ast.Call) and (dotted(node.func) or "").endswith((".set_exception", "_raise"))
     return is_handing_over and [dotted(argument) for argument in node.args] == [error]
 
 
