@@ -1,0 +1,95 @@
+"""Make an environment with an SGLang server that runs without a GPU.
+
+It holds SGLang with exactly the packages its CPU engine needs (SGLang's own list is that of its GPU build). Takes a few
+minutes and about 3 GB. Afterwards:
+
+    torchrl-sglang serve MODEL --python DIR/bin/python
+
+Python 3.11 and 3.12 have packages for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from torchrl_sglang.errors import ConfigError, ServerError
+from torchrl_sglang.server.cpu import REQUIREMENTS_PATH
+
+__all__ = ["SUMMARY", "add_arguments", "run"]
+
+SUMMARY = "make an environment with an SGLang server that needs no GPU"
+
+_DEFAULT = Path("~/.cache/torchrl-sglang/cpu-server")
+_PYTHONS = ((3, 11), (3, 12))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    parser.add_argument(
+        "--venv", type=Path, default=_DEFAULT, metavar="DIR", help=f"where to make it (default: {_DEFAULT})"
+    )
+    parser.add_argument(
+        "--python", default=sys.executable, metavar="PATH", help="Python to make it with (default: this one)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make it, or bring an existing one up to date."""
+    folder = args.venv.expanduser().absolute()
+    if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").is_file():
+        raise ConfigError(f"{folder} exists and is no virtual environment: name another folder with --venv")
+    _check_python(args.python)
+    python = folder / "bin" / "python"
+    if not python.exists():
+        _step(1, f"an empty environment in {folder}", [args.python, "-m", "venv", str(folder)])
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
+    # torch alone and with its dependencies: pip takes the CPU build where there is one, else the CUDA build, which
+    # works without a GPU too, but not without its libraries.
+    _step(2, "torch", [*pip, "--constraint", str(REQUIREMENTS_PATH), "torch"])
+    # Everything else exactly as listed: SGLang's own dependencies are those of its GPU build.
+    count = sum("==" in line for line in REQUIREMENTS_PATH.read_text().splitlines())
+    _step(
+        3, f"SGLang and what it needs, {count} packages", [*pip, "--no-deps", "--requirement", str(REQUIREMENTS_PATH)]
+    )
+    _step(
+        4,
+        "a look whether it starts",
+        [
+            str(python),
+            "-c",
+            "import torch, transformers; import importlib.util as u; assert u.find_spec('sglang'), 'sglang is missing'",
+        ],
+    )
+    print(f"ready {python}")
+    print("Serve a model:      torchrl-sglang serve MODEL --python " + str(python), file=sys.stderr)
+    print(f'From Python:        AsyncSGLang.from_pretrained(MODEL, device="cpu", python="{python}")', file=sys.stderr)
+    return 0
+
+
+def _check_python(python: str) -> None:
+    question = "import sys; print(*sys.version_info[:2])"
+    try:
+        answer = subprocess.run([python, "-c", question], check=True, capture_output=True, text=True, timeout=60)
+        found = tuple(map(int, answer.stdout.split()))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise ConfigError(f"--python {python} is no Python that runs: {error}") from error
+    if found not in _PYTHONS:
+        wanted = " or ".join(".".join(map(str, each)) for each in _PYTHONS)
+        raise ConfigError(
+            f"SGLang's CPU packages exist for Python {wanted}, and {python} is {'.'.join(map(str, found))}: "
+            "name another with --python"
+        )
+
+
+def _step(number: int, what: str, command: list[str]) -> None:
+    """Run one step with its output on standard error, so that a slow download shows what it does."""
+    print(f"{number}/4  {what}", file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=sys.stderr, check=False)
+    if done.returncode != 0:
+        raise ServerError(
+            f"step {number} ({what}) failed with exit code {done.returncode}; its own words are above. What is there "
+            "already stays: the same command goes on from here"
+        )

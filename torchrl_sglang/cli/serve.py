@@ -1,0 +1,72 @@
+"""Launch an SGLang server and keep it running until Ctrl-C.
+
+When it is ready, its address is printed on a line of its own on standard output:
+
+    ready http://127.0.0.1:30000
+
+and from then on the server's log on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from torchrl_sglang.cli.launching import add_server_options, launch, server_config
+from torchrl_sglang.cli.secrets import key_from
+from torchrl_sglang.server import SGLangServer
+
+__all__ = ["SUMMARY", "add_arguments", "run"]
+
+SUMMARY = "launch a server"
+
+_POLL_S = 0.2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    parser.add_argument("model", metavar="MODEL", help="path or hub name of the checkpoint")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    parser.add_argument("--port", type=int, default=30000, help="port to listen on (default: 30000)")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that calls must carry")
+    parser.add_argument("--quiet", action="store_true", help="do not show the server's log")
+    add_server_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until interrupted, or until the server ends by itself."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    config = server_config(args, host=args.host, port=args.port, api_key=key_from(args.api_key_file))
+    server = launch(config)
+    try:
+        print(f"ready {server.url}", flush=True)
+        print("Ctrl-C ends the server", file=sys.stderr, flush=True)
+        _follow(server, quiet=args.quiet)
+    except KeyboardInterrupt:
+        print("\nending the server", file=sys.stderr, flush=True)
+    finally:
+        server.stop()
+    return 0
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _follow(server: SGLangServer, *, quiet: bool) -> None:
+    """Copy the log to standard error as it grows; raises when the server ends."""
+    position = server.log_path.stat().st_size if server.log_path is not None else 0
+    while True:
+        server.check()
+        if not quiet and server.log_path is not None:
+            with server.log_path.open("rb") as log:
+                log.seek(position)
+                new = log.read()
+            position += len(new)
+            sys.stderr.write(new.decode(errors="replace"))
+            sys.stderr.flush()
+        time.sleep(_POLL_S)

@@ -1,0 +1,136 @@
+"""``RewardModel``: a sequence classifier on SGLang servers that gives texts a score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import ClientConfig
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.parallel import side_by_side
+from torchrl_sglang.protocol.limits import check_prompts
+from torchrl_sglang.protocol.scores import build_scores, parse_scores
+
+__all__ = ["RewardModel"]
+
+Text = str | Sequence[Mapping[str, Any]]
+
+
+class RewardModel:
+    """A reward model that one or several SGLang servers serve.
+
+    Launch the server with ``--is-embedding``, e.g. ``ServerConfig(model=..., extra_args=("--is-embedding",))``; the
+    checkpoint is a ``...ForSequenceClassification`` or another that SGLang lists as a reward model. Pickles as its
+    settings.
+
+    Args:
+        servers: the URL of a server, or several serving the same model: texts are shared out among them.
+        tokenizer: the reward model's tokenizer; by default loaded from where the server has it.
+        label: which output of the model's head is the score; needed when it has more than one.
+        client: time-outs and keys.
+
+    Raises:
+        ConfigError: a server that generates text instead, or servers of different models.
+        ServerError: a server can't be reached.
+
+    Examples:
+        >>> rewards = RewardModel("http://127.0.0.1:30000")  # doctest: +SKIP
+        >>> rewards.get_scores(["2 + 2 = 4", "2 + 2 = 5"])  # doctest: +SKIP
+        [3.1, -2.4]
+    """
+
+    def __init__(
+        self,
+        servers: str | Sequence[str],
+        tokenizer: Any = None,
+        *,
+        label: int | None = None,
+        client: ClientConfig | None = None,
+    ) -> None:
+        urls = [servers] if isinstance(servers, str) else list(servers)
+        if not urls:
+            raise ConfigError("a reward model needs at least one server")
+        self.clients = tuple(SGLangClient(url, client) for url in urls)
+        self.label = label
+        infos = [each.connect() for each in self.clients]
+        for info in infos:
+            if info.is_generation:
+                raise ConfigError(
+                    f"{info.url} serves {info.model_path!r} for generating text: launch it with --is-embedding to have "
+                    "scores of it"
+                )
+            if (info.architectures, info.vocab_size) != (infos[0].architectures, infos[0].vocab_size):
+                raise ConfigError(f"{infos[0].url} and {info.url} serve different models")
+        self.tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(infos[0].tokenizer_path)
+
+    def get_scores(self, texts: Sequence[Text], *, timeout_s: float | None = None) -> list[float]:
+        """Score texts.
+
+        Args:
+            texts: strings, tokenized with the tokenizer's own special tokens; or conversations (lists of messages),
+                rendered with its chat template.
+            timeout_s: seconds to wait instead of ``ClientConfig.generate_timeout_s``.
+
+        Returns:
+            The model's output for each text, unscaled: what ``AutoModelForSequenceClassification`` gives as logit.
+
+        Raises:
+            ConfigError: a text that is none or is too long, or a head with several outputs and no ``label``.
+            ServerError: a server failed.
+        """
+        if isinstance(texts, str):
+            raise ConfigError("texts must be a list, also for one text")
+        ids_B_T = [self._encode(index, text) for index, text in enumerate(texts)]
+        if not ids_B_T:
+            return []
+        info = self.clients[0].info
+        check_prompts(
+            ids_B_T,
+            max_new_tokens=0,
+            vocab_size=info.vocab_size,
+            max_prompt_tokens=info.max_prompt_tokens,
+            context_length=info.context_length,
+        )
+        size = -(-len(ids_B_T) // len(self.clients))
+        shares = {
+            client.url: (client, ids_B_T[start : start + size])
+            for client, start in zip(self.clients, range(0, len(ids_B_T), size), strict=False)
+        }
+        outcomes = side_by_side({url: _bind(client, share, timeout_s) for url, (client, share) in shares.items()})
+        return [self._score(outputs_L) for url in shares for outputs_L in outcomes[url].unwrap()]
+
+    def _encode(self, index: int, text: Text) -> list[int]:
+        if isinstance(text, str):
+            return list(self.tokenizer(text)["input_ids"])
+        if not isinstance(text, Sequence) or not all(isinstance(message, Mapping) for message in text):
+            raise ConfigError(f"text {index} must be a string or a list of messages, got {type(text).__name__}")
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigError("the reward model's tokenizer has no chat template: give strings instead of messages")
+        rendered = self.tokenizer.apply_chat_template(list(text), tokenize=False)
+        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def _score(self, outputs_L: Sequence[float]) -> float:
+        if self.label is None and len(outputs_L) != 1:
+            raise ConfigError(f"the reward model has {len(outputs_L)} outputs: say with label= which one is the score")
+        label = self.label or 0
+        if not 0 <= label < len(outputs_L):
+            raise ConfigError(f"label={label}, but the reward model has {len(outputs_L)} outputs")
+        return outputs_L[label]
+
+
+def _bind(client: SGLangClient, ids_B_T: list[list[int]], timeout_s: float | None) -> Callable[[], list[list[float]]]:
+    def call() -> list[list[float]]:
+        answer = client.send(build_scores(ids_B_T), timeout_s=timeout_s)
+        return parse_scores(answer, num_expected=len(ids_B_T), server=client.url)
+
+    return call
+
+
+def _load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the served tokenizer {path!r} can't be loaded here ({error}); pass tokenizer=") from error

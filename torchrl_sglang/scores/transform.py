@@ -1,0 +1,95 @@
+"""``RewardModelTransform``: the reward of a TorchRL environment, from a served reward model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase, is_tensor_collection
+from tensordict.utils import NestedKey
+from torchrl.data import Composite, Unbounded
+from torchrl.data.llm import History
+from torchrl.envs import Transform
+
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.scores.model import RewardModel
+
+__all__ = ["RewardModelTransform"]
+
+
+class RewardModelTransform(Transform):
+    """Writes the score of each conversation as its reward.
+
+    Made for ``ChatEnv`` and environments like it: the whole text (prompt and response) is read after each step, and the
+    reward has shape ``(*batch, 1, 1)``, as TorchRL's own parsers make it.
+
+    Args:
+        model: the reward model, or the URL of its server.
+        in_key: what to score: ``("history", "full")`` (rendered with the *reward model's* chat template) or
+            ``("text", "full")`` (scored as it is, so with the policy's template in it), or any key with the same
+            contents. ``None`` takes the history where there is one, else the text.
+        out_key: where the reward goes.
+
+    Raises:
+        ConfigError: while stepping, when there is nothing to score at ``in_key``.
+
+    Examples:
+        >>> env = ChatEnv(batch_size=(4,)).append_transform(RewardModelTransform("http://host:30000"))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, model: RewardModel | str, *, in_key: NestedKey | None = None, out_key: NestedKey = "reward"
+    ) -> None:
+        super().__init__(in_keys=[], out_keys=[out_key])
+        self.model = RewardModel(model) if isinstance(model, str) else model
+        self.in_key = in_key
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        texts = self._texts(tensordict)
+        shape = next_tensordict.batch_size
+        if len(texts) != shape.numel():
+            raise ConfigError(f"{len(texts)} texts at {self.in_key!r} for a batch of shape {tuple(shape)}")
+        scores = torch.tensor(self.model.get_scores(texts), dtype=torch.float32, device=next_tensordict.device)
+        next_tensordict.set(self.out_keys[0], scores.reshape(*shape, 1, 1))
+        return next_tensordict
+
+    def transform_reward_spec(self, reward_spec: Composite) -> Composite:
+        """The reward has one token dimension and one value, as GRPO's advantage wants it."""
+        reward_spec[self.out_keys[0]] = Unbounded((*reward_spec.shape, 1, 1))
+        return reward_spec
+
+    def _texts(self, tensordict: TensorDictBase) -> list[Any]:
+        keys = [("history", "full"), ("text", "full")] if self.in_key is None else [self.in_key]
+        for key in keys:
+            value = tensordict.get(key, None, as_list=True)
+            if value is None:
+                continue
+            if isinstance(value, History):
+                return [_messages(conversation) for conversation in value.reshape(-1, value.shape[-1]).unbind(0)]
+            if is_tensor_collection(value):
+                value = value.tolist()
+            return [value] if isinstance(value, str) else _flat(value)
+        raise ConfigError(f"nothing to score: the step's TensorDict has none of {keys}")
+
+
+def _messages(conversation: History) -> list[dict[str, str]]:
+    roles, contents = _strings(conversation.role), _strings(conversation.content)
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+
+
+def _strings(value: Any) -> list[str]:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _flat(values: Any) -> list[Any]:
+    """Nested lists of strings as one list; what is a History becomes its messages."""
+    flat: list[Any] = []
+    for value in values:
+        if isinstance(value, History):
+            flat.append(_messages(value))
+        elif isinstance(value, (list, tuple)):
+            flat.extend(_flat(value))
+        else:
+            flat.append(value)
+    return flat
