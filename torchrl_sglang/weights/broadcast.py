@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -15,14 +15,11 @@ from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets import Bucket
 from torchrl_sglang.weights.group import WeightGroup
 from torchrl_sglang.weights.packing import BucketPacker
+from torchrl_sglang.weights.road import PackedBuckets, Packing
 from torchrl_sglang.weights.session import UpdateSession
 from torchrl_sglang.weights.transfer import Transfer
 
-__all__ = ["BroadcastRoad", "Packing"]
-
-PackedBuckets = Generator[tuple[Bucket, torch.Tensor], None, None]
-Packing = Callable[[BucketPacker], PackedBuckets]
-"""Turns a packer's buffers into buckets with their bytes, each made when it is asked for."""
+__all__ = ["BroadcastRoad"]
 
 
 class BroadcastRoad:

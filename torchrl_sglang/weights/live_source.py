@@ -28,6 +28,7 @@ class LiveSource(WeightSource):
         self._ranks = ranks
         self.module = module
         self.is_sender = ranks is None or ranks.is_first
+        self.is_sharded = ranks is not None
 
     def specs(self) -> dict[str, TensorSpec]:
         """What would be sent, in the trainer's order."""

@@ -62,6 +62,8 @@ class UpdateSession:
         config: pause mode and cache handling.
         deadline: ``time.monotonic()`` value by which everything has to be done.
 
+    Without a transfer (:meth:`load_from_disk`) no update session is opened on the servers: they open their own.
+
     Attributes:
         server_weights: per server URL what it holds at this moment.
         seconds: seconds per phase so far.
@@ -130,6 +132,8 @@ class UpdateSession:
         Raises:
             WeightUpdateError: a server refused, died or hung.
         """
+        with self._phase("begin"):
+            self._run({client.url: self._beginning(client) for client in self._clients})
         with self._phase("transfer"):
             try:
                 transfer.run(packed, num_buckets=num_buckets, flush_cache=self._cache == "flush")
@@ -139,6 +143,22 @@ class UpdateSession:
             finally:
                 for url in transfer.announced - transfer.untouched:
                     self.server_weights[url] = "mixed"
+
+    def load_from_disk(self, path: str) -> None:
+        """Have every server load a checkpoint folder.
+
+        Raises:
+            WeightUpdateError: a server can't read it.
+        """
+        dirty = WeightVersion(number=self._version.number, owner=self._version.owner, dirty=True)
+        flush = self._cache == "flush"
+        with self._phase("transfer"):
+            for client in self._clients:
+                self.server_weights[client.url] = "mixed"
+            self._each(
+                "loading a checkpoint", control.build_update_from_disk(path, version=str(dirty), flush_cache=flush)
+            )
+            self._flushed = flush
 
     # ------------------------------------------------------------------ opening
 
@@ -151,7 +171,6 @@ class UpdateSession:
             self._remember_versions()
             dirty = WeightVersion(number=self._version.number, owner=self._version.owner, dirty=True)
             self._each("marking its weights dirty", control.build_set_version(str(dirty)))
-            self._run({client.url: self._beginning(client) for client in self._clients})
 
     def _choose_pause(self) -> Literal["abort", "retract", "in_place"]:
         if self._config.pause != "auto":

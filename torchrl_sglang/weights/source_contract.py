@@ -19,13 +19,18 @@ class WeightSource(ABC):
     Attributes:
         is_sender: whether this rank sends. The others must go through the same calls (gathering is collective) and
             send nothing.
+        is_sharded: the tensors are spread over several ranks, so that reading one is collective.
         module: the model that can be called, if the weights came as one; else ``None``.
         one_shot: values can be read once only, so they are not known before they are sent.
+        not_held: names of the checkpoint that the trainer's model class leaves out by design (layers for speculative
+            decoding): to be ignored in the coverage check.
     """
 
     is_sender: bool = True
+    is_sharded: bool = False
     module: nn.Module | None = None
     one_shot: bool = False
+    not_held: tuple[str, ...] = ()
 
     @abstractmethod
     def specs(self) -> dict[str, TensorSpec]:

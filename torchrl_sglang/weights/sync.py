@@ -28,13 +28,15 @@ from torchrl_sglang.parallel import Task, side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_ready, build_set_version
 from torchrl_sglang.protocol.version import WeightVersion
-from torchrl_sglang.weights.broadcast import BroadcastRoad, Packing
-from torchrl_sglang.weights.buckets import Bucket, plan_buckets
+from torchrl_sglang.weights.broadcast import BroadcastRoad
+from torchrl_sglang.weights.buckets import Bucket, plan_buckets, trainable_specs
 from torchrl_sglang.weights.checkpoint import Checkpoint
 from torchrl_sglang.weights.coverage import check_coverage, wire_dtype
+from torchrl_sglang.weights.disk import DiskRoad
 from torchrl_sglang.weights.pending import PendingSync
 from torchrl_sglang.weights.proof import compare_checksums, prove
 from torchrl_sglang.weights.report import SyncReport
+from torchrl_sglang.weights.road import Packing, Road
 from torchrl_sglang.weights.session import UpdateSession
 from torchrl_sglang.weights.source import WeightSource, open_source
 
@@ -74,7 +76,7 @@ class WeightSync:
         self._pool = pool
         self._config = config or SyncConfig()
         self._checkpoint = checkpoint
-        self._road = BroadcastRoad(pool, self._config)
+        self._road: Road | None = None
         self._complete = False
         self._restart = restart
         self._stuck: set[str] = set()
@@ -136,31 +138,34 @@ class WeightSync:
         self._pool.connect()
         checkpoint = self._read_checkpoint()
         source = open_source(weights, checkpoint, name_map=self._config.name_map, ignore=self._config.ignore)
-        plan = self._plan(source, checkpoint)
         if not source.is_sender:
-            _gather_only(source, plan)
+            _gather_only(source, self._plan(source, checkpoint))
             return None
-        number = self._pool.weight_version + 1 if version is None else version
-        deadline = time.monotonic() + self._config.deadline_s(_num_bytes(plan) or checkpoint.nbytes)
         try:
             clients = self._reachable()
-            self._road.connect(clients)
+            road = self._choose_road(checkpoint)
+            road.connect(clients)
         except SGLangError:
-            _gather_only(source, plan)  # the other ranks are in the first gather and would wait there for ever
+            if source.is_sharded:  # the other ranks wait for us to gather with them
+                _gather_only(source, self._plan(source, checkpoint))
             raise
+        plan = self._plan(source, checkpoint)
+        number = self._pool.weight_version + 1 if version is None else version
+        deadline = time.monotonic() + self._config.deadline_s(_num_bytes(plan) or checkpoint.nbytes)
         packing = self._packing(source, checkpoint, plan)
         self._last_weights = None if source.one_shot else weights
         try:
-            session = self._road.send(
+            session = road.send(
                 clients,
                 packing,
                 WeightVersion(number=number, owner=self.owner),
                 deadline,
                 num_buckets=None if source.one_shot else len(plan),
             )
-            gap = self._prove(clients, source, session)
+            gap = self._prove(road, clients, source, session)
         except WeightSyncError as error:
             self._stuck |= {url for url, state in error.server_weights.items() if state == "stuck"}
+            self._complete = False
             raise
         for client in clients:
             self._pool.restore(client.url)
@@ -168,7 +173,7 @@ class WeightSync:
         self._complete = True
         self.last_report = SyncReport(
             version=number,
-            road=self._road.name,
+            road=road.name,
             num_bytes=session.num_bytes,
             num_tensors=session.num_tensors,
             num_buckets=session.num_buckets,
@@ -197,7 +202,8 @@ class WeightSync:
         """Take the process group down, after a push under way has ended; the servers go on serving."""
         if self._pending is not None:
             self._pending.join()
-        self._road.close()
+        if self._road is not None:
+            self._road.close()
         self._last_weights = None
 
     # ------------------------------------------------------------------ what goes over
@@ -215,14 +221,24 @@ class WeightSync:
         if source.one_shot:
             return []
         specs = source.specs()
-        check_coverage(specs, checkpoint, ignore=self._config.ignore, server=self._pool.clients[0].url)
+        ignore = (*self._config.ignore, *source.not_held)
+        check_coverage(specs, checkpoint, ignore=ignore, server=self._pool.clients[0].url)
         served = self._served_dtype(checkpoint)
         wire = [replace(spec, dtype=wire_dtype(spec, checkpoint, served)) for spec in specs.values()]
-        if self._config.only_trainable and self._complete:
-            wire = [spec for spec in wire if spec.trainable]
+        if self._may_skip_frozen(source):
+            wire = trainable_specs(wire)
         if self._config.check_values:
             source.check_values([spec.name for spec in wire], served)
         return plan_buckets(wire, bucket_bytes=self._config.bucket_bytes)
+
+    def _may_skip_frozen(self, source: WeightSource) -> bool:
+        """Only where every server is known to hold this trainer's frozen tensors.
+
+        Never for a sharded model: the ranks that help to gather don't learn of a server's failure, and all ranks have
+        to gather the same tensors. Never on the disk road, whose checkpoints are whole.
+        """
+        wanted = self._config.only_trainable and not source.is_sharded and not isinstance(self._road, DiskRoad)
+        return wanted and self._complete and not self._pool.quarantined
 
     def _packing(self, source: WeightSource, checkpoint: Checkpoint, plan: list[Bucket]) -> Packing:
         if not source.one_shot:
@@ -240,6 +256,16 @@ class WeightSync:
         return dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
 
     # ------------------------------------------------------------------ where it goes
+
+    def _choose_road(self, checkpoint: Checkpoint) -> Road:
+        if self._road is None:
+            several_inside = any(client.info.dp_size * client.info.pp_size > 1 for client in self._pool.clients)
+            by_disk = self._config.road == "disk" or (several_inside and self._config.disk_dir is not None)
+            if by_disk and self._config.road != "broadcast":
+                self._road = DiskRoad(self._pool, self._config, checkpoint.path)
+            else:
+                self._road = BroadcastRoad(self._pool, self._config)
+        return self._road
 
     def _reachable(self) -> list[SGLangClient]:
         """The servers that answer. One that is gone is left out with a warning; it has to be synced when it is back.
@@ -274,12 +300,15 @@ class WeightSync:
                 if self._restart is None or not self._restart(client.url):
                     raise
                 client.connect()
+                self._complete = False
 
         return find
 
     # ------------------------------------------------------------------ what came out
 
-    def _prove(self, clients: Sequence[SGLangClient], source: WeightSource, session: UpdateSession) -> float | None:
+    def _prove(
+        self, road: Road, clients: Sequence[SGLangClient], source: WeightSource, session: UpdateSession
+    ) -> float | None:
         vocab_size = self._pool.vocab_size
         if self._config.verify == "off" or vocab_size is None:
             return None
@@ -293,6 +322,7 @@ class WeightSync:
                 compare_checksums(clients)
         except WeightUpdateError as error:
             self._withdraw(clients, error, session)
+            road.drop()
             raise
         session.seconds["prove"] = time.monotonic() - start
         return gap
@@ -305,7 +335,6 @@ class WeightSync:
             if states[client.url] != "new":
                 self._pool.quarantine(client.url, f"it failed its proof ({error})")
                 session.withdraw(client)
-        self._road.drop()
 
 
 def _await_scheduler(client: SGLangClient) -> None:
