@@ -25,7 +25,7 @@ def _bad(message: str) -> BadRequest:
 
 
 def asked_sequences(
-    call: Call, vocabulary: Vocabulary, has_adapter: Callable[[str], bool] | None
+    call: Call, vocabulary: Vocabulary, has_adapter: Callable[[str], bool] | None, *, checks_names: bool = True
 ) -> tuple[list[Sequence], bool]:
     """The sequences a request asks for, prompt-major, and whether the answer is a list.
 
@@ -33,6 +33,7 @@ def asked_sequences(
         call: the request.
         vocabulary: the model's tokens and context length.
         has_adapter: whether a LoRA adapter of this name is loaded; ``None`` when LoRA is off.
+        checks_names: whether an unknown sampling parameter is refused by name; up to 0.5.20 it is a bare 500.
 
     Raises:
         BadRequest: the request can't be honoured.
@@ -45,7 +46,7 @@ def asked_sequences(
     per_prompt = params if isinstance(params, list) else [params] * len(prompts)
     if len(per_prompt) != len(prompts):
         raise _bad("The length of sampling_params should be equal to the batch size.")
-    samplings = [_sampling(p) for p in per_prompt]
+    samplings = [_sampling(p, checks_names) for p in per_prompt]
     copies = {int(p.get("n", 1)) for p in per_prompt}
     if len(copies) > 1:
         raise _bad("The parallel_sample_num should be the same for all samples in sample params.")
@@ -90,9 +91,11 @@ def _prompts(call: Call, vocabulary: Vocabulary) -> tuple[list[list[int]], bool]
     return prompts, is_batch
 
 
-def _sampling(params: Mapping[str, Any]) -> Sampling:
+def _sampling(params: Mapping[str, Any], checks_names: bool) -> Sampling:
     unknown = [name for name in params if name not in _SAMPLING_FIELDS]
     if unknown:
+        if not checks_names:
+            raise BadRequest(Reply(status=500, body="Internal Server Error"))
         known = ", ".join(f"`{name}`" for name in _SAMPLING_FIELDS)
         error = f"unknown field `{unknown[0]}`, expected one of {known}"
         raise BadRequest(Reply(status=400, body={"error": error}))

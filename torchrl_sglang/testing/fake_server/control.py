@@ -108,7 +108,7 @@ class Control:
 
     def flush(self, call: Call) -> Reply:
         """``/flush_cache``; ``?timeout=`` waits for the server to become idle."""
-        left = float(call.query.get("timeout", 0.0))
+        left = patience = float(call.query.get("timeout", 0.0))
 
         def flush() -> tuple[bool, str]:
             call.reach("scheduled")
@@ -116,7 +116,8 @@ class Control:
 
         while not self._scheduler.call(flush)[0]:
             if left <= 0:
-                return Reply(status=400, body="Flush cache failed.\n")
+                why = "Timed out waiting for idle state." if patience else "Flush cache failed.\n"
+                return Reply(status=400, body=why)
             call.mortal.sleep(0.05)
             left -= 0.05
         return Reply(body=_FLUSHED)
@@ -185,35 +186,41 @@ class Control:
         if call.value("abort_all_requests", bool, False):
             self._scheduler.post(lambda: self._scheduler.abort(None))
 
+        old = not self._state.has_session
+
         def update() -> tuple[bool, str]:
             ok, message = self._state.may_update(group)
+            if not ok and old:
+                call.mortal.die(message)
             if not ok:
                 return ok, message
             try:
-                announced = Announcement(names, dtypes, shapes, flattened=flattened)
+                announced = Announcement(names, dtypes, shapes, flattened=flattened, strict=not old)
                 received = self._ranks.receive(group, announced, lambda: call.reach("joined"))
             except _NOT_RECEIVED as error:
-                return False, f"Failed to receive weights: {error}"
+                return False, _partly(error) if old else f"Failed to receive weights: {error}"
             call.reach("received")
             try:
                 for weights, named in zip(self._ranks.weights, received, strict=True):
                     weights.load(named)
             except ValueError as error:
-                return False, (
-                    f"Failed to update parameter online: {error}. The full weights of the ModelRunner are partially "
-                    "updated. Please discard the whole weights."
-                )
-            return self._loaded(version, flush, "Succeeded to update parameter online.")
+                return False, _partly(error)
+            return self._loaded(call, version, flush, "Succeeded to update parameter online.")
 
         with self._gate.update():
             ok, message = self._in_turn(call, update)
         return self._verdict((ok, self._versioned(ok, message, version)))
 
-    def _loaded(self, version: str | None, flush: bool, message: str) -> tuple[bool, str]:
-        """After a load: new tokens carry the new version; a refused flush makes the call fail although it loaded."""
+    def _loaded(self, call: Call, version: str | None, flush: bool, message: str) -> tuple[bool, str]:
+        """After a load: new tokens carry the new version; a refused flush makes the call fail although it loaded.
+
+        Servers without a session (up to 0.5.20) crash of a refused flush.
+        """
         if version is not None:
             self._state.weight_version = version
         if flush and not self._scheduler.flush():
+            if not self._state.has_session:
+                call.mortal.die("Cache flush failed after updating weights")
             return False, _FLUSH_REFUSED
         return True, message
 
@@ -239,7 +246,7 @@ class Control:
                     weights.load(tensors.items())
             except ValueError as error:
                 return False, f"Failed to update weights: {error}.\nRolling back to original weights."
-            return self._loaded(version, flush, "Succeeded to update model weights.")
+            return self._loaded(call, version, flush, "Succeeded to update model weights.")
 
         with self._gate.update():
             ok, message = self._in_turn(call, update)
@@ -309,6 +316,13 @@ class Control:
         if self.adapters.pop(name, None) is None:
             return _adapter_reply(False, f"LoRA adapter {name} is not loaded", self.adapters)
         return _adapter_reply(True, "", self.adapters)
+
+
+def _partly(error: Exception) -> str:
+    return (
+        f"Failed to update parameter online: {error}. The full weights of the ModelRunner are partially updated. "
+        "Please discard the whole weights."
+    )
 
 
 def _adapter_reply(ok: bool, message: str, adapters: dict[str, int] | None) -> Reply:

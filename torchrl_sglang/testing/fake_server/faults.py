@@ -22,11 +22,11 @@ FaultAction = Literal["refuse", "slow", "hang", "die", "freeze", "drop", "half_r
 """What happens.
 
 ``refuse``: answer ``status`` with ``message``. ``slow``: wait ``seconds``, then go on. ``hang``: never go on (this
-request only; from ``scheduled`` to ``received`` the scheduler hangs with it). ``die``: the server is gone, in the process
-variant by ``os._exit(exit_code)``. ``freeze``: the whole server stops answering, connections stay open. ``drop``: close
-the connection without a reply. ``half_reply``: send the headers and half of the body, then close. ``close``: reply in
-full, then close the connection without having announced it. ``no_communicator``: answer that the group was made, without
-making it.
+request only; from ``scheduled`` to ``received`` the scheduler hangs too). ``die``: the server is gone, in the process
+variant by ``os._exit(exit_code)``. ``freeze``: the whole server stops answering, connections stay open. ``drop``:
+close the connection without a reply. ``half_reply``: send the headers and half of the body, then close. ``close``:
+reply in full, then close the connection without having announced it. ``no_communicator``: answer that the group was
+made, without making it.
 """
 
 _REPLY_ONLY = {"half_reply": "handled", "close": "replied"}

@@ -42,7 +42,9 @@ class Generator:
             Gone: the server ended meanwhile; also by a token id outside the vocabulary or an empty prompt in a batch,
                 which end SGLang.
         """
-        sequences, is_list = asked_sequences(call, self._vocabulary, self._has_adapter)
+        sequences, is_list = asked_sequences(
+            call, self._vocabulary, self._has_adapter, checks_names=self._scheduler.state.has_session
+        )
         if call.body.get("stream"):
             return Reply(stream=self._stream(call, sequences, is_list))
         with self._gate.request():

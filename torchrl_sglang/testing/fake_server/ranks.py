@@ -18,13 +18,15 @@ T = TypeVar("T")
 
 
 class Announcement:
-    """What an update request says is coming, checked as SGLang checks it: before any rank joins the broadcast.
+    """What an update request says is coming.
 
     Args:
         names: tensor names.
         dtypes: their dtypes, ``"float32"`` and the like.
         shapes: their shapes.
         flattened: one uint8 tensor with all the bytes, instead of one broadcast per tensor.
+        strict: check lengths and alignment before any rank joins the broadcast, as SGLang from 0.5.21 on does. Older
+            ones join, and fail when they take the received bytes apart.
 
     Raises:
         ValueError: lengths differ, a dimension is negative, a byte offset is unaligned, or a bucket is empty.
@@ -32,16 +34,22 @@ class Announcement:
     """
 
     def __init__(
-        self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], *, flattened: bool
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        *,
+        flattened: bool,
+        strict: bool = True,
     ) -> None:
         self.flattened = flattened
         self.entries: list[tuple[str, torch.dtype, torch.Size]] = []
         offset = 0
-        for name, dtype_name, dims in zip(names, dtypes, shapes, strict=flattened):
+        for name, dtype_name, dims in zip(names, dtypes, shapes, strict=flattened and strict):
             dtype: torch.dtype = getattr(torch, dtype_name)
             if any(dim < 0 for dim in dims):
                 raise ValueError(f"Negative dimension in received tensor {name}: torch.Size({list(dims)})")
-            if flattened and offset % dtype.itemsize:
+            if flattened and strict and offset % dtype.itemsize:
                 raise ValueError(f"Unaligned received tensor {name}: byte offset {offset}, dtype {dtype}")
             shape = torch.Size(dims)
             self.entries.append((name, dtype, shape))

@@ -85,5 +85,8 @@ class ControlState:
         return True, "Succeeded to destroy custom process group."
 
     def may_flush(self, *, running: int, waiting: int) -> bool:
-        """Whether the prefix cache can be dropped: nothing running, nothing queued (queued is fine while paused)."""
-        return running == 0 and (waiting == 0 or self.engine != "running")
+        """Whether the prefix cache can be dropped: nothing running, nothing queued.
+
+        While paused queued requests don't matter, but for servers without a session (up to 0.5.20) they do.
+        """
+        return running == 0 and (waiting == 0 or (self.has_session and self.engine != "running"))
