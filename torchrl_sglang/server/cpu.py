@@ -116,7 +116,7 @@ def cpu_environment(config: ServerConfig, cores: list[int] | None = None) -> dic
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
         "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",
-        # Half of the cores, the other half is for the trainer: with more threads than free cores, waiting OpenMP threads
+        # Half of the cores, the rest is for the trainer: with more threads than free cores, waiting OpenMP threads
         # spin, and take the time of those that work.
         "OMP_NUM_THREADS": str(max(1, per_rank // 2)),
         "PYTHONPATH": str(STAND_INS_PATH),
