@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.config import ClientConfig, SamplingParams, ServerConfig, nearest_name
+from torchrl_sglang.config import ClientConfig, SamplingParams, ServerConfig, SyncConfig, nearest_name
 from torchrl_sglang.errors import ConfigError, SGLangError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_flush
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.server import SGLangServer, start_fleet
+from torchrl_sglang.weights.checkpoint import Checkpoint
+from torchrl_sglang.weights.group import reachable_address
+from torchrl_sglang.weights.report import SyncReport
+from torchrl_sglang.weights.sync import WeightSync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +53,8 @@ class AsyncSGLang:
         self.pool = pool
         self.servers = tuple(servers)
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._sync_config = SyncConfig()
+        self._sync: WeightSync | None = None
 
     # ------------------------------------------------------------------ making one
 
@@ -163,6 +172,7 @@ class AsyncSGLang:
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         sampling_params: SamplingParams | dict[str, Any] | None = None,
         return_logprobs: bool = True,
+        return_text: bool = True,
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> GenerateReply | list[GenerateReply]:
@@ -173,6 +183,7 @@ class AsyncSGLang:
             input_ids: token ids instead of text.
             sampling_params: how tokens are drawn.
             return_logprobs: report the log-prob of every response token.
+            return_text: keep the server's decoded text in the replies.
             timeout_s: seconds for the whole batch.
             **sampling: single sampling arguments instead of ``sampling_params``, under any of the names that
                 :meth:`SamplingParams.from_kwargs` knows.
@@ -196,7 +207,44 @@ class AsyncSGLang:
             ids_B_T = [list(input_ids)] if single else [list(ids_T) for ids_T in input_ids]  # type: ignore[arg-type]
         params = _sampling(sampling_params, sampling)
         replies = self.pool.generate(ids_B_T, params, return_logprobs=return_logprobs, timeout_s=timeout_s)
+        if not return_text:
+            replies = [replace(reply, text="") for reply in replies]
         return replies[0] if single and params.n == 1 else replies
+
+    def generate_batch(self, prompts: Sequence[str], **options: Any) -> list[GenerateReply]:
+        """Like :meth:`generate` for a list of texts; always a list."""
+        replies = self.generate(list(prompts), **options)
+        return replies if isinstance(replies, list) else [replies]
+
+    async def agenerate(self, *args: Any, **options: Any) -> GenerateReply | list[GenerateReply]:
+        """Like :meth:`generate`, for code that runs in an event loop."""
+        return await asyncio.to_thread(self.generate, *args, **options)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        sampling_params: SamplingParams | dict[str, Any] | None = None,
+        return_logprobs: bool = False,
+        **sampling: Any,
+    ) -> Iterator[GenerateReply]:
+        """Generate one sequence and yield it as it grows; each reply holds all tokens so far.
+
+        Args:
+            prompt: text or token ids.
+            sampling_params: how tokens are drawn; ``n`` must be 1.
+            return_logprobs: report the log-prob of every response token.
+            **sampling: single sampling arguments, as in :meth:`generate`.
+
+        Raises:
+            ConfigError: bad prompt or sampling arguments; nothing was sent.
+            ServerError: also in the middle of the stream.
+        """
+        params = _sampling(sampling_params, sampling)
+        if params.n != 1:
+            raise ConfigError(f"a stream carries one sequence, got n={params.n}")
+        ids_T = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self.pool.stream(ids_T, params, return_logprobs=return_logprobs)
 
     def flush_cache(self) -> None:
         """Empty every server's prefix cache.
@@ -206,6 +254,90 @@ class AsyncSGLang:
         """
         for outcome in self.pool.fan_out(lambda client: build_flush()).values():
             outcome.unwrap()
+
+    # ------------------------------------------------------------------ weights, without a collector
+
+    def get_model_metadata(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Names, dtypes and shapes of the tensors that :meth:`update_weights` expects: the served checkpoint's.
+
+        Raises:
+            ConfigError: the checkpoint can't be read from this machine.
+        """
+        specs = Checkpoint.read(self.pool.info.model_path).specs
+        return {name: (spec.dtype, torch.Size(spec.shape)) for name, spec in specs.items()}
+
+    def get_master_address(self) -> str:
+        """The trainer's address that the servers will be told to meet at."""
+        return self._sync_config.master_address or reachable_address([client.url for client in self.pool.clients])
+
+    def get_master_port(self) -> int | None:
+        """The port they will be told; ``None`` until it is chosen, when the weight group is made."""
+        return self._sync_config.master_port
+
+    def init_weight_update_group(self, master_address: str | None = None, master_port: int | None = None) -> None:
+        """Make the process group that weights travel over. Done by the first update when it isn't done before.
+
+        Args:
+            master_address: address of this process as the servers reach it; by default that of the interface that
+                leads to them.
+            master_port: port to listen on; by default a free one.
+
+        Raises:
+            ConfigError: the address can't be listened on, or the servers can't take weights.
+            WeightUpdateError: a server did not join.
+        """
+        self._close_sync()
+        self._sync_config = replace(self._sync_config, master_address=master_address, master_port=master_port)
+        self._weight_sync.connect()
+
+    def update_weights(self, weights: Any) -> SyncReport | None:
+        """Send weights to all servers; the same machinery as :class:`~torchrl_sglang.SGLangWeightSyncScheme`.
+
+        Args:
+            weights: a module, TensorDict, dict, or an iterator of ``(name, tensor)``.
+
+        Returns:
+            What was done.
+
+        Raises:
+            WeightSyncError: see :meth:`WeightSync.push`.
+        """
+        return self._weight_sync.push(weights)
+
+    def update_weights_from_distributed(
+        self, name: str, dtype: torch.dtype, shape: Sequence[int], tensor: torch.Tensor
+    ) -> SyncReport | None:
+        """Send one tensor; the others stay as they are.
+
+        TorchRL's in-tree method of this name only announces the tensor and leaves the broadcast to its caller, who
+        can't make it while the announcement waits for it. So the tensor is taken here.
+
+        Args:
+            name: name in the checkpoint.
+            dtype: dtype of ``tensor``.
+            shape: shape of ``tensor``.
+            tensor: the values.
+
+        Raises:
+            ConfigError: ``tensor`` is not what ``dtype`` and ``shape`` say.
+            WeightSyncError: see :meth:`WeightSync.push`.
+        """
+        if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+            raise ConfigError(
+                f"{name} was announced as {dtype} {tuple(shape)}, but is {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        return self._weight_sync.push({name: tensor}, partial=True)
+
+    @property
+    def _weight_sync(self) -> WeightSync:
+        if self._sync is None:
+            self._sync = WeightSync(self.pool, self._sync_config, restart=self.restart)
+        return self._sync
+
+    def _close_sync(self) -> None:
+        if self._sync is not None:
+            self._sync.close()
+            self._sync = None
 
     # ------------------------------------------------------------------ life
 
@@ -226,6 +358,7 @@ class AsyncSGLang:
 
     def shutdown(self) -> None:
         """Close connections and end the servers this engine launched. Safe to call twice."""
+        self._close_sync()
         self.pool.close()
         for server in self.servers:
             server.stop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.client import SGLangClient
@@ -19,7 +19,7 @@ from torchrl_sglang.errors import (
 )
 from torchrl_sglang.parallel import Outcome, side_by_side
 from torchrl_sglang.protocol.control import build_ready
-from torchrl_sglang.protocol.generate import build_generate, parse_generate
+from torchrl_sglang.protocol.generate import build_generate, parse_generate, parse_one
 from torchrl_sglang.protocol.limits import check_prompts
 from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest, ServerInfo
@@ -293,6 +293,45 @@ class SGLangPool:
         except SGLangError:
             return False
         return False
+
+    def stream(
+        self, ids_T: Sequence[int], sampling: SamplingParams, *, return_logprobs: bool = True, lora: str | None = None
+    ) -> Iterator[GenerateReply]:
+        """Generate one sequence on the least busy server and yield it as it grows, all tokens so far each time.
+
+        Args:
+            ids_T: prompt token ids.
+            sampling: how tokens are drawn; ``n`` is 1.
+            return_logprobs: report the log-prob of every response token.
+            lora: name of a loaded adapter.
+
+        Raises:
+            ConfigError: a prompt the servers could not serve.
+            ServerError: no server is left, or the stream broke.
+        """
+        self.check([ids_T], sampling)
+        clients = self.healthy
+        if not clients:
+            raise ServerError(f"no server is left: {self._quarantined}")
+        client = min(clients, key=lambda each: self._load[each.url])
+        request = build_generate(
+            [ids_T],
+            sampling,
+            return_logprobs=return_logprobs,
+            stream=True,
+            lora=lora,
+            cache_salt=self.cache_salt,
+        )
+        with self._lock:
+            self._load[client.url] += 1
+        try:
+            for event in client.stream(request):
+                reply = parse_one(event, server=client.url, return_logprobs=return_logprobs)
+                _refuse_mixed_weights([reply])
+                yield reply
+        finally:
+            with self._lock:
+                self._load[client.url] -= 1
 
     def score(self, ids_B_T: Sequence[Sequence[int]], *, timeout_s: float | None = None) -> list[GenerateReply]:
         """Log-probs of given sequences: ``prompt_logprobs`` of each reply, the first entry ``None``."""

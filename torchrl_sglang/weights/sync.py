@@ -83,7 +83,17 @@ class WeightSync:
         self._last_weights: Any = None
         self._pending: PendingSync | None = None
 
-    def push(self, weights: Any, *, version: int | None = None) -> SyncReport | None:
+    def connect(self) -> None:
+        """Make ready what the first push would otherwise have to: read the checkpoint, make the process group.
+
+        Raises:
+            ConfigError: the servers can't take weights on this road.
+            WeightUpdateError: a server did not join.
+        """
+        self._pool.connect()
+        self._choose_road(self._read_checkpoint()).connect(self._reachable())
+
+    def push(self, weights: Any, *, version: int | None = None, partial: bool = False) -> SyncReport | None:
         """Send weights to every server that can be reached, and return when they serve them.
 
         Under FSDP2 every rank calls this; the first one sends. A push under way in the background is waited for.
@@ -91,6 +101,7 @@ class WeightSync:
         Args:
             weights: a module, nested TensorDict, flat dict or iterator (see :func:`open_source`).
             version: number of the new version; ``None`` counts one up.
+            partial: names that are not among ``weights`` keep what they have; otherwise a missing name is an error.
 
         Returns:
             What was done; ``None`` on ranks that only help to gather.
@@ -102,7 +113,7 @@ class WeightSync:
                 server holds. The next push, with everything sent again, heals what can be healed.
         """
         self.wait()
-        return self._push(weights, version)
+        return self._push(weights, version, partial)
 
     def push_in_background(self, weights: Any, *, version: int | None = None) -> PendingSync:
         """Like :meth:`push`, but return at once: the next rollout may start while the weights travel.
@@ -120,7 +131,7 @@ class WeightSync:
         self.wait()
         if isinstance(weights, nn.Module) and _is_sharded(weights):
             raise ConfigError("a sharded model can't be sent in the background: use push, or gather it first")
-        self._pending = PendingSync(Task(lambda: self._push(weights, version), name="weight-sync"))
+        self._pending = PendingSync(Task(lambda: self._push(weights, version, False), name="weight-sync"))
         return self._pending
 
     def wait(self) -> None:
@@ -133,13 +144,13 @@ class WeightSync:
         if pending is not None and not pending.asked:
             pending.result()
 
-    def _push(self, weights: Any, version: int | None) -> SyncReport | None:
+    def _push(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
         start = time.monotonic()
         self._pool.connect()
         checkpoint = self._read_checkpoint()
         source = open_source(weights, checkpoint, name_map=self._config.name_map, ignore=self._config.ignore)
         if not source.is_sender:
-            _gather_only(source, self._plan(source, checkpoint))
+            _gather_only(source, self._plan(source, checkpoint, partial))
             return None
         try:
             clients = self._reachable()
@@ -147,9 +158,9 @@ class WeightSync:
             road.connect(clients)
         except SGLangError:
             if source.is_sharded:  # the other ranks wait for us to gather with them
-                _gather_only(source, self._plan(source, checkpoint))
+                _gather_only(source, self._plan(source, checkpoint, partial))
             raise
-        plan = self._plan(source, checkpoint)
+        plan = self._plan(source, checkpoint, partial)
         number = self._pool.weight_version + 1 if version is None else version
         deadline = time.monotonic() + self._config.deadline_s(_num_bytes(plan) or checkpoint.nbytes)
         packing = self._packing(source, checkpoint, plan)
@@ -213,7 +224,7 @@ class WeightSync:
             self._checkpoint = Checkpoint.read(self._pool.info.model_path)
         return self._checkpoint
 
-    def _plan(self, source: WeightSource, checkpoint: Checkpoint) -> list[Bucket]:
+    def _plan(self, source: WeightSource, checkpoint: Checkpoint, partial: bool) -> list[Bucket]:
         """Which tensors travel in which bucket; everything that can be wrong with them is found here.
 
         Empty for a source that can be read only once: its tensors are checked one by one as they pass.
@@ -222,6 +233,8 @@ class WeightSync:
             return []
         specs = source.specs()
         ignore = (*self._config.ignore, *source.not_held)
+        if partial:
+            ignore += tuple(name for name in checkpoint.specs if name not in specs)
         check_coverage(specs, checkpoint, ignore=ignore, server=self._pool.clients[0].url)
         served = self._served_dtype(checkpoint)
         wire = [replace(spec, dtype=wire_dtype(spec, checkpoint, served)) for spec in specs.values()]
