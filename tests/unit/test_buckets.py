@@ -21,8 +21,10 @@ from torchrl_sglang.weights.checkpoint import TensorSpec
 from torchrl_sglang.weights.packing import BucketPacker
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.float8_e4m3fn]
-MODULES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.q_a_proj", "self_attn.q_a_layernorm", "self_attn.wkv",
-           "self_attn.kv_a_proj_with_mqa", "mlp.gate_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj"]  # fmt: skip
+MODULES = [
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "q_a_proj", "q_a_layernorm", "wkv", "kv_a_proj_with_mqa")),
+    *(f"mlp.{name}" for name in ("gate_proj", "experts.0.up_proj", "experts.1.up_proj")),
+]
 
 
 @st.composite

@@ -202,7 +202,7 @@ def test_a_quantised_checkpoint_takes_its_own_tensors_and_nothing_else(tmp_path:
     assert error.mismatched == ("w: dtype bfloat16 sent, float8_e4m3fn in the checkpoint",)
 
 
-# ----------------------------------------------------------------------------------------------------- dtype on the wire
+# --------------------------------------------------------------------------------------------------- dtype on the wire
 
 
 def test_only_matrices_are_narrowed_and_nothing_is_widened() -> None:

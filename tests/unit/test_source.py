@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictParams, TensorDictSequential
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torchrl.modules.llm import TransformersWrapper
 from torchrl.weight_update.weight_sync_schemes import WeightStrategy
 
@@ -263,3 +266,93 @@ def test_an_empty_collection_is_refused_loudly(empty: Any) -> None:
 def test_weights_of_another_kind_are_refused_by_kind(wrong: Any) -> None:
     with pytest.raises(ConfigError, match=r"can't read weights from|must be tensors|must be named|must give"):
         list(open_source(wrong, Checkpoint.from_specs({"w": ((2,), torch.float32)})).tensors())
+
+
+def test_parameters_that_are_not_there_as_a_whole_are_refused_with_a_way_out(folder: Path) -> None:
+    checkpoint = Checkpoint.read(folder)
+    model = load(folder)
+    model.model.norm.weight.ds_shape = torch.Size([64])  # how DeepSpeed marks what it has partitioned
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight' is partitioned by DeepSpeed.*GatheredParameters"):
+        open_source(model, checkpoint)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    for weights in (empty, empty.state_dict()):
+        with pytest.raises(ConfigError, match="meta device"):
+            open_source(weights, checkpoint)
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_refused_by_name_and_its_gathered_state_dict_is_not(folder: Path, use_orig_params: bool) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = FullyShardedDataParallel(load(folder), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        with pytest.raises(ConfigError, match="FSDP1"):
+            open_source(sharded, Checkpoint.read(folder))
+        assert_sends_the_checkpoint(sharded.state_dict(), folder)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_tensordict_params_are_a_tensordict(model: nn.Module, folder: Path) -> None:
+    assert_sends_the_checkpoint(TensorDictParams(TensorDict.from_module(model), no_convert=True), folder)
+
+
+def test_an_output_embedding_that_left_its_tie_is_refused_and_a_mere_copy_is_not(make_model: Any) -> None:
+    folder = make_model(arch="llama", tied=True)
+    state = {name: tensor.clone() for name, tensor in load(folder).state_dict().items()}
+    assert_sends_the_checkpoint(state, folder)
+    state["lm_head.weight"][0, 0] += 1
+    with pytest.raises(WeightCoverageError, match=r"ties lm_head\.weight to its input embedding") as refused:
+        open_source(state, Checkpoint.read(folder))
+    assert refused.value.unknown == ("lm_head.weight",)
+    assert_sends_the_checkpoint(state, folder, ignore=("lm_head.weight",))
+
+
+def test_a_checkpoint_that_holds_both_embeddings_gets_both_from_a_tied_trainer(make_model: Any, tmp_path: Path) -> None:
+    model = load(make_model(arch="llama", tied=True))
+    both = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= both.keys()
+    save_file(both, tmp_path / "model.safetensors")
+    for weights in (model, TensorDict.from_module(model), model.state_dict()):
+        assert_sends_the_checkpoint(weights, tmp_path)
+
+
+def test_tables_that_servers_compute_are_neither_required_nor_sent(folder: Path, tmp_path: Path) -> None:
+    old = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    state = load(folder).state_dict()
+    held = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file({**held, old: torch.ones(8)}, tmp_path / "model.safetensors")
+    check_coverage(open_source(state, Checkpoint.read(tmp_path)).specs(), Checkpoint.read(tmp_path))
+    assert_sends_the_checkpoint({**state, old: torch.ones(8)}, folder)
+
+
+def test_layers_that_the_model_class_leaves_out_by_design_are_said(model: nn.Module, folder: Path) -> None:
+    held = Checkpoint.read(folder)
+    extra = {f"model.layers.2.{name}": ((4,), torch.float32) for name in ("mlp.weight", "eh_proj.weight")}
+    checkpoint = Checkpoint.from_specs(
+        {**{n: (s.shape, s.dtype) for n, s in held.specs.items()}, **extra}, tied=held.tied
+    )
+    assert open_source(model, checkpoint).not_held == ()
+    model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.2.*"]
+    source = open_source(model, checkpoint)
+    assert source.not_held == tuple(extra)
+    check_coverage(source.specs(), checkpoint, ignore=source.not_held)
+
+
+WITHOUT_PEFT = """
+import sys
+sys.modules["peft"] = None                    # as if it weren't installed
+import torch
+from torchrl_sglang.weights.checkpoint import Checkpoint
+from torchrl_sglang.weights.source import open_source
+
+model = torch.nn.Linear(2, 3)
+checkpoint = Checkpoint.from_specs({n: (p.shape, p.dtype) for n, p in model.named_parameters()})
+assert {name for name, _ in open_source(model, checkpoint).tensors()} == {"weight", "bias"}
+assert "sglang" not in sys.modules
+"""
+
+
+def test_peft_need_not_be_installed() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT_PEFT], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]

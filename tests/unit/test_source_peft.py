@@ -98,7 +98,15 @@ def test_half_precision_merges_exactly_too(folder: Path, dtype: torch.dtype) -> 
     assert_sends_what_merging_gives(adapted(folder, dtype=dtype, r=4, use_dora=True), folder)
 
 
-@pytest.mark.parametrize(("kind", "config"), [("LoHaConfig", {"r": 4}), ("LoKrConfig", {"r": 4}), ("IA3Config", {"feedforward_modules": ["down_proj"]}), ("OFTConfig", {"r": 0, "oft_block_size": 4})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("LoHaConfig", {"r": 4}),
+        ("LoKrConfig", {"r": 4}),
+        ("IA3Config", {"feedforward_modules": ["down_proj"]}),
+        ("OFTConfig", {"r": 0, "oft_block_size": 4}),
+    ],
+)
 def test_adapters_of_other_kinds_are_merged_by_their_own_rule(folder: Path, kind: str, config: dict[str, Any]) -> None:
     assert_sends_what_merging_gives(adapted(folder, config_class=kind, **config), folder)
 
@@ -159,12 +167,8 @@ def test_what_the_forward_pass_uses_is_sent_switched_off_merged_or_several(folde
 
 def test_an_adapter_on_a_packed_expert_goes_through_merge_and_conversion(make_model: Any) -> None:
     folder = make_model(arch="qwen3_moe")
-    config = {
-        "r": 2,
-        "target_modules": ["q_proj"],
-        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    }
-    model = adapted(folder, **config)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = adapted(folder, r=2, target_modules=["q_proj"], target_parameters=experts)
     checkpoint = Checkpoint.read(folder)
     wanted = dict(open_source(copy.deepcopy(model).merge_and_unload(), checkpoint).tensors())
     before = snapshot(model)

@@ -18,7 +18,7 @@ import torch
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.weights.checkpoint import TensorSpec
 
-__all__ = ["Bucket", "Slot", "plan_buckets", "travel_units"]
+__all__ = ["Bucket", "Slot", "plan_buckets", "trainable_specs", "travel_units", "unit_key"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +153,20 @@ def travel_units(specs: Iterable[TensorSpec]) -> list[tuple[TensorSpec, ...]]:
         seen.add(spec.name)
         units.setdefault(unit_key(spec.name), []).append(spec)
     return [tuple(unit) for unit in units.values()]
+
+
+def trainable_specs(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Those an optimiser changes, and the frozen ones a server needs in the same request as one of them.
+
+    Examples:
+        >>> shape = {"shape": (2,), "dtype": torch.float32}
+        >>> names = ("attn.q_a_proj.weight", "attn.o_proj.weight")
+        >>> frozen = [TensorSpec(name=name, trainable=False, **shape) for name in names]
+        >>> trained = TensorSpec(name="attn.kv_a_proj_with_mqa.weight", **shape)
+        >>> [spec.name for spec in trainable_specs([*frozen, trained])]
+        ['attn.q_a_proj.weight', 'attn.kv_a_proj_with_mqa.weight']
+    """
+    return [spec for unit in travel_units(specs) if any(spec.trainable for spec in unit) for spec in unit]
 
 
 def unit_key(name: str) -> str:

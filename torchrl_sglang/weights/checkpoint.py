@@ -40,6 +40,8 @@ _DTYPES: dict[str, str] = {
     "F4": "float4_e2m1fn_x2",
 }
 _INDEX = "model.safetensors.index.json"
+# In checkpoints of old; SGLang 0.5.23 skips them while loading.
+_COMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 _MAX_HEADER_BYTES = 512 * 2**20  # a header is JSON of names and offsets; more than this means a damaged file
 
 
@@ -151,8 +153,13 @@ class Checkpoint:
         return sum(spec.nbytes for spec in self.specs.values())
 
     def optional(self, name: str) -> bool:
-        """Whether a trainer may leave ``name`` out: the output embedding of a tied checkpoint."""
-        return self.tied and is_output_embedding(name)
+        """Whether a trainer may leave ``name`` out: a tied output embedding, or a table a server computes itself."""
+        return (self.tied and is_output_embedding(name)) or self.computes(name)
+
+    @staticmethod
+    def computes(name: str) -> bool:
+        """Whether a server computes this table itself and takes none."""
+        return name.endswith(_COMPUTED)
 
 
 def is_output_embedding(name: str) -> bool:

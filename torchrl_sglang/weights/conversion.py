@@ -9,8 +9,9 @@ is that function's signature, ``(model, state_dict) -> state_dict``. Source: tra
 from __future__ import annotations
 
 import itertools
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["ConversionGroup", "convert", "model_from_config", "plan_conversion"]
+__all__ = ["ConversionGroup", "convert", "model_from_config", "names_left_out", "plan_conversion"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,14 +107,15 @@ def _grouped(traced: Mapping[str, _Traced], converted: Mapping[str, _Traced]) ->
     sources: dict[str, list[str]] = {}
     for name in traced:
         sources.setdefault(leader(name), []).append(name)
-    return [
-        ConversionGroup(
-            sources=tuple(sources[key]),
-            outputs={name: (tuple(tensor.shape), tensor.dtype) for name, tensor in group.items()},
-            renames=[id(tensor) for tensor in group.values()] == [id(traced[name]) for name in sources[key]],
-        )
-        for key, group in outputs.items()
-    ]
+    with torch._C.DisableTorchFunctionSubclass():  # or every look at a shape would be traced, too
+        return [
+            ConversionGroup(
+                sources=tuple(sources[key]),
+                outputs={name: (tuple(tensor.shape), tensor.dtype) for name, tensor in group.items()},
+                renames=[id(tensor) for tensor in group.values()] == [id(traced[name]) for name in sources[key]],
+            )
+            for key, group in outputs.items()
+        ]
 
 
 def convert(model: nn.Module, group: ConversionGroup, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -157,6 +159,12 @@ def model_from_config(config: Mapping[str, Any]) -> nn.Module | None:
     with torch.device("meta"):
         model: nn.Module = architecture(model_config)
     return model
+
+
+def names_left_out(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's ``names`` that the model's class declares it doesn't load (layers for speculation)."""
+    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    return [name for name in names if any(pattern.search(name) for pattern in patterns)]
 
 
 def is_transformers_model(module: nn.Module) -> bool:

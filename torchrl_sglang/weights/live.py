@@ -64,8 +64,9 @@ def list_module(module: nn.Module) -> list[LiveTensor]:
     """
     listed = list(_walk(module, ""))
     for live in listed:
+        _refuse_flat_shards(live.name)
         for tensor in live.tensors:
-            _refuse_partitioned(live.name, tensor)
+            _refuse_absent(live.name, tensor)
     return listed
 
 
@@ -80,7 +81,8 @@ def list_mapping(weights: Mapping[Any, Any] | TensorDictBase) -> list[LiveTensor
     # Parameter (a state dict) doesn't tell, so there everything may be one.
     leaves = list(_leaves(weights))
     has_parameters = any(isinstance(value, nn.Parameter) for _, value in leaves)
-    for name, _ in leaves:
+    for name, tensor in leaves:
+        _refuse_absent(name, tensor)
         adapter = _PEFT_SEGMENTS.intersection(name.split("."))
         if adapter:
             raise ConfigError(
@@ -171,13 +173,18 @@ def _memory(tensor: torch.Tensor) -> Hashable:
     return (local.device, local.data_ptr(), tuple(local.shape), local.stride(), local.dtype)
 
 
-def _refuse_partitioned(name: str, tensor: torch.Tensor) -> None:
+def _refuse_absent(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta:
+        raise ConfigError(f"{name!r} is on the meta device and has no values: load the model without offloading it")
     if hasattr(tensor, "ds_shape"):
         raise ConfigError(
             f"{name!r} is partitioned by DeepSpeed ZeRO-3 and not here as a whole: gather it "
             "(deepspeed.zero.GatheredParameters) inside an iterator of (name, tensor) pairs and pass that"
         )
-    if "_flat_param" in name or "_fsdp_wrapped_module" in name:
+
+
+def _refuse_flat_shards(name: str) -> None:
+    if "_fsdp_wrapped_module" in name.split("."):
         raise ConfigError(
             f"{name!r} belongs to FSDP1, whose flat shards have no tensors of their own: use fully_shard (FSDP2), or "
             "pass a gathered state dict"

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from torchrl_sglang.errors import ConfigError, WeightCoverageError
-from torchrl_sglang.weights.checkpoint import Checkpoint, TensorSpec
+from torchrl_sglang.weights.checkpoint import Checkpoint, TensorSpec, is_output_embedding
 from torchrl_sglang.weights.conversion import (
     ConversionGroup,
     convert,
     is_transformers_model,
     model_from_config,
+    names_left_out,
     plan_conversion,
 )
 from torchrl_sglang.weights.coverage import is_ignored
@@ -26,7 +27,7 @@ from torchrl_sglang.weights.live import LiveTensor
 from torchrl_sglang.weights.names import resolve_names, without_wrappers
 from torchrl_sglang.weights.shards import Ranks
 
-__all__ = ["Read", "callable_model", "map_to_checkpoint"]
+__all__ = ["Read", "callable_model", "left_out_by_design", "map_to_checkpoint"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,6 +60,17 @@ def callable_model(module: nn.Module | None) -> nn.Module | None:
     """The transformers model inside ``module``, if there is exactly one."""
     roots = _transformers_roots(module) if module is not None else {}
     return next(iter(roots.values())) if len(roots) == 1 else None
+
+
+def left_out_by_design(
+    module: nn.Module | None, checkpoint: Checkpoint, sent: Mapping[str, TensorSpec]
+) -> tuple[str, ...]:
+    """Names of the checkpoint that are not sent because the model's class doesn't load them either."""
+    absent = [name for name in checkpoint.specs if name not in sent and not checkpoint.optional(name)]
+    if not absent:
+        return ()
+    model = module if module is not None else model_from_config(checkpoint.config)
+    return tuple(names_left_out(model, absent)) if model is not None else ()
 
 
 def map_to_checkpoint(
@@ -202,11 +214,11 @@ def _without_extras(
     kept = []
     for read in reads:
         if len(read.specs) == 1 and (name := read.specs[0].name) not in checkpoint.specs:
-            if read.is_buffer or name in buffers:
+            if read.is_buffer or name in buffers or checkpoint.computes(name):
                 continue
             if len(read.lives) == 1 and read.lives[0].memory in memory:
                 continue
-            if checkpoint.optional(name):
+            if checkpoint.tied and is_output_embedding(name):
                 _require_still_tied(read, reads, checkpoint, ranks)
                 continue
         kept.append(read)

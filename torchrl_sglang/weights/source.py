@@ -24,7 +24,7 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.weights.checkpoint import Checkpoint
 from torchrl_sglang.weights.live import list_mapping, list_module
 from torchrl_sglang.weights.live_source import LiveSource
-from torchrl_sglang.weights.mapping import callable_model, map_to_checkpoint
+from torchrl_sglang.weights.mapping import callable_model, left_out_by_design, map_to_checkpoint
 from torchrl_sglang.weights.shards import ranks_of
 from torchrl_sglang.weights.source_contract import WeightSource
 from torchrl_sglang.weights.stream import open_stream
@@ -44,7 +44,8 @@ def open_source(
     Args:
         weights: an ``nn.Module`` (a Hugging Face model by itself or inside any wrapper: TransformersWrapper,
             TensorDictModule, torch.compile, DDP, PEFT; sharded by FSDP2), a nested TensorDict, a flat or nested dict,
-            a function that returns a fresh iterator of ``(name, tensor)`` pairs, or such an iterator itself.
+            a function that returns a fresh iterator of ``(name, tensor)`` pairs, or such an iterator itself. DDP's
+            ranks all hold everything, so there one rank opens and sends by itself.
         checkpoint: what the servers were started from.
         name_map: trainer's name to checkpoint name, for names that can't be matched.
         ignore: ``fnmatch`` patterns of names (trainer's or checkpoint's) that are not sent.
@@ -82,4 +83,6 @@ def open_source(
         )
     ranks = ranks_of(tensor for t in live for tensor in t.tensors)
     reads = map_to_checkpoint(live, module, checkpoint, name_map=name_map, ignore=tuple(ignore), ranks=ranks)
-    return LiveSource(reads, module=callable_model(module), ranks=ranks)
+    source = LiveSource(reads, module=callable_model(module), ranks=ranks)
+    source.not_held = left_out_by_design(source.module, checkpoint, source.specs())
+    return source

@@ -15,6 +15,8 @@ from torchrl_sglang.errors import WeightCoverageError
 
 __all__ = ["check_finite", "finite_probe", "non_finite_names", "refuse_values"]
 
+_DOT_MAX_NUMEL = 2**31  # BLAS counts elements in 32 bits
+
 
 def finite_probe(tensor: torch.Tensor, target: torch.dtype | None = None) -> torch.Tensor:
     """A 0-d tensor on ``tensor``'s device that is NaN or infinite if any element is (and rarely otherwise).
@@ -24,22 +26,18 @@ def finite_probe(tensor: torch.Tensor, target: torch.dtype | None = None) -> tor
         target: dtype the tensor will be cast to; values it can't hold count as infinite.
     """
     tensor = tensor.detach()
-    if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
+    if tensor.numel() == 0 or not tensor.is_floating_point():
         return torch.zeros((), device=tensor.device)
     if tensor.dtype.itemsize == 1:
         tensor = tensor.to(torch.float32)  # float8 has no reductions of its own
-    narrows = (
-        target is not None and target.is_floating_point and torch.finfo(target).max < torch.finfo(tensor.dtype).max
-    )
-    if narrows or tensor.dtype not in (torch.float32, torch.float64) or not tensor.is_contiguous():
-        low, high = torch.aminmax(tensor)
-        largest = torch.maximum(low.abs(), high.abs()).to(
-            torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        )
-        # Rounding to the target turns what it can't hold into infinity, exactly as the cast of the data would.
-        return largest.to(target).to(torch.float32) if narrows and target is not None else largest
-    flat = tensor.view(-1)
-    return torch.dot(flat, flat)
+    limit = torch.finfo(target).max if target is not None and target.is_floating_point else torch.inf
+    if tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous() and tensor.numel() < _DOT_MAX_NUMEL:
+        flat = tensor.view(-1)
+        squares = torch.dot(flat, flat)
+        return squares if limit**2 >= torch.finfo(tensor.dtype).max else squares.where(squares <= limit**2, torch.inf)
+    low, high = torch.aminmax(tensor)  # NaN if there is any
+    largest = torch.maximum(-low, high).to(torch.float64)
+    return largest.where(~(largest > limit), torch.inf)
 
 
 def check_finite(name: str, tensor: torch.Tensor, target: torch.dtype | None = None) -> None:
