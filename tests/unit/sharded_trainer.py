@@ -1,6 +1,6 @@
 """One rank of a small FSDP2 trainer that shows what each form of its weights gives. Run by test_source_fsdp.py.
 
-    python sharded_trainer.py RANK WORLD_SIZE FOLDER        # FOLDER/<arch> are checkpoints, FOLDER/rank<N>.pt the result
+python sharded_trainer.py RANK WORLD_SIZE FOLDER  # FOLDER/<arch> are checkpoints, FOLDER/rank<N>.pt the result
 """
 
 from __future__ import annotations
