@@ -1,0 +1,9 @@
+"""What can be set, as frozen keyword-only records that check themselves when they are made."""
+
+from torchrl_sglang.config.checking import nearest_name
+from torchrl_sglang.config.client import ClientConfig
+from torchrl_sglang.config.sampling import SamplingParams
+from torchrl_sglang.config.server import ServerConfig
+from torchrl_sglang.config.sync import SyncConfig
+
+__all__ = ["ClientConfig", "SamplingParams", "ServerConfig", "SyncConfig", "nearest_name"]

@@ -1,0 +1,82 @@
+"""How one server process is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torchrl_sglang.config.checking import require, require_positive, words
+
+__all__ = ["ServerConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """How one SGLang server process is launched. Everything not named here goes into ``extra_args``."""
+
+    model: str
+    """Path or hub name of the checkpoint to serve."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """``auto`` serves on a GPU when one is visible, else on SGLang's CPU engine."""
+    python: str | None = None
+    """Python that has SGLang installed; ``None`` is this one. SGLang pins its own torch, so it is often another."""
+    host: str = "127.0.0.1"
+    """Address to listen on; loopback unless other machines must reach it."""
+    port: int | None = None
+    """Port to listen on; ``None`` picks a free one."""
+    tp_size: int = 1
+    """Tensor-parallel ranks."""
+    gpus: tuple[int, ...] | None = None
+    """GPUs of this server, as the launching process numbers them; ``None`` takes the first ``tp_size``."""
+    dtype: str | None = None
+    """SGLang's ``--dtype``; ``None`` is the checkpoint's on a GPU and float32 on a CPU."""
+    context_length: int | None = None
+    """Longest prompt plus response, in tokens; ``None`` is the checkpoint's."""
+    mem_fraction_static: float | None = None
+    """Fraction of the GPU's memory for weights and KV cache; ``None`` is SGLang's own (0.3 on a CPU)."""
+    max_total_tokens: int | None = None
+    """Size of the KV cache in tokens; ``None`` is SGLang's own (8192 on a CPU)."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key that every call has to carry."""
+    admin_api_key: str | None = field(default=None, repr=False)
+    """Key that control calls have to carry."""
+    extra_args: tuple[str, ...] = ()
+    """More SGLang command-line words, appended as they are; the last of a repeated flag wins."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of the child process, on top of ours; ours is never changed."""
+    start_timeout_s: float = 600.0
+    """From launch to ready; a large checkpoint on a network disk takes minutes."""
+    stop_timeout_s: float = 10.0
+    """From SIGTERM to SIGKILL. SGLang takes 6-9 s to stop by itself."""
+    log_dir: Path | None = None
+    """Where the server's log goes; ``None`` is a temporary folder, removed after a clean stop, kept after a failure."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "model must be the path or hub name of a checkpoint")
+        require(self.tp_size >= 1, f"tp_size must be at least 1, got {self.tp_size}")
+        require(self.device in ("auto", "cuda", "cpu"), f"device must be 'auto', 'cuda' or 'cpu', got {self.device!r}")
+        require(self.port is None or 0 < self.port < 65536, f"port must be in 1..65535, got {self.port}")
+        require(
+            self.gpus is None or len(self.gpus) == self.tp_size,
+            f"gpus must name tp_size={self.tp_size} GPUs, got {self.gpus}",
+        )
+        require_positive(self, "start_timeout_s", "mem_fraction_static", "context_length", "max_total_tokens")
+        require_positive(self, "stop_timeout_s", zero=True)
+        require(
+            self.mem_fraction_static is None or self.mem_fraction_static < 1,
+            f"mem_fraction_static is a fraction below 1, got {self.mem_fraction_static}",
+        )
+        object.__setattr__(self, "extra_args", words("extra_args", self.extra_args))
+        # The words of a command line are for everyone on the machine to see, and part of our own repr.
+        for key in ("api_key", "admin_api_key"):
+            flag = "--" + key.replace("_", "-")
+            require(
+                not any(word.split("=")[0] == flag for word in self.extra_args),
+                f"{flag} does not belong into extra_args: use {key}=",
+            )
+        for name, value in self.env.items():
+            require(isinstance(value, str), f"env[{name!r}] must be a string, got {value!r}")
+        if self.log_dir is not None:
+            object.__setattr__(self, "log_dir", Path(self.log_dir))

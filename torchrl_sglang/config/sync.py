@@ -1,0 +1,93 @@
+"""How weights reach the servers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torchrl_sglang.config.checking import require, require_positive, words
+
+__all__ = ["SyncConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncConfig:
+    """How weights reach the servers."""
+
+    road: Literal["auto", "broadcast", "disk", "lora"] = "auto"
+    """``broadcast``: a process group over all servers; ``disk``: a folder all can read; ``lora``: the adapter only."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Collective library: ``auto`` is NCCL when the servers run on GPUs, else gloo."""
+    packing: Literal["flattened", "tensors"] = "flattened"
+    """One collective per bucket of concatenated bytes, or one per tensor."""
+    groups: Literal["shared", "per_server"] = "shared"
+    """One process group for all servers, or one each: isolates faults at N times the trainer's egress."""
+    bucket_bytes: int = 64 * 2**20
+    """Most bytes per bucket; a single larger tensor gets a bucket of its own."""
+    pause: Literal["auto", "abort", "retract", "in_place"] = "auto"
+    """What happens to requests in flight: ``auto`` is ``abort`` when there are none, else ``retract``."""
+    cache: Literal["flush", "salt", "keep"] = "flush"
+    """``flush`` empties the prefix caches; ``salt`` leaves them and gives requests made through this pool a name-space
+    per version (what ``flush`` becomes under ``in_place``); ``keep`` serves stale KV, to study staleness only."""
+    verify: Literal["off", "probe", "full"] = "probe"
+    """``probe`` scores one fixed prompt on every server after a sync; ``full`` compares the servers' checksums too."""
+    verify_atol: float | None = None
+    """Largest log-prob difference the proof accepts; ``None`` is 1e-3 for float32 and 0.5 for half precision."""
+    name_map: Mapping[str, str] = field(default_factory=dict)
+    """Trainer's tensor name to checkpoint name, for custom models; applied before every check."""
+    ignore: tuple[str, ...] = ()
+    """Names (``fnmatch`` patterns) that are neither required from the trainer nor sent."""
+    blocking: bool = True
+    """Whether a collector's update waits until the servers have the weights. If not, the next rollout may start, and
+    an error is raised by the next update; the trainer has to leave the parameters alone until then."""
+    only_trainable: bool = False
+    """After the first full sync, send only parameters with ``requires_grad``."""
+    check_values: bool = True
+    """Refuse tensors that hold NaN or infinity."""
+    master_address: str | None = None
+    """Address of the trainer as the servers reach it; ``None`` is the address of the interface that reaches them."""
+    master_port: int | None = None
+    """Port of the rendezvous store; ``None`` picks a free one."""
+    group_timeout_s: float = 60.0
+    """To form the process group, and for the first bucket (NCCL makes its communicator there)."""
+    bucket_timeout_s: float = 60.0
+    """Longest one bucket may take on its way. A collective that hangs can be given up only after this time (gloo)."""
+    fixed_timeout_s: float = 60.0
+    """Fixed part of a sync's deadline."""
+    assumed_bytes_per_s: float = 100e6
+    """Slowest transfer to expect; a sync's deadline is ``fixed_timeout_s + bytes / assumed_bytes_per_s``."""
+    disk_dir: Path | None = None
+    """Folder that trainer and servers share, for ``road="disk"``."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in _SYNC_CHOICES.items():
+            value = getattr(self, name)
+            require(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
+        require_positive(
+            self, "bucket_bytes", "group_timeout_s", "fixed_timeout_s", "assumed_bytes_per_s", "verify_atol"
+        )
+        require(
+            self.master_port is None or 0 < self.master_port < 65536,
+            f"master_port must be in 1..65535, got {self.master_port}",
+        )
+        object.__setattr__(self, "ignore", words("ignore", self.ignore))
+        if self.disk_dir is not None:
+            object.__setattr__(self, "disk_dir", Path(self.disk_dir))
+        require(self.road != "disk" or self.disk_dir is not None, "road='disk' needs disk_dir, a folder all can read")
+
+    def deadline_s(self, num_bytes: int) -> float:
+        """Seconds a sync of ``num_bytes`` may take before it counts as failed."""
+        return self.fixed_timeout_s + num_bytes / self.assumed_bytes_per_s
+
+
+_SYNC_CHOICES: dict[str, tuple[str, ...]] = {
+    "road": ("auto", "broadcast", "disk", "lora"),
+    "backend": ("auto", "gloo", "nccl"),
+    "packing": ("flattened", "tensors"),
+    "groups": ("shared", "per_server"),
+    "pause": ("auto", "abort", "retract", "in_place"),
+    "cache": ("flush", "salt", "keep"),
+    "verify": ("off", "probe", "full"),
+}
