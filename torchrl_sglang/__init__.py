@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torchrl_sglang.pool import SGLangPool
     from torchrl_sglang.rollout import Generation, SGLangWrapper
     from torchrl_sglang.server import SGLangServer
+    from torchrl_sglang.testing import smollm2_checkpoint
     from torchrl_sglang.weights import SGLangWeightSyncScheme, SyncReport, WeightSync
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _LAZY = {
     "SGLangWrapper": "torchrl_sglang.rollout",
     "SyncReport": "torchrl_sglang.weights",
     "WeightSync": "torchrl_sglang.weights",
+    "smollm2_checkpoint": "torchrl_sglang.testing",
 }
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "WeightSync",
     "WeightSyncError",
     "WeightUpdateError",
+    "smollm2_checkpoint",
 ]
 
 
