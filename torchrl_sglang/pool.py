@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torchrl_sglang.client import SGLangClient
@@ -22,14 +23,27 @@ from torchrl_sglang.protocol.control import build_ready
 from torchrl_sglang.protocol.generate import build_generate, parse_generate, parse_one
 from torchrl_sglang.protocol.limits import check_prompts
 from torchrl_sglang.protocol.media import Media
-from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest, ServerInfo
+from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest, ServerInfo, WeightSpan
 from torchrl_sglang.protocol.routing import split_batch
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.streaming import generate_streaming
 
-__all__ = ["SGLangPool"]
+__all__ = ["Adapter", "SGLangPool"]
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter that stands for the trainer's weights.
+
+    Attributes:
+        name: its name on the servers.
+        version: the weight version it stands for, as a server's version string.
+    """
+
+    name: str
+    version: str
 
 
 class SGLangPool:
@@ -44,6 +58,8 @@ class SGLangPool:
         clients: all servers, also quarantined ones.
         weight_version: version number of the weights that the last finished sync put on the routed servers; after
             :meth:`connect` the highest version found. This is where rollout and weight sync meet.
+        highest_version: highest version number that any server was ever told; it names no other weights again.
+        adapter: the trainer's LoRA adapter, for requests that name no other; set by a sync on the LoRA road.
         cache_salt: name-space of the prefix caches that new requests use; set by a sync that could not flush.
     """
 
@@ -62,7 +78,9 @@ class SGLangPool:
         self._quarantined: dict[str, str] = {}
         self._connected = False
         self.weight_version = 0
+        self.highest_version = 0
         self.cache_salt: str | None = None
+        self.adapter: Adapter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"clients": self.clients}
@@ -207,13 +225,14 @@ class SGLangPool:
         if len(ids_B_T) == 0:
             return []
         self.check(ids_B_T, sampling)
+        adapter = self.adapter if lora is None else None
         if media is not None and (progress is not None or len(media) != len(ids_B_T)):
             raise ConfigError("media needs one entry per prompt, and goes without progress")
 
         def run(client: SGLangClient, share: list[int]) -> list[GenerateReply]:
             prompts = [ids_B_T[index] for index in share]
             options: dict[str, Any] = {"return_logprobs": return_logprobs, "prompt_logprobs": prompt_logprobs}
-            naming: dict[str, Any] = {"lora": lora, "cache_salt": self.cache_salt}
+            naming: dict[str, Any] = {"lora": lora or (adapter and adapter.name), "cache_salt": self.cache_salt}
             if progress is not None:
                 return generate_streaming(
                     client, prompts, sampling, progress=progress, timeout_s=timeout_s, **naming, **options
@@ -229,7 +248,7 @@ class SGLangPool:
             waiting = self._run_round(ids_B_T, waiting, sampling.n, run, replies)
         ordered = [reply for index in range(len(ids_B_T)) for reply in replies[index]]
         _refuse_mixed_weights(ordered)
-        return ordered
+        return [_made_by(adapter, reply) for reply in ordered] if adapter is not None else ordered
 
     def _run_round(
         self,
@@ -380,6 +399,12 @@ def _check_same_model(infos: Sequence[ServerInfo]) -> None:
                 f"{first.url} serves {first.model_path!r} and {info.url} serves {info.model_path!r}: "
                 "one pool needs servers of one model"
             )
+
+
+def _made_by(adapter: Adapter, reply: GenerateReply) -> GenerateReply:
+    """A request keeps the adapter it began with, and servers don't count adapters as weight versions."""
+    span = WeightSpan(version=adapter.version, start=0, end=len(reply.output_ids))
+    return replace(reply, weight_version=adapter.version, weight_spans=(span,))
 
 
 def _refuse_mixed_weights(replies: Sequence[GenerateReply]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -48,10 +49,13 @@ class BroadcastRoad:
         if members == [client.url for client in clients]:
             return
         self.close()
-        if self._config.groups == "per_server":
-            self._groups = [WeightGroup.form([client], self._config) for client in clients]
-        else:
+        if self._config.groups == "shared":
             self._groups = [WeightGroup.form(clients, self._config)]
+            return
+        port = self._config.master_port
+        for index, client in enumerate(clients):
+            config = self._config if port is None else replace(self._config, master_port=port + index)
+            self._groups.append(WeightGroup.form([client], config))
 
     def send(
         self,

@@ -15,28 +15,27 @@ This is the one place that knows where NCCL differs from gloo (read in SGLang's 
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
-from torchrl_sglang.errors import ConfigError, SGLangError, WeightUpdateError
-from torchrl_sglang.parallel import Outcome, Task
-from torchrl_sglang.protocol.control import build_destroy_group, build_init_group, check_success
+from torchrl_sglang.errors import ConfigError, WeightUpdateError
+from torchrl_sglang.parallel import Task
+from torchrl_sglang.protocol.control import build_destroy_group
+from torchrl_sglang.weights.meeting import Meeting, ask_to_join, await_ranks, check_join, reachable_address
 
 __all__ = ["WeightGroup", "reachable_address"]
 
 _POLL_S = 0.005
+_CLOSE_PATIENCE_S = 2.0
 
 
 class WeightGroup:
@@ -72,22 +71,41 @@ class WeightGroup:
         address = config.master_address or reachable_address([client.url for client in clients])
         world_size = 1 + sum(client.info.tp_size for client in clients)
         name = f"torchrl-sglang-{uuid.uuid4().hex[:12]}"
-        timeout = timedelta(seconds=config.group_timeout_s)
-        store, port = _listen(address, config.master_port, timeout)
-        joins = _ask_to_join(clients, name=name, address=address, port=port, world_size=world_size, backend=backend)
+        meeting = Meeting(name, address, config.master_port, timeout_s=config.group_timeout_s)
         deadline = time.monotonic() + config.group_timeout_s
         try:
-            _await_ranks(store, joins, world_size, backend, deadline, address=address, port=port)
-            prefix = "cuda/" if backend == "nccl" else "cpu/"
-            prefixed = c10d.PrefixStore(prefix, c10d.PrefixStore(f"{name}/", c10d.PrefixStore(name, store)))
-            group = _join(prefixed, world_size, backend, address, config)
-            for url, task in joins.items():
-                _check_join(url, task, deadline, address=address, port=port)
+            joins = ask_to_join(clients, meeting, world_size, backend, config)
+            await_ranks(meeting, joins, world_size, backend, deadline)
+            group = cls(name, clients, backend, world_size, _join(meeting, world_size, backend, config))
         except BaseException:
-            # Servers that wait for the others at the store are released when it goes away.
-            del store
+            meeting.end()
             raise
-        return cls(name, clients, backend, world_size, group)
+        meeting.end()  # the group holds the store now
+        try:
+            for join in joins:
+                check_join(join, deadline, meeting)
+        except BaseException:
+            group.drop()
+            raise
+        return group
+
+    @property
+    def in_step(self) -> frozenset[str]:
+        """Servers that have taken part in a broadcast for certain when it is over at the trainer.
+
+        gloo's broadcast is a binomial tree: the trainer sends to ranks 1, 2, 4, ... and waits for these to take it;
+        the others get it from them later. NCCL waits for nobody.
+        """
+        if self.backend == "nccl":
+            return frozenset()
+        urls = set()
+        first = 1
+        for client in self.clients:
+            ranks = range(first, first + client.info.tp_size)
+            if any(rank & (rank - 1) == 0 for rank in ranks):
+                urls.add(client.url)
+            first = ranks.stop
+        return frozenset(urls)
 
     @property
     def device(self) -> torch.device:
@@ -127,13 +145,19 @@ class WeightGroup:
 
     def close(self) -> None:
         """Take the group down on both sides; a server that can't answer is left to its own time-out."""
-        tasks = {
-            client.url: Task(_bind_send(client, build_destroy_group(self.name)), name="destroy-group")
-            for client in self.clients
-        }
-        for task in tasks.values():
-            task.wait(2.0)
+        tasks = [Task(partial(self.leave, client), name="destroy-group") for client in self.clients]
+        deadline = time.monotonic() + _CLOSE_PATIENCE_S
+        for task in tasks:
+            task.wait(max(0.0, deadline - time.monotonic()))
         self.drop()
+
+    def leave(self, client: SGLangClient, timeout_s: float = _CLOSE_PATIENCE_S) -> None:
+        """Let one server leave the group. Its connections close, and with them every wait of a peer for it ends.
+
+        Raises:
+            ServerError: it did not answer in time, or did not know the group.
+        """
+        client.send(build_destroy_group(self.name), timeout_s=timeout_s)
 
     def drop(self) -> None:
         """Let go of the trainer's side only, without blocking.
@@ -159,29 +183,6 @@ class _Release:
         self._group = None
 
 
-def reachable_address(urls: Sequence[str]) -> str:
-    """The address of this machine's interface that leads to the servers.
-
-    A loopback address only when every server is on this machine.
-
-    Examples:
-        >>> reachable_address(["http://127.0.0.1:30000"])
-        '127.0.0.1'
-    """
-    local = "127.0.0.1"
-    for url in urls:
-        parts = urlsplit(url)
-        host = parts.hostname or "127.0.0.1"
-        family, _, _, _, target = socket.getaddrinfo(host, parts.port or 80, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)  # a datagram socket sends nothing, it only picks the route
-            address = str(probe.getsockname()[0])
-        if not ipaddress.ip_address(address.split("%")[0]).is_loopback:
-            return address
-        local = address
-    return local
-
-
 def _choose_backend(config: SyncConfig, clients: Sequence[SGLangClient]) -> str:
     if config.backend != "auto":
         return config.backend
@@ -193,98 +194,13 @@ def _choose_backend(config: SyncConfig, clients: Sequence[SGLangClient]) -> str:
     return "nccl"
 
 
-def _listen(address: str, port: int | None, timeout: timedelta) -> tuple[c10d.Store, int]:
-    """A store that listens on one address only, on a port that nobody can take in between."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address, port or 0))
-        listener.listen(512)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"can't listen on {address}:{port or 'any port'} ({error.strerror}): set SyncConfig.master_address to an "
-            "address of this machine that the servers reach, and master_port to a free port (or None)"
-        ) from error
-    chosen = int(listener.getsockname()[1])
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        address, chosen, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
-    return store, chosen
-
-
-def _ask_to_join(
-    clients: Sequence[SGLangClient], *, name: str, address: str, port: int, world_size: int, backend: str
-) -> dict[str, Task[Any]]:
-    joins: dict[str, Task[Any]] = {}
-    offset = 1
-    for client in clients:
-        request = build_init_group(
-            address=address, port=port, rank_offset=offset, world_size=world_size, name=name, backend=backend
-        )
-        joins[client.url] = Task(_bind_send(client, request), name=f"join-{client.url}")
-        offset += client.info.tp_size
-    return joins
-
-
-def _bind_send(client: SGLangClient, request: Any) -> Any:
-    return lambda: client.send(request)
-
-
-def _await_ranks(
-    store: c10d.Store,
-    joins: Mapping[str, Task[Any]],
-    world_size: int,
-    backend: str,
-    deadline: float,
-    *,
-    address: str,
-    port: int,
-) -> None:
-    """Wait until every rank stands at the store, so that joining can't block on one that never comes.
-
-    Each gloo rank leaves one key there, and all together the store's own counter of clients: ``world_size`` keys. NCCL
-    ranks leave none, they answer the HTTP call instead.
-    """
-    while True:
-        arrived = store.num_keys() >= world_size if backend == "gloo" else all(task.done for task in joins.values())
-        for url, task in joins.items():
-            if task.done:
-                _check_join(url, task, deadline, address=address, port=port)
-        if arrived:
-            return
-        if time.monotonic() > deadline:
-            silent = [url for url, task in joins.items() if not task.done]
-            raise WeightUpdateError(
-                f"the weight group did not form within its time: {', '.join(silent or joins)} did not arrive at "
-                f"{address}:{port}. Can the servers reach that address? Set SyncConfig.master_address to one of the "
-                "trainer's that they reach, or raise group_timeout_s",
-                server_weights={url: "stuck" if url in silent else "old" for url in joins},
-            )
-        time.sleep(_POLL_S)
-
-
-def _check_join(url: str, task: Task[Any], deadline: float, *, address: str, port: int) -> None:
-    if not task.wait(max(0.0, deadline - time.monotonic())):
-        raise WeightUpdateError(f"{url} did not answer while joining the weight group", server_weights={url: "stuck"})
-    outcome: Outcome[Any] = task.outcome()
-    try:
-        check_success(outcome.unwrap(), server=url, what="joining the weight group")
-    except SGLangError as error:
-        raise WeightUpdateError(
-            f"{url} could not join the weight group at {address}:{port}: {error}. No weights were touched",
-            server_weights={url: "old"},
-        ) from error
-
-
-def _join(store: c10d.Store, world_size: int, backend: str, address: str, config: SyncConfig) -> Any:
-    timeout = timedelta(seconds=config.group_timeout_s)
+def _join(meeting: Meeting, world_size: int, backend: str, config: SyncConfig) -> Any:
+    store: Any = meeting.prefixed(backend)
     try:
         if backend == "gloo":
             options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-            options._timeout = timeout
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=meeting.address)]
+            options._timeout = timedelta(seconds=config.group_timeout_s)
             return dist.ProcessGroupGloo(store, 0, world_size, options)
         nccl = dist.ProcessGroupNCCL.Options()
         # Above every deadline of ours: on its own time-out NCCL's watchdog ends the whole process.
@@ -292,3 +208,5 @@ def _join(store: c10d.Store, world_size: int, backend: str, address: str, config
         return dist.ProcessGroupNCCL(store, 0, world_size, nccl)
     except RuntimeError as error:
         raise WeightUpdateError(f"the trainer could not join the weight group: {error}") from error
+    finally:
+        store = None  # see Meeting

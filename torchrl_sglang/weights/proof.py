@@ -6,16 +6,18 @@ the new weights proves anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams, SyncConfig
-from torchrl_sglang.errors import ServerWeights, WeightUpdateError
-from torchrl_sglang.parallel import side_by_side
+from torchrl_sglang.errors import WeightUpdateError
+from torchrl_sglang.parallel import Outcome, side_by_side
 from torchrl_sglang.protocol.control import build_checksum, parse_checksum
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
 
@@ -54,28 +56,38 @@ def prove(
     """
     ids = probe_ids(vocab_size)
     outcomes = side_by_side({client.url: _Scoring(client, ids) for client in clients})
-    scores: dict[str, torch.Tensor] = {}
-    for url, outcome in outcomes.items():
-        if outcome.error is not None:
-            raise WeightUpdateError(
-                f"{url} could not prove its new weights: {outcome.error}", server_weights={url: "mixed"}
-            ) from outcome.error
-        scores[url] = torch.tensor(outcome.unwrap(), dtype=torch.float64)
-    first = clients[0].url
-    reference, whose = (trainer_logprobs(model, ids), "the trainer") if model is not None else (scores[first], first)
-    atol = config.verify_atol if config.verify_atol is not None else (1e-3 if exact else 0.5)
-    gaps = {url: float((score - reference).abs().max()) for url, score in scores.items()}
-    wrong = {url: gap for url, gap in gaps.items() if not gap <= atol}  # also catches NaN
-    if wrong:
-        states: dict[str, ServerWeights] = dict.fromkeys(wrong, "mixed")
-        raise WeightUpdateError(
-            "after the update "
-            + ", ".join(f"{url} differs from {whose} by {gap:.2g} in log-prob" for url, gap in wrong.items())
-            + f" (tolerance {atol:g}). Does the trainer's model compute what the served checkpoint's architecture does?"
-            " SyncConfig.verify_atol widens the tolerance",
-            server_weights=states,
+    scores = {url: torch.tensor(o.value, dtype=torch.float64) for url, o in outcomes.items() if o.value is not None}
+    complaints = _silent(outcomes)
+    gaps: dict[str, float] = {}
+    if scores:
+        first = next(iter(scores))
+        reference, whose = (
+            (trainer_logprobs(model, ids), "the trainer") if model is not None else (scores[first], first)
         )
+        atol = config.verify_atol if config.verify_atol is not None else (1e-3 if exact else 0.5)
+        gaps = {url: float((score - reference).abs().max()) for url, score in scores.items()}
+        for url, gap in gaps.items():
+            if not gap <= atol:  # also catches NaN
+                complaints[url] = (
+                    f"{url} differs from {whose} by {gap:.2g} in log-prob (tolerance {atol:g}). Does the trainer's "
+                    "model compute what the served checkpoint's architecture does? SyncConfig.verify_atol widens the "
+                    "tolerance"
+                )
+    _refuse(complaints)
     return max(gaps.values())
+
+
+def _silent(outcomes: Mapping[str, Outcome[Any]]) -> dict[str, str]:
+    """A complaint for every server that gave no proof."""
+    errors = {url: outcome.error for url, outcome in outcomes.items() if outcome.error is not None}
+    return {url: f"{url} could not prove its new weights: {error}" for url, error in errors.items()}
+
+
+def _refuse(complaints: Mapping[str, str]) -> None:
+    if complaints:
+        raise WeightUpdateError(
+            "after the update: " + "; ".join(complaints.values()), server_weights=dict.fromkeys(complaints, "mixed")
+        )
 
 
 class _Scoring:
@@ -119,13 +131,14 @@ def compare_checksums(clients: Sequence[SGLangClient]) -> None:
     """Compare the hashes of every tensor that the servers hold with those of the first server.
 
     Raises:
-        WeightUpdateError: a server holds other tensors than the first.
+        WeightUpdateError: a server holds other tensors than the first, or did not answer.
     """
-    sums = {client.url: parse_checksum(client.send(build_checksum())) for client in clients}
-    first = clients[0].url
+    outcomes = side_by_side({client.url: partial(client.send, build_checksum()) for client in clients})
+    complaints = _silent(outcomes)
+    sums = {url: parse_checksum(outcome.value) for url, outcome in outcomes.items() if outcome.error is None}
+    first = next(iter(sums), "")
     for url, tensors in sums.items():
         different = sorted(name for name in sums[first].keys() | tensors if sums[first].get(name) != tensors.get(name))
         if different:
-            raise WeightUpdateError(
-                f"{url} holds other weights than {first}: {', '.join(different[:5])}", server_weights={url: "mixed"}
-            )
+            complaints[url] = f"{url} holds other weights than {first}: {', '.join(different[:5])}"
+    _refuse(complaints)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
@@ -98,7 +99,7 @@ class UpdateSession:
         self._previous: dict[str, str] = {}
         self._begun: set[str] = set()
         self._paused_at = 0.0
-        self._flushed = False
+        self._transfer: Transfer | None = None
 
     def __enter__(self) -> UpdateSession:
         try:
@@ -134,10 +135,10 @@ class UpdateSession:
         """
         with self._phase("begin"):
             self._run({client.url: self._beginning(client) for client in self._clients})
+        self._transfer = transfer
         with self._phase("transfer"):
             try:
                 transfer.run(packed, num_buckets=num_buckets, flush_cache=self._cache == "flush")
-                self._flushed = transfer.flushed
                 self.num_bytes, self.num_buckets = transfer.num_bytes, transfer.num_buckets
                 self.num_tensors = transfer.num_tensors
             finally:
@@ -189,7 +190,9 @@ class UpdateSession:
         return self._config.cache
 
     def _remember_versions(self) -> None:
-        answers = self._run({client.url: _sending(client, MODEL_INFO) for client in self._clients})
+        answers = self._run(
+            {client.url: partial(self._call, client, MODEL_INFO, "saying what it holds") for client in self._clients}
+        )
         for url, answer in answers.items():
             version = WeightVersion.parse(str(answer["weight_version"]))
             if version.dirty:  # an earlier update never finished: there is no old state to go back to
@@ -204,13 +207,13 @@ class UpdateSession:
                 return
             request = control.build_begin_update()
             try:
-                _send(client, request, "opening the update session")
+                self._call(client, request, "opening the update session")
             except RequestRejectedError as error:
                 if "already open" not in error.detail:
                     raise
                 self.server_weights[client.url] = "mixed"  # nobody knows what the dead trainer had sent
-                _send(client, control.build_end_update(), "closing a left-over update session")
-                _send(client, request, "opening the update session")
+                self._call(client, control.build_end_update(), "closing a left-over update session")
+                self._call(client, request, "opening the update session")
             self._begun.add(client.url)
 
         return begin
@@ -218,19 +221,29 @@ class UpdateSession:
     # ------------------------------------------------------------------ finishing
 
     def _finish(self) -> None:
+        """Each server by itself: that one fails in the last step is no reason for another to serve nothing."""
+        lost = self._transfer.failed if self._transfer is not None else {}
+        self._pool.cache_salt = str(self._version) if self._cache == "salt" else None
         with self._phase("end"):
-            begun = [client for client in self._clients if client.url in self._begun]
-            self._each("closing the update session", control.build_end_update(), clients=begun)
-            self._begun.clear()
-            if self._cache == "flush" and not self._flushed:
-                # Costs a garbage collection on the server that flushing with the last bucket doesn't.
-                self._each("flushing its prefix cache", control.build_flush())
-            self._pool.cache_salt = str(self._version) if self._cache == "salt" else None
-            self._each("taking the new version", control.build_set_version(str(self._version)))
-            self._each("continuing", control.build_continue())
+            self._run({client.url: self._ending(client) for client in self._clients if client.url not in lost})
         self.standstill_s = time.monotonic() - self._paused_at
-        for client in self._clients:
+        for error in lost.values():
+            raise error
+
+    def _ending(self, client: SGLangClient) -> Callable[[], None]:
+        def end() -> None:
+            if client.url in self._begun:
+                self._call(client, control.build_end_update(), "closing the update session")
+                self._begun.discard(client.url)
+            if self._cache == "flush" and not (self._transfer is not None and self._transfer.flushed):
+                # Costs a garbage collection on the server that flushing with the last bucket doesn't.
+                self._call(client, control.build_flush(), "flushing its prefix cache")
+            self._pool.highest_version = max(self._pool.highest_version, self._version.number)
+            self._call(client, control.build_set_version(str(self._version)), "taking the new version")
+            self._call(client, control.build_continue(), "continuing")
             self.server_weights[client.url] = "new"
+
+        return end
 
     def withdraw(self, client: SGLangClient) -> None:
         """Mark a finished server dirty again and stop it: its proof failed."""
@@ -261,17 +274,23 @@ class UpdateSession:
 
     def _leaving(self, client: SGLangClient) -> Callable[[], None]:
         def leave() -> None:
+            if self.server_weights[client.url] == "new":
+                return
+            patience_s = min(_CLEANUP_TIMEOUT_S, client.config.control_timeout_s)
             try:
+                if self._transfer is not None:
+                    # First of all: a healthy peer may be waiting for this server in a broadcast.
+                    with suppress(RequestRejectedError):
+                        self._transfer.leave(client, patience_s)
                 if client.url in self._begun:
-                    client.send(control.build_end_update(), timeout_s=_CLEANUP_TIMEOUT_S)
+                    client.send(control.build_end_update(), timeout_s=patience_s)
                 if self.server_weights[client.url] == "old":
                     if client.url in self._previous:
-                        request = control.build_set_version(self._previous[client.url])
-                        client.send(request, timeout_s=_CLEANUP_TIMEOUT_S)
-                    client.send(control.build_continue(), timeout_s=_CLEANUP_TIMEOUT_S)
+                        client.send(control.build_set_version(self._previous[client.url]), timeout_s=patience_s)
+                    client.send(control.build_continue(), timeout_s=patience_s)
                 else:
                     # Requests it holds answer with what they have instead of waiting for weights that don't come.
-                    client.send(control.build_abort(), timeout_s=_CLEANUP_TIMEOUT_S)
+                    client.send(control.build_abort(), timeout_s=patience_s)
             except RequestRejectedError:
                 self.server_weights[client.url] = "mixed"
             except SGLangError:
@@ -289,9 +308,14 @@ class UpdateSession:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
-    def _each(self, what: str, request: HttpRequest, *, clients: Sequence[SGLangClient] | None = None) -> None:
-        targets = self._clients if clients is None else clients
-        self._run({client.url: _calling(client, request, what, self._remaining()) for client in targets})
+    def _each(self, what: str, request: HttpRequest) -> None:
+        self._run({client.url: partial(self._call, client, request, what) for client in self._clients})
+
+    def _call(self, client: SGLangClient, request: HttpRequest, what: str) -> Any:
+        limit_s: float = getattr(client.config, f"{request.timeout}_timeout_s")
+        answer = client.send(request, timeout_s=min(limit_s, self._remaining()))
+        control.check_success(answer, server=client.url, what=what)
+        return answer
 
     def _run(self, calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
         if not calls:
@@ -306,17 +330,3 @@ class UpdateSession:
 
     def _remaining(self) -> float:
         return max(0.05, self._deadline - time.monotonic())
-
-
-def _send(client: SGLangClient, request: HttpRequest, what: str, timeout_s: float | None = None) -> object:
-    answer = client.send(request, timeout_s=timeout_s)
-    control.check_success(answer, server=client.url, what=what)
-    return answer
-
-
-def _calling(client: SGLangClient, request: HttpRequest, what: str, timeout_s: float) -> Callable[[], object]:
-    return lambda: _send(client, request, what, timeout_s)
-
-
-def _sending(client: SGLangClient, request: HttpRequest) -> Callable[[], object]:
-    return lambda: client.send(request)

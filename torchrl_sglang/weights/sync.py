@@ -26,7 +26,8 @@ from torchrl_sglang.errors import (
 )
 from torchrl_sglang.parallel import Task, side_by_side
 from torchrl_sglang.pool import SGLangPool
-from torchrl_sglang.protocol.control import build_ready, build_set_version
+from torchrl_sglang.protocol.control import build_ready
+from torchrl_sglang.protocol.dialect import SERVER_INFO
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.broadcast import BroadcastRoad
 from torchrl_sglang.weights.buckets import Bucket, plan_buckets, trainable_specs
@@ -156,12 +157,14 @@ class WeightSync:
             clients = self._reachable()
             road = self._choose_road(checkpoint)
             road.connect(clients)
-        except SGLangError:
+        except SGLangError as error:
+            if isinstance(error, WeightSyncError):
+                self._describe_the_others(error)
             if source.is_sharded:  # the other ranks wait for us to gather with them
                 _gather_only(source, self._plan(source, checkpoint, partial))
             raise
         plan = self._plan(source, checkpoint, partial)
-        number = self._pool.weight_version + 1 if version is None else version
+        number = max(self._pool.weight_version, self._pool.highest_version) + 1 if version is None else version
         deadline = time.monotonic() + self._config.deadline_s(_num_bytes(plan) or checkpoint.nbytes)
         packing = self._packing(source, checkpoint, plan)
         self._last_weights = None if source.one_shot else weights
@@ -177,10 +180,9 @@ class WeightSync:
         except WeightSyncError as error:
             self._stuck |= {url for url, state in error.server_weights.items() if state == "stuck"}
             self._complete = False
+            self._put_to_use([url for url, state in error.server_weights.items() if state == "new"], number)
             raise
-        for client in clients:
-            self._pool.restore(client.url)
-        self._pool.weight_version = number
+        self._put_to_use([client.url for client in clients], number)
         self._complete = True
         self.last_report = SyncReport(
             version=number,
@@ -307,7 +309,7 @@ class WeightSync:
             try:
                 with suppress(RequestRejectedError):  # a paused server says 503: it is there, and only that is asked
                     client.send(build_ready())
-                if client.url in self._stuck:
+                if client.url in self._stuck or client.url in self._pool.quarantined:
                     _await_scheduler(client)
             except ServerError:
                 if self._restart is None or not self._restart(client.url):
@@ -317,7 +319,20 @@ class WeightSync:
 
         return find
 
+    def _describe_the_others(self, error: WeightSyncError) -> None:
+        """No weights were sent: what the servers hold that ``error`` says nothing of."""
+        for client in self._pool.clients:
+            in_service = client.url not in self._pool.quarantined
+            error.server_weights.setdefault(client.url, "old" if in_service else "mixed")
+
     # ------------------------------------------------------------------ what came out
+
+    def _put_to_use(self, urls: Sequence[str], number: int) -> None:
+        """Servers that hold all of version ``number``; in a failed sync these may be some of them only."""
+        for url in urls:
+            self._pool.restore(url)
+        if urls:
+            self._pool.weight_version = number
 
     def _prove(
         self, road: Road, clients: Sequence[SGLangClient], source: WeightSource, session: UpdateSession
@@ -354,9 +369,9 @@ def _await_scheduler(client: SGLangClient) -> None:
     """Ask something only the scheduler can answer: a server stuck in a collective still answers ``/ready``.
 
     Raises:
-        ServerTimeoutError: it is still stuck.
+        ServerTimeoutError: it is stuck.
     """
-    client.send(build_set_version("dirty-0"), timeout_s=_STUCK_TIMEOUT_S)
+    client.send(SERVER_INFO, timeout_s=min(_STUCK_TIMEOUT_S, client.config.probe_timeout_s))
 
 
 def _num_bytes(plan: Sequence[Bucket]) -> int:

@@ -21,6 +21,9 @@ from torchrl_sglang.weights.group import WeightGroup
 __all__ = ["Transfer"]
 
 
+_NOTHING_LOADED = ("Failed to receive weights", "must run between begin_weight_update")
+"""SGLang's words for a refusal before anything of the bucket was loaded; any other may come from the middle of it."""
+
 _REPLY_PATIENCE_S = 1.0
 """How long a server's own account of a broken broadcast is waited for."""
 
@@ -28,9 +31,12 @@ _REPLY_PATIENCE_S = 1.0
 class Transfer:
     """Sends packed buckets to all servers of some groups.
 
-    A bucket is announced only after the one before it has left: two announcements under way could reach a server in
-    either order, and then both ends would wait for ever. While a bucket is broadcast the next is packed, and the
-    servers load the one before.
+    A bucket is announced to a server only after the server has taken up the one before it: two announcements under way
+    could arrive in either order, and then a rank would receive what it was not told of. For some servers the broadcast
+    itself shows that (:attr:`WeightGroup.in_step`), the reply of the others is waited for. While a bucket is broadcast
+    the next is packed, and the servers load the one before.
+
+    With a group per server, a server that fails drops out (:attr:`failed`) and the others go on.
 
     Args:
         groups: one group over all servers, or one per server.
@@ -40,6 +46,7 @@ class Transfer:
     Attributes:
         announced: servers that were told of at least one bucket.
         untouched: announced servers known to have refused before they received anything.
+        failed: servers that dropped out, and why.
         num_bytes: bytes broadcast so far, counted once.
         num_buckets: buckets broadcast so far.
         num_tensors: tensors in them.
@@ -49,15 +56,18 @@ class Transfer:
     def __init__(self, groups: Sequence[WeightGroup], config: SyncConfig, deadline: float) -> None:
         self.announced: set[str] = set()
         self.untouched: set[str] = set()
+        self.failed: dict[str, SGLangError] = {}
         self.num_bytes = 0
         self.num_buckets = 0
         self.num_tensors = 0
         self.flushed = False
-        self._groups = tuple(groups)
+        self._groups = list(groups)
+        self._all_groups = tuple(groups)
         self._config = config
         self._deadline = deadline
         self._done: queue.SimpleQueue[Task[Any]] = queue.SimpleQueue()
         self._replies: dict[Task[Any], str] = {}
+        self._group_of: dict[Task[Any], WeightGroup] = {}
         self._first_arrived = False
 
     def run(self, packed: Iterable[tuple[Bucket, torch.Tensor]], *, num_buckets: int | None, flush_cache: bool) -> None:
@@ -70,7 +80,7 @@ class Transfer:
             flush_cache: empty the prefix caches with the last bucket, if it is known which one that is.
 
         Raises:
-            WeightUpdateError: a server refused, died or hung; names it.
+            WeightUpdateError: a server refused, died or hung, and no group is left without such a server; names it.
         """
         buckets = iter(packed)
         item = next(buckets, None)
@@ -81,12 +91,23 @@ class Transfer:
             self._announce(bucket)
             flights = self._launch(bucket, flat)
             item = next(buckets, None)
-            self._await(flights)
+            in_step = {url for group in self._groups for url in group.in_step}
+            self._await(flights | {task for task, url in self._replies.items() if url not in in_step})
             self._first_arrived = True
             self.num_bytes += flat.nbytes
             self.num_buckets += 1
             self.num_tensors += len(bucket.slots)
         self._await(set(self._replies))
+
+    def leave(self, client: SGLangClient, timeout_s: float) -> None:
+        """Let a server leave its group after a failure; peers that wait for it in a collective are freed.
+
+        Raises:
+            ServerError: it did not answer in time, or did not know the group.
+        """
+        for group in self._all_groups:
+            if client in group.clients:
+                group.leave(client, timeout_s)
 
     def _announce(self, bucket: Bucket) -> None:
         for group in self._groups:
@@ -102,6 +123,7 @@ class Transfer:
                 self.announced.add(client.url)
                 task = Task(_announcing(client, request, self._remaining()), name=client.url, on_done=self._done.put)
                 self._replies[task] = client.url
+                self._group_of[task] = group
 
     def _launch(self, bucket: Bucket, flat: torch.Tensor) -> set[Task[Any]]:
         limit = self._config.bucket_timeout_s if self._first_arrived else self._config.group_timeout_s
@@ -115,7 +137,12 @@ class Transfer:
 
             return send
 
-        return {Task(sending(group), name=f"broadcast-{group.name}", on_done=self._done.put) for group in self._groups}
+        flights = set()
+        for group in self._groups:
+            task = Task(sending(group), name=f"broadcast-{group.name}", on_done=self._done.put)
+            self._group_of[task] = group
+            flights.add(task)
+        return flights
 
     def _await(self, tasks: set[Task[Any]]) -> None:
         """Wait until ``tasks`` have ended, reading every reply that comes in meanwhile."""
@@ -124,27 +151,44 @@ class Transfer:
             try:
                 task = self._done.get(timeout=max(0.0, self._remaining()))
             except queue.Empty:
-                raise self._late(waiting) from None
+                raise self._late() from None
             waiting.discard(task)
+            group = self._group_of.pop(task, None)
+            if group is None:  # of a group that has dropped out
+                continue
             url = self._replies.pop(task, None)
             outcome = task.outcome()
             if outcome.error is not None:
-                raise self._failed(url, outcome.error)
+                self._drop_out(group, self._failure(group, url, outcome.error))
+                waiting &= self._group_of.keys()
 
-    def _failed(self, url: str | None, error: SGLangError) -> SGLangError:
+    def _drop_out(self, group: WeightGroup, error: SGLangError) -> None:
+        """Go on without a group that failed, unless it is the last."""
+        self._groups.remove(group)
+        if not self._groups:
+            raise error
+        for client in group.clients:
+            self.failed[client.url] = error
+        for task in [task for task, its_group in self._group_of.items() if its_group is group]:
+            del self._group_of[task]
+            self._replies.pop(task, None)
+
+    def _failure(self, group: WeightGroup, url: str | None, error: SGLangError) -> SGLangError:
         if url is None:
             # A broken broadcast says that some peer is gone, a server's own reply says which and why: wait for it.
             patience = time.monotonic() + _REPLY_PATIENCE_S
-            for task, suspect in self._replies.items():
+            replies = {task: url for task, url in self._replies.items() if self._group_of[task] is group}
+            for task, suspect in replies.items():
                 if task.wait(max(0.0, patience - time.monotonic())) and (reason := task.outcome().error) is not None:
-                    return self._failed(suspect, reason)
-            silent = sorted({suspect for task, suspect in self._replies.items() if not task.done})
+                    return self._failure(group, suspect, reason)
+            silent = sorted({suspect for task, suspect in replies.items() if not task.done})
             return WeightUpdateError(f"{error}; no reply from {', '.join(silent) or 'any server'}")
-        if isinstance(error, RequestRejectedError) and not self._first_arrived:
+        refused = error.detail if isinstance(error, RequestRejectedError) else ""
+        if not self._first_arrived and any(words in refused for words in _NOTHING_LOADED):
             self.untouched.add(url)
         return WeightUpdateError(f"{url} failed while receiving weights: {error}")
 
-    def _late(self, waiting: set[Task[Any]]) -> SGLangError:
+    def _late(self) -> SGLangError:
         silent = sorted({url for task, url in self._replies.items() if not task.done})
         return WeightUpdateError(
             f"the weights did not arrive in time; no reply from {', '.join(silent) or 'the process group'}. A frozen "
