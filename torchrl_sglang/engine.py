@@ -15,7 +15,7 @@ from torchrl_sglang.errors import ConfigError, SGLangError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_flush
 from torchrl_sglang.protocol.messages import GenerateReply
-from torchrl_sglang.server import SGLangServer, start_fleet
+from torchrl_sglang.server import SGLangServer, replicate, start_fleet, stop_fleet
 from torchrl_sglang.weights.checkpoint import Checkpoint
 from torchrl_sglang.weights.group import reachable_address
 from torchrl_sglang.weights.report import SyncReport
@@ -117,14 +117,7 @@ class AsyncSGLang:
         _refuse_unknown(server, [*known, *_SERVER_ALIASES])
         if dp_size < 1:
             raise ConfigError(f"dp_size is the number of servers and must be at least 1, got {dp_size}")
-        if gpus is not None and len(gpus) != dp_size:
-            raise ConfigError(f"gpus must name the GPUs of dp_size={dp_size} servers, got {len(gpus)} lists")
-        if dp_size > 1 and server.get("port") is not None:
-            raise ConfigError("port can be set for one server only; leave it out with dp_size > 1")
-        configs = [
-            ServerConfig(model=model, tp_size=tp_size, gpus=_gpus_of(index, tp_size, gpus, dp_size), **server)
-            for index in range(dp_size)
-        ]
+        configs = replicate(ServerConfig(model=model, tp_size=tp_size, **server), dp_size, gpus)
         servers = start_fleet(configs, progress=progress)
         keys = {"api_key": configs[0].api_key, "admin_api_key": configs[0].admin_api_key}
         base = {f.name: getattr(client, f.name) for f in fields(ClientConfig)} if client is not None else {}
@@ -360,8 +353,7 @@ class AsyncSGLang:
         """Close connections and end the servers this engine launched. Safe to call twice."""
         self._close_sync()
         self.pool.close()
-        for server in self.servers:
-            server.stop()
+        stop_fleet(self.servers, kill=True)  # nothing of a server outlives it, and asking nicely takes up to 10 s
 
     def __enter__(self) -> AsyncSGLang:
         return self
@@ -392,14 +384,6 @@ def load_tokenizer(pool: SGLangPool) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the served tokenizer {path!r} can't be loaded here ({error}); pass tokenizer=") from error
-
-
-def _gpus_of(index: int, tp_size: int, gpus: Sequence[Sequence[int]] | None, dp_size: int) -> tuple[int, ...] | None:
-    if gpus is not None:
-        return tuple(gpus[index])
-    if dp_size == 1:
-        return None
-    return tuple(range(index * tp_size, (index + 1) * tp_size))
 
 
 def _sampling(given: SamplingParams | dict[str, Any] | None, single: dict[str, Any]) -> SamplingParams:

@@ -44,7 +44,7 @@ class ServerConfig:
     """Key that control calls have to carry."""
     extra_args: tuple[str, ...] = ()
     """More SGLang command-line words, appended as they are; the last of a repeated flag wins."""
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Environment variables of the child process, on top of ours; ours is never changed."""
     start_timeout_s: float = 600.0
     """From launch to ready; a large checkpoint on a network disk takes minutes."""

@@ -18,6 +18,7 @@ __all__ = [
     "build_flush",
     "build_init_group",
     "build_load_lora",
+    "build_load_lora_from_tensors",
     "build_loads",
     "build_pause",
     "build_ready",
@@ -189,6 +190,12 @@ def parse_checksum(answer: Any) -> dict[str, str]:
 def build_load_lora(name: str, path: str) -> HttpRequest:
     """Load an adapter from a folder that the server can read."""
     return _post("/load_lora_adapter", {"lora_name": name, "lora_path": path}, timeout="update")
+
+
+def build_load_lora_from_tensors(name: str, config: Mapping[str, Any], payloads: Sequence[str]) -> HttpRequest:
+    """Load an adapter from tensors in the request: one base64 pickle per tensor-parallel rank."""
+    body = {"lora_name": name, "config_dict": dict(config), "serialized_named_tensors": list(payloads)}
+    return _post("/load_lora_adapter_from_tensors", body, timeout="update")
 
 
 def build_unload_lora(name: str) -> HttpRequest:

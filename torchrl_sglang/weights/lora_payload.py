@@ -1,0 +1,85 @@
+"""A LoRA adapter as SGLang takes it over HTTP: its configuration as JSON, its tensors as one pickle.
+
+SGLang unpickles with a list of allowed names, on which tensors by value, as ``pickle`` writes them, do not stand: only
+tensors in shared memory do, which ends at the machine's edge. So storages are written as calls of classes that are on
+the list, with their bytes as argument. Source: SGLang 0.5.23, ``SafeUnpickler``.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from torch._utils import _rebuild_tensor_v2
+
+__all__ = ["encode_config", "encode_tensors"]
+
+
+def encode_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Tensors by name as base64 text of a pickle.
+
+    Examples:
+        >>> text = encode_tensors({"a": torch.tensor([1.0, 2.0], dtype=torch.bfloat16)})
+        >>> pickle.loads(base64.b64decode(text))
+        {'a': tensor([1., 2.], dtype=torch.bfloat16)}
+    """
+    buffer = io.BytesIO()
+    _ByValue(buffer, protocol=4).dump({name: _Plain(tensor) for name, tensor in tensors.items()})
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def encode_config(config: Any) -> dict[str, Any]:
+    """A PEFT configuration as ``adapter_config.json`` would hold it: sets as lists, enums as their values."""
+    return {name: _as_json(value) for name, value in config.to_dict().items()}
+
+
+class _Plain:
+    """Marks a tensor to be written by value."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach().cpu().contiguous()
+
+
+class _ByValue(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, _Plain):
+            tensor = obj.tensor
+            storage = _Storage(tensor)
+            return _rebuild_tensor_v2, (storage, 0, tuple(tensor.shape), tensor.stride(), False, OrderedDict())
+        if isinstance(obj, _Storage):
+            typed = functools.partial(
+                torch.storage.TypedStorage, wrap_storage=_Bytes(obj.tensor), dtype=obj.tensor.dtype, _internal=True
+            )
+            return typed, ()
+        if isinstance(obj, _Bytes):
+            return torch.UntypedStorage, (obj.content,)
+        return NotImplemented
+
+
+class _Storage:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+class _Bytes:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.content = tensor.view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(inner) for inner in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(_as_json(inner) for inner in value)
+    return value
