@@ -1,0 +1,38 @@
+"""Ask a chat model through SGLang, and see what a policy returns: text, tokens, log-probs, why it stopped.
+
+    python examples/generate.py                            # SmolLM2 on a server of its own; no GPU needed
+    python examples/generate.py --url http://host:30000    # a server that is already running
+
+Expected of SmolLM2: "The capital of France is Paris.", 8 tokens, ended by itself.
+"""
+
+import argparse
+
+from tensordict import TensorDict, set_list_to_stack
+from torchrl.data.llm import History
+from torchrl.modules.llm import ChatHistory
+from tqdm import tqdm
+
+from torchrl_sglang import AsyncSGLang, SGLangWrapper, smollm2_checkpoint
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--url", help="base URL of a running server; without it one is started")
+parser.add_argument("questions", nargs="*", default=["What is the capital of France?", "Write a line about rain."])
+args = parser.parse_args()
+set_list_to_stack(True).set()  # TorchRL's language model parts rely on it
+
+with tqdm(bar_format="{desc}") as bar:
+    bar.set_description_str("connecting")
+    if args.url:
+        servers = AsyncSGLang.connect(args.url)
+    else:
+        servers = AsyncSGLang.from_pretrained(str(smollm2_checkpoint()), progress=bar.set_description_str)
+
+with servers:
+    policy = SGLangWrapper(servers, input_mode="history", generate_kwargs={"max_new_tokens": 40, "temperature": 0})
+    chats = History.from_chats([[{"role": "user", "content": question}] for question in args.questions])
+    out = policy(TensorDict(history=ChatHistory(prompt=chats), batch_size=len(args.questions)))
+    for row in out.unbind(0):
+        ids, log_probs = row["tokens", "response"], row["log_probs", "response"]
+        print(f"{row['text', 'response']!r}\n  {len(ids)} tokens, log-prob {log_probs.sum():.2f}, ", end="")
+        print(f"ended by {row['generation'].finish_reason!r}, weights v{int(row['generation'].weight_version[-1])}")
