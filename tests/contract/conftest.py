@@ -1,0 +1,38 @@
+"""The servers the contract is asked of: a fake one per test, and the run's real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.contract.kit import Subject
+from torchrl_sglang.testing.fake_server import FakeServer, FakeServerProcess, FakeSettings
+
+
+@pytest.fixture(params=["fake", "real"])
+def subject(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Subject]:
+    """A server as if just started. What a test does to the real one is undone after it."""
+    if request.param == "fake":
+        with FakeServer(FakeSettings(model_path=tiny_llama)) as fake:
+            yield Subject(fake.url, "fake", tiny_llama)
+    else:
+        yield Subject(request.getfixturevalue("pristine_server").url, "real", tiny_llama)
+
+
+@pytest.fixture(params=["fake", "real"])
+def mortal_subject(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Callable[..., Subject]]:
+    """``mortal_subject(api_key=..., admin_api_key=...)``: a server in processes of its own, for tests that end it."""
+    fakes: list[FakeServerProcess] = []
+
+    def start(**settings: Any) -> Subject:
+        if request.param == "real":
+            return Subject(request.getfixturevalue("launch_server")(**settings).url, "real", tiny_llama)
+        fakes.append(FakeServerProcess(FakeSettings(model_path=tiny_llama, **settings)).start())
+        return Subject(fakes[-1].url, "fake", tiny_llama)
+
+    yield start
+    for fake in fakes:
+        fake.kill()

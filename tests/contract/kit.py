@@ -1,0 +1,266 @@
+"""What the contract tests share: a server to ask, plain HTTP, a trainer's end of a process group in public classes.
+
+Nothing here uses the package: these tests say what a *server* does.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+PROMPT = [1, 72, 101, 108, 108, 111]
+NORM = "model.norm.weight"
+"""A small tensor of every Llama, ``[hidden]``."""
+PATIENCE_S = 60.0
+"""How long anything may take that has to come."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The server a contract test asks.
+
+    Attributes:
+        url: base URL.
+        kind: ``"fake"`` or ``"real"``.
+        model: the checkpoint it serves.
+    """
+
+    url: str
+    kind: str
+    model: Path
+
+    def post(self, path: str, timeout_s: float = PATIENCE_S, **body: Any) -> requests.Response:
+        return requests.post(self.url + path, json=body, timeout=timeout_s)
+
+    def get(self, path: str, timeout_s: float = PATIENCE_S) -> requests.Response:
+        return requests.get(self.url + path, timeout=timeout_s)
+
+    def generate(self, input_ids: Any = PROMPT, *, tokens: int = 4, sampling: Any = None, **body: Any) -> Any:
+        """Greedy generation that does not stop by itself; the parsed reply, which must be a 200."""
+        params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True} | (sampling or {})
+        reply = self.post("/generate", input_ids=input_ids, sampling_params=params, **body)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def logprobs(self, tokens: list[int]) -> list[float]:
+        """What the server gives each of ``tokens`` but the first."""
+        meta = self.generate(tokens, tokens=0, return_logprob=True, logprob_start_len=0)["meta_info"]
+        return [entry[0] for entry in meta["input_token_logprobs"][1:]]
+
+    def version(self) -> str:
+        version: str = self.get("/model_info").json()["weight_version"]
+        return version
+
+    def checksums(self) -> dict[str, str]:
+        found: dict[str, str] = self.post("/weights_checker", action="checksum").json()["ranks"][0]["checksums"]
+        return found
+
+
+class Background:
+    """A call in a thread: started at once, its result or error looked at later."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+        def run() -> None:
+            try:
+                self._result = call()
+            except BaseException as error:  # noqa: BLE001  shown by result()
+                self._error = error
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def is_done(self, within_s: float = 0.0) -> bool:
+        self._thread.join(within_s)
+        return not self._thread.is_alive()
+
+    def result(self) -> Any:
+        assert self.is_done(PATIENCE_S), "no answer"
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+class LongRequest:
+    """A streamed generation that is known to be under way: what came so far, and in the end the last event."""
+
+    def __init__(self, subject: Subject, *, tokens: int = 1200, rid: str | None = None) -> None:
+        self.rid = rid or uuid.uuid4().hex
+        self._events: list[dict[str, Any]] = []
+        self._grew = threading.Condition()
+        self._subject = subject
+        body = {
+            "input_ids": PROMPT,
+            "rid": self.rid,
+            "stream": True,
+            "return_logprob": True,
+            "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True},
+        }
+        self._run = Background(lambda: self._read(body))
+
+    def _read(self, body: dict[str, Any]) -> None:
+        with requests.post(self._subject.url + "/generate", json=body, stream=True, timeout=PATIENCE_S) as reply:
+            for line in reply.iter_lines():
+                if line.startswith(b"data: {"):
+                    with self._grew:
+                        self._events.append(json.loads(line[6:]))
+                        self._grew.notify_all()
+
+    @property
+    def tokens(self) -> int:
+        return len(self._events[-1]["output_ids"]) if self._events else 0
+
+    def running(self, tokens: int = 3) -> LongRequest:
+        """Wait until it has made some more tokens."""
+        goal = self.tokens + tokens
+        with self._grew:
+            assert self._grew.wait_for(lambda: self.tokens >= goal, PATIENCE_S), "generation does not move"
+        return self
+
+    def is_done(self, within_s: float = 0.0) -> bool:
+        return self._run.is_done(within_s)
+
+    def end(self) -> dict[str, Any]:
+        """The last event."""
+        self._run.result()
+        return self._events[-1]
+
+    def stop(self) -> None:
+        """Have it aborted, and wait for that."""
+        self._subject.post("/abort_request", rid=self.rid)
+        self.end()
+
+
+class Trainer:
+    """Rank 0 of a weight group, as any trainer could be: torch's public classes under the store prefixes of SGLang."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        *,
+        tp_size: int = 1,
+        group: str | None = None,
+        port: int | None = None,
+        announced: Background | None = None,
+    ) -> None:
+        self.subject = subject
+        self.group = group or f"group-{uuid.uuid4().hex[:8]}"
+        self._store = hosted_store(1 + tp_size, port)
+        announced = announced or Background(lambda: self._announce_group(tp_size))
+        prefixed = dist.PrefixStore(self.group, self._store)
+        prefixed = dist.PrefixStore("cpu/", dist.PrefixStore(f"{self.group}/", prefixed))
+        self._gloo = dist.ProcessGroupGloo(prefixed, 0, 1 + tp_size, timedelta(seconds=PATIENCE_S))
+        self.reply: requests.Response = announced.result()
+
+    def _announce_group(self, tp_size: int) -> requests.Response:
+        return self.subject.post("/init_weights_update_group", **join_body(self._store, self.group, 1 + tp_size))
+
+    def announce(self, tensors: dict[str, torch.Tensor], *, flattened: bool = True, **more: Any) -> Background:
+        """Say over HTTP what is coming; the answer comes when it has arrived."""
+        body: dict[str, Any] = {
+            "names": list(tensors),
+            "dtypes": [str(t.dtype).removeprefix("torch.") for t in tensors.values()],
+            "shapes": [list(t.shape) for t in tensors.values()],
+            "group_name": self.group,
+        }
+        if flattened:
+            body["load_format"] = "flattened_bucket"
+        return Background(lambda: self.subject.post("/update_weights_from_distributed", **body | more))
+
+    def broadcast(self, tensors: dict[str, torch.Tensor], *, flattened: bool = True) -> None:
+        payload = [tensor.contiguous() for tensor in tensors.values()]
+        if flattened:
+            payload = [torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in payload])]
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        for tensor in payload:
+            self._gloo.broadcast([tensor], options).wait()
+
+    def update(self, tensors: dict[str, torch.Tensor], *, flattened: bool = True, **more: Any) -> requests.Response:
+        """One bucket, announced and sent."""
+        announced = self.announce(tensors, flattened=flattened, **more)
+        self.broadcast(tensors, flattened=flattened)
+        reply: requests.Response = announced.result()
+        return reply
+
+    def leave(self) -> requests.Response:
+        return self.subject.post("/destroy_weights_update_group", group_name=self.group)
+
+
+def hosted_store(world_size: int, port: int | None = None) -> dist.TCPStore:
+    """A store on a port of this host, a free one if none is named; it waits for nobody."""
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+    return dist.TCPStore("127.0.0.1", port, world_size, True, timedelta(seconds=PATIENCE_S), wait_for_workers=False)
+
+
+def join_body(store: dist.TCPStore, group: str, world_size: int = 2) -> dict[str, Any]:
+    """Body of ``/init_weights_update_group``."""
+    return {
+        "master_address": "127.0.0.1",
+        "master_port": store.port,
+        "rank_offset": 1,
+        "world_size": world_size,
+        "group_name": group,
+        "backend": "gloo",
+    }
+
+
+@contextmanager
+def session(subject: Subject) -> Iterator[None]:
+    """An open weight-update session."""
+    assert subject.post("/begin_weight_update").status_code == 200
+    yield
+    assert subject.post("/end_weight_update").status_code == 200
+
+
+def weights_of(model: Path) -> dict[str, torch.Tensor]:
+    return load_file(model / "model.safetensors")
+
+
+_DOOMED = """
+import os, pathlib, sys
+from tests.contract.kit import *
+subject = Subject(sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3]))
+trainer = Trainer(subject, group=sys.argv[4])
+if sys.argv[5] == "announced":
+    announced = trainer.announce({NORM: weights_of(subject.model)[NORM]})
+    while not subject_is_stuck(subject):
+        assert not announced.is_done()
+os._exit(0)
+"""
+
+
+def subject_is_stuck(subject: Subject) -> bool:
+    """Whether the scheduler does not answer, while the HTTP front does."""
+    try:
+        subject.get("/server_info", timeout_s=1.5)
+    except requests.Timeout:
+        return True
+    return False
+
+
+def trainer_that_dies(subject: Subject, group: str, when: str) -> None:
+    """A trainer in its own process: forms a group and is gone, ``"joined"`` or while a bucket is ``"announced"``."""
+    arguments = [subject.url, subject.kind, str(subject.model), group, when]
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", _DOOMED, *arguments], check=True, timeout=PATIENCE_S, cwd=root)
