@@ -56,10 +56,11 @@ class ChatTemplate:
             ConfigError: the template refuses the conversation, or knows nothing of its media.
         """
         text = self._render(conversation.messages, tools, extra)
+        # A template of a text-only model leaves the parts out, or prints the list itself.
+        printed = any(str(m["content"]) in text for m in conversation.messages if isinstance(m["content"], list))
         for kind in ("image", "video", "audio"):
-            if getattr(conversation.media, f"{kind}s") and text == self._render(
-                conversation.without(kind), tools, extra
-            ):
+            given = getattr(conversation.media, f"{kind}s")
+            if given and (printed or text == self._render(conversation.without(kind), tools, extra)):
                 raise ConfigError(
                     f"the chat template has no place for {kind}s: is it the template of a model that takes them? "
                     "(pass processor= if the model's template is in its processor)"

@@ -20,7 +20,7 @@ from torchrl_sglang.server.cpu import REQUIREMENTS_PATH
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
-SUMMARY = "make an environment with an SGLang server that needs no GPU"
+SUMMARY = "install a server that needs no GPU"
 
 _DEFAULT = Path("~/.cache/torchrl-sglang/cpu-server")
 _PYTHONS = ((3, 11), (3, 12))
