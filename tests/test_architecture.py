@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"pool", "server"}),
     frozenset({"rollout", "weights", "engine", "chat", "scores"}),
     frozenset({"testing"}),
-    frozenset({"doctor"}),
+    frozenset({"doctor", "hydra_configs"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

@@ -1,0 +1,150 @@
+"""Policy, servers and weight sync from YAML, by TorchRL's hydra conventions.
+
+After :func:`register_hydra_configs` a config may say::
+
+    defaults:
+      - sglang_engine@engine: default
+      - sglang_policy@policy: default
+      - weight_sync_scheme@weight_sync_schemes.policy: sglang
+      - _self_
+    engine: {model: Qwen/Qwen3-0.6B, dp_size: 2}
+    policy: {engine: ${engine}, input_mode: history, generate_kwargs: {max_new_tokens: 256}}
+    weight_sync_schemes:
+      policy: {servers: ${engine}, config: {bucket_bytes: 67108864}}
+
+and ``hydra.utils.instantiate`` builds the three around one and the same engine: hydra copies ``${engine}`` to both
+places, and :func:`shared_engine` gives equal arguments the same servers.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.engine import AsyncSGLang
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.rollout import SGLangWrapper
+from torchrl_sglang.weights import SGLangWeightSyncScheme
+
+__all__ = [
+    "SGLangEngineConfig",
+    "SGLangPolicyConfig",
+    "SGLangWeightSyncSchemeConfig",
+    "make_policy",
+    "make_scheme",
+    "register_hydra_configs",
+    "shared_engine",
+]
+
+_engines: dict[str, AsyncSGLang] = {}
+
+
+def shared_engine(url: str | None = None, model: str | None = None, **settings: Any) -> AsyncSGLang:
+    """The engine for these arguments: made by the first call, the same object for every later one.
+
+    Args:
+        url: base URL(s) of running servers to attach to...
+        model: ...or the checkpoint to launch servers with.
+        **settings: further arguments of :meth:`AsyncSGLang.connect` or :meth:`AsyncSGLang.from_pretrained`.
+
+    Raises:
+        ConfigError: neither or both of ``url`` and ``model``, or a setting the engine refuses.
+    """
+    if (url is None) == (model is None):
+        raise ConfigError("an engine needs either url (running servers) or model (servers to launch)")
+    settings = {name: value for name, value in settings.items() if value is not None}
+    key = json.dumps({"url": url, "model": model, **settings}, sort_keys=True, default=str)
+    if key not in _engines:
+        engine = (
+            AsyncSGLang.connect(url, **settings)
+            if url is not None
+            else AsyncSGLang.from_pretrained(str(model), **settings)
+        )
+        atexit.register(engine.shutdown)
+        _engines[key] = engine
+    return _engines[key]
+
+
+def make_policy(engine: Any, **settings: Any) -> SGLangWrapper:
+    """A policy on an engine; ``settings`` are :class:`SGLangWrapper`'s, those that are ``None`` are left out."""
+    return SGLangWrapper(_engine_of(engine), **{name: value for name, value in settings.items() if value is not None})
+
+
+def make_scheme(servers: Any, config: Mapping[str, Any] | SyncConfig | None = None) -> SGLangWeightSyncScheme:
+    """A weight sync scheme for an engine; ``config`` holds fields of :class:`SyncConfig`."""
+    sync = config if isinstance(config, SyncConfig) else SyncConfig(**dict(config or {}))
+    return SGLangWeightSyncScheme(_engine_of(servers), config=sync)
+
+
+def _engine_of(value: Any) -> Any:
+    """Hydra hands nested nodes over as objects when they have a ``_target_``, else as mappings."""
+    if isinstance(value, Mapping):
+        return shared_engine(**{str(name): inner for name, inner in value.items() if name != "_target_"})
+    return value
+
+
+@dataclass
+class SGLangEngineConfig:
+    """Node for :func:`shared_engine`."""
+
+    url: Any = None
+    model: str | None = None
+    tp_size: int | None = None
+    dp_size: int | None = None
+    dtype: str | None = None
+    python: str | None = None
+    context_length: int | None = None
+    mem_fraction_static: float | None = None
+    extra_args: Any = None
+    _target_: str = "torchrl_sglang.hydra_configs.shared_engine"
+    _partial_: bool = False
+
+
+@dataclass
+class SGLangPolicyConfig:
+    """Node for :class:`~torchrl_sglang.SGLangWrapper`."""
+
+    engine: Any = None
+    input_mode: str = "history"
+    generate: bool = True
+    generate_kwargs: Any = field(default_factory=dict)
+    num_samples: int | None = None
+    pad_output: bool = False
+    prefer_tokens: bool = False
+    return_log_probs: bool | None = None
+    on_overlong: str | None = None
+    on_error: str | None = None
+    progress: bool | None = None
+    max_resumes: int | None = None
+    _target_: str = "torchrl_sglang.hydra_configs.make_policy"
+    _partial_: bool = False
+
+
+@dataclass
+class SGLangWeightSyncSchemeConfig:
+    """Node for :class:`~torchrl_sglang.SGLangWeightSyncScheme`; ``config`` holds fields of ``SyncConfig``."""
+
+    servers: Any = None
+    config: Any = field(default_factory=dict)
+    _target_: str = "torchrl_sglang.hydra_configs.make_scheme"
+    _partial_: bool = False
+
+
+def register_hydra_configs() -> None:
+    """Make the nodes known: ``sglang_engine``, ``sglang_policy``, and ``sglang`` among ``weight_sync_scheme``.
+
+    Raises:
+        ConfigError: hydra is not installed.
+    """
+    try:
+        from hydra.core.config_store import ConfigStore
+    except ImportError as error:
+        raise ConfigError("hydra is not installed: pip install 'torchrl-sglang[recipes]'") from error
+    store = ConfigStore.instance()
+    store.store(group="sglang_engine", name="default", node=SGLangEngineConfig)
+    store.store(group="sglang_policy", name="default", node=SGLangPolicyConfig)
+    store.store(group="weight_sync_scheme", name="sglang", node=SGLangWeightSyncSchemeConfig)
