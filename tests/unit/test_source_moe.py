@@ -130,3 +130,23 @@ def test_tensors_of_one_conversion_are_found_by_where_they_come_from() -> None:
     }
     assert groups[0].outputs["ab"] == ((8, 2), torch.float32)
     assert groups[1].outputs["c0"] == ((2, 2), torch.float32)
+
+
+def test_a_model_whose_parts_are_called_differently_on_disk_is_renamed_as_saving_does(tmp_path: Path) -> None:
+    """A vision model: ``model.language_model.layers...`` in the module, ``language_model.model.layers...`` on disk."""
+    text = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    vision = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 8}
+    sizes = {"hidden_size": 32, "intermediate_size": 48}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision, **sizes).to_dict(),
+        text_config=transformers.LlamaConfig(**text, **sizes).to_dict(),
+        image_token_index=5,
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert not any(name in stored for name in model.state_dict() if ".layers." in name)
+    loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    wrapped = nn.ModuleDict({"model": model})
+    for weights in (model, loaded, wrapped, TensorDict.from_module(wrapped), model.state_dict()):
+        assert_sends(weights, Checkpoint.read(tmp_path), stored)

@@ -123,10 +123,15 @@ def wire_dtype(source: TensorSpec, checkpoint: Checkpoint, server_dtype: torch.d
 def _mismatches(sent: TensorSpec, stored: TensorSpec, *, exact_dtype: bool) -> list[str]:
     if sent.shape != stored.shape:
         return [f"{sent.name}: shape {sent.shape} sent, {stored.shape} in the checkpoint"]
-    same_kind = sent.dtype.is_floating_point == stored.dtype.is_floating_point
+    # An 8-bit float means nothing without its scale, so it is a kind of its own.
+    same_kind = _kind(sent.dtype) == _kind(stored.dtype)
     if sent.dtype != stored.dtype and (exact_dtype or not same_kind):
         return [f"{sent.name}: dtype {_short(sent.dtype)} sent, {_short(stored.dtype)} in the checkpoint"]
     return []
+
+
+def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
+    return dtype.is_floating_point, dtype.is_floating_point and dtype.itemsize == 1
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -4,6 +4,9 @@ A function that makes a fresh iterator is run more than once: to look, then to s
 the first byte. A bare iterator can be run only once, and keeping its tensors to look at them first might be a second
 copy of the model. So an unknown name, a wrong shape or NaN stops the update before that tensor is sent, and a missing
 name is known at the end: either way the servers hold mixed weights until a good sync.
+
+Names are the checkpoint's, with or without a prefix. Tensors that a checkpoint holds in another form (packed experts)
+come from a module, a TensorDict or a dict, where all of them are there to be converted.
 """
 
 from __future__ import annotations
@@ -75,6 +78,7 @@ class _RepeatableSource(WeightSource):
                 if name in self._specs:
                     raise ConfigError(f"the iterator gave {name!r} twice")
                 self._specs[name] = TensorSpec(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype)
+                del tensor  # before the next one is made
         return dict(self._specs)
 
     def tensors(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -85,7 +89,12 @@ class _RepeatableSource(WeightSource):
             del pair
 
     def check_values(self, names: Sequence[str] | None = None, target: torch.dtype | None = None) -> None:
-        refuse_values([line for pair in self.tensors(names) for line in non_finite_names([pair], target)])
+        """Read every tensor once, one at a time."""
+        lines: list[str] = []
+        for pair in self.tensors(names):
+            lines += non_finite_names([pair], target)
+            del pair
+        refuse_values(lines)
 
 
 class _OneShotSource(WeightSource):
