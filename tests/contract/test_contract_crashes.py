@@ -1,7 +1,8 @@
-"""What ends an SGLang server, or leaves it stuck for good; asked of the fake and the real one. Slow: a server per test."""
+"""What ends an SGLang server or leaves it stuck for good; asked of the fake and the real one. Slow: one server a test."""
 
 from __future__ import annotations
 
+import http.client
 import time
 from collections.abc import Callable
 from typing import Any
@@ -88,8 +89,6 @@ def test_keys_open_what_they_should(mortal_subject: Callable[..., Subject]) -> N
 
 
 def test_an_idle_connection_is_closed_after_five_seconds(mortal_subject: Callable[..., Subject]) -> None:
-    import http.client
-
     connection = http.client.HTTPConnection(mortal_subject().url.removeprefix("http://"), timeout=PATIENCE_S)
     connection.request("GET", "/ready")
     connection.getresponse().read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import requests
 
 from tests.contract.kit import PROMPT, Background, LongRequest, Subject
 
@@ -190,8 +191,6 @@ def test_the_live_version_is_in_model_info_and_the_first_one_stays_in_server_inf
     "path", ["/pause_generation", "/continue_generation", "/begin_weight_update", "/end_weight_update"]
 )
 def test_control_calls_want_a_json_body_even_an_empty_one(subject: Subject, path: str) -> None:
-    import requests
-
     reply = requests.post(subject.url + path, timeout=10)
     assert reply.status_code == 400
     assert "Field required" in reply.json()["message"]

@@ -196,6 +196,8 @@ class Control:
                 return ok, message
             try:
                 announced = Announcement(names, dtypes, shapes, flattened=flattened, strict=not old)
+                if not self._ranks.is_formed(group):  # by the fault "no_communicator"
+                    call.mortal.hang()
                 received = self._ranks.receive(group, announced, lambda: call.reach("joined"))
             except _NOT_RECEIVED as error:
                 return False, _partly(error) if old else f"Failed to receive weights: {error}"

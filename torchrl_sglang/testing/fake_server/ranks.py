@@ -111,6 +111,10 @@ class Ranks:
 
         self._groups[name] = self._each(meet)
 
+    def is_formed(self, name: str) -> bool:
+        """Whether the group exists and can be broadcast over."""
+        return name in self._groups
+
     def leave(self, name: str) -> None:
         """Close the group's connections."""
         self._groups.pop(name, None)
