@@ -166,7 +166,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), world_size)
     # The trainer's own default group; the source must get by without another and leave it as it is.
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=60)
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=120)
     )
     trainer = Trainer(folder)
     torch.save({scenario.__name__: scenario(trainer) for scenario in SCENARIOS}, folder / f"rank{rank}.pt")
