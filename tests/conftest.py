@@ -5,7 +5,7 @@ Layout, in the order it runs::
     tests/unit/       functions and small objects, no server: seconds
     torchrl_sglang/   the examples in the package's docstrings
     tests/contract/   what we believe of SGLang, asked of a real CPU server (and of the fake one, where it plays along)
-    tests/loop/       the whole: TorchRL collectors, losses and syncs against a real server
+    tests/loop/       the whole: TorchRL collectors, losses and syncs against a real server; the README's code
     tests/gpu/        needs CUDA; marked `gpu`, never part of `make test`
 
 ``make test`` runs all but the tests marked ``slow`` or ``gpu``; ``pytest -k name`` or ``pytest tests/unit`` one part.
@@ -65,13 +65,16 @@ set_list_to_stack(True).set()
 
 START_VERSION = "default"  # what SGLang calls the weights it was started with
 SPECIAL_SERVERS_ALIVE = 2
-ORDER = ("tests/unit", "torchrl_sglang", "tests/contract", "tests/loop", "tests/gpu")
+ORDER = (
+    *("tests/test_architecture.py", "tests/unit", "torchrl_sglang", "tests/contract"),
+    *("tests/loop", "tests/test_readme.py", "tests/gpu"),
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> int:
         path = item.path.relative_to(config.rootpath).as_posix()
-        return next((i for i, folder in enumerate(ORDER) if path.startswith(folder)), 0)
+        return next((i for i, folder in enumerate(ORDER) if path.startswith(folder)), len(ORDER))
 
     items.sort(key=rank)  # stable: within a folder the order stays
 
