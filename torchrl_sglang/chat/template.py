@@ -94,9 +94,13 @@ class ChatTemplate:
         except ConfigError:
             return tuple(found)
         ids = list(self.tokenizer(tail, add_special_tokens=False)["input_ids"]) if mark else []
-        if ids and ids[0] in self.tokenizer.all_special_ids and ids[0] not in found:
+        if ids and self._is_special(ids[0]) and ids[0] not in found:
             found.append(int(ids[0]))
         return tuple(found)
+
+    def _is_special(self, token: int) -> bool:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).get(token)
+        return token in self.tokenizer.all_special_ids or getattr(added, "special", False)
 
 
 def read_generation_config(model_path: str) -> dict[str, Any]:

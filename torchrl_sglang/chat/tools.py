@@ -39,11 +39,15 @@ def read_tools(tools: str | Sequence[Mapping[str, Any] | Callable[..., Any]]) ->
 
 def _schema(tool: Any) -> dict[str, Any]:
     if callable(tool):
-        from transformers.utils import get_json_schema
+        from transformers.utils.chat_template_utils import (
+            DocstringParsingException,
+            TypeHintParsingException,
+            get_json_schema,
+        )
 
         try:
             return dict(get_json_schema(tool))
-        except ValueError as error:  # transformers' own, for a missing docstring or type hint
+        except (DocstringParsingException, TypeHintParsingException) as error:
             raise ConfigError(f"the tool {tool.__name__!r} can't be described to the model: {error}") from error
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
