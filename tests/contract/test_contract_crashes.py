@@ -1,4 +1,4 @@
-"""What ends an SGLang server or leaves it stuck for good; asked of the fake and the real one. Slow: one server a test."""
+"""What ends an SGLang server or leaves it stuck; asked of the fake and the real one. Slow: one server a test."""
 
 from __future__ import annotations
 
