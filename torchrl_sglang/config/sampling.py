@@ -76,6 +76,9 @@ class SamplingParams:
     """Seed of this request. SGLang honours it only under ``--enable-deterministic-inference``."""
     custom_params: Mapping[str, Any] | None = None
     """Passed to a custom logit processor."""
+    sampling_mask: bool = False
+    """Report which tokens top-k, top-p and min-p left to choose from, and the chosen token's log-prob among them.
+    SGLang does so for ``1 < top_k <= 4096`` only (0.5.23)."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "stop_regex"):
@@ -186,7 +189,7 @@ class SamplingParams:
         wire: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name != "max_new_tokens" and value != f.default:
+            if f.name not in ("max_new_tokens", "sampling_mask") and value != f.default:  # the mask has its own place
                 wire[f.name] = list(value) if isinstance(value, tuple) else value
         return wire
 

@@ -53,6 +53,8 @@ def build_generate(
         "sampling_params": sampling.to_wire(),
         "return_logprob": return_logprobs or prompt_logprobs,
     }
+    if sampling.sampling_mask:
+        body["return_sampling_mask"] = True
     if prompt_logprobs:
         body["logprob_start_len"] = 0  # the default, -1, reports response tokens only
     if stream:
@@ -100,6 +102,8 @@ def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_lo
         finish = meta["finish_reason"] or {}
         logprobs_T = [entry[0] for entry in meta["output_token_logprobs"]] if return_logprobs else None
         prompt_T = [entry[0] for entry in meta["input_token_logprobs"]] if prompt_logprobs else None
+        support_R_K = meta.get("output_token_sampling_mask")
+        support_logprobs_R = meta.get("output_token_sampling_logprobs")
         version = str(meta.get("weight_version", "default"))
         spans = tuple(
             WeightSpan(version=str(span["version"]), start=span["start"], end=span["end"])
@@ -111,9 +115,14 @@ def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_lo
         ) from error
     if logprobs_T is not None and len(logprobs_T) != len(ids_T):
         raise ProtocolError(f"{server} answered {len(logprobs_T)} log-probs for {len(ids_T)} tokens", server=server)
+    if support_R_K is not None and not len(support_R_K) == len(support_logprobs_R or ()) == len(ids_T):
+        what = f"{len(support_R_K)} sampling masks for {len(ids_T)} tokens"
+        raise ProtocolError(f"{server} answered {what}", server=server)
     return GenerateReply(
         output_ids=ids_T,
         output_logprobs=logprobs_T,
+        support_ids=support_R_K,
+        support_logprobs=support_logprobs_R,
         prompt_logprobs=prompt_T,
         text=item.get("text") or "",
         finish_reason=finish.get("type", "length"),

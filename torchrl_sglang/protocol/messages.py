@@ -48,6 +48,9 @@ class GenerateReply:
         output_ids: response token ids, length ``T``; a matched stop token is included.
         output_logprobs: natural-log probability of each response token, length ``T``; ``None`` when not asked for.
         prompt_logprobs: one entry per prompt token, the first ``None``; ``None`` when not asked for.
+        support_ids: per response token the ids that top-k, top-p and min-p had left to choose from; ``None`` when not
+            asked for.
+        support_logprobs: log-prob of each response token among those; ``None`` when not asked for.
         text: the server's decoded response (stop strings trimmed).
         finish_reason: ``"stop"``, ``"length"`` or ``"abort"``.
         matched: the stop token id or stop string that ended the response, if one did.
@@ -65,6 +68,8 @@ class GenerateReply:
     output_ids: list[int]
     output_logprobs: list[float] | None = None
     prompt_logprobs: list[float | None] | None = None
+    support_ids: list[list[int]] | None = None
+    support_logprobs: list[float] | None = None
     text: str = ""
     finish_reason: Literal["stop", "length", "abort"] = "length"
     matched: int | str | None = None

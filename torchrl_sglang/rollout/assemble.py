@@ -58,9 +58,10 @@ def generated_rows(
             dropped_S=[d for d in prompts.dropped_B or [0] * len(prompts.ids_B_T) for _ in range(n)],
             resumes_S=answers.resumes_S,
             errors_S=[e for e in answers.errors_B for _ in range(n)],
-            exact=not sampling.truncates,
         )
         columns.append((settings.generation_key, generation))
+        if settings.policy_version_key is not None:
+            columns.append((settings.policy_version_key, [g.policy_version.clone() for g in generation]))
     return _rows(columns, len(replies_S))
 
 

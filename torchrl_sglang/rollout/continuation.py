@@ -6,7 +6,6 @@ cache misses, and a trainer learns on tokens that were never sampled.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ _TAIL = 32  # characters by which the end of an answer is recognised
 
 def continue_tokens(
     ids_T: list[int], rendered: str, tokenizer: Any, *, history: History, render: Callable[[History], str]
-) -> list[int]:
+) -> list[int] | None:
     """Extend the tokens of a conversation by what the conversation has gained since they were made.
 
     Two cases are told apart by text alone. The rendered conversation starts with what the tokens spell: the rest is
@@ -34,8 +33,8 @@ def continue_tokens(
         render: renders a conversation without a generation prompt.
 
     Returns:
-        ``ids_T`` and what was added. If the tokens belong to neither case they are returned as they are, with a
-        warning.
+        ``ids_T`` and what was added; ``None`` if the tokens are not of this conversation, as those of an episode that
+        has ended.
     """
     spelled = tokenizer.decode(ids_T, skip_special_tokens=False)
     if rendered.startswith(spelled):
@@ -43,12 +42,7 @@ def continue_tokens(
     else:
         rest = _after_last_answer(spelled, rendered, history, render)
     if rest is None:
-        warnings.warn(
-            "the tokens given with a conversation neither begin it nor end with its last answer; they are used as they "
-            "are, and anything the conversation has gained since is left out. Remove them, or set prefer_tokens=False",
-            stacklevel=2,
-        )
-        return ids_T
+        return None
     return [*ids_T, *tokenizer(rest, add_special_tokens=False)["input_ids"]] if rest else ids_T
 
 

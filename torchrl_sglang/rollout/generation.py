@@ -13,10 +13,13 @@ from tensordict import TensorClass
 from torchrl_sglang.protocol.messages import GenerateReply, WeightSpan
 from torchrl_sglang.protocol.version import version_number
 
-__all__ = ["NO_TOKEN", "Generation", "token_versions"]
+__all__ = ["NO_ID", "NO_TOKEN", "Generation", "token_versions"]
 
 NO_TOKEN = -2
 """Weight version of a padding position; -1 is a token made by weights whose version string is not a number."""
+
+NO_ID = -1
+"""Fills up :attr:`Generation.support` where a token had fewer ids to be chosen among."""
 
 
 class Generation(TensorClass["nocast"]):  # type: ignore[name-defined]
@@ -36,12 +39,17 @@ class Generation(TensorClass["nocast"]):  # type: ignore[name-defined]
         resumes: int64; how often an interrupted response was taken up again.
         weight_version: int64, one per response token, aligned with ``Tokens.response``: the weights that made it.
             :data:`NO_TOKEN` (-2) on padding, -1 where the server's version string is not one of ours.
+        policy_version: int64; the oldest weights that made a token of the response (those at its end if it is empty).
+            TorchRL's ``PolicyAgeFilter`` reads it with ``policy_version_key=("generation", "policy_version")``.
         temperature: float32; logits were divided by it. 0 is greedy, for which log-probs count as temperature 1.
         top_p: float32; nucleus the token was drawn from, 1 for all.
         top_k: int64; -1 for all tokens.
         min_p: float32; 0 for no floor.
         exact_log_probs: bool; the recorded log-probs are those of the distribution tokens were drawn from. ``False``
-            under top-p, top-k or min-p: they are the tempered ones before truncation.
+            under top-p, top-k or min-p, unless ``exact_log_probs=True`` was asked for: then they are the tempered ones
+            before truncation.
+        support: int64 of shape ``(R, K)``, only with ``exact_log_probs=True``: the ids each token was chosen among,
+            filled up with -1.
         server: base URL of the server that answered.
         latency_s: float32; seconds from arrival to completion, as the server measured them.
         error: what was wrong with this sequence, ``""`` when nothing was.
@@ -56,6 +64,7 @@ class Generation(TensorClass["nocast"]):  # type: ignore[name-defined]
     dropped_tokens: torch.Tensor
     resumes: torch.Tensor
     weight_version: torch.Tensor
+    policy_version: torch.Tensor
     temperature: torch.Tensor
     top_p: torch.Tensor
     top_k: torch.Tensor
@@ -64,6 +73,7 @@ class Generation(TensorClass["nocast"]):  # type: ignore[name-defined]
     server: str
     latency_s: torch.Tensor
     error: str
+    support: torch.Tensor | None = None
 
 
 def token_versions(reply: GenerateReply) -> list[int]:

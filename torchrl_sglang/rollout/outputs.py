@@ -18,7 +18,8 @@ from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tok
 
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.protocol.messages import GenerateReply
-from torchrl_sglang.rollout.generation import NO_TOKEN, Generation, token_versions
+from torchrl_sglang.protocol.version import version_number
+from torchrl_sglang.rollout.generation import NO_ID, NO_TOKEN, Generation, token_versions
 
 __all__ = ["Padding", "chat_rows", "first_zero", "generation_rows", "stack_rows", "text_rows", "to_rows", "token_rows"]
 
@@ -116,7 +117,8 @@ def _log_prob_rows(
     prompt: Sequence[torch.Tensor], replies_S: Sequence[GenerateReply], padding: Padding, *, full: bool
 ) -> list[LogProbs]:
     mark = MetaData(padding.enabled)
-    response = to_rows([r.output_logprobs or [] for r in replies_S], torch.float32, padding, 0.0, "right")
+    scores_S = [r.support_logprobs if r.support_logprobs is not None else r.output_logprobs or [] for r in replies_S]
+    response = to_rows(scores_S, torch.float32, padding, 0.0, "right")
     known = [r.prompt_logprobs for r in replies_S]
     before: list[torch.Tensor] | None = None
     if all(scores is not None for scores in known):
@@ -183,12 +185,15 @@ def generation_rows(
     dropped_S: Sequence[int],
     resumes_S: Sequence[int],
     errors_S: Sequence[str],
-    exact: bool,
 ) -> list[Generation]:
     """:class:`Generation` of every sequence."""
     count = len(replies_S)
+    versions_S_R = [token_versions(r) for r in replies_S]
+    oldest = [min(v, default=version_number(r.weight_version)) for v, r in zip(versions_S_R, replies_S, strict=True)]
+    exact = [not sampling.truncates or r.support_ids is not None for r in replies_S]
     columns: dict[str, Sequence[Any]] = {
-        "weight_version": to_rows([token_versions(r) for r in replies_S], torch.long, padding, NO_TOKEN, "right"),
+        "weight_version": to_rows(versions_S_R, torch.long, padding, NO_TOKEN, "right"),
+        "policy_version": torch.tensor(oldest).unbind(0),
         "truncated": torch.tensor([r.finish_reason != "stop" for r in replies_S]).unbind(0),
         "prompt_tokens": torch.tensor([r.prompt_tokens for r in replies_S]).unbind(0),
         "completion_tokens": torch.tensor([r.completion_tokens for r in replies_S]).unbind(0),
@@ -201,14 +206,30 @@ def generation_rows(
         "top_p": torch.full((count,), float(sampling.top_p)).unbind(0),
         "top_k": torch.full((count,), sampling.top_k).unbind(0),
         "min_p": torch.full((count,), float(sampling.min_p)).unbind(0),
-        "exact_log_probs": torch.full((count,), exact).unbind(0),
+        "exact_log_probs": torch.tensor(exact).unbind(0),
         "finish_reason": _words(["error" if e else r.finish_reason for r, e in zip(replies_S, errors_S, strict=True)]),
         "matched": _words([r.matched for r in replies_S]),
         "server": _words([r.server for r in replies_S]),
         "error": _words(errors_S),
     }
+    if sampling.sampling_mask:
+        columns["support"] = _support_rows(replies_S, padding)
     names = tuple(columns)
     return [_made(Generation, **dict(zip(names, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+
+def _support_rows(replies_S: Sequence[GenerateReply], padding: Padding) -> list[torch.Tensor]:
+    """``(R, K)`` ids per sequence, -1 where a token had fewer to be chosen among."""
+    supports_S = [r.support_ids or [] for r in replies_S]
+    widest = max((len(ids_K) for rows in supports_S for ids_K in rows), default=0)
+    longest = max(map(len, supports_S), default=0)
+    made = []
+    for rows in supports_S:
+        K = widest if padding.enabled else max(map(len, rows), default=0)
+        R = longest if padding.enabled else len(rows)
+        filled = [[*ids_K, *[NO_ID] * (K - len(ids_K))] for ids_K in rows] + [[NO_ID] * K] * (R - len(rows))
+        made.append(torch.tensor(filled, dtype=torch.long).reshape(R, K))
+    return made
 
 
 def _words(values_S: Sequence[Any]) -> list[NonTensorData]:

@@ -15,6 +15,7 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.rollout.assemble import generated_rows, scored_rows
 from torchrl_sglang.rollout.batching import Batcher
+from torchrl_sglang.rollout.exactness import warn_of_truncation, with_sampling_mask
 from torchrl_sglang.rollout.outputs import Padding, stack_rows
 from torchrl_sglang.rollout.prompts import (
     Prompts,
@@ -67,17 +68,21 @@ class SGLangWrapper(LLMWrapperBase):
         masks_key: where the :class:`~torchrl.modules.llm.Masks` go.
         log_probs_key: where the :class:`~torchrl.modules.llm.LogProbs` go.
         generation_key: where the :class:`Generation` goes; ``None`` leaves it out.
+        policy_version_key: where the oldest weight version of each sequence goes (int64, one per sequence), for
+            TorchRL's ``PolicyAgeFilter``; ``None`` leaves it to :attr:`Generation.policy_version`.
         batching: merge calls made by several threads at the same time into one request.
         min_batch_size: with batching, wait for this many prompts (default 1)...
         max_batch_size: ...and send no more than this many at once.
         batching_timeout: seconds after which a waiting call is sent with fewer.
-        prefer_tokens: in history mode, take the ids at ``(tokens_key, "prompt")`` (else ``"full"``) as the truth where
-            they are, and tokenize only what the conversation has gained since.
+        prefer_tokens: in history mode, take the ids at ``(tokens_key, "prompt")`` and ``"full"`` as the truth where
+            they belong to the conversation, and tokenize only what it has gained since.
         on_overlong: what to do with a prompt that does not fit: ``"raise"``, or ``"truncate_left"`` to keep its end.
         on_error: what to do with a prompt that can't be served: ``"raise"``, or ``"mask"`` to return its row with an
             empty response and :attr:`Generation.error` set, and the others' results unharmed.
         progress: show tokens done and tokens per second while a batch runs.
         max_resumes: how often a response that a weight update interrupted is continued from its tokens.
+        exact_log_probs: under top-p, top-k or min-p, record the log-prob of each token among those that were left to
+            choose from (:attr:`Generation.support`), instead of the one before truncation.
 
     Raises:
         ConfigError: an argument that can't be honoured; it is also a ``ValueError``.
@@ -111,7 +116,15 @@ class SGLangWrapper(LLMWrapperBase):
         for name in (
             *("input_mode", "attention_mask_key", "generate", "pad_output", "layout", "prefer_tokens"),
             *("chat_template_name", "chat_template", "generate_kwargs", "tokenizer_kwargs"),
-            *("history_key", "text_key", "tokens_key", "masks_key", "log_probs_key", "generation_key"),
+            *(
+                "history_key",
+                "text_key",
+                "tokens_key",
+                "masks_key",
+                "log_probs_key",
+                "generation_key",
+                "policy_version_key",
+            ),
         ):
             setattr(self, name, getattr(settings, name))
         self.inplace = settings.writes_inplace
@@ -244,12 +257,9 @@ class SGLangWrapper(LLMWrapperBase):
         )
         if not (settings.generate and settings.prefer_tokens):
             return prompts
-        for name in ("prompt", "full"):
-            given_key = unravel_key((settings.tokens_key, name))
-            if flat.get(given_key, None, as_list=True) is not None:
-                given = self._read_tokens(flat, given_key)
-                return prefer_given_tokens(prompts, given, self.tokenizer, settings.template_kwargs)
-        return prompts
+        keys = [unravel_key((settings.tokens_key, name)) for name in ("prompt", "full")]
+        given = [self._read_tokens(flat, k) for k in keys if flat.get(k, None, as_list=True) is not None]
+        return prefer_given_tokens(prompts, given, self.tokenizer, settings.template_kwargs) if given else prompts
 
     def _read_tokens(self, flat: TensorDictBase, key: NestedKey) -> Prompts:
         return read_tokens(
@@ -267,6 +277,10 @@ class SGLangWrapper(LLMWrapperBase):
 
     def _generate(self, prompts: Prompts, sampling: SamplingParams) -> list[TensorDict]:
         settings = self.settings
+        if settings.exact_log_probs:
+            sampling = with_sampling_mask(sampling, self.pool.vocab_size)
+        elif sampling.truncates and self.return_log_probs:
+            warn_of_truncation()
         if settings.on_overlong == "truncate_left":
             prompts = truncate_left(prompts, self.pool, sampling)
         answers = generate_prompts(

@@ -247,13 +247,16 @@ def read_history(
 
 
 def prefer_given_tokens(
-    prompts: Prompts, given: Prompts, tokenizer: Any, template_kwargs: Mapping[str, Any]
+    prompts: Prompts, given: Sequence[Prompts], tokenizer: Any, template_kwargs: Mapping[str, Any]
 ) -> Prompts:
     """Conversations whose tokens are partly there already: those are kept, and only what is new is tokenized.
 
+    Of several that belong to a conversation the longest are kept. Tokens that don't belong to it, such as those of an
+    episode that has ended, are left alone: the conversation is what is asked for.
+
     Args:
         prompts: the conversations, from :func:`read_history`.
-        given: the tokens that are there, from :func:`read_tokens`; an empty entry is none.
+        given: tokens that are there, from :func:`read_tokens`; an empty entry is none.
         tokenizer: a Hugging Face tokenizer.
         template_kwargs: as for :func:`read_history`.
     """
@@ -264,10 +267,12 @@ def prefer_given_tokens(
         )
         return text
 
-    ids_B_T = [
-        continue_tokens(known_T, text, tokenizer, history=conversation, render=render) if known_T else ids_T
-        for ids_T, known_T, text, conversation in zip(
-            prompts.ids_B_T, given.ids_B_T, prompts.texts_B or (), prompts.histories_B or (), strict=True
-        )
-    ]
+    ids_B_T = list(prompts.ids_B_T)
+    for index, (text, conversation) in enumerate(zip(prompts.texts_B or (), prompts.histories_B or (), strict=True)):
+        known = sorted((one.ids_B_T[index] for one in given), key=len, reverse=True)
+        for known_T in known:
+            joined = known_T and continue_tokens(known_T, text, tokenizer, history=conversation, render=render)
+            if joined:
+                ids_B_T[index] = joined
+                break
     return replace(prompts, ids_B_T=ids_B_T, texts_B=tokenizer.batch_decode(ids_B_T, skip_special_tokens=False))

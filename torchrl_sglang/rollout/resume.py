@@ -113,8 +113,11 @@ def _joined(first: GenerateReply, second: GenerateReply) -> GenerateReply:
     scores = None
     if first.output_logprobs is not None and second.output_logprobs is not None:
         scores = [*first.output_logprobs, *second.output_logprobs]
+    supported = first.support_ids is not None and second.support_ids is not None
     return replace(
         second,
+        support_ids=[*(first.support_ids or ()), *(second.support_ids or ())] if supported else None,
+        support_logprobs=[*(first.support_logprobs or ()), *(second.support_logprobs or ())] if supported else None,
         output_ids=[*first.output_ids, *second.output_ids],
         output_logprobs=scores,
         prompt_logprobs=first.prompt_logprobs,

@@ -87,11 +87,14 @@ def generate_prompts(
     """
 
     def run(ids_B_P: Sequence[list[int]]) -> list[PerPrompt]:
-        with token_progress(progress, len(ids_B_P) * sampling.n * sampling.max_new_tokens) as advance:
+        asked = sampling
+        if sampling.sampling_mask and sampling.n > 1:  # SGLang 0.5.23 answers 500 to a mask with n > 1
+            ids_B_P, asked = [ids_P for ids_P in ids_B_P for _ in range(sampling.n)], replace(sampling, n=1)
+        with token_progress(progress, len(ids_B_P) * asked.n * asked.max_new_tokens) as advance:
             replies_S, resumes_S = generate_resuming(
                 pool,
                 ids_B_P,
-                sampling,
+                asked,
                 max_resumes=max_resumes,
                 return_logprobs=return_logprobs,
                 prompt_logprobs=prompt_logprobs,

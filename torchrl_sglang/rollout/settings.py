@@ -50,6 +50,7 @@ class RolloutSettings:
     masks_key: NestedKey = "masks"
     log_probs_key: NestedKey = "log_probs"
     generation_key: NestedKey | None = "generation"
+    policy_version_key: NestedKey | None = None
     batching: bool | None = None
     min_batch_size: int | None = None
     max_batch_size: int | None = None
@@ -59,6 +60,7 @@ class RolloutSettings:
     on_error: Literal["raise", "mask"] = "raise"
     progress: bool = False
     max_resumes: int = 8
+    exact_log_probs: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -69,7 +71,7 @@ class RolloutSettings:
         ):
             value = getattr(self, name)
             _require(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
-        for name in ("generate", "pad_output", "prefer_tokens", "progress"):
+        for name in ("generate", "pad_output", "prefer_tokens", "progress", "exact_log_probs"):
             _require(isinstance(getattr(self, name), bool), f"{name} must be a boolean, got {getattr(self, name)!r}")
         _require(self.pad_model_input is None, "pad_model_input is not supported: servers take ragged input; remove it")
         _require(
@@ -80,6 +82,10 @@ class RolloutSettings:
         _require(self.max_resumes >= 0, f"max_resumes must be at least 0, got {self.max_resumes}")
         _require(
             self.return_log_probs is not False or self.generate, "return_log_probs must be True when generate=False."
+        )
+        _require(
+            self.policy_version_key is None or self.generation_key is not None,
+            "policy_version_key needs a generation_key: that is where versions come from",
         )
         self._check_batching()
         self._check_tokenizer_kwargs()
@@ -146,6 +152,8 @@ class RolloutSettings:
             keys.append(self.history_key)
         if self.generate and self.generation_key is not None:
             keys.append(self.generation_key)
+        if self.generate and self.policy_version_key is not None:
+            keys.append(self.policy_version_key)
         return keys
 
     @property
