@@ -27,7 +27,8 @@ class SyncConfig:
     bucket_bytes: int = 64 * 2**20
     """Most bytes per bucket; a single larger tensor gets a bucket of its own."""
     pause: Literal["auto", "abort", "retract", "in_place"] = "auto"
-    """What happens to requests in flight: ``auto`` is ``abort`` when there are none, else ``retract``."""
+    """What happens to requests in flight: ``auto`` is ``abort`` when there are none, else ``retract``; SGLang before
+    0.5.21 ends when its cache is flushed over retracted requests, so there ``auto`` is always ``abort``."""
     cache: Literal["flush", "salt", "keep"] = "flush"
     """``flush`` empties the prefix caches; ``salt`` leaves them and gives requests made through this pool a name-space
     per version (what ``flush`` becomes under ``in_place``); ``keep`` serves stale KV, to study staleness only."""
@@ -49,7 +50,8 @@ class SyncConfig:
     master_address: str | None = None
     """Address of the trainer as the servers reach it; ``None`` is the address of the interface that reaches them."""
     master_port: int | None = None
-    """Port of the rendezvous store; ``None`` picks a free one."""
+    """Port of the rendezvous store; ``None`` picks a free one. With ``groups="per_server"`` one port per server, from
+    this one on."""
     group_timeout_s: float = 60.0
     """To form the process group, and for the first bucket (NCCL makes its communicator there)."""
     bucket_timeout_s: float = 60.0

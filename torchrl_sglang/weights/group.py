@@ -73,12 +73,12 @@ class WeightGroup:
         name = f"torchrl-sglang-{uuid.uuid4().hex[:12]}"
         meeting = Meeting(name, address, config.master_port, timeout_s=config.group_timeout_s)
         deadline = time.monotonic() + config.group_timeout_s
+        joins = ask_to_join(clients, meeting, world_size, backend, config)
         try:
-            joins = ask_to_join(clients, meeting, world_size, backend, config)
             await_ranks(meeting, joins, world_size, backend, deadline)
             group = cls(name, clients, backend, world_size, _join(meeting, world_size, backend, config))
         except BaseException:
-            meeting.end()
+            meeting.give_up(joins, backend, deadline)
             raise
         meeting.end()  # the group holds the store now
         try:
@@ -126,6 +126,7 @@ class WeightGroup:
         options.rootRank = 0
         options.rootTensor = 0
         options.timeout = timedelta(seconds=timeout_s)
+        work: Any = None
         try:
             work = self._group.broadcast([tensor], options)
             if self.backend == "nccl":
@@ -134,6 +135,9 @@ class WeightGroup:
                 work.wait()
         except RuntimeError as error:
             raise WeightUpdateError(f"the {self.backend} broadcast of {tensor.nbytes} bytes failed: {error}") from error
+        finally:
+            # It holds the group's connections and store, and a traceback holds this frame: peers would wait on.
+            work = None
 
     def _await_enqueued(self, work: Any, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

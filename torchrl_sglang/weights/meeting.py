@@ -32,8 +32,9 @@ _PORT_PATIENCE_S = 5.0
 class Meeting:
     """The store at which trainer and servers meet, on an address and port that nobody can take in between.
 
-    Servers that wait there for others are released when the store goes away. So nothing else may keep it: after a
-    failure the frames of a traceback live as long as somebody holds the error.
+    After a failure, servers that wait there for others are released when the store goes away; one that comes even later
+    would knock at the closed port until torch's own time-out (30 minutes). So the store stays until all have come that
+    will, and nothing else may keep it: the frames of a traceback live as long as somebody holds the error.
 
     Args:
         name: the group's name.
@@ -71,6 +72,23 @@ class Meeting:
     def end(self) -> None:
         """Let go of the store."""
         self.store = None
+
+    def give_up(self, joins: Sequence[JoinCall], backend: str, deadline: float) -> None:
+        """Let go of the store as soon as every server that will still come has come; returns at once."""
+
+        def wait_and_end() -> None:
+            patience = deadline if backend == "gloo" else time.monotonic() + _MARGIN_S
+            while time.monotonic() < patience:
+                if backend == "gloo" and all(join.task.done or self.has(join) for join in joins):
+                    break
+                time.sleep(_POLL_S)
+            self.end()
+
+        Task(wait_and_end, name=f"end-meeting-{self.name}")
+
+    def has(self, join: JoinCall) -> bool:
+        """Whether all ranks of a server have left their keys here (gloo only)."""
+        return bool(self.prefixed("gloo").check([f"0/{rank}" for rank in join.ranks]))
 
 
 def _listen(address: str, port: int | None) -> socket.socket:
@@ -153,8 +171,7 @@ def await_ranks(meeting: Meeting, joins: Sequence[JoinCall], world_size: int, ba
 def _nobody_came(meeting: Meeting, joins: Sequence[JoinCall], backend: str) -> WeightUpdateError:
     absent = [join.client.url for join in joins if not join.task.done]
     if backend == "gloo":
-        store = meeting.prefixed(backend)
-        absent = [join.client.url for join in joins if not store.check([f"0/{rank}" for rank in join.ranks])]
+        absent = [join.client.url for join in joins if not meeting.has(join)]
     return WeightUpdateError(
         f"the weight group did not form within its time: {', '.join(absent) or 'nobody'} did not arrive at {meeting}. "
         "Can the servers reach that address? Set SyncConfig.master_address to one of the trainer's that they reach, or "

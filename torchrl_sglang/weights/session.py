@@ -24,6 +24,7 @@ import torch
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import (
+    ConfigError,
     RequestRejectedError,
     ServerWeights,
     SGLangError,
@@ -65,6 +66,9 @@ class UpdateSession:
 
     Without a transfer (:meth:`load_from_disk`) no update session is opened on the servers: they open their own.
 
+    Raises:
+        ConfigError: these servers can't do what ``config`` asks for.
+
     Attributes:
         server_weights: per server URL what it holds at this moment.
         seconds: seconds per phase so far.
@@ -99,7 +103,14 @@ class UpdateSession:
         self._previous: dict[str, str] = {}
         self._begun: set[str] = set()
         self._paused_at = 0.0
+        self._flushed = False
         self._transfer: Transfer | None = None
+        self._legacy = not all(client.dialect.weight_session for client in clients)
+        if self._legacy and config.pause == "retract" and config.cache == "flush":
+            raise ConfigError(
+                "SGLang before 0.5.21 can't flush its prefix cache while retracted requests are queued (it ends): "
+                "use SyncConfig(pause='abort')"
+            )
 
     def __enter__(self) -> UpdateSession:
         try:
@@ -139,6 +150,7 @@ class UpdateSession:
         with self._phase("transfer"):
             try:
                 transfer.run(packed, num_buckets=num_buckets, flush_cache=self._cache == "flush")
+                self._flushed = transfer.flushed
                 self.num_bytes, self.num_buckets = transfer.num_bytes, transfer.num_buckets
                 self.num_tensors = transfer.num_tensors
             finally:
@@ -177,8 +189,7 @@ class UpdateSession:
         if self._config.pause != "auto":
             return self._config.pause
         for client in self._clients:
-            legacy = not client.dialect.weight_session
-            if control.parse_loads(client.send(control.build_loads(legacy=legacy))) > 0:
+            if not self._legacy and control.parse_loads(client.send(control.build_loads())) > 0:
                 return "retract"
         return "abort"  # at once when nothing runs, and unlike the other modes it lets an idle scheduler sleep
 
@@ -235,7 +246,7 @@ class UpdateSession:
             if client.url in self._begun:
                 self._call(client, control.build_end_update(), "closing the update session")
                 self._begun.discard(client.url)
-            if self._cache == "flush" and not (self._transfer is not None and self._transfer.flushed):
+            if self._cache == "flush" and not self._flushed:
                 # Costs a garbage collection on the server that flushing with the last bucket doesn't.
                 self._call(client, control.build_flush(), "flushing its prefix cache")
             self._pool.highest_version = max(self._pool.highest_version, self._version.number)
@@ -246,13 +257,15 @@ class UpdateSession:
         return end
 
     def withdraw(self, client: SGLangClient) -> None:
-        """Mark a finished server dirty again and stop it: its proof failed."""
+        """Stop a finished server and mark it dirty again: its proof failed."""
+        self.server_weights[client.url] = "mixed"
         dirty = WeightVersion(number=self._version.number, owner=self._version.owner, dirty=True)
-        for request in (control.build_pause("abort"), control.build_set_version(str(dirty))):
-            try:
-                client.send(request, timeout_s=_CLEANUP_TIMEOUT_S)
-            except SGLangError:
-                self.server_weights[client.url] = "stuck"
+        patience_s = min(_CLEANUP_TIMEOUT_S, client.config.control_timeout_s)
+        try:
+            client.send(control.build_pause("abort"), timeout_s=patience_s)
+            client.send(control.build_set_version(str(dirty)), timeout_s=patience_s)
+        except SGLangError:
+            self.server_weights[client.url] = "stuck"
 
     # ------------------------------------------------------------------ the failure exit
 

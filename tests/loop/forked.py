@@ -1,0 +1,214 @@
+"""Fake servers and trainers as processes, forked in 50 ms from one that has imported everything already.
+
+::
+
+    with Nursery(folder) as nursery:
+        server = nursery.serve(FakeSettings(model_path=...))
+        trainer = nursery.train([server.url], weights_folder, SyncConfig())
+        trainer.kill()
+
+When the nursery ends, however it ends, so do all its children.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import urllib.request
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torchrl_sglang import ClientConfig, SGLangError, SyncConfig, WeightSync, WeightSyncError
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.testing.fake_server import FakeServer, FakeSettings, Fault
+from torchrl_sglang.testing.fake_server.model import read_checkpoint
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT_S = 120.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Forked:
+    """One child: its process id and the file it reports to."""
+
+    def __init__(self, pid: int, report: Path) -> None:
+        self.pid = pid
+        self._report = report
+
+    def read(self, timeout_s: float = START_TIMEOUT_S) -> Any:
+        """What the child reported, as soon as it has."""
+        wait_until(self._report.exists, f"process {self.pid} reported nothing", timeout_s)
+        return json.loads(self._report.read_text())
+
+    def stop(self) -> None:
+        """SIGSTOP."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until the process is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        wait_until(lambda: not self.is_running, f"process {self.pid} survived SIGKILL", 10)
+
+    @property
+    def is_running(self) -> bool:
+        return Path(f"/proc/{self.pid}").exists()
+
+
+class ForkedServer(Forked):
+    """A fake server; ``settings`` has the port it got, so that another can take its place."""
+
+    def __init__(self, pid: int, report: Path, settings: FakeSettings) -> None:
+        super().__init__(pid, report)
+        self.url: str = self.read()
+        self.settings = settings
+
+    def arm(self, *faults: Fault) -> None:
+        self._admin("POST", "faults", [fault.to_json() for fault in faults])
+
+    def disarm(self) -> None:
+        self._admin("DELETE", "faults")
+
+    def set_state(self, **state: Any) -> None:
+        self._admin("POST", "state", state)
+
+    def requests(self, path: str, *, answered: bool = False) -> int:
+        """How many requests to ``path`` have arrived (or been answered)."""
+        events = self._admin("GET", "events")
+        return sum(event["path"] == path and (not answered or event["status"] is not None) for event in events)
+
+    def _admin(self, method: str, what: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/fake/{what}", data=data, method=method)
+        with urllib.request.urlopen(request, timeout=20.0) as reply:
+            return json.load(reply)
+
+
+class Nursery:
+    """The process that children are forked from; thread-safe."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._count = 0
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Nursery:
+        command = [sys.executable, "-m", "tests.loop.forked"]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def serve(self, settings: FakeSettings) -> ForkedServer:
+        pid, report = self._fork("serve", asdict(settings) | {"model_path": str(settings.model_path)})
+        return ForkedServer(pid, report, settings)
+
+    def train(self, urls: list[str], weights: Path, client: ClientConfig, sync: SyncConfig) -> Forked:
+        """A trainer that pushes a folder's tensors once; reports the version, or the error's states."""
+        settings = {"urls": urls, "weights": str(weights), "client": asdict(client), "sync": asdict(sync)}
+        return Forked(*self._fork("train", settings))
+
+    def _fork(self, what: str, settings: dict[str, Any]) -> tuple[int, Path]:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._lock:
+            self._count += 1
+            report = self._folder / f"{what}{self._count}.json"
+            self._process.stdin.write(json.dumps({"do": what, "report": str(report), "settings": settings}) + "\n")
+            self._process.stdin.flush()
+            return int(self._process.stdout.readline()), report
+
+
+def wait_until(condition: Callable[[], object], complaint: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{complaint} within {timeout_s} s"
+        time.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------------------------- inside the children
+
+
+def _serve(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
+    report(FakeServer(FakeSettings(**settings | {"faults": ()}), exits=True).start().url)
+    threading.Event().wait()
+
+
+def _train(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
+    clients = [SGLangClient(url, ClientConfig(**settings["client"])) for url in settings["urls"]]
+    sync = WeightSync(SGLangPool(clients), SyncConfig(**settings["sync"]))
+    try:
+        done = sync.push(read_checkpoint(settings["weights"]))
+        report({"version": done and done.version})
+    except WeightSyncError as error:
+        report({"error": str(error), "states": error.server_weights})
+    except SGLangError as error:
+        report({"error": str(error)})
+
+
+def _child(order: dict[str, Any], parent: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(2, 1)
+
+    def report(value: Any) -> None:
+        path = Path(order["report"])
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(value))
+        unfinished.rename(path)
+
+    {"serve": _serve, "train": _train}[order["do"]](order["settings"], report)
+
+
+def main() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead leave no zombie behind
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    me = os.getpid()
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _child(json.loads(line), me)
+            except BaseException:  # noqa: BLE001  printed, where it would otherwise run on as a second nursery
+                traceback.print_exc()
+            os._exit(0)
+        sys.stdout.write(f"{pid}\n")
+        sys.stdout.flush()
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
