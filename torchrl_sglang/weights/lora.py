@@ -7,6 +7,7 @@ unloaded when the one after it has arrived. The base model must be the one the s
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 from torch import nn
 
 from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError, SGLangError, WeightUpdateError
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import Adapter, SGLangPool
 from torchrl_sglang.protocol.control import build_load_lora_from_tensors, build_unload_lora, check_success
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.lora_payload import encode_config, encode_tensors
+from torchrl_sglang.weights.proof import prove
+from torchrl_sglang.weights.report import SyncReport
 from torchrl_sglang.weights.values import check_finite
 
 __all__ = ["LoraRoad"]
@@ -97,6 +101,55 @@ class LoraRoad:
         while len(self._loaded) > _KEPT_VERSIONS:
             self._unload(clients, self._loaded.pop(0))
         return sum(tensor.nbytes for tensor in tensors.values()), len(tensors)
+
+    def push(
+        self, clients: Sequence[SGLangClient], weights: Any, version: WeightVersion, config: SyncConfig, start: float
+    ) -> SyncReport:
+        """Send the adapter, prove it, report.
+
+        Args:
+            clients: the servers.
+            weights: a module that holds a PEFT model.
+            version: what the adapter will be called.
+            config: time-outs and proof.
+            start: ``time.monotonic()`` value when the update began.
+
+        Raises:
+            The errors of :meth:`send`, and :class:`WeightUpdateError` if a server answers otherwise than the model
+            with its adapter; requests then stay with the adapter before.
+        """
+        before = self._pool.adapter
+        num_bytes, num_tensors = self.send(clients, weights, version, config.deadline_s(0))
+        transfer_s = time.monotonic() - start
+        gap = None
+        if config.verify != "off" and self._pool.vocab_size is not None and self._pool.adapter is not None:
+            model, _ = find_adapter(weights)
+            dtypes = {parameter.dtype for parameter in model.parameters()}
+            exact = dtypes == {torch.float32} and self._pool.info.dtype == "float32"
+            try:
+                gap = prove(
+                    clients,
+                    vocab_size=self._pool.vocab_size,
+                    model=model,
+                    config=config,
+                    exact=exact,
+                    lora=self._pool.adapter.name,
+                )
+            except WeightUpdateError:
+                self._pool.adapter = before
+                raise
+        return SyncReport(
+            version=version.number,
+            road=self.name,
+            num_bytes=num_bytes,
+            num_tensors=num_tensors,
+            num_buckets=1,
+            pause="none",
+            seconds={"transfer": transfer_s, "prove": time.monotonic() - start - transfer_s},
+            total_s=time.monotonic() - start,
+            max_logprob_gap=gap,
+            server_weights={client.url: "new" for client in clients},
+        )
 
     def _unload(self, clients: Sequence[SGLangClient], name: str) -> None:
         """Forget an adapter where it is loaded; a server that never had it says so, and that is fine."""

@@ -31,13 +31,19 @@ def probe_ids(vocab_size: int) -> list[int]:
 
     Examples:
         >>> probe_ids(320)[:4]
-        [1, 268, 216, 164]
+        [1, 264, 208, 152]
     """
     return [1 + (index * 7919) % (vocab_size - 1) for index in range(_PROBE_TOKENS)]
 
 
 def prove(
-    clients: Sequence[SGLangClient], *, vocab_size: int, model: nn.Module | None, config: SyncConfig, exact: bool
+    clients: Sequence[SGLangClient],
+    *,
+    vocab_size: int,
+    model: nn.Module | None,
+    config: SyncConfig,
+    exact: bool,
+    lora: str | None = None,
 ) -> float:
     """Score the fixed prompt everywhere and compare.
 
@@ -47,6 +53,7 @@ def prove(
         model: the trainer's model; ``None`` compares the servers with each other only.
         config: tolerance.
         exact: trainer and servers compute in float32, so the narrow tolerance holds.
+        lora: name of the adapter to score with.
 
     Returns:
         The largest log-prob difference seen (natural log).
@@ -55,7 +62,7 @@ def prove(
         WeightUpdateError: a server did not answer, or answers as another model; ``server_weights`` names it.
     """
     ids = probe_ids(vocab_size)
-    outcomes = side_by_side({client.url: _Scoring(client, ids) for client in clients})
+    outcomes = side_by_side({client.url: _Scoring(client, ids, lora) for client in clients})
     scores = {url: torch.tensor(o.value, dtype=torch.float64) for url, o in outcomes.items() if o.value is not None}
     complaints = _silent(outcomes)
     gaps: dict[str, float] = {}
@@ -93,12 +100,13 @@ def _refuse(complaints: Mapping[str, str]) -> None:
 class _Scoring:
     """Asks one server for the log-probs of the fixed prompt, past the pool: the server is not in routing yet."""
 
-    def __init__(self, client: SGLangClient, ids: list[int]) -> None:
+    def __init__(self, client: SGLangClient, ids: list[int], lora: str | None) -> None:
         self._client = client
         self._ids = ids
+        self._lora = lora
 
     def __call__(self) -> list[float]:
-        request = build_generate([self._ids], SamplingParams(max_new_tokens=0), prompt_logprobs=True)
+        request = build_generate([self._ids], SamplingParams(max_new_tokens=0), prompt_logprobs=True, lora=self._lora)
         answer = self._client.send(request, timeout_s=self._client.config.update_timeout_s)
         (reply,) = parse_generate(answer, num_expected=1, server=self._client.url, prompt_logprobs=True)
         return [value for value in reply.prompt_logprobs or [] if value is not None]

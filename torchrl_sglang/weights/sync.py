@@ -34,11 +34,13 @@ from torchrl_sglang.weights.buckets import Bucket, plan_buckets, trainable_specs
 from torchrl_sglang.weights.checkpoint import Checkpoint
 from torchrl_sglang.weights.coverage import check_coverage, wire_dtype
 from torchrl_sglang.weights.disk import DiskRoad
+from torchrl_sglang.weights.lora import LoraRoad
 from torchrl_sglang.weights.pending import PendingSync
 from torchrl_sglang.weights.proof import compare_checksums, prove
 from torchrl_sglang.weights.report import SyncReport
 from torchrl_sglang.weights.road import Packing, Road
 from torchrl_sglang.weights.session import UpdateSession
+from torchrl_sglang.weights.shards import ranks_of
 from torchrl_sglang.weights.source import WeightSource, open_source
 
 __all__ = ["WeightSync"]
@@ -78,6 +80,7 @@ class WeightSync:
         self._config = config or SyncConfig()
         self._checkpoint = checkpoint
         self._road: Road | None = None
+        self._lora_road = LoraRoad(pool, self.owner)
         self._complete = False
         self._restart = restart
         self._stuck: set[str] = set()
@@ -147,8 +150,9 @@ class WeightSync:
 
     def _push(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
         start = time.monotonic()
-        self._pool.connect()
-        checkpoint = self._read_checkpoint()
+        checkpoint = self._connect_all_ranks(weights)
+        if self._config.road == "lora":
+            return self._push_adapter(weights, version, start)
         source = open_source(weights, checkpoint, name_map=self._config.name_map, ignore=self._config.ignore)
         if not source.is_sender:
             _gather_only(source, self._plan(source, checkpoint, partial))
@@ -198,6 +202,31 @@ class WeightSync:
             server_weights=dict(session.server_weights),
         )
         _log.info("weights %d on %d servers in %.3f s", number, len(clients), self.last_report.total_s)
+        return self.last_report
+
+    def _connect_all_ranks(self, weights: Any) -> Checkpoint:
+        """Reach the servers and read their checkpoint. Ranks of a sharded model fail alike: none is left gathering."""
+        ranks = ranks_of(weights.parameters()) if isinstance(weights, nn.Module) else None
+        try:
+            self._pool.connect()
+            checkpoint = self._read_checkpoint()
+            _refuse_quantised_online(self._pool.clients, checkpoint)
+        except SGLangError:
+            if ranks is not None:
+                ranks.any([True])
+            raise
+        if ranks is not None and ranks.any([False])[0]:
+            raise WeightUpdateError("another rank could not reach the servers or read their checkpoint; it says why")
+        return checkpoint
+
+    def _push_adapter(self, weights: Any, version: int | None, start: float) -> SyncReport:
+        clients = self._reachable()
+        number = max(self._pool.weight_version, self._pool.highest_version) + 1 if version is None else version
+        self.last_report = self._lora_road.push(
+            clients, weights, WeightVersion(number=number, owner=self.owner), self._config, start
+        )
+        self._last_weights = weights
+        self._put_to_use([client.url for client in clients], number)
         return self.last_report
 
     def heal(self) -> SyncReport | None:
@@ -357,12 +386,12 @@ class WeightSync:
 
     def _withdraw(self, clients: Sequence[SGLangClient], error: WeightUpdateError, session: UpdateSession) -> None:
         """Take servers that failed their proof out of service again."""
-        states = {**session.server_weights, **error.server_weights}
-        error.server_weights.update(states)
+        failed = set(error.server_weights)
         for client in clients:
-            if states[client.url] != "new":
+            if client.url in failed:
                 self._pool.quarantine(client.url, f"it failed its proof ({error})")
                 session.withdraw(client)
+        error.server_weights.update(session.server_weights)
 
 
 def _await_scheduler(client: SGLangClient) -> None:
@@ -372,6 +401,15 @@ def _await_scheduler(client: SGLangClient) -> None:
         ServerTimeoutError: it is stuck.
     """
     client.send(SERVER_INFO, timeout_s=min(_STUCK_TIMEOUT_S, client.config.probe_timeout_s))
+
+
+def _refuse_quantised_online(clients: Sequence[SGLangClient], checkpoint: Checkpoint) -> None:
+    for client in clients:
+        if client.info.quantization is not None and checkpoint.quantization is None:
+            raise ConfigError(
+                f"{client.url} quantises its weights while loading (--quantization {client.info.quantization}): what "
+                "it would make of new ones can't be checked. Serve a checkpoint that is quantised already, or none"
+            )
 
 
 def _num_bytes(plan: Sequence[Bucket]) -> int:

@@ -1,0 +1,92 @@
+"""Adapters only: a PEFT model's LoRA tensors go to a real server, and requests switch to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from torchrl_sglang import ConfigError, SamplingParams, SGLangClient, SGLangPool, SyncConfig, WeightSync
+from torchrl_sglang.errors import WeightCoverageError
+from torchrl_sglang.protocol.version import version_number
+from torchrl_sglang.server import SGLangServer
+from torchrl_sglang.weights.proof import trainer_logprobs
+
+TARGETS = ("q_proj", "v_proj")
+LORA_FLAGS = (
+    *("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", *TARGETS),
+    *("--lora-backend", "torch_native", "--max-loras-per-batch", "4"),
+)
+PROMPT = [1, 72, 101, 108, 108, 111]
+
+
+@pytest.fixture
+def lora_pool(special_server: Callable[..., SGLangServer]) -> SGLangPool:
+    return SGLangPool([SGLangClient(special_server(extra_args=LORA_FLAGS).url)])
+
+
+def adapted(model_path: Path, seed: int) -> peft.PeftModel:
+    """A PEFT model whose adapter does something: PEFT starts with B = 0."""
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS)))
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    return model.eval()
+
+
+def greedy(model: torch.nn.Module, count: int) -> list[int]:
+    ids = model.generate(
+        input_ids=torch.tensor([PROMPT]), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    return ids[0, len(PROMPT) :].tolist()
+
+
+def test_only_the_adapter_goes_over_and_answers_are_those_of_the_adapted_model(
+    lora_pool: SGLangPool, tiny_llama: Path
+) -> None:
+    sync = WeightSync(lora_pool, SyncConfig(road="lora"))
+    sampling = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
+    for turn, seed in enumerate((1, 2, 3), start=1):
+        model = adapted(tiny_llama, seed)
+        report = sync.push(model)
+        assert report is not None
+        assert (report.road, report.version) == ("lora", turn)
+        assert report.num_bytes < 0.1 * sum(p.numel() * 4 for p in model.parameters())
+        assert report.max_logprob_gap < 1e-4
+
+        (reply,) = lora_pool.generate([PROMPT], sampling)
+        assert reply.output_ids == greedy(model, 8)
+        expected = trainer_logprobs(model, PROMPT + reply.output_ids)[len(PROMPT) - 1 :]
+        assert (expected - torch.tensor(reply.output_logprobs, dtype=torch.float64)).abs().max() < 1e-4
+        assert [(version_number(s.version), s.start, s.end) for s in reply.weight_spans] == [(turn, 0, 8)]
+    sync.close()
+
+
+def test_a_refused_adapter_leaves_requests_with_the_one_before(lora_pool: SGLangPool, tiny_llama: Path) -> None:
+    sync = WeightSync(lora_pool, SyncConfig(road="lora"))
+    good = adapted(tiny_llama, 4)
+    sync.push(good)
+    before = lora_pool.adapter
+
+    spoiled = adapted(tiny_llama, 5)
+    next(p for n, p in spoiled.named_parameters() if "lora_A" in n).data[0, 0] = float("nan")
+    with pytest.raises(WeightCoverageError, match=r"lora_A"):
+        sync.push(spoiled)
+    with pytest.raises(ConfigError, match="PEFT"):
+        sync.push(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
+
+    assert lora_pool.adapter == before
+    (reply,) = lora_pool.generate([PROMPT], SamplingParams(max_new_tokens=4, temperature=0, ignore_eos=True))
+    assert reply.output_ids == greedy(good, 4)
+    sync.close()
+
+
+def test_a_server_without_lora_is_refused_by_name(pool: SGLangPool, tiny_llama: Path) -> None:
+    with pytest.raises(ConfigError, match="--enable-lora"):
+        WeightSync(pool, SyncConfig(road="lora")).push(adapted(tiny_llama, 1))
