@@ -45,6 +45,7 @@ from transformers.utils.logging import disable_progress_bar
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, SGLangWrapper, smollm2_checkpoint
 
 QUESTION = "What is {a} + {b}? Answer with only the number."
+# ess: effective sample size, 1 when server and trainer agree; entropy: estimated from the sampled tokens, in nats
 COLUMNS = (
     *("step", "reward_mean", "response_tokens_mean", "generate_tokens_per_s", "sync_s", "sync_mb", "weight_version"),
     *("logprob_gap_max", "right_rate", "reward_std", "generate_s", "score_s", "train_s", "ess", "clip_fraction"),
@@ -74,6 +75,8 @@ def read_arguments() -> argparse.Namespace:
     for name in ("steps", "questions", "micro_batch", "max_new_tokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.model and args.output.resolve() in Path(args.model).resolve().parents:
+        parser.error("--model lies in --output, whose files are replaced: choose another --output")
     if args.answers < 2:
         parser.error("--answers must be at least 2: GRPO compares the answers to one question with each other")
     return args
@@ -181,11 +184,12 @@ def draw_report(rows: list[dict[str, float]], path: Path) -> None:
         seconds.set(title="Where a step's time goes", xlabel="step", ylabel="seconds", ylim=(0, max(bottom) * 1.35))
         seconds.legend(loc="upper right", ncols=2, frameon=False, title="mean per step")
 
-        gap.plot(steps, [row["logprob_gap_max"] for row in rows], color="#2166ac", marker="o", markersize=4)
+        gaps = [row["logprob_gap_max"] for row in rows]
+        gap.plot(steps, gaps, color="#2166ac", marker="o", markersize=4)
         gap.axhline(1e-3, color="#b2182b", linestyle="--", linewidth=1)
         gap.annotate("limit for float32", (steps[0], 1.15e-3), color="#b2182b", va="bottom")
         gap.set(title="Largest log-prob gap, server to trainer", xlabel="step", yscale="log")
-        gap.set_ylim(min(1e-6, *(row["logprob_gap_max"] for row in rows)), 1e-2)
+        gap.set_ylim(min(1e-6, *gaps), max(1e-2, *gaps))
         for axes in (reward, seconds, gap):
             axes.xaxis.get_major_locator().set_params(integer=True)
         figure.savefig(path, dpi=130)
@@ -200,6 +204,7 @@ def train(args: argparse.Namespace, bar: tqdm) -> list[dict[str, float]]:
     on_gpu = last_gpu >= 1 if args.device is None else args.device == "cuda"
     device = torch.device("cuda", last_gpu) if on_gpu else torch.device("cpu")
     tokenizer = AutoTokenizer.from_pretrained(path)
+    # float32 whatever the server computes in: steps of 1e-5 would vanish in bfloat16; eval(): no dropout, ever
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
     actor = TransformersWrapper(model, tokenizer=tokenizer, input_mode="tokens", generate=False, pad_output=False)
 
@@ -250,14 +255,16 @@ def train(args: argparse.Namespace, bar: tqdm) -> list[dict[str, float]]:
         clock = time.perf_counter()
         for step, batch in enumerate(collector, 1):
             batch_B = batch.reshape(-1).to(device)
-            generate_s, clock = time.perf_counter() - clock, time.perf_counter()
+            generate_s = time.perf_counter() - clock
+            if step == args.steps:
+                save(model, tokenizer, args.output / "checkpoint-previous")
 
             bar.set_postfix_str("scoring with the trainer's model")
+            clock = time.perf_counter()
             responses_B_R = batch_B.get(("tokens", "response"), as_list=True)
             server_B_R = batch_B.get(("log_probs", "response"), as_list=True)
             with autocast:
                 trainer_B_R = trainer_log_probs(actor, batch_B, args.micro_batch)
-
             gaps = torch.cat([(s - t).abs() for s, t in zip(server_B_R, trainer_B_R, strict=True)])
             score_s, clock = time.perf_counter() - clock, time.perf_counter()
 
@@ -275,8 +282,6 @@ def train(args: argparse.Namespace, bar: tqdm) -> list[dict[str, float]]:
                 seen += len(micro_B)
                 bar.set_postfix_str(f"training {seen}/{batch_size}")
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if step == args.steps:
-                save(model, tokenizer, args.output / "checkpoint-previous")
             optimizer.step()
             optimizer.zero_grad()
             train_s, clock = time.perf_counter() - clock, time.perf_counter()
@@ -336,10 +341,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     keep_freed_memory()
     args.output.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.csv", "samples.jsonl", "report.png"):
-        (args.output / name).unlink(missing_ok=True)
-    for name in ("checkpoint", "checkpoint-previous"):
-        shutil.rmtree(args.output / name, ignore_errors=True)
+    if (args.output / "metrics.csv").exists():  # what an earlier run left must not pass for this one's
+        (args.output / "report.png").unlink(missing_ok=True)
+        for name in ("checkpoint", "checkpoint-previous"):
+            shutil.rmtree(args.output / name, ignore_errors=True)
     try:
         with tqdm(total=args.steps, unit="step", dynamic_ncols=True) as bar:
             rows = train(args, bar)
