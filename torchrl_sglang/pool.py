@@ -112,8 +112,8 @@ class SGLangPool:
         for url, version in versions.items():
             if version.dirty:
                 self.quarantine(url, f"it holds half-updated weights ({version}); a full sync heals it")
-        self.weight_version = max((v.number for v in versions.values() if not v.dirty), default=0)
-        self.weight_version = max(self.weight_version, 0)
+        # What an unfinished update was to replace was one lower: a new trainer counts on from there.
+        self.weight_version = max(0, *(v.number - v.dirty for v in versions.values()))
         self._connected = True
 
     @property

@@ -27,7 +27,7 @@ from torchrl_sglang.errors import (
 from torchrl_sglang.parallel import Task, side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_ready
-from torchrl_sglang.protocol.dialect import SERVER_INFO
+from torchrl_sglang.protocol.dialect import MODEL_INFO, SERVER_INFO
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.broadcast import BroadcastRoad
 from torchrl_sglang.weights.buckets import Bucket, plan_buckets, trainable_specs
@@ -84,6 +84,7 @@ class WeightSync:
         self._complete = False
         self._restart = restart
         self._stuck: set[str] = set()
+        self._held: dict[str, str] = {}
         self._last_weights: Any = None
         self._pending: PendingSync | None = None
 
@@ -159,6 +160,8 @@ class WeightSync:
             return None
         try:
             clients = self._reachable()
+            if partial or self._config.only_trainable:
+                self._require_ours(clients, partial)
             road = self._choose_road(checkpoint)
             road.connect(clients)
         except SGLangError as error:
@@ -348,6 +351,22 @@ class WeightSync:
 
         return find
 
+    def _require_ours(self, clients: Sequence[SGLangClient], partial: bool) -> None:
+        """Some tensors only are to be sent: the others must be on every server, and as this trainer knows them.
+
+        Raises:
+            ConfigError: they aren't, and the caller has no others to send.
+        """
+        for client in clients:
+            held = str(client.send(MODEL_INFO)["weight_version"])
+            if held == self._held.get(client.url, client.info.weight_version) and not WeightVersion.parse(held).dirty:
+                continue
+            self._complete = False
+            if partial:
+                raise ConfigError(
+                    f"{client.url} holds version {held!r}, which this trainer did not send: push all weights first"
+                )
+
     def _describe_the_others(self, error: WeightSyncError) -> None:
         """No weights were sent: what the servers hold that ``error`` says nothing of."""
         for client in self._pool.clients:
@@ -360,6 +379,7 @@ class WeightSync:
         """Servers that hold all of version ``number``; in a failed sync these may be some of them only."""
         for url in urls:
             self._pool.restore(url)
+            self._held[url] = str(WeightVersion(number=number, owner=self.owner))
         if urls:
             self._pool.weight_version = number
 
