@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "serve",
     "generate": "generate",
     "chat": "chat",
+    "doctor": "doctor",
     "install-cpu-server": "install_cpu_server",
     "version": "version",
 }

@@ -50,6 +50,7 @@ def self_test(
         say("making a small model")
         model_path = make_tiny_model(Path(folder) / "tiny", hidden=512, layers=8, heads=8, kv_heads=4)
         config = _placed(replace(server or ServerConfig(model="-"), model=str(model_path), dtype="float32"))
+        say("starting a server (20 s and more)")
         launched = SGLangServer(config)
         try:
             with _step(diagnosis, "server start", "its log's tail is above; `torchrl-sglang serve` shows all of it"):
