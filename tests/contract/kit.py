@@ -233,6 +233,14 @@ def session(subject: Subject) -> Iterator[None]:
     assert subject.post("/end_weight_update").status_code == 200
 
 
+def refused(reply: requests.Response) -> str:
+    """The message of a refusal."""
+    body = reply.json()
+    assert (reply.status_code, body["success"]) == (400, False), body
+    message: str = body["message"]
+    return message
+
+
 def weights_of(model: Path) -> dict[str, torch.Tensor]:
     return load_file(model / "model.safetensors")
 

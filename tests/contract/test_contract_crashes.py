@@ -12,7 +12,7 @@ import requests
 
 from tests.contract.kit import PATIENCE_S, PROMPT, Background, LongRequest, Subject, hosted_store, join_body
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]  # a start takes minutes on a busy machine
 
 DEADLY: dict[str, Any] = {
     "a token id outside the vocabulary": [1, 320],

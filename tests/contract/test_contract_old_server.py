@@ -1,8 +1,8 @@
 """SGLang before 0.5.21, which knows no weight-update session; asked of the fake and of a real 0.5.20.
 
-The real one runs in the same environment, its own package first on the server process's import path. It is fetched once
-(60 MB, the only test that may need a network) into ``.venv/sglang-0.5.20``; where that can't be done the tests on it are
-skipped, and fail in CI.
+The real one runs in the same environment, its own package first on the server process's import path. It is fetched
+once (60 MB, the only test that may need a network) into ``.venv/sglang-0.5.20``; where that can't be done the tests on
+it are skipped, and fail in CI.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.contract.kit import NORM, PROMPT, LongRequest, Subject, Trainer, weig
 from torchrl_sglang.server.cpu import STAND_INS_PATH
 from torchrl_sglang.testing.fake_server import FakeServerProcess, FakeSettings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]  # a start takes minutes on a busy machine
 
 VERSION = "0.5.20"
 UPDATED = {"success": True, "message": "Succeeded to update parameter online."}

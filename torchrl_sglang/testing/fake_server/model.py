@@ -53,6 +53,8 @@ class Weights:
     def __init__(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
         self.tensors = {name: self._cast(tensor, dtype) for name, tensor in tensors.items()}
         self.checksums = {name: checksum(tensor) for name, tensor in self.tensors.items()}
+        self.signature = _fold(self.checksums)
+        """One number for all the weights."""
 
     @staticmethod
     def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -64,19 +66,17 @@ class Weights:
         Raises:
             ValueError: a shape differs. The tensors before it have been taken over.
         """
-        for name, tensor in named:
-            held = self.tensors.get(name)
-            if held is None:
-                continue
-            if held.shape != tensor.shape:
-                raise ValueError(f"Attempted to load weight ({tensor.shape}) into parameter ({held.shape})")
-            self.tensors[name] = tensor.to(held.dtype, copy=True)
-            self.checksums[name] = checksum(self.tensors[name])
-
-    @property
-    def signature(self) -> int:
-        """One number for all the weights."""
-        return _fold(self.checksums)
+        try:
+            for name, tensor in named:
+                held = self.tensors.get(name)
+                if held is None:
+                    continue
+                if held.shape != tensor.shape:
+                    raise ValueError(f"Attempted to load weight ({tensor.shape}) into parameter ({held.shape})")
+                self.tensors[name] = tensor.to(held.dtype, copy=True)
+                self.checksums[name] = checksum(self.tensors[name])
+        finally:
+            self.signature = _fold(self.checksums)
 
 
 def _fold(checksums: Mapping[str, int]) -> int:

@@ -145,6 +145,12 @@ class Scheduler:
     # ------------------------------------------------------------------ the loop
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        finally:
+            self._gone.set()  # nothing may wait for a thread that is no more
+
+    def _loop(self) -> None:
         while not self._gone.is_set():
             busy = self.state.engine == "running" and bool(self.running or self.waiting)
             try:
