@@ -58,7 +58,7 @@ def launch(config: ServerConfig) -> SGLangServer:
     def progress(line: str) -> None:
         width = shutil.get_terminal_size().columns - 1
         if shown:
-            print(f"\r{f'loading {config.model}, {line}'[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+            print(f"\r{f'loading, {line}'[:width]:<{width}}", end="", file=sys.stderr, flush=True)
 
     print(f"starting SGLang on {config.model}", file=sys.stderr, flush=True)
     try:
