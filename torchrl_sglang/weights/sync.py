@@ -6,8 +6,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,27 +16,25 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import (
     ConfigError,
-    RequestRejectedError,
-    ServerError,
     SGLangError,
     WeightSyncError,
     WeightUpdateError,
 )
-from torchrl_sglang.parallel import Task, side_by_side
+from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import SGLangPool
-from torchrl_sglang.protocol.control import build_ready
-from torchrl_sglang.protocol.dialect import MODEL_INFO, SERVER_INFO
+from torchrl_sglang.protocol.dialect import MODEL_INFO
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.broadcast import BroadcastRoad
-from torchrl_sglang.weights.buckets import Bucket, plan_buckets, trainable_specs
+from torchrl_sglang.weights.buckets import Bucket
 from torchrl_sglang.weights.checkpoint import Checkpoint
-from torchrl_sglang.weights.coverage import check_coverage, wire_dtype
 from torchrl_sglang.weights.disk import DiskRoad
 from torchrl_sglang.weights.lora import LoraRoad
 from torchrl_sglang.weights.pending import PendingSync
+from torchrl_sglang.weights.plan import gather_only, make_packing, make_plan
 from torchrl_sglang.weights.proof import compare_checksums, prove
 from torchrl_sglang.weights.report import SyncReport
-from torchrl_sglang.weights.road import Packing, Road
+from torchrl_sglang.weights.road import Road
+from torchrl_sglang.weights.roll_call import RollCall
 from torchrl_sglang.weights.session import UpdateSession
 from torchrl_sglang.weights.shards import ranks_of
 from torchrl_sglang.weights.source import WeightSource, open_source
@@ -46,9 +42,6 @@ from torchrl_sglang.weights.source import WeightSource, open_source
 __all__ = ["WeightSync"]
 
 _log = logging.getLogger(__name__)
-
-_STUCK_TIMEOUT_S = 5.0
-"""How long a server that was stuck gets to show that somebody freed or restarted it."""
 
 
 class WeightSync:
@@ -82,8 +75,7 @@ class WeightSync:
         self._road: Road | None = None
         self._lora_road = LoraRoad(pool, self.owner)
         self._complete = False
-        self._restart = restart
-        self._stuck: set[str] = set()
+        self._roll_call = RollCall(pool, restart)
         self._held: dict[str, str] = {}
         self._last_weights: Any = None
         self._pending: PendingSync | None = None
@@ -96,7 +88,7 @@ class WeightSync:
             WeightUpdateError: a server did not join.
         """
         self._pool.connect()
-        self._choose_road(self._read_checkpoint()).connect(self._reachable())
+        self._choose_road(self._read_checkpoint()).connect(self._answering())
 
     def push(self, weights: Any, *, version: int | None = None, partial: bool = False) -> SyncReport | None:
         """Send weights to every server that can be reached, and return when they serve them.
@@ -156,24 +148,26 @@ class WeightSync:
             return self._push_adapter(weights, version, start)
         source = open_source(weights, checkpoint, name_map=self._config.name_map, ignore=self._config.ignore)
         if not source.is_sender:
-            _gather_only(source, self._plan(source, checkpoint, partial))
+            gather_only(source, self._plan(source, checkpoint, partial))
             return None
         try:
-            clients = self._reachable()
+            clients = self._answering()
             if partial or self._config.only_trainable:
                 self._require_ours(clients, partial)
             road = self._choose_road(checkpoint)
             road.connect(clients)
         except SGLangError as error:
             if isinstance(error, WeightSyncError):
-                self._describe_the_others(error)
+                self._roll_call.describe_the_others(error)
             if source.is_sharded:  # the other ranks wait for us to gather with them
-                _gather_only(source, self._plan(source, checkpoint, partial))
+                gather_only(source, self._plan(source, checkpoint, partial))
             raise
         plan = self._plan(source, checkpoint, partial)
-        number = max(self._pool.weight_version, self._pool.highest_version) + 1 if version is None else version
-        deadline = time.monotonic() + self._config.deadline_s(_num_bytes(plan) or checkpoint.nbytes)
-        packing = self._packing(source, checkpoint, plan)
+        number = self._next_number() if version is None else version
+        deadline = time.monotonic() + self._config.deadline_s(
+            sum(bucket.nbytes for bucket in plan) or checkpoint.nbytes
+        )
+        packing = make_packing(source, checkpoint, self._config, plan, served_dtype=self._served_dtype(checkpoint))
         self._last_weights = None if source.one_shot else weights
         try:
             session = road.send(
@@ -185,7 +179,7 @@ class WeightSync:
             )
             gap = self._prove(road, clients, source, session)
         except WeightSyncError as error:
-            self._stuck |= {url for url, state in error.server_weights.items() if state == "stuck"}
+            self._roll_call.stuck |= {url for url, state in error.server_weights.items() if state == "stuck"}
             self._complete = False
             self._put_to_use([url for url, state in error.server_weights.items() if state == "new"], number)
             raise
@@ -207,6 +201,10 @@ class WeightSync:
         _log.info("weights %d on %d servers in %.3f s", number, len(clients), self.last_report.total_s)
         return self.last_report
 
+    def _next_number(self) -> int:
+        """No number names two different weights, not even one whose update failed."""
+        return max(self._pool.weight_version, self._pool.highest_version) + 1
+
     def _connect_all_ranks(self, weights: Any) -> Checkpoint:
         """Reach the servers and read their checkpoint. Ranks of a sharded model fail alike: none is left gathering."""
         ranks = ranks_of(weights.parameters()) if isinstance(weights, nn.Module) else None
@@ -223,8 +221,8 @@ class WeightSync:
         return checkpoint
 
     def _push_adapter(self, weights: Any, version: int | None, start: float) -> SyncReport:
-        clients = self._reachable()
-        number = max(self._pool.weight_version, self._pool.highest_version) + 1 if version is None else version
+        clients = self._answering()
+        number = self._next_number() if version is None else version
         self.last_report = self._lora_road.push(
             clients, weights, WeightVersion(number=number, owner=self.owner), self._config, start
         )
@@ -259,24 +257,15 @@ class WeightSync:
         return self._checkpoint
 
     def _plan(self, source: WeightSource, checkpoint: Checkpoint, partial: bool) -> list[Bucket]:
-        """Which tensors travel in which bucket; everything that can be wrong with them is found here.
-
-        Empty for a source that can be read only once: its tensors are checked one by one as they pass.
-        """
-        if source.one_shot:
-            return []
-        specs = source.specs()
-        ignore = (*self._config.ignore, *source.not_held)
-        if partial:
-            ignore += tuple(name for name in checkpoint.specs if name not in specs)
-        check_coverage(specs, checkpoint, ignore=ignore, server=self._pool.clients[0].url)
-        served = self._served_dtype(checkpoint)
-        wire = [replace(spec, dtype=wire_dtype(spec, checkpoint, served)) for spec in specs.values()]
-        if self._may_skip_frozen(source):
-            wire = trainable_specs(wire)
-        if self._config.check_values:
-            source.check_values([spec.name for spec in wire], served)
-        return plan_buckets(wire, bucket_bytes=self._config.bucket_bytes)
+        return make_plan(
+            source,
+            checkpoint,
+            self._config,
+            served_dtype=self._served_dtype(checkpoint),
+            server=self._pool.clients[0].url,
+            partial=partial,
+            skip_frozen=self._may_skip_frozen(source),
+        )
 
     def _may_skip_frozen(self, source: WeightSource) -> bool:
         """Only where every server is known to hold this trainer's frozen tensors.
@@ -286,17 +275,6 @@ class WeightSync:
         """
         wanted = self._config.only_trainable and not source.is_sharded and not isinstance(self._road, DiskRoad)
         return wanted and self._complete and not self._pool.quarantined
-
-    def _packing(self, source: WeightSource, checkpoint: Checkpoint, plan: list[Bucket]) -> Packing:
-        if not source.one_shot:
-            return lambda packer: packer.packed(plan, source.tensors)
-        served = self._served_dtype(checkpoint)
-        return lambda packer: packer.packed_stream(
-            source.tensors(),
-            bucket_bytes=self._config.bucket_bytes,
-            dtype_of=lambda spec: wire_dtype(spec, checkpoint, served),
-            expected=checkpoint.specs,
-        )
 
     def _served_dtype(self, checkpoint: Checkpoint) -> torch.dtype | None:
         dtype = getattr(torch, self._pool.info.dtype, None)
@@ -314,42 +292,11 @@ class WeightSync:
                 self._road = BroadcastRoad(self._pool, self._config)
         return self._road
 
-    def _reachable(self) -> list[SGLangClient]:
-        """The servers that answer. One that is gone is left out with a warning; it has to be synced when it is back.
-
-        Raises:
-            WeightUpdateError: none answers.
-        """
-        outcomes = side_by_side({client.url: self._finding(client) for client in self._pool.clients})
-        for client in self._pool.clients:
-            error = outcomes[client.url].error
-            if error is not None:
-                self._pool.quarantine(client.url, f"it could not be reached for a weight update ({error})")
-        alive = [client for client in self._pool.clients if outcomes[client.url].error is None]
-        self._stuck -= {client.url for client in alive}
-        if not alive:
-            raise WeightUpdateError(
-                f"no server can be reached: {outcomes[self._pool.clients[0].url].error}",
-                server_weights={client.url: "stuck" for client in self._pool.clients},
-            )
-        return alive
-
-    def _finding(self, client: SGLangClient) -> Callable[[], None]:
-        """Is the server there? If not, and it is ours, start it again."""
-
-        def find() -> None:
-            try:
-                with suppress(RequestRejectedError):  # a paused server says 503: it is there, and only that is asked
-                    client.send(build_ready())
-                if client.url in self._stuck or client.url in self._pool.quarantined:
-                    _await_scheduler(client)
-            except ServerError:
-                if self._restart is None or not self._restart(client.url):
-                    raise
-                client.connect()
-                self._complete = False
-
-        return find
+    def _answering(self) -> list[SGLangClient]:
+        clients = self._roll_call.answering()
+        if self._roll_call.restarted:
+            self._complete = False  # they need the frozen tensors too
+        return clients
 
     def _require_ours(self, clients: Sequence[SGLangClient], partial: bool) -> None:
         """Some tensors only are to be sent: the others must be on every server, and as this trainer knows them.
@@ -366,12 +313,6 @@ class WeightSync:
                 raise ConfigError(
                     f"{client.url} holds version {held!r}, which this trainer did not send: push all weights first"
                 )
-
-    def _describe_the_others(self, error: WeightSyncError) -> None:
-        """No weights were sent: what the servers hold that ``error`` says nothing of."""
-        for client in self._pool.clients:
-            in_service = client.url not in self._pool.quarantined
-            error.server_weights.setdefault(client.url, "old" if in_service else "mixed")
 
     # ------------------------------------------------------------------ what came out
 
@@ -414,15 +355,6 @@ class WeightSync:
         error.server_weights.update(session.server_weights)
 
 
-def _await_scheduler(client: SGLangClient) -> None:
-    """Ask something only the scheduler can answer: a server stuck in a collective still answers ``/ready``.
-
-    Raises:
-        ServerTimeoutError: it is stuck.
-    """
-    client.send(SERVER_INFO, timeout_s=min(_STUCK_TIMEOUT_S, client.config.probe_timeout_s))
-
-
 def _refuse_quantised_online(clients: Sequence[SGLangClient], checkpoint: Checkpoint) -> None:
     for client in clients:
         if client.info.quantization is not None and checkpoint.quantization is None:
@@ -430,16 +362,6 @@ def _refuse_quantised_online(clients: Sequence[SGLangClient], checkpoint: Checkp
                 f"{client.url} quantises its weights while loading (--quantization {client.info.quantization}): what "
                 "it would make of new ones can't be checked. Serve a checkpoint that is quantised already, or none"
             )
-
-
-def _num_bytes(plan: Sequence[Bucket]) -> int:
-    return sum(bucket.nbytes for bucket in plan)
-
-
-def _gather_only(source: WeightSource, plan: Sequence[Bucket]) -> None:
-    """Take part in gathering what the sending rank gathers, in the same order."""
-    for _ in source.tensors([name for bucket in plan for name in bucket.names]):
-        pass
 
 
 def _can_be_asked(source: WeightSource) -> bool:

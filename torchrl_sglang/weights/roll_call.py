@@ -1,0 +1,88 @@
+"""Which servers answer before an update; those of ours that don't are started again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.errors import RequestRejectedError, ServerError, WeightSyncError, WeightUpdateError
+from torchrl_sglang.parallel import side_by_side
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.control import build_ready
+from torchrl_sglang.protocol.dialect import SERVER_INFO
+
+__all__ = ["RollCall"]
+
+_STUCK_TIMEOUT_S = 5.0
+"""How long a server that was stuck gets to show that somebody freed or restarted it."""
+
+
+class RollCall:
+    """Finds the servers an update can go to.
+
+    Args:
+        pool: the servers; those that don't answer are quarantined.
+        restart: restarts the server at a URL and returns whether it is ours to restart.
+
+    Attributes:
+        stuck: servers that an update left waiting in a collective.
+        restarted: servers started again by the last call: they hold the checkpoint's weights.
+    """
+
+    def __init__(self, pool: SGLangPool, restart: Callable[[str], bool] | None) -> None:
+        self.stuck: set[str] = set()
+        self.restarted: set[str] = set()
+        self._pool = pool
+        self._restart = restart
+
+    def answering(self) -> list[SGLangClient]:
+        """The servers that answer. One that is gone is left out with a warning; it has to be synced when it is back.
+
+        Raises:
+            WeightUpdateError: none answers.
+        """
+        self.restarted = set()
+        outcomes = side_by_side({client.url: self._finding(client) for client in self._pool.clients})
+        for client in self._pool.clients:
+            error = outcomes[client.url].error
+            if error is not None:
+                self._pool.quarantine(client.url, f"it could not be reached for a weight update ({error})")
+        alive = [client for client in self._pool.clients if outcomes[client.url].error is None]
+        self.stuck -= {client.url for client in alive}
+        if not alive:
+            raise WeightUpdateError(
+                f"no server can be reached: {outcomes[self._pool.clients[0].url].error}",
+                server_weights={client.url: "stuck" for client in self._pool.clients},
+            )
+        return alive
+
+    def describe_the_others(self, error: WeightSyncError) -> None:
+        """No weights were sent: add to ``error`` what the servers hold that it says nothing of."""
+        for client in self._pool.clients:
+            in_service = client.url not in self._pool.quarantined
+            error.server_weights.setdefault(client.url, "old" if in_service else "mixed")
+
+    def _finding(self, client: SGLangClient) -> Callable[[], None]:
+        def find() -> None:
+            try:
+                with suppress(RequestRejectedError):  # a paused server says 503: it is there, and only that is asked
+                    client.send(build_ready())
+                if client.url in self.stuck or client.url in self._pool.quarantined:
+                    _await_scheduler(client)
+            except ServerError:
+                if self._restart is None or not self._restart(client.url):
+                    raise
+                client.connect()
+                self.restarted.add(client.url)
+
+        return find
+
+
+def _await_scheduler(client: SGLangClient) -> None:
+    """Ask something only the scheduler can answer: a server stuck in a collective still answers ``/ready``.
+
+    Raises:
+        ServerTimeoutError: it is stuck.
+    """
+    client.send(SERVER_INFO, timeout_s=min(_STUCK_TIMEOUT_S, client.config.probe_timeout_s))
