@@ -134,7 +134,14 @@ class WeightGroup:
             else:
                 work.wait()
         except RuntimeError as error:
-            raise WeightUpdateError(f"the {self.backend} broadcast of {tensor.nbytes} bytes failed: {error}") from error
+            advice = ""
+            if "uplicate GPU" in str(error):
+                advice = (
+                    ". Trainer and server share a GPU, which NCCL refuses: give the servers others "
+                    "(from_pretrained(..., gpus=[[1], ...])), or use SyncConfig(road='disk')"
+                )
+            message = f"the {self.backend} broadcast of {tensor.nbytes} bytes failed: {error}{advice}"
+            raise WeightUpdateError(message) from error
         finally:
             # It holds the group's connections and store, and a traceback holds this frame: peers would wait on.
             work = None
