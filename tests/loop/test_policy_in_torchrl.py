@@ -266,6 +266,7 @@ def test_a_server_can_be_the_reference_model(engine: AsyncSGLang, model: Any, to
         assistant_only=True,
         tokenizer=tokenizer,
         add_to_reward=False,
+        gen_log_probs_full_key=("gen_log_probs", "full"),  # TorchRL can't rename ragged entries
     )(conversations())
     divergence = penalty.get("kl_penalty", as_list=True)
     for kl in divergence.unbind(0) if isinstance(divergence, torch.Tensor) else divergence:

@@ -188,6 +188,7 @@ def test_a_bad_prompt_is_marked_and_the_others_are_served(bad: list[int], messag
     assert pool.requests == [[[5, 6], [7]]]
     facts = out["generation"].reshape(-1)
     assert [bool(e) for e in facts.error] == [False, False, True, True, False, False]
+    assert "prompt 1" in facts.error[2]
     assert facts.finish_reason[2] == "error"
     assert facts.completion_tokens.tolist() == [4, 4, 0, 0, 4, 4]
     written = rows(out, "masks", "all_assistant_mask")

@@ -101,7 +101,7 @@ def _responses(replies_S: Sequence[GenerateReply], settings: RolloutSettings, to
     texts: list[str] = tokenizer.batch_decode(ids_S_R, skip_special_tokens=skips)
     if trims:
         for index, reply in enumerate(replies_S):
-            if isinstance(reply.matched, str):
+            if isinstance(reply.matched, str) and reply.matched in texts[index]:  # a matched pattern is not the text
                 texts[index] = texts[index].rpartition(reply.matched)[0]
     return texts
 

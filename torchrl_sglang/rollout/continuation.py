@@ -14,6 +14,7 @@ from torchrl.data.llm import History
 __all__ = ["continue_tokens"]
 
 _TAIL = 32  # characters by which the end of an answer is recognised
+_MARK = "@@the-answer@@"
 
 
 def continue_tokens(
@@ -49,13 +50,15 @@ def continue_tokens(
 def _after_last_answer(spelled: str, rendered: str, history: History, render: Callable[[History], str]) -> str | None:
     messages = list(history.unbind(0))
     last = next((i for i in reversed(range(len(messages))) if messages[i].role == "assistant"), None)
-    if last is None:
+    if not last:  # nobody has answered, or nobody was asked
         return None
     until_answer = render(history[: last + 1])
-    tail = str(messages[last].content).rstrip()[-_TAIL:]
-    if not rendered.startswith(until_answer) or not tail or tail not in until_answer:
+    if not rendered.startswith(until_answer):
         return None
-    closing = until_answer[until_answer.rindex(tail) + len(tail) :]
+    # What the template writes after an answer, read off an answer that can be found again in the text.
+    marked = render(history[:last].append(History(role="assistant", content=_MARK), inplace=False, dim=-1))
+    closing = marked.rpartition(_MARK)[2]
+    tail = str(messages[last].content).rstrip()[-_TAIL:]
     for kept in range(len(closing), -1, -1):  # how much of the end of the message the tokens hold already
         if spelled.endswith(tail + closing[:kept]):
             return closing[kept:] + rendered[len(until_answer) :]

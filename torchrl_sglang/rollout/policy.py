@@ -36,6 +36,14 @@ class SGLangWrapper(LLMWrapperBase):
     Interchangeable with :class:`~torchrl.modules.llm.vLLMWrapper`: the same arguments, input keys, output keys and
     TensorClasses. What it tells beyond that lies under ``generation_key``, see :class:`Generation`.
 
+    Where TorchRL's two wrappers disagree this follows vLLMWrapper: the prompt part of ``LogProbs.full`` is NaN unless
+    asked for, ``LogProbs.full`` is left out when there is a sample dimension, ``Masks.all_assistant_mask`` marks the
+    response, the first response token has its log-prob. It departs from vLLMWrapper in five places. Text mode fills in
+    the prompt's tokens and the masks, as tokens mode does. Padded log-probs end in 0, not in the padding token's id. An
+    attention mask, or ``Tokens.padded``, decides what is padding, so a padding id that was sampled stays. The content
+    of an answer in ``ChatHistory`` lacks the special token that ended it, which the chat template writes. And
+    ``ChatHistory.response`` has a message dimension, as the class asks for.
+
     Args:
         model: an :class:`~torchrl_sglang.AsyncSGLang`, an :class:`~torchrl_sglang.SGLangPool`, or the URL of a running
             server.
@@ -191,6 +199,24 @@ class SGLangWrapper(LLMWrapperBase):
         model = kwargs.pop("model", self.model)
         settings = self.settings.changed(**kwargs)
         return type(self)(model, **{f.name: getattr(settings, f.name) for f in fields(settings)})
+
+    def cleanup_batching(self, *, flush: bool = False) -> None:
+        """End what waits for company: with ``flush`` it runs now, else its callers get a ``CancelledError``."""
+        batcher = self.__dict__.get("_batcher")  # __del__ comes here even when the constructor has failed
+        if batcher is not None:
+            batcher.flush() if flush else batcher.cancel()
+
+    def get_batching_state(self) -> dict[str, Any]:
+        """How many prompts wait, and whether a batch runs."""
+        if self._batcher is None:
+            return {"batching_enabled": False}
+        return {
+            "batching_enabled": True,
+            "min_batch_size": self._min_batch_size,
+            "max_batch_size": self._max_batch_size,
+            "timeout": self._batching_timeout,
+            **self._batcher.state,
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         # A collector's weak reference and a batcher's lock stay behind: a copy in another process has its own.

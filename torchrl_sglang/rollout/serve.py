@@ -179,7 +179,7 @@ def _problems(pool: SGLangPool, prompts: Prompts, sampling: SamplingParams, *, m
         try:
             pool.check([ids_P], sampling)
         except ConfigError as error:
-            problems[index] = str(error)
+            problems[index] = str(error).replace("prompt 0", f"prompt {index}", 1)
             vocab_size = pool.vocab_size
             if ids_P and (min(ids_P) < 0 or (vocab_size is not None and max(ids_P) >= vocab_size)):
                 prompts.ids_B_T[index] = []

@@ -1,0 +1,128 @@
+"""Calls of many threads become few batches, and each gets its own results, errors and deadline."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+
+import pytest
+
+from torchrl_sglang.rollout.batching import Batcher
+
+
+def at_once(calls: Sequence[Callable[[], object]]) -> list[object]:
+    """Run calls in threads; returns per call its result or exception."""
+    results: list[object] = [None] * len(calls)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = calls[index]()
+        except (RuntimeError, CancelledError) as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    return results
+
+
+def test_each_call_gets_the_results_of_its_own_items() -> None:
+    batches: list[list[int]] = []
+
+    def run(items: Sequence[int]) -> list[int]:
+        batches.append(list(items))
+        return [10 * item for item in items]
+
+    batcher: Batcher[int, int] = Batcher(min_items=12, wait_s=60)
+    results = at_once([lambda i=i: batcher.submit([i, i + 100], run) for i in range(6)])
+    assert results == [[10 * i, 10 * i + 1000] for i in range(6)]
+    assert len(batches) == 1
+
+
+def test_no_batch_is_larger_than_allowed_unless_one_call_is() -> None:
+    sizes: list[int] = []
+
+    def run(items: Sequence[int]) -> Sequence[int]:
+        sizes.append(len(items))
+        return items
+
+    batcher: Batcher[int, int] = Batcher(min_items=8, max_items=3, wait_s=60)
+    assert len(batcher.submit([1] * 8, run)) == 8
+    assert sizes == [8]
+    sizes.clear()
+    batcher = Batcher(min_items=1, max_items=3, wait_s=60)
+    at_once([lambda: batcher.submit([1], run) for _ in range(8)])
+    assert sum(sizes) == 8
+    assert max(sizes) <= 3
+
+
+def test_a_lonely_call_runs_when_its_time_is_up() -> None:
+    batcher: Batcher[int, int] = Batcher(min_items=100, wait_s=0.05)
+    assert batcher.submit([7], lambda items: items) == [7]
+
+
+def test_what_arrives_while_a_batch_runs_becomes_the_next_batch() -> None:
+    batches: list[list[int]] = []
+    running, more = threading.Event(), threading.Event()
+
+    def run(items: Sequence[int]) -> Sequence[int]:
+        batches.append(list(items))
+        running.set()
+        assert more.wait(60)
+        return items
+
+    batcher: Batcher[int, int] = Batcher(min_items=1, wait_s=60)
+    first = threading.Thread(target=lambda: batcher.submit([0], run))
+    first.start()
+    assert running.wait(60)
+    others = [threading.Thread(target=lambda i=i: batcher.submit([i], run)) for i in (1, 2, 3)]
+    for thread in others:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while batcher.state["pending_futures"] != 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    more.set()
+    for thread in (first, *others):
+        thread.join(timeout=60)
+    assert batches[0] == [0]
+    assert sorted(batches[1]) == [1, 2, 3]
+
+
+def test_an_error_reaches_every_caller_of_its_batch_and_nobody_else() -> None:
+    def fail(items: Sequence[int]) -> Sequence[int]:
+        raise RuntimeError(f"could not run {len(items)}")
+
+    batcher: Batcher[int, int] = Batcher(min_items=3, wait_s=60)
+    failed = at_once([lambda: batcher.submit([1], fail, kind="a") for _ in range(3)])
+    assert [str(error) for error in failed] == ["could not run 3"] * 3
+    assert batcher.submit([1, 2, 3], lambda items: items, kind="b") == [1, 2, 3]
+
+
+def test_a_batch_that_loses_results_is_an_error() -> None:
+    batcher: Batcher[int, int] = Batcher()
+    with pytest.raises(RuntimeError, match="a batch of 2 items gave 1 results"):
+        batcher.submit([1, 2], lambda items: items[:1])
+
+
+@pytest.mark.parametrize("end", ["cancel", "flush"])
+def test_waiting_calls_can_be_given_up_or_sent_at_once(end: str) -> None:
+    batcher: Batcher[int, int] = Batcher(min_items=100, wait_s=60)
+
+    def end_soon() -> None:
+        deadline = time.monotonic() + 60
+        while batcher.state["pending_futures"] == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        getattr(batcher, end)()
+
+    result, _ = at_once([lambda: batcher.submit([7], lambda items: items), end_soon])
+    if end == "cancel":
+        assert isinstance(result, CancelledError)
+    else:
+        assert result == [7]
