@@ -3,11 +3,11 @@
     torchrl-sglang chat                          # with the server at http://127.0.0.1:30000
     torchrl-sglang chat --model Qwen/Qwen3-0.6B  # launch one for as long as the chat lasts
 
-Type a message and Enter. Ctrl-C cuts an answer short.
+Type a message and Enter. Ctrl-C cuts an answer short, Ctrl-D leaves.
 
     /image PATH   show the model an image with the next message (for models that see)
     /reset        forget what was said
-    /exit         leave (Ctrl-D does too)
+    /exit         leave
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class _Talk:
             return input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # as in a shell: the line is thrown away
             print(file=sys.stderr)
-            return "/exit"
+            return "" if sys.stdin.isatty() else None
 
     def _add_image(self, path: str) -> None:
         from torchrl_sglang.chat.data_urls import media_url

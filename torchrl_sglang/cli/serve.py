@@ -18,6 +18,7 @@ from types import FrameType
 
 from torchrl_sglang.cli.launching import add_server_options, launch, server_config
 from torchrl_sglang.cli.secrets import key_from
+from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.server import SGLangServer
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
@@ -39,13 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted, or until the server ends by itself."""
-    signal.signal(signal.SIGTERM, _interrupt)
     config = server_config(args, host=args.host, port=args.port, api_key=key_from(args.api_key_file))
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _serve(config, quiet=args.quiet)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _serve(config: ServerConfig, *, quiet: bool) -> int:
     server = launch(config)
     try:
         print(f"ready {server.url}", flush=True)
         print("Ctrl-C ends the server", file=sys.stderr, flush=True)
-        _follow(server, quiet=args.quiet)
+        _follow(server, quiet=quiet)
     except KeyboardInterrupt:
         print("\nending the server", file=sys.stderr, flush=True)
     finally:
