@@ -23,17 +23,27 @@ import threading
 import time
 import traceback
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torchrl_sglang import ClientConfig, SGLangError, SyncConfig, WeightSync, WeightSyncError
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from torchrl_sglang import ClientConfig, ServerTimeoutError, SGLangError, SyncConfig, WeightSync, WeightSyncError
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.control import build_begin_update, build_pause, build_set_version, build_update_bucket
+from torchrl_sglang.protocol.dialect import SERVER_INFO
 from torchrl_sglang.testing.fake_server import FakeServer, FakeSettings, Fault
 from torchrl_sglang.testing.fake_server.model import read_checkpoint
+from torchrl_sglang.weights.group import WeightGroup
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 120.0
@@ -49,7 +59,8 @@ class Forked:
 
     def read(self, timeout_s: float = START_TIMEOUT_S) -> Any:
         """What the child reported, as soon as it has."""
-        wait_until(self._report.exists, f"process {self.pid} reported nothing", timeout_s)
+        wait_until(lambda: self._report.exists() or not self.is_running, f"{self.pid} reported nothing", timeout_s)
+        assert self._report.exists(), f"process {self.pid} ended without a report; its own words are on stderr"
         return json.loads(self._report.read_text())
 
     def stop(self) -> None:
@@ -137,6 +148,24 @@ class Nursery:
         settings = {"urls": urls, "weights": str(weights), "client": asdict(client), "sync": asdict(sync)}
         return Forked(*self._fork("train", settings))
 
+    def stall(self, url: str, weights: Path, *, inside_a_broadcast: bool) -> Forked:
+        """A trainer that reports from the middle of its push and goes no further.
+
+        Args:
+            url: the server.
+            weights: folder of tensors.
+            inside_a_broadcast: the server has been told of a bucket and waits for its bytes; else half of the tensors
+                have arrived, and the next is not announced yet.
+        """
+        return Forked(*self._fork("announce" if inside_a_broadcast else "stall", {"url": url, "weights": str(weights)}))
+
+    def shard(self, world_size: int, url: str, model: Path) -> list[Forked]:
+        """An FSDP2 trainer of ``world_size`` processes; see :func:`_shard` for what it does and reports."""
+        folder = self._folder / f"shards{self._count}"
+        folder.mkdir()
+        shared = {"world_size": world_size, "url": url, "model": str(model), "folder": str(folder)}
+        return [Forked(*self._fork("shard", {**shared, "rank": rank})) for rank in range(world_size)]
+
     def _fork(self, what: str, settings: dict[str, Any]) -> tuple[int, Path]:
         assert self._process is not None
         assert self._process.stdin is not None
@@ -176,6 +205,65 @@ def _train(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
         report({"error": str(error)})
 
 
+def _stall(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
+    def half() -> Iterator[tuple[str, torch.Tensor]]:
+        tensors = list(read_checkpoint(settings["weights"]).items())
+        yield from tensors[: len(tensors) // 2]
+        report("half way")
+        threading.Event().wait()
+
+    WeightSync(SGLangPool([SGLangClient(settings["url"])]), SyncConfig(bucket_bytes=10_000)).push(half())
+
+
+def _announce(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
+    """By hand, as a trainer would: group, pause, mark, begin, one bucket announced and never sent."""
+    client = SGLangClient(settings["url"])
+    group = WeightGroup.form([client], SyncConfig())
+    for request in (build_pause("abort"), build_set_version("dirty-1@somebody"), build_begin_update()):
+        client.send(request)
+    name, tensor = next(iter(read_checkpoint(settings["weights"]).items()))
+    bucket = build_update_bucket(
+        names=[name], dtypes=["float32"], shapes=[list(tensor.shape)], group=group.name, flattened=True
+    )
+    threading.Thread(target=client.send, args=(bucket,), daemon=True).start()
+    with contextlib.suppress(ServerTimeoutError):  # as soon as the scheduler waits in the broadcast
+        while True:
+            client.send(SERVER_INFO, timeout_s=1)
+    report("announced")
+    threading.Event().wait()
+
+
+def _shard(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
+    """Two optimiser steps, a push after each; rank 0 saves the whole model as it was sent last.
+
+    Reports the versions pushed, whether the default process group still works, and where the model is.
+    """
+    folder, rank, world_size = Path(settings["folder"]), settings["rank"], settings["world_size"]
+    store = dist.FileStore(str(folder / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (world_size,))
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+    ids = torch.arange(3, 35)[None]
+    sync = WeightSync(SGLangPool([SGLangClient(settings["url"])]), SyncConfig(bucket_bytes=50_000))
+    versions = []
+    for _ in range(2):
+        model(ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        done = sync.push(model)
+        versions.append(done and done.version)
+    sync.close()
+    count = torch.ones(1)
+    dist.all_reduce(count)
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        torch.save(whole, folder / "whole.pt")
+    report({"versions": versions, "default_group": count.item(), "model": str(folder / "whole.pt")})
+
+
 def _child(order: dict[str, Any], parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -189,7 +277,9 @@ def _child(order: dict[str, Any], parent: int) -> None:
         unfinished.write_text(json.dumps(value))
         unfinished.rename(path)
 
-    {"serve": _serve, "train": _train}[order["do"]](order["settings"], report)
+    {"serve": _serve, "train": _train, "stall": _stall, "announce": _announce, "shard": _shard}[order["do"]](
+        order["settings"], report
+    )
 
 
 def main() -> None:

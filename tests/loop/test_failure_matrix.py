@@ -196,10 +196,8 @@ ROWS = {row.name: row for row in make_rows()}
 
 
 @pytest.fixture(scope="module")
-def lab(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    models = [make_model(arch="llama", seed=seed) for seed in (0, 7, 8)]
-    with Nursery(tmp_path_factory.mktemp("forked")) as nursery:
-        yield Lab(nursery, models)
+def lab(make_model: Any, nursery: Nursery) -> Lab:
+    return Lab(nursery, [make_model(arch="llama", seed=seed) for seed in (0, 7, 8)])
 
 
 @pytest.fixture(scope="module")

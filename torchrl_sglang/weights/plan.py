@@ -45,6 +45,8 @@ def make_plan(
         WeightCoverageError: names, shapes or values don't match.
     """
     if source.one_shot:
+        if config.check_values:
+            source.check_values(target=served_dtype)  # each tensor, when it comes
         return []
     specs = source.specs()
     ignore = (*config.ignore, *source.not_held)

@@ -6,6 +6,7 @@ the new weights proves anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -68,11 +69,9 @@ def prove(
     gaps: dict[str, float] = {}
     if scores:
         first = next(iter(scores))
-        reference, whose = (
-            (trainer_logprobs(model, ids), "the trainer") if model is not None else (scores[first], first)
-        )
+        reference, whose = (_asked(model, ids), "the trainer") if model is not None else (scores[first], first)
         atol = config.verify_atol if config.verify_atol is not None else (1e-3 if exact else 0.5)
-        gaps = {url: float((score - reference).abs().max()) for url, score in scores.items()}
+        gaps = {url: _gap(score, reference) for url, score in scores.items()}
         for url, gap in gaps.items():
             if not gap <= atol:  # also catches NaN
                 complaints[url] = (
@@ -82,6 +81,20 @@ def prove(
                 )
     _refuse(complaints)
     return max(gaps.values())
+
+
+def _asked(model: nn.Module, ids: Sequence[int]) -> torch.Tensor:
+    try:
+        return trainer_logprobs(model, ids)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        raise WeightUpdateError(
+            "the weights were sent, but the trainer's model can't be asked for the proof, as "
+            f"model(input_ids=...).logits ({error}): SyncConfig(verify='off') goes without"
+        ) from error
+
+
+def _gap(score: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((score - reference).abs().max()) if score.shape == reference.shape else math.nan
 
 
 def _silent(outcomes: Mapping[str, Outcome[Any]]) -> dict[str, str]:
@@ -109,7 +122,8 @@ class _Scoring:
         request = build_generate([self._ids], SamplingParams(max_new_tokens=0), prompt_logprobs=True, lora=self._lora)
         answer = self._client.send(request, timeout_s=self._client.config.update_timeout_s)
         (reply,) = parse_generate(answer, num_expected=1, server=self._client.url, prompt_logprobs=True)
-        return [value for value in reply.prompt_logprobs or [] if value is not None]
+        # The first token has none. A server whose weights hold NaN says null for the others too.
+        return [math.nan if value is None else value for value in (reply.prompt_logprobs or [])[1:]]
 
 
 @torch.no_grad()

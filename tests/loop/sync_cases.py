@@ -1,0 +1,67 @@
+"""What the tests of the weight sync ask servers and trainers: who answers, and as which version."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.loop.rollout_cases import greedy, reference_log_probs
+from torchrl_sglang import RequestRejectedError, SamplingParams
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.control import build_begin_update, build_end_update, build_update_bucket
+from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.protocol.version import version_number
+
+PROMPTS = [[1, 72, 101, 108], [5, 260, 300, 41, 88, 19, 118], [77]]
+NEW_TOKENS = 10
+ATOL = 1e-4
+
+
+def load(folder: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def assert_serves(urls: str | Sequence[str], model: nn.Module, version: int) -> None:
+    """Each server answers exactly as ``model``, token by token, under this version."""
+    for url in [urls] if isinstance(urls, str) else urls:
+        pool = SGLangPool([SGLangClient(url)])
+        replies = pool.generate(PROMPTS, SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True))
+        for prompt, reply in zip(PROMPTS, replies, strict=True):
+            tokens = greedy(model, prompt, NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+            assert reply.output_ids == tokens, f"{url} answers as another model"
+            assert_log_probs(reply, prompt, model)
+            assert version_number(reply.weight_version) == version
+        pool.close()
+
+
+def assert_log_probs(reply: GenerateReply, prompt: Sequence[int], model: nn.Module) -> None:
+    gap = gaps(reply, prompt, model).max().item()
+    assert gap < ATOL, f"log-probs differ from the model's by {gap:.2g}"
+
+
+def gaps(reply: GenerateReply, prompt: Sequence[int], model: nn.Module) -> torch.Tensor:
+    """Per response token, how far its log-prob is from the one ``model`` gives it."""
+    scores = reference_log_probs(model, torch.tensor([*prompt, *reply.output_ids]))[len(prompt) :]
+    assert reply.output_logprobs is not None
+    return (scores - torch.tensor(reply.output_logprobs)).abs()
+
+
+def group_names(client: SGLangClient) -> list[str]:
+    """The weight groups a server is in, from its own complaint about one it is not in."""
+    client.send(build_begin_update())
+    request = build_update_bucket(names=[], dtypes=[], shapes=[], group="no-such-group", flattened=False)
+    try:
+        client.send(request)
+    except RequestRejectedError as error:
+        listed = error.detail.split(" not in ")[1].split("]")[0] + "]"
+        return list(json.loads(listed.replace("'", '"')))
+    finally:
+        client.send(build_end_update())
+    raise AssertionError("the server accepted a group it can't know")
