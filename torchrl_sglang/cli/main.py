@@ -34,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 when something failed, 2 when it was called wrongly, 130 after Ctrl-C.
     """
-    # Server processes end with ours; everything after "--" on the line is theirs and not read here.
     parser = _parser()
     args = parser.parse_args(argv)
     try:
