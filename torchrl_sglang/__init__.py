@@ -25,10 +25,12 @@ from torchrl_sglang.errors import (
 )
 
 if TYPE_CHECKING:
+    from torchrl_sglang.chat import Response, SGLangChat
     from torchrl_sglang.client import SGLangClient
     from torchrl_sglang.engine import AsyncSGLang
     from torchrl_sglang.pool import SGLangPool
     from torchrl_sglang.rollout import Generation, SGLangWrapper
+    from torchrl_sglang.scores import RewardModel, RewardModelTransform
     from torchrl_sglang.server import SGLangServer
     from torchrl_sglang.testing import smollm2_checkpoint
     from torchrl_sglang.weights import SGLangWeightSyncScheme, SyncReport, WeightSync
@@ -38,6 +40,10 @@ __version__ = "0.1.0"
 _LAZY = {
     "AsyncSGLang": "torchrl_sglang.engine",
     "Generation": "torchrl_sglang.rollout",
+    "Response": "torchrl_sglang.chat",
+    "RewardModel": "torchrl_sglang.scores",
+    "RewardModelTransform": "torchrl_sglang.scores",
+    "SGLangChat": "torchrl_sglang.chat",
     "SGLangClient": "torchrl_sglang.client",
     "SGLangPool": "torchrl_sglang.pool",
     "SGLangServer": "torchrl_sglang.server",
@@ -55,6 +61,10 @@ __all__ = [
     "Generation",
     "ProtocolError",
     "RequestRejectedError",
+    "Response",
+    "RewardModel",
+    "RewardModelTransform",
+    "SGLangChat",
     "SGLangClient",
     "SGLangError",
     "SGLangPool",
