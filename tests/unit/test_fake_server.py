@@ -5,8 +5,10 @@ What it has in common with a real server is tested in tests/contract, on both.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,17 +175,28 @@ def test_a_session_another_trainer_left_open_can_be_set_up(fake: FakeServer) -> 
     assert subject.post("/end_weight_update").status_code == 200
 
 
-def test_adapters_change_the_answers_and_are_known_by_name(tiny_llama: Path) -> None:
+def test_adapters_change_the_answers_and_are_known_by_name(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"any bytes")
+    tensors = base64.b64encode(pickle.dumps("other bytes")).decode()
     with FakeServer(FakeSettings(model_path=tiny_llama, enable_lora=True)) as server:
         subject = subject_of(server)
-        load = {"lora_name": "a", "config_dict": {}, "serialized_tensors": "AAAA"}
-        assert subject.post("/load_lora_adapter_from_tensors", **load).json()["success"]
-        assert not subject.post("/load_lora_adapter_from_tensors", **load).json()["success"]
-        assert subject.generate(tokens=8)["output_ids"] != subject.generate(tokens=8, lora_path="a")["output_ids"]
-        unknown = subject.post("/generate", input_ids=PROMPT, lora_path="b")
-        assert (unknown.status_code, "b" in unknown.json()["error"]["message"]) == (400, True)
-        assert subject.post("/unload_lora_adapter", lora_name="a").json()["loaded_adapters"] == {}
+        load = {"lora_name": "a", "config_dict": {}, "serialized_named_tensors": [tensors]}
+        assert subject.post("/load_lora_adapter_from_tensors", **load).json()["loaded_adapters"] == {"a": "__tensor__"}
+        assert "already loaded" in subject.post("/load_lora_adapter_from_tensors", **load).json()["error_message"]
+        assert subject.post("/load_lora_adapter", lora_name="b", lora_path=str(tmp_path)).json()["success"]
+        assert not subject.post("/load_lora_adapter", lora_name="c", lora_path="/no/such/folder").json()["success"]
+
+        said = [r["output_ids"] for r in subject.generate([PROMPT] * 3, tokens=8, lora_path=["a", "b", None])]
+        assert len({tuple(ids) for ids in said}) == 3
+        assert said[2] == subject.generate(tokens=8)["output_ids"]
+        unknown = subject.post("/generate", input_ids=PROMPT, lora_path="z")
+        assert (unknown.status_code, "has never been loaded: z" in unknown.json()["error"]["message"]) == (400, True)
+
+        for name in ("a", "b"):
+            assert subject.post("/unload_lora_adapter", lora_name=name).status_code == 200
         assert subject.post("/unload_lora_adapter", lora_name="a").status_code == 400
+        assert subject.generate(tokens=8, lora_path="b")["output_ids"] == said[1], "comes back from disk by its name"
+        assert subject.post("/generate", input_ids=PROMPT, lora_path="a").status_code == 400
 
 
 def test_health_that_generates_is_503_while_paused_and_ready_remembers_it(tiny_llama: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from torchrl_sglang.testing.fake_server.adapters import Adapters
 from torchrl_sglang.testing.fake_server.calls import BadRequest, Call, Reply
 from torchrl_sglang.testing.fake_server.sequences import Sampling, Sequence
 from torchrl_sglang.testing.fake_server.vocabulary import Vocabulary
@@ -25,14 +26,14 @@ def _bad(message: str) -> BadRequest:
 
 
 def asked_sequences(
-    call: Call, vocabulary: Vocabulary, has_adapter: Callable[[str], bool] | None, *, checks_names: bool = True
+    call: Call, vocabulary: Vocabulary, adapters: Adapters, *, checks_names: bool = True
 ) -> tuple[list[Sequence], bool]:
     """The sequences a request asks for, prompt-major, and whether the answer is a list.
 
     Args:
         call: the request.
         vocabulary: the model's tokens and context length.
-        has_adapter: whether a LoRA adapter of this name is loaded; ``None`` when LoRA is off.
+        adapters: the LoRA adapters a request may name.
         checks_names: whether an unknown sampling parameter is refused by name; up to 0.5.20 it is a bare 500.
 
     Raises:
@@ -52,7 +53,7 @@ def asked_sequences(
         raise _bad("The parallel_sample_num should be the same for all samples in sample params.")
     n = copies.pop() if copies else 1
     rids = _rids(body.get("rid"), len(prompts), n)
-    adapter = _adapter(body.get("lora_path"), has_adapter)
+    names = _adapter_names(body.get("lora_path"), len(prompts), adapters)
     wants = body.get("return_logprob") or False
     wanted = wants if isinstance(wants, list) else [wants] * len(prompts)
     start = int(body.get("logprob_start_len", -1))
@@ -68,7 +69,7 @@ def asked_sequences(
                     logprobs=bool(wanted[i]),
                     logprob_start=start if wanted[i] and start >= 0 else None,
                     top_logprobs=int(body.get("top_logprobs_num") or 0) if wanted[i] else 0,
-                    adapter=adapter,
+                    adapter=names[i],
                 )
             )
     return out, is_batch or n > 1
@@ -129,17 +130,12 @@ def _rids(given: Any, num_prompts: int, n: int) -> list[str]:
     return [str(given)] if num_prompts == 1 else [f"{given}_{i}" for i in range(num_prompts)]
 
 
-def _adapter(name: str | None, has_adapter: Callable[[str], bool] | None) -> str | None:
-    if name is None:
-        return None
-    if has_adapter is None:
-        raise _bad(
-            f"LoRA adapter '{name}' was requested, but LoRA is not enabled. Please launch the server with "
-            "--enable-lora flag and preload adapters using --lora-paths or /load_lora_adapter endpoint."
-        )
-    if not has_adapter(name):
-        raise _bad(f"The following requested LoRA adapters are not loaded: {name}")
-    return name
+def _adapter_names(given: Any, num_prompts: int, adapters: Adapters) -> list[str | None]:
+    names = given if isinstance(given, list) else [given] * num_prompts
+    for name in names:
+        if name is not None:
+            adapters.need(name)
+    return names
 
 
 def _check_length(prompt_tokens: int, new_tokens: int, limit: int) -> None:

@@ -1,9 +1,8 @@
-"""The control endpoints: pause, weights, groups, versions, adapters. From a :class:`Call` to a :class:`Reply`."""
+"""The control endpoints: pause, weights, groups, versions. From a :class:`Call` to a :class:`Reply`."""
 
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,12 +47,6 @@ class Control:
         self._ranks = ranks
         self.weight_version = settings.weight_version
         self.model_path = str(settings.model_path)
-        self.adapters: dict[str, int] = {}
-
-    def signature_of(self, adapter: str | None) -> int:
-        """Signature of the weights that answer for an adapter, or of the base model."""
-        base = self._ranks.weights[0].signature
-        return base if adapter is None else base ^ self.adapters.get(adapter, 0)
 
     def _in_turn(self, call: Call, command: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
         """Run on the scheduler, in turn."""
@@ -297,37 +290,9 @@ class Control:
             raise BadRequest(Reply(status=400, body={"error": {"message": "Get parameter by name failed"}}))
         return Reply(body=tensor[:size].to(torch.float32).tolist())
 
-    # ------------------------------------------------------------------ adapters
-
-    def load_adapter(self, call: Call) -> Reply:
-        """``/load_lora_adapter`` and ``/load_lora_adapter_from_tensors``: the adapter's content changes the answers."""
-        name = call.value("lora_name", str)
-        content = call.body.get("serialized_tensors") or call.value("lora_path", str)
-        if not self._settings.enable_lora:
-            return _adapter_reply(False, "LoRA is not enabled. Please set `--enable-lora` to enable LoRA.", None)
-        if name in self.adapters:
-            return _adapter_reply(False, f"Failed to load LoRA adapter: {name} is already loaded", self.adapters)
-        self.adapters[name] = zlib.crc32(str(content).encode())
-        return _adapter_reply(True, "", self.adapters)
-
-    def unload_adapter(self, call: Call) -> Reply:
-        """``/unload_lora_adapter``."""
-        name = call.value("lora_name", str)
-        if not self._settings.enable_lora:
-            return _adapter_reply(False, "LoRA is not enabled. Please set `--enable-lora` to enable LoRA.", None)
-        if self.adapters.pop(name, None) is None:
-            return _adapter_reply(False, f"LoRA adapter {name} is not loaded", self.adapters)
-        return _adapter_reply(True, "", self.adapters)
-
 
 def _partly(error: Exception) -> str:
     return (
         f"Failed to update parameter online: {error}. The full weights of the ModelRunner are partially updated. "
         "Please discard the whole weights."
     )
-
-
-def _adapter_reply(ok: bool, message: str, adapters: dict[str, int] | None) -> Reply:
-    loaded = None if adapters is None else dict.fromkeys(adapters, "")
-    body = {"rid": None, "http_worker_ipc": None, "success": ok, "error_message": message, "loaded_adapters": loaded}
-    return Reply(status=200 if ok else 400, body=body)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from torchrl_sglang.testing.fake_server.adapters import Adapters
 from torchrl_sglang.testing.fake_server.asked import asked_sequences
 from torchrl_sglang.testing.fake_server.calls import Call, Reply
 from torchrl_sglang.testing.fake_server.gate import Gate
@@ -23,16 +24,14 @@ class Generator:
         vocabulary: the model's tokens.
         gate: who may run.
         scheduler: what runs it.
-        has_adapter: whether a LoRA adapter of this name is loaded; ``None`` when LoRA is off.
+        adapters: the LoRA adapters a request may name.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, gate: Gate, scheduler: Scheduler, has_adapter: Callable[[str], bool] | None
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, gate: Gate, scheduler: Scheduler, adapters: Adapters) -> None:
         self._vocabulary = vocabulary
         self._gate = gate
         self._scheduler = scheduler
-        self._has_adapter = has_adapter
+        self._adapters = adapters
 
     def __call__(self, call: Call) -> Reply:
         """Generate, score or stream.
@@ -43,7 +42,7 @@ class Generator:
                 which end SGLang.
         """
         sequences, is_list = asked_sequences(
-            call, self._vocabulary, self._has_adapter, checks_names=self._scheduler.state.has_session
+            call, self._vocabulary, self._adapters, checks_names=self._scheduler.state.has_session
         )
         if call.body.get("stream"):
             return Reply(stream=self._stream(call, sequences, is_list))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from torchrl_sglang.testing.fake_server.adapters import Adapters
 from torchrl_sglang.testing.fake_server.calls import BadRequest, Call, Mortal, Reply
 from torchrl_sglang.testing.fake_server.control import Control
 from torchrl_sglang.testing.fake_server.facts import Facts
@@ -65,13 +66,14 @@ class FakeServer:
         self._ranks = Ranks(
             [first, *(Weights(first.tensors) for _ in range(settings.tp_size - 1))], settings.collective_timeout_s
         )
+        self._adapters = Adapters(enabled=settings.enable_lora)
         self._mortal = Mortal(None if exits else self._break_off)
         self._gate = Gate(self._mortal.gone)
         vocabulary = Vocabulary.read(folder, config)
         self._scheduler = Scheduler(
             settings,
             ControlState(has_session=settings.has_session, weight_version=settings.weight_version),
-            signature_of=lambda adapter: self._control.signature_of(adapter),
+            signature_of=self._signature_of,
             vocab_size=vocabulary.size,
             eos_ids=vocabulary.eos_ids,
             decode_text=vocabulary.decode,
@@ -80,13 +82,17 @@ class FakeServer:
         )
         self._control = Control(settings, self._gate, self._scheduler, self._ranks)
         self._facts = Facts(settings, config, vocabulary, self._gate, self._scheduler, self._control)
-        has_adapter = self._control.adapters.__contains__ if settings.enable_lora else None
-        self._generate = Generator(vocabulary, self._gate, self._scheduler, has_adapter)
+        self._generate = Generator(vocabulary, self._gate, self._scheduler, self._adapters)
         self._book = FaultBook(settings.faults)
         self._events: list[dict[str, Any]] = []
         self._events_lock = threading.Lock()
         self._rim = Rim(settings, self._mortal, self._answer)
         self._routes = self._make_routes()
+
+    def _signature_of(self, adapter: str | None) -> int:
+        """Signature of the weights that answer for an adapter, or of the base model."""
+        base = self._ranks.weights[0].signature
+        return base if adapter is None else base ^ self._adapters.signature(adapter)
 
     # ------------------------------------------------------------------ life
 
@@ -174,9 +180,9 @@ class FakeServer:
             "/update_weight_version": ("POST", control.set_version, True),
             "/weights_checker": ("GET POST", control.check, True),
             "/get_weights_by_name": ("GET POST", control.weights_by_name, True),
-            "/load_lora_adapter": ("POST", control.load_adapter, True),
-            "/load_lora_adapter_from_tensors": ("POST", control.load_adapter, True),
-            "/unload_lora_adapter": ("POST", control.unload_adapter, True),
+            "/load_lora_adapter": ("POST", self._adapters.load, True),
+            "/load_lora_adapter_from_tensors": ("POST", self._adapters.load_from_tensors, True),
+            "/unload_lora_adapter": ("POST", self._adapters.unload, True),
         }
         if self.settings.has_session:
             routes["/begin_weight_update"] = ("POST", control.begin, True)
