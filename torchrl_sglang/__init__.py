@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torchrl_sglang.client import SGLangClient
     from torchrl_sglang.engine import AsyncSGLang
     from torchrl_sglang.pool import SGLangPool
-    from torchrl_sglang.rollout import Generation, SGLangWrapper
+    from torchrl_sglang.rollout import Generation, SGLangWrapper, behaviour_log_probs, temper, trainer_log_probs
     from torchrl_sglang.scores import RewardModel, RewardModelTransform
     from torchrl_sglang.server import SGLangServer
     from torchrl_sglang.testing import smollm2_checkpoint
@@ -51,7 +51,10 @@ _LAZY = {
     "SGLangWrapper": "torchrl_sglang.rollout",
     "SyncReport": "torchrl_sglang.weights",
     "WeightSync": "torchrl_sglang.weights",
+    "behaviour_log_probs": "torchrl_sglang.rollout",
     "smollm2_checkpoint": "torchrl_sglang.testing",
+    "temper": "torchrl_sglang.rollout",
+    "trainer_log_probs": "torchrl_sglang.rollout",
 }
 
 __all__ = [
@@ -84,7 +87,10 @@ __all__ = [
     "WeightSync",
     "WeightSyncError",
     "WeightUpdateError",
+    "behaviour_log_probs",
     "smollm2_checkpoint",
+    "temper",
+    "trainer_log_probs",
 ]
 
 

@@ -217,7 +217,8 @@ class SGLangClient:
     def _headers(self, request: HttpRequest) -> dict[str, str]:
         headers = {"Content-Type": "application/json"} if request.body is not None else {}
         key = self.config.api_key
-        if request.timeout != "generate" and self.config.admin_api_key is not None:
+        # With both keys set, SGLang opens control calls to the admin key only, and everything else to the other only.
+        if request.timeout in ("control", "update") and self.config.admin_api_key is not None:
             key = self.config.admin_api_key
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
