@@ -12,6 +12,7 @@ import pytest
 from torchrl_sglang import ClientConfig, SamplingParams, ServerConfig, SyncConfig
 from torchrl_sglang.config import nearest_name
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.protocol.generate import build_generate
 
 KEY = "s3cret-key"
 CONFIGS = [
@@ -199,7 +200,9 @@ def test_every_field_reaches_the_wire_under_its_own_name():
         "custom_params": {"a": 1},
     }  # fmt: skip
     grammars = {"regex", "json_schema", "ebnf", "structural_tag"}  # one at a time
-    assert set(values) | grammars == {field.name for field in dataclasses.fields(SamplingParams)}
+    beside = {"sampling_mask"}  # a field of the request, beside the sampling parameters
+    assert set(values) | grammars | beside == {field.name for field in dataclasses.fields(SamplingParams)}
+    assert build_generate([[1]], SamplingParams(sampling_mask=True)).body["return_sampling_mask"] is True
     assert set(SamplingParams(**values).to_wire()) == set(values)
     for grammar in grammars:
         assert SamplingParams(**{grammar: "x"}).to_wire()[grammar] == "x"
