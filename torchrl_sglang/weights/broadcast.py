@@ -66,21 +66,7 @@ class BroadcastRoad:
         *,
         num_buckets: int | None,
     ) -> UpdateSession:
-        """Put the weights on the servers.
-
-        Args:
-            clients: the servers.
-            packing: makes the packed buckets, given the buffers to use.
-            version: what they will be called.
-            deadline: ``time.monotonic()`` value by which everything has to be done.
-            num_buckets: how many buckets will come, if that is known.
-
-        Returns:
-            The finished session, which knows how long each phase took.
-
-        Raises:
-            WeightUpdateError: what went wrong, and what each server holds now.
-        """
+        """Make the group if need be, open a session, transfer. See :meth:`Road.send`."""
         start = time.monotonic()
         self.connect(clients)
         if self._packer is None:
