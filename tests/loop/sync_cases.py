@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torch import nn
+from torch.utils.data import DataLoader
+from torchrl.collectors import Collector
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import Transform, TransformedEnv
+from torchrl.envs.llm import ChatEnv
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.loop.rollout_cases import greedy, reference_log_probs
-from torchrl_sglang import RequestRejectedError, SamplingParams
+from torchrl_sglang import RequestRejectedError, SamplingParams, SGLangWrapper
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_begin_update, build_end_update, build_update_bucket
@@ -23,8 +31,6 @@ ATOL = 1e-4
 
 
 def load(folder: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -65,3 +71,26 @@ def group_names(client: SGLangClient) -> list[str]:
     finally:
         client.send(build_end_update())
     raise AssertionError("the server accepted a group it can't know")
+
+
+class OneAnswer(Transform):
+    """Ends every conversation after its first answer."""
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        next_tensordict["done"] = torch.ones_like(next_tensordict["done"])
+        next_tensordict["terminated"] = torch.ones_like(next_tensordict["done"])
+        next_tensordict["reward"] = torch.ones(*next_tensordict.shape, 1, 1)
+        return next_tensordict
+
+    def transform_reward_spec(self, reward_spec: Composite) -> Composite:
+        reward_spec["reward"] = Unbounded((*reward_spec.shape, 1, 1))
+        return reward_spec
+
+
+def make_collector(url: str, folder: Path, scheme: Any) -> Collector:
+    questions = DataLoader([{"query": "dog"}, {"query": "Hello world!"}], batch_size=2)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    env: TransformedEnv = ChatEnv.from_dataloader(questions, batch_size=(2,), tokenizer=tokenizer)
+    env = env.append_transform(OneAnswer())
+    policy = SGLangWrapper(url, input_mode="history", generate_kwargs={"max_new_tokens": 6, "do_sample": False})
+    return Collector(env, policy, frames_per_batch=2, total_frames=-1, weight_sync_schemes={"policy": scheme})

@@ -18,21 +18,16 @@ import psutil
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.collectors import Collector
-from torchrl.data import Composite, Unbounded
-from torchrl.envs import Transform, TransformedEnv
-from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm import TransformersWrapper
 from transformers import AutoTokenizer
 
 from tests.loop.forked import Nursery
-from tests.loop.sync_cases import PROMPTS, assert_serves, group_names, load
+from tests.loop.sync_cases import PROMPTS, assert_serves, group_names, load, make_collector
 from torchrl_sglang import (
     ClientConfig,
     ConfigError,
     SamplingParams,
     SGLangWeightSyncScheme,
-    SGLangWrapper,
     SyncConfig,
     WeightCoverageError,
     WeightSync,
@@ -69,29 +64,6 @@ def sync(url: str) -> Iterator[WeightSync]:
 
 
 # ------------------------------------------------------------------------------------------- through a collector
-
-
-class OneAnswer(Transform):
-    """Ends every conversation after its first answer."""
-
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        next_tensordict["done"] = torch.ones_like(next_tensordict["done"])
-        next_tensordict["terminated"] = torch.ones_like(next_tensordict["done"])
-        next_tensordict["reward"] = torch.ones(*next_tensordict.shape, 1, 1)
-        return next_tensordict
-
-    def transform_reward_spec(self, reward_spec: Composite) -> Composite:
-        reward_spec["reward"] = Unbounded((*reward_spec.shape, 1, 1))
-        return reward_spec
-
-
-def make_collector(url: str, folder: Path, scheme: SGLangWeightSyncScheme) -> Collector:
-    questions = torch.utils.data.DataLoader([{"query": "dog"}, {"query": "Hello world!"}], batch_size=2)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    env: TransformedEnv = ChatEnv.from_dataloader(questions, batch_size=(2,), tokenizer=tokenizer)
-    env = env.append_transform(OneAnswer())
-    policy = SGLangWrapper(url, input_mode="history", generate_kwargs={"max_new_tokens": 6, "do_sample": False})
-    return Collector(env, policy, frames_per_batch=2, total_frames=-1, weight_sync_schemes={"policy": scheme})
 
 
 def versions_in(batch: TensorDictBase) -> set[int]:

@@ -271,6 +271,8 @@ class UpdateSession:
 
     def _fail(self, error: BaseException) -> None:
         """Bring every server into the best state it can still reach, and note that state."""
+        if self._transfer is not None:
+            self._transfer.let_go()
         side_by_side({client.url: self._leaving(client) for client in self._clients})
         for url, state in self.server_weights.items():
             if state in ("mixed", "stuck"):
@@ -292,7 +294,7 @@ class UpdateSession:
             patience_s = min(_CLEANUP_TIMEOUT_S, client.config.control_timeout_s)
             try:
                 if self._transfer is not None:
-                    # First of all: a healthy peer may be waiting for this server in a broadcast.
+                    # Before all else: a healthy peer may be waiting for this server in a broadcast.
                     with suppress(RequestRejectedError):
                         self._transfer.leave(client, patience_s)
                 if client.url in self._begun:

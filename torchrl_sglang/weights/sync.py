@@ -296,6 +296,8 @@ class WeightSync:
         clients = self._roll_call.answering()
         if self._roll_call.restarted:
             self._complete = False  # they need the frozen tensors too
+            if self._road is not None:
+                self._road.drop()  # at the same address, but no longer in the group
         return clients
 
     def _require_ours(self, clients: Sequence[SGLangClient], partial: bool) -> None:

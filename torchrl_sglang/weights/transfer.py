@@ -99,6 +99,11 @@ class Transfer:
             self.num_tensors += len(bucket.slots)
         self._await(set(self._replies))
 
+    def let_go(self) -> None:
+        """After a failure: close the trainer's connections, so that servers that wait for its bytes are freed."""
+        for group in self._all_groups:
+            group.drop()
+
     def leave(self, client: SGLangClient, timeout_s: float) -> None:
         """Let a server leave its group after a failure; peers that wait for it in a collective are freed.
 
