@@ -7,8 +7,9 @@ SmolLM2-135M-Instruct is asked "What is 5 + 2? Answer with only the number." At 
 in ten holds the sum. After every step the trainer's weights replace the server's over the network, and the next
 answers come from the new model.
 
-Expected on 2 CPU cores (EXPECTED): the mean reward goes from 0.2 in the first fifth of the steps to 0.8 in the last,
-server and trainer agree on every token's log-prob to 1e-4, and the server's weight version goes up by one per step.
+Expected on 2 CPU cores, in 6 to 7 minutes: the mean reward goes from 0.16 in the first fifth of the 16 steps to 0.83 in
+the last (the answers settle on "5 + 2 = 7"), server and trainer agree on every sampled token's log-prob to 1e-4, 538 MB
+of weights reach the server in about a second, and its weight version goes up by one per step.
 
 Files, in outputs/quickstart/: metrics.csv (a line per step), samples.jsonl (a line per answer), report.png, checkpoint/
 (the last weights) and checkpoint-previous/ (those before the last step, which gave the last answers).
@@ -168,10 +169,10 @@ def draw_report(rows: list[dict[str, float]], path: Path) -> None:
         figure, (reward, seconds, gap) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
 
         reward.plot(steps, [row["reward_mean"] for row in rows], color="#2166ac", marker="o", markersize=4)
-        for part, above in ((rows[:fifth], 0.05), (rows[-fifth:], -0.1)):
+        for part in (rows[:fifth], rows[-fifth:]):
             mean = sum(row["reward_mean"] for row in part) / len(part)
             reward.plot([part[0]["step"] - 0.4, part[-1]["step"] + 0.4], [mean] * 2, color="#b2182b", linewidth=3)
-            reward.annotate(f"{mean:.2f}", (part[len(part) // 2]["step"], mean + above), color="#b2182b", ha="center")
+            reward.annotate(f"{mean:.2f}", (part[len(part) // 2]["step"], mean - 0.1), color="#b2182b", ha="center")
         reward.set(title="Mean reward (red: first and last fifth)", xlabel="step", ylim=(0, 1.05))
 
         bottom = [0.0] * len(rows)
@@ -237,7 +238,11 @@ def train(args: argparse.Namespace, bar: tqdm) -> list[dict[str, float]]:
             servers,
             tokenizer=tokenizer,
             input_mode="history",
-            generate_kwargs={"max_new_tokens": args.max_new_tokens, "temperature": 1.0},
+            generate_kwargs={
+                "max_new_tokens": args.max_new_tokens,
+                "temperature": 1.0,
+                "skip_special_tokens": True,  # in the text that the reward reads; the ids keep them
+            },
         )
         scheme = SGLangWeightSyncScheme(servers)
         stack.callback(scheme.shutdown)
