@@ -155,7 +155,7 @@ class SGLangPool:
     def quarantine(self, url: str, reason: str) -> None:
         """Take a server out of routing until :meth:`restore`."""
         with self._lock:
-            if url not in self._quarantined:
+            if self._quarantined.get(url) != reason:
                 _log.warning("%s is taken out of routing: %s", url, reason)
             self._quarantined[url] = reason
 
