@@ -3,7 +3,7 @@
     python examples/generate.py                            # SmolLM2 on a server of its own; no GPU needed
     python examples/generate.py --url http://host:30000    # a server that is already running
 
-Expected of SmolLM2: "The capital of France is Paris.", 8 tokens, ended by itself.
+Expected of SmolLM2: "The capital of France is Paris.", 8 tokens with the end-of-turn mark, ended by "stop".
 """
 
 import argparse
