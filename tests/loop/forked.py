@@ -44,6 +44,7 @@ from torchrl_sglang.protocol.dialect import SERVER_INFO
 from torchrl_sglang.testing.fake_server import FakeServer, FakeSettings, Fault
 from torchrl_sglang.testing.fake_server.model import read_checkpoint
 from torchrl_sglang.weights.group import WeightGroup
+from torchrl_sglang.weights.meeting import group_name
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 120.0
@@ -218,7 +219,7 @@ def _stall(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
 def _announce(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
     """By hand, as a trainer would: group, pause, mark, begin, one bucket announced and never sent."""
     client = SGLangClient(settings["url"])
-    group = WeightGroup.form([client], SyncConfig())
+    group = WeightGroup.form([client], SyncConfig(), group_name("somebody"))
     for request in (build_pause("abort"), build_set_version("dirty-1@somebody"), build_begin_update()):
         client.send(request)
     name, tensor = next(iter(read_checkpoint(settings["weights"]).items()))

@@ -15,6 +15,7 @@ from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets import Bucket
 from torchrl_sglang.weights.group import WeightGroup
+from torchrl_sglang.weights.meeting import group_name
 from torchrl_sglang.weights.packing import BucketPacker
 from torchrl_sglang.weights.road import PackedBuckets, Packing
 from torchrl_sglang.weights.session import UpdateSession
@@ -27,12 +28,20 @@ class BroadcastRoad:
     """Sends weights over a process group that is kept from one sync to the next.
 
     After a failure the group is dropped, since some rank may be lost in a collective; the next send makes a new one.
+
+    Args:
+        pool: the servers.
+        config: how weights travel.
+        owner: id of this trainer. Groups are named after it and counted, and a half-updated server is marked with that,
+            so that the next trainer can free servers that a dead one left in its group.
     """
 
     name = "broadcast"
 
-    def __init__(self, pool: SGLangPool, config: SyncConfig) -> None:
+    def __init__(self, pool: SGLangPool, config: SyncConfig, owner: str) -> None:
         self._pool = pool
+        self._owner = owner
+        self._count = 0
         self._config = config
         self._groups: list[WeightGroup] = []
         self._packer: BucketPacker | None = None
@@ -49,13 +58,18 @@ class BroadcastRoad:
         if members == [client.url for client in clients]:
             return
         self.close()
+        self._count += 1
         if self._config.groups == "shared":
-            self._groups = [WeightGroup.form(clients, self._config)]
+            self._groups = [WeightGroup.form(clients, self._config, group_name(self._mark))]
             return
         port = self._config.master_port
         for index, client in enumerate(clients):
             config = self._config if port is None else replace(self._config, master_port=port + index)
-            self._groups.append(WeightGroup.form([client], config))
+            self._groups.append(WeightGroup.form([client], config, group_name(self._mark)))
+
+    @property
+    def _mark(self) -> str:
+        return f"{self._owner}.{self._count}"
 
     def send(
         self,
@@ -74,13 +88,15 @@ class BroadcastRoad:
         packed = packing(self._packer)
         try:
             first = next(packed, None)  # gathered, checked and flattened while the servers still generate
-            session = UpdateSession(self._pool, clients, version=version, config=self._config, deadline=deadline)
+            session = UpdateSession(
+                self._pool, clients, version=version, config=self._config, deadline=deadline, mark=self._mark
+            )
             session.seconds["prepare"] = time.monotonic() - start
             transfer = Transfer(self._groups, self._config, deadline)
             with session:
                 session.transfer(transfer, _chain(first, packed), num_buckets=num_buckets)
         except BaseException:
-            self.drop()
+            self.close()  # servers that got everything are still in it
             raise
         finally:
             packed.close()  # lets a sharded source's other ranks go, however this ended

@@ -15,11 +15,11 @@ This is the one place that knows where NCCL differs from gloo (read in SGLang's 
 
 from __future__ import annotations
 
+import sys
 import time
-import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class WeightGroup:
     """A process group of the trainer (rank 0) and every rank of the given servers. Use :meth:`form`.
 
     Attributes:
-        name: the group's name on the servers, unique to this group.
+        name: the group's name on the servers.
         clients: the servers in it.
         backend: ``"gloo"`` or ``"nccl"``.
         world_size: number of ranks, the trainer's included.
@@ -56,12 +56,13 @@ class WeightGroup:
         self._group = group
 
     @classmethod
-    def form(cls, clients: Sequence[SGLangClient], config: SyncConfig) -> WeightGroup:
+    def form(cls, clients: Sequence[SGLangClient], config: SyncConfig, name: str) -> WeightGroup:
         """Make the group: every server is told to join, and the trainer joins with them.
 
         Args:
             clients: the servers; each contributes ``tp_size`` ranks.
             config: address, port, backend and time-outs.
+            name: what the servers will call it; none of them may have a group of that name.
 
         Raises:
             ConfigError: the address can't be listened on, or the servers could not reach it.
@@ -70,7 +71,6 @@ class WeightGroup:
         backend = _choose_backend(config, clients)
         address = config.master_address or reachable_address([client.url for client in clients])
         world_size = 1 + sum(client.info.tp_size for client in clients)
-        name = f"torchrl-sglang-{uuid.uuid4().hex[:12]}"
         meeting = Meeting(name, address, config.master_port, timeout_s=config.group_timeout_s)
         deadline = time.monotonic() + config.group_timeout_s
         joins = ask_to_join(clients, meeting, world_size, backend, config)
@@ -155,11 +155,14 @@ class WeightGroup:
             time.sleep(_POLL_S / 10)
 
     def close(self) -> None:
-        """Take the group down on both sides; a server that can't answer is left to its own time-out."""
-        tasks = [Task(partial(self.leave, client), name="destroy-group") for client in self.clients]
+        """Take the group down on both sides; a server that can't answer is left to its own time-out.
+
+        One server after the other, in this thread: it is also called at exit, when no thread can be started any more.
+        """
         deadline = time.monotonic() + _CLOSE_PATIENCE_S
-        for task in tasks:
-            task.wait(max(0.0, deadline - time.monotonic()))
+        for client in self.clients:
+            with suppress(SGLangError):
+                self.leave(client, timeout_s=max(0.1, deadline - time.monotonic()))
         self.drop()
 
     def leave(self, client: SGLangClient, timeout_s: float = _CLOSE_PATIENCE_S) -> None:
@@ -178,7 +181,10 @@ class WeightGroup:
         if self._group is not None:
             release = _Release(self._group, self.backend)
             self._group = None  # no name in this thread may hold it any more: the last one to let go waits
-            Task(release, name="drop-weight-group")
+            if sys.is_finalizing():
+                return  # the process takes the group with it, and a thread started now would never run
+            with suppress(RuntimeError):  # Python 3.12 starts none at exit either, and says so
+                Task(release, name="drop-weight-group")
 
 
 class _Release:

@@ -22,11 +22,16 @@ from torchrl_sglang.errors import ConfigError, RequestRejectedError, ServerWeigh
 from torchrl_sglang.parallel import Outcome, Task
 from torchrl_sglang.protocol.control import build_init_group, check_success
 
-__all__ = ["JoinCall", "Meeting", "ask_to_join", "await_ranks", "check_join", "reachable_address"]
+__all__ = ["JoinCall", "Meeting", "ask_to_join", "await_ranks", "check_join", "group_name", "reachable_address"]
 
 _POLL_S = 0.005
 _MARGIN_S = 2.0
 _PORT_PATIENCE_S = 5.0
+
+
+def group_name(mark: str) -> str:
+    """Name of the group that a server marked dirty by ``mark`` was updated over (:attr:`WeightVersion.owner`)."""
+    return f"torchrl-sglang-{mark}"
 
 
 class Meeting:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import RequestRejectedError, ServerError, WeightSyncError, WeightUpdateError
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
-from torchrl_sglang.protocol.control import build_ready
-from torchrl_sglang.protocol.dialect import SERVER_INFO
+from torchrl_sglang.protocol.control import build_destroy_group, build_ready
+from torchrl_sglang.protocol.dialect import MODEL_INFO, SERVER_INFO
+from torchrl_sglang.protocol.version import WeightVersion
+from torchrl_sglang.weights.meeting import group_name
 
 __all__ = ["RollCall"]
 
@@ -43,6 +46,7 @@ class RollCall:
             WeightUpdateError: none answers.
         """
         self.restarted = set()
+        self._free_left_behind()
         outcomes = side_by_side({client.url: self._finding(client) for client in self._pool.clients})
         for client in self._pool.clients:
             error = outcomes[client.url].error
@@ -62,6 +66,22 @@ class RollCall:
         for client in self._pool.clients:
             in_service = client.url not in self._pool.quarantined
             error.server_weights.setdefault(client.url, "old" if in_service else "mixed")
+
+    def _free_left_behind(self) -> None:
+        """Have all servers leave the groups of trainers that died in an update.
+
+        gloo's broadcast is a tree: a server may be waiting there for another server, which has long seen that the
+        trainer is gone. When that one leaves, its connections close, and the waiting one is free too.
+        """
+        clients = [client for client in self._pool.clients if client.url not in self.stuck]
+        asked = [client for client in clients if client.url in self._pool.quarantined]
+        answers = side_by_side({client.url: partial(client.send, MODEL_INFO) for client in asked})
+        versions = [
+            WeightVersion.parse(str(o.value["weight_version"])) for o in answers.values() if o.value is not None
+        ]
+        for mark in {version.owner for version in versions if version.dirty and version.owner}:
+            request = build_destroy_group(group_name(mark))
+            side_by_side({c.url: partial(c.send, request, timeout_s=_STUCK_TIMEOUT_S) for c in clients})
 
     def _finding(self, client: SGLangClient) -> Callable[[], None]:
         def find() -> None:

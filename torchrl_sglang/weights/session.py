@@ -87,6 +87,7 @@ class UpdateSession:
         version: WeightVersion,
         config: SyncConfig,
         deadline: float,
+        mark: str | None = None,
     ) -> None:
         self.server_weights: dict[str, ServerWeights] = {client.url: "old" for client in clients}
         self.seconds: dict[str, float] = {}
@@ -98,6 +99,7 @@ class UpdateSession:
         self._pool = pool
         self._clients = tuple(clients)
         self._version = version
+        self._dirty = str(WeightVersion(number=version.number, owner=mark or version.owner, dirty=True))
         self._config = config
         self._deadline = deadline
         self._previous: dict[str, str] = {}
@@ -163,13 +165,12 @@ class UpdateSession:
         Raises:
             WeightUpdateError: a server can't read it.
         """
-        dirty = WeightVersion(number=self._version.number, owner=self._version.owner, dirty=True)
         flush = self._cache == "flush"
         with self._phase("transfer"):
             for client in self._clients:
                 self.server_weights[client.url] = "mixed"
             self._each(
-                "loading a checkpoint", control.build_update_from_disk(path, version=str(dirty), flush_cache=flush)
+                "loading a checkpoint", control.build_update_from_disk(path, version=self._dirty, flush_cache=flush)
             )
             self._flushed = flush
 
@@ -182,8 +183,7 @@ class UpdateSession:
             self._each("pausing", control.build_pause(self.pause_mode))
         with self._phase("begin"):
             self._remember_versions()
-            dirty = WeightVersion(number=self._version.number, owner=self._version.owner, dirty=True)
-            self._each("marking its weights dirty", control.build_set_version(str(dirty)))
+            self._each("marking its weights dirty", control.build_set_version(self._dirty))
 
     def _choose_pause(self) -> Literal["abort", "retract", "in_place"]:
         if self._config.pause != "auto":
@@ -259,11 +259,10 @@ class UpdateSession:
     def withdraw(self, client: SGLangClient) -> None:
         """Stop a finished server and mark it dirty again: its proof failed."""
         self.server_weights[client.url] = "mixed"
-        dirty = WeightVersion(number=self._version.number, owner=self._version.owner, dirty=True)
         patience_s = min(_CLEANUP_TIMEOUT_S, client.config.control_timeout_s)
         try:
             client.send(control.build_pause("abort"), timeout_s=patience_s)
-            client.send(control.build_set_version(str(dirty)), timeout_s=patience_s)
+            client.send(control.build_set_version(self._dirty), timeout_s=patience_s)
         except SGLangError:
             self.server_weights[client.url] = "stuck"
 

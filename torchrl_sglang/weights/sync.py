@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -289,7 +290,10 @@ class WeightSync:
             if by_disk and self._config.road != "broadcast":
                 self._road = DiskRoad(self._pool, self._config, checkpoint.path)
             else:
-                self._road = BroadcastRoad(self._pool, self._config)
+                self._road = BroadcastRoad(self._pool, self._config, self.owner)
+                # Also runs at exit, while sockets and threads still work: a scheme held by a collector is only
+                # collected after that.
+                weakref.finalize(self, self._road.close)
         return self._road
 
     def _answering(self) -> list[SGLangClient]:
@@ -342,7 +346,7 @@ class WeightSync:
                 compare_checksums(clients)
         except WeightUpdateError as error:
             self._withdraw(clients, error, session)
-            road.drop()
+            road.close()
             raise
         session.seconds["prove"] = time.monotonic() - start
         return gap
