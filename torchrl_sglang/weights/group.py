@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
-from torchrl_sglang.errors import ConfigError, WeightUpdateError
+from torchrl_sglang.errors import ConfigError, SGLangError, WeightUpdateError
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.protocol.control import build_destroy_group
 from torchrl_sglang.weights.meeting import Meeting, ask_to_join, await_ranks, check_join, reachable_address
