@@ -163,7 +163,10 @@ class WeightGroup:
         for client in self.clients:
             with suppress(SGLangError):
                 self.leave(client, timeout_s=max(0.1, deadline - time.monotonic()))
-        self.drop()
+        if self._group is not None:
+            release = _Release(self._group, self.backend)
+            self._group = None
+            release()  # nothing is under way, so it is quick; a thread could be cut off inside it by the exit
 
     def leave(self, client: SGLangClient, timeout_s: float = _CLOSE_PATIENCE_S) -> None:
         """Let one server leave the group. Its connections close, and with them every wait of a peer for it ends.
