@@ -229,9 +229,8 @@ def run(urls: list[str], given: argparse.Namespace, model: torch.nn.Module, buck
     limit = 2 * bucket_bytes + largest
     print(f"trainer's peak extra memory {peak / 1e6:.0f} MB (2 buckets + largest tensor: {limit / 1e6:.0f} MB)\n")
     raw = RawBroadcast(sum(parameter.nbytes for parameter in model.parameters()))
-    print(
-        f"{'x raw broadcast, median of ' + str(given.pairs):34} whole   spread         still   pause  buckets again  phases"
-    )
+    title = f"x raw broadcast, median of {given.pairs}"
+    print(f"{title:34} whole   spread         still   pause  buckets again  phases")
     results: dict[str, dict[str, float]] = {}
     try:
         for case in make_cases(given.servers, bucket_bytes):
