@@ -20,7 +20,7 @@ PACKAGE = "torchrl_sglang"
 # PEERS, the line with the engine, import each other, and of those `rollout` and `weights` never meet.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"config", "parallel"}),
+    frozenset({"config", "parallel", "tls"}),
     frozenset({"protocol"}),
     frozenset({"client"}),
     frozenset({"streaming"}),
@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"rollout", "weights", "engine", "chat", "scores"}),
     frozenset({"testing"}),
     frozenset({"doctor", "hydra_configs"}),
-    frozenset({"cli"}),
+    frozenset({"cli", "recipes"}),
     frozenset({"__main__"}),
 )
 PEERS = next(units for units in LAYERS if "engine" in units)

@@ -13,14 +13,14 @@ After :func:`register_hydra_configs` a config may say::
       policy: {servers: ${engine}, config: {bucket_bytes: 67108864}}
 
 and ``hydra.utils.instantiate`` builds the three around one and the same engine: hydra copies ``${engine}`` to both
-places, and :func:`shared_engine` gives equal arguments the same servers.
+places, and :func:`shared_engine` gives equal arguments the same servers, until :func:`close_engines` ends them.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ __all__ = [
     "SGLangEngineConfig",
     "SGLangPolicyConfig",
     "SGLangWeightSyncSchemeConfig",
+    "close_engines",
     "make_policy",
     "make_scheme",
     "register_hydra_configs",
@@ -43,12 +44,19 @@ __all__ = [
 _engines: dict[str, AsyncSGLang] = {}
 
 
-def shared_engine(url: str | None = None, model: str | None = None, **settings: Any) -> AsyncSGLang:
+def shared_engine(
+    url: str | Sequence[str] | None = None,
+    model: str | None = None,
+    *,
+    progress: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> AsyncSGLang:
     """The engine for these arguments: made by the first call, the same object for every later one.
 
     Args:
         url: base URL(s) of running servers to attach to...
         model: ...or the checkpoint to launch servers with.
+        progress: called with a line of text while servers load.
         **settings: further arguments of :meth:`AsyncSGLang.connect` or :meth:`AsyncSGLang.from_pretrained`.
 
     Raises:
@@ -56,17 +64,26 @@ def shared_engine(url: str | None = None, model: str | None = None, **settings: 
     """
     if (url is None) == (model is None):
         raise ConfigError("an engine needs either url (running servers) or model (servers to launch)")
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = {name: _plain(value) for name, value in settings.items() if value is not None}
+    url = _plain(url)
     key = json.dumps({"url": url, "model": model, **settings}, sort_keys=True, default=str)
     if key not in _engines:
         engine = (
             AsyncSGLang.connect(url, **settings)
             if url is not None
-            else AsyncSGLang.from_pretrained(str(model), **settings)
+            else AsyncSGLang.from_pretrained(str(model), progress=progress, **settings)
         )
-        atexit.register(engine.shutdown)
+        if not _engines:
+            atexit.register(close_engines)
         _engines[key] = engine
     return _engines[key]
+
+
+def close_engines() -> None:
+    """End all servers that :func:`shared_engine` launched and close all connections; later calls start anew."""
+    atexit.unregister(close_engines)
+    while _engines:
+        _engines.popitem()[1].shutdown()
 
 
 def make_policy(engine: Any, **settings: Any) -> SGLangWrapper:
@@ -87,6 +104,13 @@ def _engine_of(value: Any) -> Any:
     return value
 
 
+def _plain(value: Any) -> Any:
+    """Lists and dicts instead of omegaconf's own, which nothing else knows."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
 @dataclass
 class SGLangEngineConfig:
     """Node for :func:`shared_engine`."""
@@ -95,10 +119,13 @@ class SGLangEngineConfig:
     model: str | None = None
     tp_size: int | None = None
     dp_size: int | None = None
+    gpus: Any = None
+    device: str | None = None
     dtype: str | None = None
     python: str | None = None
     context_length: int | None = None
     mem_fraction_static: float | None = None
+    max_total_tokens: int | None = None
     extra_args: Any = None
     _target_: str = "torchrl_sglang.hydra_configs.shared_engine"
     _partial_: bool = False
@@ -109,6 +136,7 @@ class SGLangPolicyConfig:
     """Node for :class:`~torchrl_sglang.SGLangWrapper`."""
 
     engine: Any = None
+    tokenizer: str | None = None
     input_mode: str = "history"
     generate: bool = True
     generate_kwargs: Any = field(default_factory=dict)

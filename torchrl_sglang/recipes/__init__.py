@@ -1,0 +1,88 @@
+"""What the training recipes in ``examples/`` share; each idea a file, none of them knows the others' loop.
+
+A recipe is one file, read from top to bottom: it loads a configuration, opens a run folder, builds servers, policy and
+scheme from YAML, and has its own loop of collecting, training and syncing. From here come the parts that look the same
+in all of them.
+"""
+
+from torchrl_sglang.recipes.advantages import token_advantages, token_rewards, whiten
+from torchrl_sglang.recipes.background import BackgroundRollouts
+from torchrl_sglang.recipes.checkpoints import Checkpoint, Checkpoints
+from torchrl_sglang.recipes.clock import StepClock
+from torchrl_sglang.recipes.config import Arguments, load_config, parse_arguments
+from torchrl_sglang.recipes.devices import trainer_device
+from torchrl_sglang.recipes.environment import make_env, make_test_env
+from torchrl_sglang.recipes.evaluation import evaluate, pass_at_k
+from torchrl_sglang.recipes.first_push import push_first_weights
+from torchrl_sglang.recipes.importance import masked_importance_weights, truncated_importance_weights
+from torchrl_sglang.recipes.interrupt import StopRequest
+from torchrl_sglang.recipes.losses import clipped_policy_loss, clipped_value_loss
+from torchrl_sglang.recipes.memory import keep_freed_memory, peak_memory_gb
+from torchrl_sglang.recipes.optimizer import make_optimizer
+from torchrl_sglang.recipes.questions import Question, QuestionStream
+from torchrl_sglang.recipes.report import draw_report
+from torchrl_sglang.recipes.rewards import RewardTransform
+from torchrl_sglang.recipes.run_folder import RunFolder
+from torchrl_sglang.recipes.samples import sample_lines
+from torchrl_sglang.recipes.scoring import TokenScores, score_in_parts, score_tokens
+from torchrl_sglang.recipes.sequences import Sequences
+from torchrl_sglang.recipes.settings import CheckpointSettings, EvaluateSettings, RunSettings, TrainSettings
+from torchrl_sglang.recipes.statistics import (
+    effective_sample_size,
+    kl_estimates,
+    staleness_histogram,
+    staleness_text,
+    training_signal,
+)
+from torchrl_sglang.recipes.table import Table, read_metrics
+from torchrl_sglang.recipes.tasks import Task, make_task
+
+__all__ = [
+    "Arguments",
+    "BackgroundRollouts",
+    "Checkpoint",
+    "CheckpointSettings",
+    "Checkpoints",
+    "EvaluateSettings",
+    "Question",
+    "QuestionStream",
+    "RewardTransform",
+    "RunFolder",
+    "RunSettings",
+    "Sequences",
+    "StepClock",
+    "StopRequest",
+    "Table",
+    "Task",
+    "TokenScores",
+    "TrainSettings",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+    "draw_report",
+    "effective_sample_size",
+    "evaluate",
+    "keep_freed_memory",
+    "kl_estimates",
+    "load_config",
+    "make_env",
+    "make_optimizer",
+    "make_task",
+    "make_test_env",
+    "masked_importance_weights",
+    "parse_arguments",
+    "pass_at_k",
+    "peak_memory_gb",
+    "push_first_weights",
+    "read_metrics",
+    "sample_lines",
+    "score_in_parts",
+    "score_tokens",
+    "staleness_histogram",
+    "staleness_text",
+    "token_advantages",
+    "token_rewards",
+    "trainer_device",
+    "training_signal",
+    "truncated_importance_weights",
+    "whiten",
+]

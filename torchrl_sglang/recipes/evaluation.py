@@ -1,0 +1,61 @@
+"""How well a policy does on questions it was not trained on: pass@k without bias."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+
+from torchrl_sglang.config.checking import require
+
+__all__ = ["evaluate", "pass_at_k"]
+
+
+def pass_at_k(num_answers: int, num_right: int, k: int) -> float:
+    """The chance that at least one of ``k`` answers is right, estimated without bias from more of them.
+
+    That is ``1 - C(n - c, k) / C(n, k)`` (Chen et al., 2021); ``1 - (1 - c/n)**k`` would be too low.
+
+    Args:
+        num_answers: n, answers drawn to one question.
+        num_right: c, how many of them are right.
+        k: at most ``num_answers``.
+
+    Raises:
+        ConfigError: numbers that make no sense.
+
+    Examples:
+        >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 3, 2)
+        (0.25, 0.5, 1.0)
+    """
+    require(0 <= num_right <= num_answers, f"{num_right} of {num_answers} answers can't be right")
+    require(1 <= k <= num_answers, f"pass@{k} can't be estimated from {num_answers} answers")
+    return 1.0 - math.comb(num_answers - num_right, k) / math.comb(num_answers, k)
+
+
+def evaluate(
+    env: Any, policy: Callable[[TensorDictBase], TensorDictBase], *, answers: int, ks: Sequence[int]
+) -> dict[str, float]:
+    """Ask an environment's questions and count right answers.
+
+    Args:
+        env: asks the questions to be evaluated in every reset, ``answers`` times each, one after the other, and writes
+            ``reward`` and ``right`` when stepped once: see :func:`make_test_env`.
+        policy: answers.
+        answers: answers per question.
+        ks: for which k pass@k is wanted.
+
+    Returns:
+        ``eval_reward_mean``, ``eval_pass_at_<k>`` for every k (means over the questions), and ``eval_truncated``, the
+        fraction of answers that were cut off.
+    """
+    done = env.step(policy(env.reset()))
+    right_QA = torch.as_tensor(done["next", "right"]).reshape(-1, answers)
+    found = {"eval_reward_mean": float(done["next", "reward"].float().mean())}
+    for k in ks:
+        per_question = [pass_at_k(answers, int(right_A.sum()), k) for right_A in right_QA]
+        found[f"eval_pass_at_{k}"] = sum(per_question) / len(per_question)
+    return found | {"eval_truncated": float(done["generation", "truncated"].float().mean())}

@@ -1,0 +1,85 @@
+"""An endless, seeded order of questions that can be entered at any position."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from torchrl_sglang.config.checking import require
+
+__all__ = ["POSITION_KEY", "Question", "QuestionStream"]
+
+POSITION_KEY = "position"
+"""Where a batch carries its questions' positions (int64, one per sequence)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One task for the model.
+
+    Attributes:
+        query: what the user says.
+        answer: what the reward function compares with.
+    """
+
+    query: str
+    answer: str
+
+
+class QuestionStream(IterableDataset):
+    """Question number 0, 1, 2, ...: every pass over the questions in another order, all known from the seed.
+
+    Question ``i`` is the same in every run with this seed, however often the run was stopped in between. Items carry
+    their number under ``"position"``, so that a trainer knows how far it has come, whatever was generated ahead.
+
+    Args:
+        questions: at least one.
+        seed: of the order; ``None`` keeps them as they are.
+        start: number of the first question.
+
+    Raises:
+        ConfigError: no questions.
+
+    Examples:
+        >>> stream = QuestionStream([Question(query=c, answer="") for c in "abc"], seed=0)
+        >>> whole = [stream.at(i).query for i in range(6)]
+        >>> sorted(whole[:3]) == sorted(whole[3:]) == ["a", "b", "c"]
+        True
+        >>> later = QuestionStream(stream.questions, seed=0, start=4)
+        >>> next(iter(later))["query"] == whole[4]
+        True
+    """
+
+    def __init__(self, questions: Sequence[Question], *, seed: int | None, start: int = 0) -> None:
+        super().__init__()
+        require(len(questions) > 0, "there are no questions")
+        require(start >= 0, f"start is the number of a question, got {start}")
+        self.questions = tuple(questions)
+        self.start = start
+        self._seed = seed
+        self._pass_number = -1
+        self._order: list[int] = []
+
+    def at(self, number: int) -> Question:
+        """Question ``number``."""
+        pass_number, place = divmod(number, len(self.questions))
+        if self._seed is None:
+            return self.questions[place]
+        if pass_number != self._pass_number:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + pass_number)
+            self._order = torch.randperm(len(self.questions), generator=generator).tolist()
+            self._pass_number = pass_number
+        return self.questions[self._order[place]]
+
+    def __iter__(self) -> Iterator[dict[str, str | int]]:
+        for number in itertools.count(self.start):
+            question = self.at(number)
+            yield {"query": question.query, "answer": question.answer, POSITION_KEY: number}
+
+    def loader(self, batch_size: int) -> DataLoader[dict[str, str | int]]:
+        """A data loader over the stream."""
+        return DataLoader(self, batch_size=batch_size)
