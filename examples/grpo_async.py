@@ -20,68 +20,31 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-import tensordict
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torchrl.collectors import Collector
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.envs.transforms import Compose, PolicyAgeFilter
 from torchrl.objectives.llm import MCAdvantage
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
-from torchrl_sglang import SGLangError, hydra_configs, recipes
+from torchrl_sglang import recipes
 
-RECIPE = Path(__file__)
 STEP_LINE = (
     "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%} | {generate_tokens_per_s:4.0f} tokens/s | "
-    "waited {wait_s:.1f} s, train {train_s:.1f} s, sync {sync_s:.2f} s | weights v{weight_version}, "
-    "age of tokens {staleness_mean:.2f} (most {staleness_max}) | ESS {ess:.3f}, log-prob gap {logprob_gap_mean:.1e}"
+    "wait {wait_s:.1f} s, train {train_s:.1f} s, sync {sync_s:.2f} s | weights v{weight_version}, age of tokens "
+    "{staleness_mean:.2f} (most {staleness_max}) | ESS {ess:.3f}, log-prob gap {logprob_gap_mean:.1e}"
 )
 
 
-def train(config: DictConfig, resume: bool) -> None:
-    settings, path = config.train, str(config.model)
-    batch_size, device = settings.questions * settings.answers, recipes.trainer_device(settings.device)
-    folder = Path(config.run.folder)
+def train(config: DictConfig, resume: bool) -> bool:
+    settings = recipes.TrainSettings(**config.train)
+    tokenizer = recipes.load_tokenizer(config.model)
+    model = recipes.load_model(config.model, settings.device)
     with ExitStack() as stack:  # closes everything in reverse order, however this ends
-        bar = stack.enter_context(tqdm(total=settings.steps, unit="step", dynamic_ncols=True))
-        stop = stack.enter_context(recipes.StopRequest(lambda: bar.write("stopping after this step")))
-        bar.set_postfix_str("loading the model")
-        torch.manual_seed(settings.seed)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        # float32 whatever it computes in: steps of 1e-6 would vanish in bfloat16; eval(): no dropout, ever
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
-        optimizer, scheduler = recipes.make_optimizer(model.parameters(), settings)
-        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bfloat16")
-
-        checkpoint = recipes.Checkpoints(folder / "checkpoints").latest() if resume else None
-        if checkpoint is not None:
-            checkpoint.restore({"model": model}, optimizer, scheduler)
-        last_step = 0 if checkpoint is None else checkpoint.step
-        position = 0 if checkpoint is None else checkpoint.data_position
-        run = recipes.RunFolder(
-            folder,
-            config,
-            resume_step=last_step if resume else None,
-            keep_checkpoints=config.checkpoint.keep,
-            loggers=config.run.loggers,
-            draw=recipes.draw_report,
-            draw_every_s=config.run.report_every_s,
-        )
-        stack.enter_context(run)
-        bar.update(last_step)
-
-        # servers, policy and scheme come from YAML, and share one engine
-        stack.callback(hydra_configs.close_engines)
-        servers = instantiate(config.engine, progress=bar.set_postfix_str)
-        policy = instantiate(config.policy)
-        scheme = instantiate(config.weight_sync_schemes.policy)
-        stack.callback(scheme.shutdown)
-        recipes.push_first_weights(scheme, model, checkpoint, launched=bool(servers.servers))
-        temperature = policy.sampling_params.temperature
+        run = stack.enter_context(recipes.Run(config, {"model": model}, resume=resume))
+        run.say("starting the servers")
+        serving = stack.enter_context(recipes.Serving(config, progress=run.say))
+        serving.push_first_weights(model, run.checkpoint)
 
         task = recipes.make_task(config.task)
         env = recipes.make_env(
@@ -90,61 +53,64 @@ def train(config: DictConfig, resume: bool) -> None:
             questions=settings.questions,
             answers=settings.answers,
             seed=settings.seed,
-            start=position,
+            start=run.position,
         )
         collector = Collector(
             env,
-            policy,
-            frames_per_batch=batch_size,
+            serving.policy,
+            frames_per_batch=settings.batch_size,
             total_frames=-1,
-            weight_sync_schemes={"policy": scheme},
+            weight_sync_schemes={"policy": serving.scheme},
             auto_register_policy_transforms=False,
         )
         stack.callback(collector.shutdown)
+        test_env = recipes.make_test_env(
+            task, tokenizer, questions=config.evaluate.questions, answers=config.evaluate.answers
+        )
+
+        def evaluation() -> dict[str, float]:
+            policy = serving.policy.get_new_version()  # the other one may be collecting
+            return recipes.evaluate(test_env, policy, answers=config.evaluate.answers, ks=config.evaluate.ks)
+
+        run.evaluate(0, evaluation)
         rollouts = recipes.BackgroundRollouts(
             collector, ahead=config.rollouts.ahead, timeout_s=config.rollouts.timeout_s
         )
         stack.enter_context(rollouts)
         # What is written passes through these from the last to the first: MCAdvantage compares the answers to one
-        # question, then those that are too old are left out.
+        # question, then those whose oldest token is too old are left out.
         is_fresh = PolicyAgeFilter(
-            lambda: servers.weight_version,
+            lambda: serving.weight_version,
             config.rollouts.max_staleness,
             policy_version_key=("generation", "policy_version"),
             strict=True,
         )
         buffer = ReplayBuffer(
-            storage=LazyStackStorage(batch_size),
+            storage=LazyStackStorage(settings.batch_size),
             transform=Compose(is_fresh, MCAdvantage(grpo_size=settings.answers)),
             batch_size=settings.micro_batch,
         )
-        test, saving = recipes.EvaluateSettings(**config.evaluate), recipes.CheckpointSettings(**config.checkpoint)
-        test_env = recipes.make_test_env(task, tokenizer, questions=test.questions, answers=test.answers)
-        test_policy = policy.get_new_version()
+        autocast = torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bfloat16")
+        temperature = serving.policy.sampling_params.temperature
 
-        clock = recipes.StepClock()
-        if last_step == 0 and test.is_due(0, settings.steps):
-            run.log_evaluation(0, recipes.evaluate(test_env, test_policy, answers=test.answers, ks=test.ks))
-        for step in range(last_step + 1, settings.steps + 1):
-            bar.set_postfix_str("waiting for rollouts")
-            with clock("wait"):
+        for step in run.steps():
+            run.say("waiting for rollouts")
+            with run.clock("wait"):
                 buffer.empty()
                 num_dropped = 0
                 while len(buffer) == 0:
                     buffer.extend(rollouts.take().reshape(-1))
-                    num_dropped += batch_size - len(buffer)
-            batch = recipes.Sequences.from_tensordict(buffer[:]).to(device)
-            trained_version = servers.weight_version
+                    num_dropped += settings.batch_size - len(buffer)
+            batch, version = recipes.Sequences.from_tensordict(buffer[:]).to(run.device), serving.weight_version
 
-            # the policy gradient, weighted token by token; micro-batches add up to the batch
             pi_N, entropy_N = torch.empty_like(batch.server_N), torch.empty_like(batch.server_N)
-            for epoch in range(settings.epochs):
-                with clock("train"):
+            with run.clock("train"):
+                for epoch in range(settings.epochs):
                     for tokens, part in batch.split(settings.micro_batch):
-                        bar.set_postfix_str(f"training {tokens.stop}/{batch.num_tokens} tokens")
+                        run.say(f"training {tokens.stop}/{batch.num_tokens} tokens")
                         with autocast:
                             scores = recipes.score_tokens(model, part, temperature=temperature, entropy=epoch == 0)
-                        if epoch == 0:  # no step has been taken yet: this is the policy before the update
+                        if epoch == 0:  # no step has been taken on this batch: pi is the policy before the update
                             pi_N[tokens], entropy_N[tokens] = scores.log_probs_N.detach(), scores.entropy_N
                         weight_N = recipes.truncated_importance_weights(
                             pi_N[tokens], part.server_N, cap=config.loss.importance_cap
@@ -152,81 +118,38 @@ def train(config: DictConfig, resume: bool) -> None:
                         loss_N = recipes.clipped_policy_loss(
                             scores.log_probs_N, pi_N[tokens], part.advantage_N, clip_epsilon=config.loss.clip_epsilon
                         )
+                        # sums over micro-batches, divided by the batch's tokens, add up to the batch's mean
                         ((weight_N * loss_N).sum() / batch.num_tokens).backward()
-                    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-                    optimizer.step()
-                    scheduler.step()
-                    optimizer.zero_grad()
+                    grad_norm = run.optimizer_step()
 
-            bar.set_postfix_str("sending the weights")
-            with clock("sync"):
+            run.say("sending the weights")
+            with run.clock("sync"):
                 collector.update_policy_weights_(model)
-            position = max(position, int(batch.position_B.max()) + 1)
-            with clock("evaluate"):
-                if test.is_due(step, settings.steps):
-                    run.log_evaluation(step, recipes.evaluate(test_env, test_policy, answers=test.answers, ks=test.ks))
-            with clock("save"):
-                run.log_samples(recipes.sample_lines(step, batch, tokenizer))
-            ages = recipes.staleness_histogram(batch.version_N, trained_version)
-            seconds = clock.lap()
+
+            signal = recipes.training_signal(
+                trainer_N=pi_N, server_N=batch.server_N, entropy_N=entropy_N, clip_epsilon=config.loss.clip_epsilon
+            )
             row = {
-                "step": step,
-                "reward_mean": batch.reward_B.mean(),
-                "response_tokens_mean": batch.num_tokens / len(batch),
-                "generate_tokens_per_s": batch.num_tokens / rollouts.collect_s,
-                "sync_s": seconds["sync_s"],
-                "sync_mb": scheme.last_report.num_bytes / 1e6,
-                "weight_version": servers.weight_version,
-                **recipes.training_signal(
-                    trainer_N=pi_N,
-                    server_N=batch.server_N,
-                    entropy_N=entropy_N,
-                    clip_epsilon=config.loss.clip_epsilon,
-                ),
-                "right_rate": batch.right_B.float().mean(),
-                "truncated_fraction": batch.truncated_B.float().mean(),
-                "staleness_mean": sum(age * count for age, count in ages.items()) / batch.num_tokens,
-                "staleness_max": max(ages, default=0),
-                "staleness_histogram": recipes.staleness_text(ages),
+                **recipes.batch_numbers(batch, weight_version=version),
+                **signal,
                 "dropped_answers": num_dropped,
-                "train_tokens_per_s": batch.num_tokens * settings.epochs / seconds["train_s"],
-                "collect_s": rollouts.collect_s,  # beside the trainer's own work
-                **seconds,
+                "generate_tokens_per_s": batch.num_tokens / rollouts.collect_s,
+                "collect_s": rollouts.collect_s,  # of this batch, beside the trainer's own work
+                "sync_mb": serving.sync_mb,
+                "weight_version": serving.weight_version,
                 "grad_norm": grad_norm,
-                "learning_rate": scheduler.get_last_lr()[0],
-                **recipes.peak_memory_gb(device),
             }
-            bar.write(STEP_LINE.format(**run.log(row)))
-            bar.update()
-            with clock("save"):  # after the step's row: a run that is killed here does the step again, row and all
-                if saving.is_due(step, settings.steps) or stop.requested:
-                    run.checkpoints.save(
-                        step=step,
-                        data_position=position,
-                        weight_version=servers.weight_version,
-                        modules={"model": model},
-                        optimizer=optimizer,
-                        scheduler=scheduler,
-                    )
-            if stop.requested:
-                break
-        bar.set_postfix_str("stopping")
-    if stop.requested:
-        raise SystemExit(f"interrupted after step {step}; to go on: python {RECIPE} --resume {folder}")
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-
-
-def main() -> None:
-    arguments = recipes.parse_arguments(RECIPE, description=__doc__)
-    tensordict.set_list_to_stack(True).set()  # TorchRL's language model parts rely on it
-    disable_progress_bar()  # transformers' own
-    recipes.keep_freed_memory()
-    try:
-        train(recipes.load_config(RECIPE, arguments), resume=arguments.resume is not None)
-    except SGLangError as error:
-        raise SystemExit(f"{RECIPE.name}: {error}") from error
+            run.log(step, row, line=STEP_LINE)
+            run.folder.log_samples(recipes.sample_lines(step, batch, tokenizer))
+            run.evaluate(step, evaluation)
+            position = max(run.position, int(batch.position_B.max()) + 1)
+            run.save(step, weight_version=serving.weight_version, data_position=position)
+        run.say("stopping")
+    if not run.stop.requested:
+        model.save_pretrained(Path(config.run.folder) / "model")
+        tokenizer.save_pretrained(Path(config.run.folder) / "model")
+    return not run.stop.requested
 
 
 if __name__ == "__main__":
-    main()
+    recipes.run_program(__file__, train, description=__doc__)

@@ -9,23 +9,35 @@ from torchrl_sglang.recipes.advantages import token_advantages, token_rewards, w
 from torchrl_sglang.recipes.background import BackgroundRollouts
 from torchrl_sglang.recipes.checkpoints import Checkpoint, Checkpoints
 from torchrl_sglang.recipes.clock import StepClock
-from torchrl_sglang.recipes.config import Arguments, load_config, parse_arguments
+from torchrl_sglang.recipes.config import (
+    Arguments,
+    add_arguments,
+    load_config,
+    override,
+    parse_arguments,
+    presets_of,
+    read_arguments,
+)
 from torchrl_sglang.recipes.devices import trainer_device
 from torchrl_sglang.recipes.environment import make_env, make_test_env
 from torchrl_sglang.recipes.evaluation import evaluate, pass_at_k
-from torchrl_sglang.recipes.first_push import push_first_weights
 from torchrl_sglang.recipes.importance import masked_importance_weights, truncated_importance_weights
 from torchrl_sglang.recipes.interrupt import StopRequest
 from torchrl_sglang.recipes.losses import clipped_policy_loss, clipped_value_loss
 from torchrl_sglang.recipes.memory import keep_freed_memory, peak_memory_gb
+from torchrl_sglang.recipes.models import load_model, load_tokenizer
 from torchrl_sglang.recipes.optimizer import make_optimizer
+from torchrl_sglang.recipes.program import run_program
 from torchrl_sglang.recipes.questions import Question, QuestionStream
 from torchrl_sglang.recipes.report import draw_report
 from torchrl_sglang.recipes.rewards import RewardTransform
+from torchrl_sglang.recipes.rows import batch_numbers
+from torchrl_sglang.recipes.run import Run
 from torchrl_sglang.recipes.run_folder import RunFolder
 from torchrl_sglang.recipes.samples import sample_lines
 from torchrl_sglang.recipes.scoring import TokenScores, score_in_parts, score_tokens
 from torchrl_sglang.recipes.sequences import Sequences
+from torchrl_sglang.recipes.serving import Serving
 from torchrl_sglang.recipes.settings import CheckpointSettings, EvaluateSettings, RunSettings, TrainSettings
 from torchrl_sglang.recipes.statistics import (
     effective_sample_size,
@@ -47,15 +59,19 @@ __all__ = [
     "Question",
     "QuestionStream",
     "RewardTransform",
+    "Run",
     "RunFolder",
     "RunSettings",
     "Sequences",
+    "Serving",
     "StepClock",
     "StopRequest",
     "Table",
     "Task",
     "TokenScores",
     "TrainSettings",
+    "add_arguments",
+    "batch_numbers",
     "clipped_policy_loss",
     "clipped_value_loss",
     "draw_report",
@@ -64,16 +80,21 @@ __all__ = [
     "keep_freed_memory",
     "kl_estimates",
     "load_config",
+    "load_model",
+    "load_tokenizer",
     "make_env",
     "make_optimizer",
     "make_task",
     "make_test_env",
     "masked_importance_weights",
+    "override",
     "parse_arguments",
     "pass_at_k",
     "peak_memory_gb",
-    "push_first_weights",
+    "presets_of",
+    "read_arguments",
     "read_metrics",
+    "run_program",
     "sample_lines",
     "score_in_parts",
     "score_tokens",

@@ -13,6 +13,7 @@ class StepClock:
     """Adds up the seconds of named phases within a step.
 
     Args:
+        always: phases that every lap has, with 0 seconds when they did not come.
         now: a clock in seconds that never goes back.
 
     Examples:
@@ -26,9 +27,10 @@ class StepClock:
         {'generate_s': 2.0, 'train_s': 1.0, 'step_s': 7.0}
     """
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, *always: str, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
-        self._seconds: dict[str, float] = {}
+        self._always = always
+        self._seconds: dict[str, float] = dict.fromkeys(always, 0.0)
         self._start = now()
 
     @contextmanager
@@ -40,9 +42,13 @@ class StepClock:
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - start
 
+    def seconds(self, phase: str) -> float:
+        """What a phase has taken since the last lap."""
+        return self._seconds[phase]
+
     def lap(self) -> dict[str, float]:
         """Seconds of every phase since the last lap under ``<phase>_s``, and of the whole under ``step_s``."""
         now = self._now()
         seconds = {f"{phase}_s": value for phase, value in self._seconds.items()} | {"step_s": now - self._start}
-        self._seconds, self._start = {}, now
+        self._seconds, self._start = dict.fromkeys(self._always, 0.0), now
         return seconds

@@ -32,7 +32,17 @@ from torchrl_sglang.hydra_configs import register_hydra_configs
 from torchrl_sglang.recipes.settings import SETTINGS
 from torchrl_sglang.testing import smollm2_checkpoint
 
-__all__ = ["CONFIG_FILE", "Arguments", "load_config", "parse_arguments", "read_arguments", "save_config"]
+__all__ = [
+    "CONFIG_FILE",
+    "Arguments",
+    "add_arguments",
+    "load_config",
+    "override",
+    "parse_arguments",
+    "presets_of",
+    "read_arguments",
+    "save_config",
+]
 
 CONFIG_FILE = "config.yaml"
 _LAUNCH_ONLY = ("model", "tp_size", "dp_size", "gpus", "device", "dtype", "python", "context_length")
@@ -61,6 +71,18 @@ def add_arguments(parser: argparse.ArgumentParser, presets: Sequence[str]) -> No
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.lr=1e-6")
 
 
+def override(key: str, value: object) -> str:
+    r"""An override that gives ``key`` this very value, whatever characters a text has.
+
+    Examples:
+        >>> override("train.lr", 1e-6), override("model", "/it's here/a=b")
+        ('train.lr=1e-06', "model='/it\\'s here/a=b'")
+    """
+    if isinstance(value, str):
+        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return f"{key}={value}"
+
+
 def parse_arguments(recipe: Path, words: Sequence[str] | None = None, *, description: str | None = None) -> Arguments:
     """Read a recipe's command line.
 
@@ -81,12 +103,13 @@ def read_arguments(found: argparse.Namespace) -> Arguments:
     return Arguments(preset=found.preset, resume=found.resume, overrides=tuple(found.overrides))
 
 
-def presets_of(recipe: Path) -> list[str]:
+def presets_of(recipe: str | Path) -> list[str]:
     """Names of a recipe's presets.
 
     Raises:
         ConfigError: it has none.
     """
+    recipe = Path(recipe)
     folder = recipe.resolve().parent / "config" / recipe.stem
     names = sorted(file.stem for file in folder.glob("*.yaml"))
     if not names:
