@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Generator, Iterable, Sequence
 
 import torch
@@ -80,7 +81,7 @@ class BucketPacker:
                     return flat
                 flat = self._buffer(bucket.nbytes, tensor.device)
                 self._turn += 1
-            slot.view(flat).copy_(tensor.detach())
+            _copy(tensor.detach(), slot.view(flat))
             del tensor  # before the next one is gathered
         return flat if flat is not None else torch.empty(0, dtype=torch.uint8)
 
@@ -171,6 +172,18 @@ class BucketPacker:
             buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
             self._buffers[index] = buffer
         return buffer[:nbytes]
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Plain copies in main memory go past torch: its OpenMP threads would spin on cores that the broadcast needs.
+
+    With SmolLM2-135M on 2 cores a whole sync took 0.50 s with ``copy_`` and 0.41 s with one thread.
+    """
+    plain = source.dtype == target.dtype and source.is_contiguous() and source.device == target.device
+    if plain and source.device.type == "cpu" and source.numel() > 0:
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+    else:
+        target.copy_(source)
 
 
 def _nbytes(held: Sequence[tuple[TensorSpec, torch.Tensor]]) -> int:

@@ -18,7 +18,7 @@ from torch import nn
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams, SyncConfig
 from torchrl_sglang.errors import WeightUpdateError
-from torchrl_sglang.parallel import Outcome, side_by_side
+from torchrl_sglang.parallel import Outcome, Task, side_by_side
 from torchrl_sglang.protocol.control import build_checksum, parse_checksum
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
 
@@ -63,13 +63,15 @@ def prove(
         WeightUpdateError: a server did not answer, or answers as another model; ``server_weights`` names it.
     """
     ids = probe_ids(vocab_size)
-    outcomes = side_by_side({client.url: _Scoring(client, ids, lora) for client in clients})
+    scoring = {client.url: Task(_Scoring(client, ids, lora), name=f"score-{client.url}") for client in clients}
+    asked = None if model is None else _asked(model, ids)  # meanwhile
+    outcomes = {url: task.outcome() for url, task in scoring.items()}
     scores = {url: torch.tensor(o.value, dtype=torch.float64) for url, o in outcomes.items() if o.value is not None}
     complaints = _silent(outcomes)
     gaps: dict[str, float] = {}
     if scores:
         first = next(iter(scores))
-        reference, whose = (_asked(model, ids), "the trainer") if model is not None else (scores[first], first)
+        reference, whose = (asked, "the trainer") if asked is not None else (scores[first], first)
         atol = config.verify_atol if config.verify_atol is not None else (1e-3 if exact else 0.5)
         gaps = {url: _gap(score, reference) for url, score in scores.items()}
         for url, gap in gaps.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class Transfer:
         self._deadline = deadline
         self._done: queue.SimpleQueue[Task[Any]] = queue.SimpleQueue()
         self._replies: dict[Task[Any], str] = {}
+        self._held_back: dict[str, list[Callable[[], None]]] = {}
         self._group_of: dict[Task[Any], WeightGroup] = {}
         self._first_arrived = False
 
@@ -91,13 +93,13 @@ class Transfer:
             self._announce(bucket)
             flights = self._launch(bucket, flat)
             item = next(buckets, None)
-            in_step = {url for group in self._groups for url in group.in_step}
-            self._await(flights | {task for task, url in self._replies.items() if url not in in_step})
+            self._await(flights)
             self._first_arrived = True
             self.num_bytes += flat.nbytes
             self.num_buckets += 1
             self.num_tensors += len(bucket.slots)
-        self._await(set(self._replies))
+        while self._replies:
+            self._await(set(self._replies))
 
     def let_go(self) -> None:
         """After a failure: close the trainer's connections, so that servers that wait for its bytes are freed."""
@@ -115,6 +117,8 @@ class Transfer:
                 group.leave(client, timeout_s)
 
     def _announce(self, bucket: Bucket) -> None:
+        """Tell every server at once, or as soon as it has answered for the bucket before."""
+        waited_for = {*self._replies.values(), *self._held_back}
         for group in self._groups:
             request = build_update_bucket(
                 names=bucket.names,
@@ -125,10 +129,25 @@ class Transfer:
                 flush_cache=self.flushed,
             )
             for client in group.clients:
-                self.announced.add(client.url)
-                task = Task(_announcing(client, request, self._remaining()), name=client.url, on_done=self._done.put)
-                self._replies[task] = client.url
-                self._group_of[task] = group
+                tell = partial(self._tell, group, client, request)
+                if client.url in waited_for and client.url not in group.in_step:
+                    self._held_back.setdefault(client.url, []).append(tell)
+                else:
+                    tell()
+
+    def _tell_next(self, url: str) -> None:
+        """A server has answered: tell it of the bucket after, if that one was held back."""
+        held_back = self._held_back.pop(url, [])
+        if held_back:
+            held_back.pop(0)()
+        if held_back:
+            self._held_back[url] = held_back
+
+    def _tell(self, group: WeightGroup, client: SGLangClient, request: HttpRequest) -> None:
+        self.announced.add(client.url)
+        task = Task(_announcing(client, request, self._remaining()), name=client.url, on_done=self._done.put)
+        self._replies[task] = client.url
+        self._group_of[task] = group
 
     def _launch(self, bucket: Bucket, flat: torch.Tensor) -> set[Task[Any]]:
         limit = self._config.bucket_timeout_s if self._first_arrived else self._config.group_timeout_s
@@ -166,6 +185,8 @@ class Transfer:
             if outcome.error is not None:
                 self._drop_out(group, self._failure(group, url, outcome.error))
                 waiting &= self._group_of.keys()
+            elif url is not None:
+                self._tell_next(url)
 
     def _drop_out(self, group: WeightGroup, error: SGLangError) -> None:
         """Go on without a group that failed, unless it is the last."""
@@ -174,6 +195,7 @@ class Transfer:
             raise error
         for client in group.clients:
             self.failed[client.url] = error
+            self._held_back.pop(client.url, None)
         for task in [task for task, its_group in self._group_of.items() if its_group is group]:
             del self._group_of[task]
             self._replies.pop(task, None)
