@@ -32,6 +32,7 @@ from torchrl_sglang.protocol.dialect import (
     parse_info,
 )
 from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
+from torchrl_sglang.tls import explain_tls, trusted_authorities
 
 __all__ = ["SGLangClient", "may_send_again", "read_vocab_size"]
 
@@ -162,12 +163,17 @@ class SGLangClient:
                         finished = True
                         break
                     yield json.loads(data)
+            except requests.exceptions.ChunkedEncodingError as error:
+                raise self._cut_short(request) from error
             except requests.RequestException as error:
                 raise self._translate(request, error, timeout_s) from error
             except json.JSONDecodeError as error:
                 raise ProtocolError(f"{self.url} streamed an event that is not JSON", server=self.url) from error
             if not finished:
-                raise ServerLostError(f"{self.url} ended the stream of {request.path} half-way", server=self.url)
+                raise self._cut_short(request)
+
+    def _cut_short(self, request: HttpRequest) -> ServerLostError:
+        return ServerLostError(f"{self.url} ended the stream of {request.path} half-way", server=self.url)
 
     def _send_with_retries(self, request: HttpRequest, timeout_s: float | None, *, stream: bool) -> requests.Response:
         tries = 0
@@ -192,7 +198,6 @@ class SGLangClient:
                 headers=self._headers(request),
                 timeout=(self.config.connect_timeout_s, wait_s),
                 stream=stream,
-                verify=self.config.ca_certificate or True,
                 allow_redirects=False,
             )
         finally:
@@ -203,6 +208,7 @@ class SGLangClient:
             if self._session is None:
                 session = requests.Session()
                 session.trust_env = False  # no proxy or .netrc of the environment between trainer and server
+                session.verify = trusted_authorities(self.config.ca_certificate)
                 adapter = HTTPAdapter(
                     pool_connections=1, pool_maxsize=self.config.max_connections, pool_block=True, max_retries=0
                 )
@@ -262,10 +268,8 @@ class SGLangClient:
     def _translate(self, request: HttpRequest, error: requests.RequestException, timeout_s: float | None) -> Exception:
         where = f"{self.url}{request.path}"
         reason = getattr(error.args[0], "reason", None) if error.args else None
-        if isinstance(error, requests.exceptions.SSLError):
-            return ServerUnreachableError(
-                f"{self.url}: TLS failed ({error}); pass ca_certificate= for a private authority", server=self.url
-            )
+        if isinstance(error, requests.exceptions.SSLError) and (refusal := explain_tls(error, self.url)):
+            return refusal
         if isinstance(error, requests.ConnectTimeout) or isinstance(reason, (NewConnectionError, ConnectTimeoutError)):
             return ServerUnreachableError(
                 f"nothing accepts connections at {self.url}; is the server running and the address right?",

@@ -18,7 +18,7 @@ class ClientConfig:
     admin_api_key: str | None = field(default=None, repr=False)
     """The server's ``--admin-api-key``; sent on control calls (pause, update, flush...) in place of ``api_key``."""
     ca_certificate: str | None = None
-    """CA bundle for ``https://`` servers with a private certificate authority; ``None`` uses the system's."""
+    """PEM file with a private authority's certificate, for ``https://`` servers; ``None`` trusts the public ones."""
     connect_timeout_s: float = 5.0
     """To open a connection. A server that runs accepts at once, even under load."""
     probe_timeout_s: float = 10.0
