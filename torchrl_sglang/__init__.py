@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from torchrl_sglang.config import ClientConfig, SamplingParams, ServerConfig, SyncConfig
+from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams, ServerConfig, SyncConfig
 from torchrl_sglang.errors import (
     ConfigError,
     ProtocolError,
@@ -67,6 +67,7 @@ __all__ = [
     "Response",
     "RewardModel",
     "RewardModelTransform",
+    "RouterConfig",
     "SGLangChat",
     "SGLangClient",
     "SGLangError",

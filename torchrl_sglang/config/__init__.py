@@ -2,8 +2,9 @@
 
 from torchrl_sglang.config.checking import nearest_name
 from torchrl_sglang.config.client import ClientConfig
+from torchrl_sglang.config.router import RouterConfig
 from torchrl_sglang.config.sampling import SamplingParams
 from torchrl_sglang.config.server import ServerConfig
 from torchrl_sglang.config.sync import SyncConfig
 
-__all__ = ["ClientConfig", "SamplingParams", "ServerConfig", "SyncConfig", "nearest_name"]
+__all__ = ["ClientConfig", "RouterConfig", "SamplingParams", "ServerConfig", "SyncConfig", "nearest_name"]

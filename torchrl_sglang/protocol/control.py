@@ -203,13 +203,17 @@ def build_unload_lora(name: str) -> HttpRequest:
     return _post("/unload_lora_adapter", {"lora_name": name})
 
 
-def build_release_memory(tags: Sequence[Literal["weights", "kv_cache"]]) -> HttpRequest:
-    """Give GPU memory back; needs ``--enable-memory-saver``."""
+def build_release_memory(tags: Sequence[str]) -> HttpRequest:
+    """Give GPU memory back: ``"weights"``, ``"kv_cache"``, ``"cuda_graph"``.
+
+    SGLang (0.5.23) answers 200 also without ``--enable-memory-saver``, and frees nothing then; a server that is not
+    idle dies of it.
+    """
     return _post("/release_memory_occupation", {"tags": list(tags)}, timeout="update")
 
 
-def build_resume_memory(tags: Sequence[Literal["weights", "kv_cache"]]) -> HttpRequest:
-    """Take GPU memory again."""
+def build_resume_memory(tags: Sequence[str]) -> HttpRequest:
+    """Take GPU memory again. SGLang (0.5.23) dies of a tag that is not released."""
     return _post("/resume_memory_occupation", {"tags": list(tags)}, timeout="update")
 
 

@@ -24,7 +24,7 @@ class HttpRequest:
         repeatable: the request only reads, so it may be sent again even when an earlier copy may have run.
     """
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "DELETE"]
     path: str
     body: Mapping[str, Any] | None = None
     timeout: TimeoutKind = "control"

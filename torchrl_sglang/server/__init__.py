@@ -4,8 +4,10 @@ from torchrl_sglang.server.cpu import cpu_command_args, cpu_environment, needs_c
 from torchrl_sglang.server.fleet import replicate, start_fleet, stop_fleet
 from torchrl_sglang.server.gpus import assign_gpus
 from torchrl_sglang.server.process import SGLangServer
+from torchrl_sglang.server.router import SGLangRouter
 
 __all__ = [
+    "SGLangRouter",
     "SGLangServer",
     "assign_gpus",
     "cpu_command_args",

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,45 +53,92 @@ class Child:
     keep_log: bool = False
 
     @classmethod
-    def launch(cls, config: ServerConfig, *, port: int | None, cpu: bool) -> Child:
-        """Start the process.
+    def launch(cls, config: ServerConfig, *, port: int | None, cpu: bool, weight_version: str | None = None) -> Child:
+        """Start a server.
 
         Args:
             config: the server; already checked.
             port: port to listen on; ``None`` picks a free one.
             cpu: run on the CPU engine.
+            weight_version: what the server calls the checkpoint's weights.
 
         Raises:
             ConfigError: fewer GPUs or cores are visible than it needs.
             ServerStartError: the port is taken, or no process could be started.
         """
         same_python = config.python is None or command.find_python(config) == sys.executable
-        variables = child_environment(config, os.environ, cpu=cpu, same_python=same_python)
+
+        def build(port: int, rendezvous_port: int, key_file: Path | None) -> list[str]:
+            return command.build_command(
+                config,
+                port=port,
+                rendezvous_port=rendezvous_port,
+                cpu=cpu,
+                key_file=key_file,
+                weight_version=weight_version,
+            )
+
+        return cls.run(
+            build,
+            name="sglang",
+            host=config.host,
+            port=port,
+            variables=child_environment(config, os.environ, cpu=cpu, same_python=same_python),
+            log_dir=config.log_dir,
+            keys=command.keys_as_yaml(config),
+            secrets=command.key_spellings(config),
+        )
+
+    @classmethod
+    def run(
+        cls,
+        build: Callable[[int, int, Path | None], list[str]],
+        *,
+        name: str,
+        host: str,
+        port: int | None,
+        variables: dict[str, str],
+        log_dir: Path | None,
+        keys: str | None = None,
+        secrets: Sequence[str] = (),
+    ) -> Child:
+        """Start a program that listens.
+
+        Args:
+            build: its command line, given its HTTP port, a second port of its own, and the file with its keys.
+            name: what its log is called.
+            host: address to listen on.
+            port: port to listen on; ``None`` picks a free one.
+            variables: its whole environment.
+            log_dir: folder of its log; ``None`` is a temporary one.
+            keys: contents of the file with its keys.
+            secrets: words that its log shall not show.
+
+        Raises:
+            ServerStartError: the port is taken, or no process could be started.
+        """
         with contextlib.ExitStack() as undo:
-            http, rendezvous = _reserve_ports(config.host, port)
-            for reservation in (http, rendezvous):
+            http, second = _reserve_ports(host, port)
+            for reservation in (http, second):
                 undo.callback(reservation.close)
-            temporary = None if config.log_dir else Path(tempfile.mkdtemp(prefix="torchrl-sglang-"))
+            temporary = None if log_dir else Path(tempfile.mkdtemp(prefix="torchrl-sglang-"))
             if temporary is not None:
                 undo.callback(shutil.rmtree, temporary, ignore_errors=True)
-            folder = (config.log_dir or temporary or Path()).absolute()
+            folder = (log_dir or temporary or Path()).absolute()
             folder.mkdir(parents=True, exist_ok=True)
-            log_path = folder / f"sglang-{http.port}.log"
+            log_path = folder / f"{name}-{http.port}.log"
             log_path.unlink(missing_ok=True)
-            keys = command.keys_as_yaml(config)
             key_file = folder / f".keys-{os.getpid()}-{http.port}.yaml" if keys else None
             order = {
                 "owner_pid": os.getpid(),
-                "command": command.build_command(
-                    config, port=http.port, rendezvous_port=rendezvous.port, cpu=cpu, key_file=key_file
-                ),
+                "command": build(http.port, second.port, key_file),
                 "log_path": str(log_path),
-                "secrets": command.key_spellings(config),
+                "secrets": list(secrets),
                 "secret_file": {"path": str(key_file), "content": keys} if keys else None,
             }
             process, pid = _start_supervisor(order, variables, log_path)
             undo.pop_all()
-        return cls(process, pid, http.port, log_path, (http, rendezvous), key_file, temporary, os.getpid())
+        return cls(process, pid, http.port, log_path, (http, second), key_file, temporary, os.getpid())
 
     @property
     def is_alive(self) -> bool:
@@ -182,7 +230,7 @@ def _reserve_ports(host: str, port: int | None) -> tuple[PortReservation, PortRe
     rendezvous = reserve_port()
     if rendezvous is None:
         http.close()
-        raise ServerStartError("no free port for the server's ranks to meet at. Nothing was started.")
+        raise ServerStartError("no free second port (a server's ranks meet there). Nothing was started.")
     return http, rendezvous
 
 

@@ -101,7 +101,13 @@ def check_config(config: ServerConfig) -> None:
 
 
 def build_command(
-    config: ServerConfig, *, port: int, rendezvous_port: int, cpu: bool, key_file: Path | None = None
+    config: ServerConfig,
+    *,
+    port: int,
+    rendezvous_port: int,
+    cpu: bool,
+    key_file: Path | None = None,
+    weight_version: str | None = None,
 ) -> list[str]:
     """The server's command line. No key is ever on it: every user of the machine can read command lines.
 
@@ -111,6 +117,7 @@ def build_command(
         rendezvous_port: port at which the server's own ranks meet (SGLang's ``--nccl-port``).
         cpu: use the CPU engine.
         key_file: YAML file with the keys, if there are any.
+        weight_version: what the server calls the checkpoint's weights.
     """
     command = [
         *(find_python(config), "-m", "sglang.launch_server"),
@@ -134,7 +141,8 @@ def build_command(
                 command += [flag, str(value)]
     if key_file is not None:
         command += ["--config", str(key_file)]
-    return [*command, *config.extra_args]
+    command += config.extra_args
+    return [*command, "--weight-version", weight_version] if weight_version is not None else command
 
 
 def keys_as_yaml(config: ServerConfig) -> str | None:

@@ -58,14 +58,18 @@ class SGLangServer:
         self._attached = False
         self._was_ready = False
         self._last_log = ""
+        self._weight_version: str | None = None
 
     # ------------------------------------------------------------------ start
 
-    def start(self, *, progress: Callable[[str], None] | None = None) -> SGLangServer:
+    def start(
+        self, *, progress: Callable[[str], None] | None = None, weight_version: str | None = None
+    ) -> SGLangServer:
         """Launch and wait until the server takes requests.
 
         Args:
             progress: called about once a second with one line: seconds so far and what the server last said.
+            weight_version: what the server calls the checkpoint's weights; ``None`` is SGLang's ``"default"``.
 
         Returns:
             This object.
@@ -74,12 +78,15 @@ class SGLangServer:
             ConfigError: something that can be checked beforehand is wrong; nothing was started.
             ServerStartError: it did not come up; nothing is left of it but its log.
         """
-        self.launch()
+        self.launch(weight_version=weight_version)
         self.wait_ready(progress=progress)
         return self
 
-    def launch(self) -> None:
+    def launch(self, *, weight_version: str | None = None) -> None:
         """Start the process and return at once; :meth:`wait_ready` is the other half.
+
+        Args:
+            weight_version: what the server calls the checkpoint's weights; ``None`` is SGLang's ``"default"``.
 
         Raises:
             ConfigError: something that can be checked beforehand is wrong; nothing was started.
@@ -92,7 +99,10 @@ class SGLangServer:
                 raise ConfigError(f"the server at {self.url} is already running: stop() it first, or restart() it")
             self._release()
             command.check_config(self.config)
-            self._child = Child.launch(self.config, port=self._port, cpu=needs_cpu_engine(self.config))
+            self._weight_version = weight_version
+            self._child = Child.launch(
+                self.config, port=self._port, cpu=needs_cpu_engine(self.config), weight_version=weight_version
+            )
             self._port = self._child.port
             self._finalizer = weakref.finalize(self, self._child.end)
 
@@ -119,7 +129,7 @@ class SGLangServer:
                 # Somebody took our freshly chosen port before the server could bind it.
                 self._fail()
                 self._port = None
-                self.launch()
+                self.launch(weight_version=self._weight_version)
             self._was_ready = True
             on_failure.pop_all()
 
@@ -157,6 +167,27 @@ class SGLangServer:
         if self._is_owner():
             return self._child is not None and self._child.is_alive
         return self._port is not None and self._probe("/ready") is not None
+
+    @property
+    def has_crashed(self) -> bool:
+        """Whether it ended by itself with an error, and nobody has stopped or buried it since."""
+        child = self._child
+        return child is not None and self._is_owner() and child.has_crashed
+
+    def bury(self) -> str | None:
+        """Clear up after a crash; the log stays.
+
+        Returns:
+            How it ended, the likely cause and the end of the log; ``None`` when it has not crashed.
+        """
+        with self._lock:
+            child = self._child
+            if child is None or not self.has_crashed:
+                return None
+            child.keep_log = True
+            obituary = child.obituary()
+            self._release()
+            return obituary
 
     @property
     def log_path(self) -> Path | None:

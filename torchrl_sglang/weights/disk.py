@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.pool import SavedWeights, SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.packing import BucketPacker
 from torchrl_sglang.weights.road import PackedBuckets, Packing
@@ -86,6 +86,7 @@ class DiskRoad:
         session.seconds["prepare"] = time.monotonic() - start
         with session:
             session.load_from_disk(str(target))
+        self._pool.saved = SavedWeights(version=version, path=str(target))
         self._prune(target)
         return session
 

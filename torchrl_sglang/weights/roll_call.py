@@ -30,7 +30,7 @@ class RollCall:
 
     Attributes:
         stuck: servers that an update left waiting in a collective.
-        restarted: servers started again by the last call: they hold the checkpoint's weights.
+        restarted: servers started again since the call before: they hold the checkpoint's weights.
     """
 
     def __init__(self, pool: SGLangPool, restart: Callable[[str], bool] | None) -> None:
@@ -38,6 +38,7 @@ class RollCall:
         self.restarted: set[str] = set()
         self._pool = pool
         self._restart = restart
+        self._restarts_seen = dict(pool.restarts)
 
     def answering(self) -> list[SGLangClient]:
         """The servers that answer. One that is gone is left out with a warning; it has to be synced when it is back.
@@ -52,6 +53,8 @@ class RollCall:
             error = outcomes[client.url].error
             if error is not None:
                 self._pool.quarantine(client.url, f"it could not be reached for a weight update ({error})")
+        seen, self._restarts_seen = self._restarts_seen, dict(self._pool.restarts)
+        self.restarted |= {url for url, count in self._restarts_seen.items() if count != seen.get(url, 0)}
         alive = [client for client in self._pool.clients if outcomes[client.url].error is None]
         self.stuck -= {client.url for client in alive}
         if not alive:

@@ -88,8 +88,9 @@ class WeightSync:
             ConfigError: the servers can't take weights on this road.
             WeightUpdateError: a server did not join.
         """
-        self._pool.connect()
-        self._choose_road(self._read_checkpoint()).connect(self._answering())
+        with self._pool.update_lock:
+            self._pool.connect()
+            self._choose_road(self._read_checkpoint()).connect(self._answering())
 
     def push(self, weights: Any, *, version: int | None = None, partial: bool = False) -> SyncReport | None:
         """Send weights to every server that can be reached, and return when they serve them.
@@ -143,6 +144,13 @@ class WeightSync:
             pending.result()
 
     def _push(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
+        with self._pool.update_lock:  # a server that is just being started again is waited for
+            report = self._push_now(weights, version, partial)
+            if partial:
+                self._pool.saved = None  # what a shared folder now holds of this version is not the whole of it
+            return report
+
+    def _push_now(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
         start = time.monotonic()
         checkpoint = self._connect_all_ranks(weights)
         if self._config.road == "lora":
@@ -211,6 +219,7 @@ class WeightSync:
         ranks = ranks_of(weights.parameters()) if isinstance(weights, nn.Module) else None
         try:
             self._pool.connect()
+            self._pool.refuse_while_lent()
             checkpoint = self._read_checkpoint()
             _refuse_quantised_online(self._pool.clients, checkpoint)
         except SGLangError:

@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.config import ClientConfig, SamplingParams, ServerConfig, SyncConfig, nearest_name
-from torchrl_sglang.errors import ConfigError, SGLangError
-from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams
+from torchrl_sglang.engine.launching import client_config, refuse_unknown, server_configs
+from torchrl_sglang.engine.memory import MemoryMethods
+from torchrl_sglang.engine.monitor import CrashMonitor, start_again
+from torchrl_sglang.engine.tokenizer import load_tokenizer
+from torchrl_sglang.engine.updating import WeightMethods
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.pool import RouterFront, SGLangPool
 from torchrl_sglang.protocol.control import build_flush
 from torchrl_sglang.protocol.messages import GenerateReply
-from torchrl_sglang.server import SGLangServer, replicate, start_fleet, stop_fleet
-from torchrl_sglang.weights.checkpoint import Checkpoint
-from torchrl_sglang.weights.group import reachable_address
-from torchrl_sglang.weights.report import SyncReport
-from torchrl_sglang.weights.sync import WeightSync
+from torchrl_sglang.server import SGLangRouter, SGLangServer, start_fleet, stop_fleet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["AsyncSGLang"]
 
-# The names vLLM users type, and what SGLang calls the same thing.
-_SERVER_ALIASES = {
-    "max_model_len": "context_length",
-    "tensor_parallel_size": "tp_size",
-    "num_gpus": "tp_size",
-    "gpu_memory_utilization": "mem_fraction_static",
-    "num_replicas": "dp_size",
-    "data_parallel_size": "dp_size",
-}
 
-
-class AsyncSGLang:
+class AsyncSGLang(WeightMethods, MemoryMethods):
     """One or more SGLang servers of one model: launched here, or running elsewhere.
 
     Use :meth:`from_pretrained` to launch servers and :meth:`connect` to attach to running ones. A launched engine
@@ -47,23 +37,35 @@ class AsyncSGLang:
     Attributes:
         pool: the servers as one (:class:`~torchrl_sglang.SGLangPool`).
         servers: the processes this engine launched; empty when attached.
+        router: the router process this engine launched, if any.
     """
 
-    def __init__(self, pool: SGLangPool, servers: Sequence[SGLangServer] = ()) -> None:
+    def __init__(
+        self,
+        pool: SGLangPool,
+        servers: Sequence[SGLangServer] = (),
+        *,
+        router: SGLangRouter | None = None,
+        restart: Literal["on-update", "on-failure", "never"] = "on-update",
+    ) -> None:
+        super().__init__()
         self.pool = pool
         self.servers = tuple(servers)
+        self.router = router
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._sync_config = SyncConfig()
-        self._sync: WeightSync | None = None
+        self._restart = restart
+        self._monitor = CrashMonitor(self) if restart == "on-failure" and servers else None
 
     # ------------------------------------------------------------------ making one
 
     @classmethod
-    def connect(cls, url: str | Sequence[str], **client: Any) -> AsyncSGLang:
+    def connect(cls, url: str | Sequence[str], *, router: str | None = None, **client: Any) -> AsyncSGLang:
         """Attach to running servers.
 
         Args:
             url: base URL, or one per server.
+            router: base URL of an sglang-router for generation; the servers are made its workers. Start it with
+                ``--disable-retries``: by itself it sends a request again that may still be running.
             **client: fields of :class:`~torchrl_sglang.ClientConfig`: ``api_key``, ``admin_api_key``, time-outs...
 
         Raises:
@@ -71,10 +73,11 @@ class AsyncSGLang:
             ServerUnreachableError: nothing listens there.
             ProtocolError: something that is not an SGLang server listens there.
         """
-        _refuse_unknown(client, [f.name for f in fields(ClientConfig)])
+        refuse_unknown(client, [f.name for f in fields(ClientConfig)])
         config = ClientConfig(**client)
         urls = [url] if isinstance(url, str) else list(url)
-        pool = SGLangPool([SGLangClient(each, config) for each in urls])
+        front = RouterFront(router, config) if router is not None else None
+        pool = SGLangPool([SGLangClient(each, config) for each in urls], router=front)
         pool.connect()
         return cls(pool)
 
@@ -86,6 +89,8 @@ class AsyncSGLang:
         tp_size: int = 1,
         dp_size: int = 1,
         gpus: Sequence[Sequence[int]] | None = None,
+        router: bool | RouterConfig = False,
+        restart: Literal["on-update", "on-failure", "never"] = "on-update",
         progress: Callable[[str], None] | None = None,
         client: ClientConfig | None = None,
         **server: Any,
@@ -98,6 +103,13 @@ class AsyncSGLang:
             dp_size: number of servers. Several servers are the only form of data parallelism that can take weight
                 updates, so SGLang's own ``--dp-size`` is not used.
             gpus: GPUs of each server, e.g. ``[[0, 1], [2, 3]]``; by default server ``i`` takes the next ``tp_size``.
+            router: put an ``sglang-router`` before the servers. It chooses the server of each prompt by what their
+                caches hold and by their load, also for clients other than this one (``engine.router.url``); control
+                calls still go to the servers.
+            restart: when a server that crashed is started again. ``"on-update"``: by the next weight update, which it
+                takes part in. ``"on-failure"``: at once, with a warning that shows the end of its log; it serves as
+                soon as it holds the current weights: now, when those are the checkpoint's, or were synced over a shared
+                folder; else after the next weight update. ``"never"``: not by us.
             progress: called with a line of text while the servers load.
             client: how to talk to the servers; their keys are filled in.
             **server: fields of :class:`~torchrl_sglang.ServerConfig` (vLLM's ``max_model_len``,
@@ -107,28 +119,22 @@ class AsyncSGLang:
             ConfigError: an unknown or impossible argument, before anything is launched.
             ServerStartError: a server did not become ready; all are ended, the log's tail is in the error.
         """
-        for name, ours in _SERVER_ALIASES.items():
-            if name in server and ours in ("tp_size", "dp_size"):
-                value = server.pop(name)
-                tp_size, dp_size = (value, dp_size) if ours == "tp_size" else (tp_size, value)
-            elif name in server:
-                server[ours] = server.pop(name)
-        known = [f.name for f in fields(ServerConfig) if f.name not in ("model", "tp_size", "gpus")]
-        _refuse_unknown(server, [*known, *_SERVER_ALIASES])
-        if dp_size < 1:
-            raise ConfigError(f"dp_size is the number of servers and must be at least 1, got {dp_size}")
-        configs = replicate(ServerConfig(model=model, tp_size=tp_size, **server), dp_size, gpus)
-        servers = start_fleet(configs, progress=progress)
-        keys = {"api_key": configs[0].api_key, "admin_api_key": configs[0].admin_api_key}
-        base = {f.name: getattr(client, f.name) for f in fields(ClientConfig)} if client is not None else {}
-        config = ClientConfig(**{**base, **{name: key for name, key in keys.items() if key is not None}})
-        engine = cls(SGLangPool([SGLangClient(each.url, config) for each in servers]), servers)
-        try:
-            engine.pool.connect()
-        except SGLangError:
-            engine.shutdown()
-            raise
-        return engine
+        if restart not in ("on-update", "on-failure", "never"):
+            raise ConfigError(f"restart must be 'on-update', 'on-failure' or 'never', got {restart!r}")
+        configs = server_configs(model, tp_size=tp_size, dp_size=dp_size, gpus=gpus, given=server)
+        config = client_config(client, configs[0])
+        with contextlib.ExitStack() as on_failure:
+            process = front = None
+            if router:
+                process = SGLangRouter(router if isinstance(router, RouterConfig) else RouterConfig()).start()
+                on_failure.callback(process.stop)
+                front = RouterFront(process.url, config)
+            servers = start_fleet(configs, progress=progress)
+            on_failure.callback(stop_fleet, servers, kill=True)
+            pool = SGLangPool([SGLangClient(each.url, config) for each in servers], router=front)
+            pool.connect()
+            on_failure.pop_all()
+        return cls(pool, servers, router=process, restart=restart)
 
     # ------------------------------------------------------------------ what it is
 
@@ -248,112 +254,41 @@ class AsyncSGLang:
         for outcome in self.pool.fan_out(lambda client: build_flush()).values():
             outcome.unwrap()
 
-    # ------------------------------------------------------------------ weights, without a collector
-
-    def get_model_metadata(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """Names, dtypes and shapes of the tensors that :meth:`update_weights` expects: the served checkpoint's.
-
-        Raises:
-            ConfigError: the checkpoint can't be read from this machine.
-        """
-        specs = Checkpoint.read(self.pool.info.model_path).specs
-        return {name: (spec.dtype, torch.Size(spec.shape)) for name, spec in specs.items()}
-
-    def get_master_address(self) -> str:
-        """The trainer's address that the servers will be told to meet at."""
-        return self._sync_config.master_address or reachable_address([client.url for client in self.pool.clients])
-
-    def get_master_port(self) -> int | None:
-        """The port they will be told; ``None`` until it is chosen, when the weight group is made."""
-        return self._sync_config.master_port
-
-    def init_weight_update_group(self, master_address: str | None = None, master_port: int | None = None) -> None:
-        """Make the process group that weights travel over. Done by the first update when it isn't done before.
-
-        Args:
-            master_address: address of this process as the servers reach it; by default that of the interface that
-                leads to them.
-            master_port: port to listen on; by default a free one.
-
-        Raises:
-            ConfigError: the address can't be listened on, or the servers can't take weights.
-            WeightUpdateError: a server did not join.
-        """
-        self._close_sync()
-        self._sync_config = replace(self._sync_config, master_address=master_address, master_port=master_port)
-        self._weight_sync.connect()
-
-    def update_weights(self, weights: Any) -> SyncReport | None:
-        """Send weights to all servers; the same machinery as :class:`~torchrl_sglang.SGLangWeightSyncScheme`.
-
-        Args:
-            weights: a module, TensorDict, dict, or an iterator of ``(name, tensor)``.
-
-        Returns:
-            What was done.
-
-        Raises:
-            WeightSyncError: see :meth:`WeightSync.push`.
-        """
-        return self._weight_sync.push(weights)
-
-    def update_weights_from_distributed(
-        self, name: str, dtype: torch.dtype, shape: Sequence[int], tensor: torch.Tensor
-    ) -> SyncReport | None:
-        """Send one tensor; the others stay as they are.
-
-        TorchRL's in-tree method of this name only announces the tensor and leaves the broadcast to its caller, who
-        can't make it while the announcement waits for it. So the tensor is taken here.
-
-        Args:
-            name: name in the checkpoint.
-            dtype: dtype of ``tensor``.
-            shape: shape of ``tensor``.
-            tensor: the values.
-
-        Raises:
-            ConfigError: ``tensor`` is not what ``dtype`` and ``shape`` say.
-            WeightSyncError: see :meth:`WeightSync.push`.
-        """
-        if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
-            raise ConfigError(
-                f"{name} was announced as {dtype} {tuple(shape)}, but is {tensor.dtype} {tuple(tensor.shape)}"
-            )
-        return self._weight_sync.push({name: tensor}, partial=True)
-
-    @property
-    def _weight_sync(self) -> WeightSync:
-        if self._sync is None:
-            self._sync = WeightSync(self.pool, self._sync_config, restart=self.restart)
-        return self._sync
-
-    def _close_sync(self) -> None:
-        if self._sync is not None:
-            self._sync.close()
-            self._sync = None
-
     # ------------------------------------------------------------------ life
 
     def restart(self, url: str) -> bool:
         """End and start again the server at ``url``, at the same address and with the checkpoint it was launched from.
 
+        Where synced weights have replaced the checkpoint's, it serves nothing until the next weight update.
+
         Returns:
-            ``False`` if this engine did not launch it: then nothing is done.
+            ``False`` if this engine did not launch it, or was told never to restart: then nothing is done.
 
         Raises:
             ServerStartError: it did not come up again.
         """
         for client, server in zip(self.pool.clients, self.servers, strict=False):
-            if client.url == url:
-                server.restart()
+            if client.url == url and self._restart != "never":
+                server.stop(kill=True)
+                if start_again(self.pool, client, server) and self.pool.adapter is None:
+                    self.pool.restore(url)
+                else:
+                    self.pool.quarantine(url, "it was started again; the next weight update puts it to use")
                 return True
         return False
 
     def shutdown(self) -> None:
         """Close connections and end the servers this engine launched. Safe to call twice."""
+        if self._monitor is not None:
+            self._monitor.announce_end()
         self._close_sync()
         self.pool.close()
+        if self.router is not None:
+            self.router.stop()
         stop_fleet(self.servers, kill=True)  # nothing of a server outlives it, and asking nicely takes up to 10 s
+        if self._monitor is not None:
+            self._monitor.join()
+            stop_fleet(self.servers, kill=True)  # one that was just being started again
 
     def __enter__(self) -> AsyncSGLang:
         return self
@@ -371,30 +306,9 @@ class AsyncSGLang:
         return f"AsyncSGLang({[client.url for client in self.pool.clients]}, owns={len(self.servers)})"
 
 
-def load_tokenizer(pool: SGLangPool) -> PreTrainedTokenizerBase:
-    """The tokenizer that the servers of ``pool`` were told to use.
-
-    Raises:
-        ConfigError: its path can't be read from this machine.
-    """
-    from transformers import AutoTokenizer  # slow to import, and not needed for token-only use
-
-    path = pool.info.tokenizer_path
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the served tokenizer {path!r} can't be loaded here ({error}); pass tokenizer=") from error
-
-
 def _sampling(given: SamplingParams | dict[str, Any] | None, single: dict[str, Any]) -> SamplingParams:
     if given is not None and single:
         raise ConfigError(f"give sampling_params or single arguments, not both: {sorted(single)}")
     if isinstance(given, SamplingParams):
         return given
     return SamplingParams.from_kwargs(**(given or single))
-
-
-def _refuse_unknown(given: dict[str, Any], known: Sequence[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"unknown argument {name!r}.{nearest_name(name, known)}")

@@ -1,0 +1,125 @@
+"""A batch on several servers of which some die: every prompt has exactly one answer, or the error says what was lost.
+
+Fake servers in processes of their own, killed in the middle; ``test_engine.py`` has the same with real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.loop.forked import ForkedServer, Nursery, wait_until
+from torchrl_sglang import SamplingParams, ServerError, ServerLostError
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.parallel import Task
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.testing.fake_server import FakeSettings, Fault
+
+PROMPTS = [[index + 3, 7, 8] for index in range(8)]
+SAMPLING = SamplingParams(max_new_tokens=60, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture
+def serve(nursery: Nursery, tiny_llama: Path) -> Callable[..., list[ForkedServer]]:
+    def start(count: int, *, step_s: float = 0.02) -> list[ForkedServer]:
+        return [nursery.serve(FakeSettings(model_path=tiny_llama, step_s=step_s)) for _ in range(count)]
+
+    return start
+
+
+def pool_of(servers: list[ForkedServer]) -> SGLangPool:
+    pool = SGLangPool([SGLangClient(each.url) for each in servers])
+    pool.connect()
+    return pool
+
+
+def in_the_middle(pool: SGLangPool, servers: list[ForkedServer], **options: Any) -> Task[list[GenerateReply]]:
+    """A batch that all servers have begun to work on."""
+    batch = Task(lambda: pool.generate(PROMPTS, SAMPLING, **options), name="batch")
+    wait_until(lambda: all(each.requests("/generate") for each in servers), "the batch never arrived", 30)
+    return batch
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_share_of_a_server_killed_in_the_middle_is_generated_by_the_other(
+    serve: Callable[..., list[ForkedServer]], streamed: bool
+) -> None:
+    servers = serve(2)
+    pool = pool_of(servers)
+    expected = pool.generate(PROMPTS, SAMPLING)
+    assert {reply.server for reply in expected} == {each.url for each in servers}
+    victim, survivor = servers
+    before = survivor.requests("/generate")
+    victim_before = victim.requests("/generate")
+
+    batch = Task(
+        lambda: pool.generate(PROMPTS, SAMPLING, progress=(lambda _: None) if streamed else None), name="batch"
+    )
+    wait_until(lambda: victim.requests("/generate") > victim_before, "the batch never arrived", 30)
+    victim.kill()
+    replies = batch.outcome().unwrap()
+
+    assert [reply.output_ids for reply in replies] == [reply.output_ids for reply in expected]
+    assert {reply.server for reply in replies} == {survivor.url}
+    assert survivor.requests("/generate") == before + 2, "its own share, and the other's once"
+    assert list(pool.quarantined) == [victim.url]
+    assert "died while generating" in pool.quarantined[victim.url]
+    # And from now on nobody is asked who is dead.
+    assert len(pool.generate(PROMPTS, SAMPLING)) == len(PROMPTS)
+
+
+def test_when_all_servers_die_the_error_names_the_prompts_without_an_answer(
+    serve: Callable[..., list[ForkedServer]],
+) -> None:
+    servers = serve(2)
+    pool = pool_of(servers)
+    batch = in_the_middle(pool, servers)
+    for each in servers:
+        each.kill()
+    with pytest.raises(ServerError, match=r"no server is left, 8 of 8 prompts .*numbers 0, 1, 2, 3, 4, 5, 6, 7") as e:
+        batch.outcome().unwrap()
+    assert all(each.url in str(e.value) for each in servers)
+
+
+@pytest.mark.parametrize("servers_alive", [1, 2])
+def test_a_request_that_may_have_run_on_a_living_server_is_sent_once(
+    serve: Callable[..., list[ForkedServer]], servers_alive: int
+) -> None:
+    servers = serve(servers_alive, step_s=0)
+    pool = pool_of(servers)
+    servers[0].arm(Fault(path="/generate", action="drop", at="handled"))
+    with pytest.raises(ServerLostError, match="it may have run, so it is not sent again"):
+        pool.generate(PROMPTS, SAMPLING)
+    assert [each.requests("/generate") for each in servers] == [1] * servers_alive
+    assert not pool.quarantined
+    assert len(pool.generate(PROMPTS, SAMPLING)) == len(PROMPTS), "the server lives: it goes on being used"
+
+
+def test_a_server_that_hangs_is_not_taken_for_dead(serve: Callable[..., list[ForkedServer]]) -> None:
+    servers = serve(2)
+    pool = pool_of(servers)
+    batch = in_the_middle(pool, servers, timeout_s=3.0)
+    servers[0].stop()
+    try:
+        with pytest.raises(ServerError, match="may still be running"):
+            batch.outcome().unwrap()
+    finally:
+        servers[0].go_on()
+    assert servers[1].requests("/generate") == 1
+    assert not pool.quarantined
+
+
+def test_an_interrupted_stream_of_a_dead_server_is_an_error_not_a_short_answer(
+    serve: Callable[..., list[ForkedServer]],
+) -> None:
+    (server,) = serve(1)
+    pool = pool_of([server])
+    stream = pool.stream(PROMPTS[0], SAMPLING)
+    assert next(stream).output_ids
+    server.kill()
+    with pytest.raises(ServerError):
+        list(stream)

@@ -1,0 +1,50 @@
+"""How a router before several servers is launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torchrl_sglang.config.checking import require, require_positive, words
+
+__all__ = ["RouterConfig"]
+
+_OWN_FLAGS = ("--host", "--port", "--policy", "--worker-urls", "--api-key")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """How an ``sglang-router`` process is launched. Everything not named here goes into ``extra_args``."""
+
+    policy: Literal["cache_aware", "power_of_two", "round_robin", "random"] = "cache_aware"
+    """Which server gets a request: the one that has most of the prompt in its cache (until loads differ too much), the
+    less busy of two, or the next one."""
+    python: str | None = None
+    """Python that has sglang-router installed; ``None`` is this one."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Who reaches it can add workers of their own: not for open networks."""
+    port: int | None = None
+    """Port to listen on; ``None`` picks a free one."""
+    extra_args: tuple[str, ...] = ()
+    """More of the router's command-line words, appended as they are."""
+    start_timeout_s: float = 60.0
+    """From launch to listening; a second, unless the machine is busy."""
+    log_dir: Path | None = None
+    """Where its log goes; ``None`` is a temporary folder, removed after a clean stop, kept after a failure."""
+
+    def __post_init__(self) -> None:
+        policies = ("cache_aware", "power_of_two", "round_robin", "random")
+        require(self.policy in policies, f"policy must be one of {policies}, got {self.policy!r}")
+        require(self.port is None or 0 < self.port < 65536, f"port must be in 1..65535, got {self.port}")
+        require_positive(self, "start_timeout_s")
+        object.__setattr__(self, "extra_args", words("extra_args", self.extra_args))
+        for word in self.extra_args:
+            flag = word.partition("=")[0]
+            require(
+                flag not in _OWN_FLAGS,
+                f"{flag} in extra_args: host, port and policy have fields, workers are told by the engine, and each "
+                "request brings its own key",
+            )
+        if self.log_dir is not None:
+            object.__setattr__(self, "log_dir", Path(self.log_dir))

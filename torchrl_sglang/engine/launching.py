@@ -1,0 +1,84 @@
+"""What users type to launch servers, turned into settings: other ecosystems' names, one configuration per server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from torchrl_sglang.config import ClientConfig, ServerConfig, nearest_name
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.server import replicate
+
+__all__ = ["client_config", "refuse_unknown", "server_configs"]
+
+# The names vLLM users type, and what SGLang calls the same thing.
+_ALIASES = {
+    "max_model_len": "context_length",
+    "tensor_parallel_size": "tp_size",
+    "num_gpus": "tp_size",
+    "gpu_memory_utilization": "mem_fraction_static",
+    "num_replicas": "dp_size",
+    "data_parallel_size": "dp_size",
+}
+# What `from_pretrained` takes by itself: never unknown, only misspelt.
+_OWN_ARGUMENTS = ("tp_size", "dp_size", "gpus", "router", "restart", "progress", "client")
+
+
+def server_configs(
+    model: str, *, tp_size: int, dp_size: int, gpus: Sequence[Sequence[int]] | None, given: Mapping[str, Any]
+) -> tuple[ServerConfig, ...]:
+    """Settings of every server.
+
+    Args:
+        model: path or hub name of the checkpoint.
+        tp_size: tensor-parallel ranks per server.
+        dp_size: number of servers.
+        gpus: GPUs of each server.
+        given: further arguments: fields of :class:`ServerConfig`, or vLLM's names for them.
+
+    Raises:
+        ConfigError: an unknown or impossible argument, or one thing given under two names.
+
+    Examples:
+        >>> server_configs("m", tp_size=1, dp_size=1, gpus=None, given={"max_model_len": 512})[0].context_length
+        512
+    """
+    settings: dict[str, Any] = {"tp_size": tp_size, "dp_size": dp_size}
+    defaults = {"tp_size": 1, "dp_size": 1}
+    known = [field.name for field in fields(ServerConfig) if field.name not in ("model", "tp_size", "gpus")]
+    refuse_unknown(given, [*known, *_ALIASES, *_OWN_ARGUMENTS])
+    for name, value in given.items():
+        ours = _ALIASES.get(name, name)
+        if settings.get(ours, value) not in (value, defaults.get(ours, value)):
+            raise ConfigError(f"{name}={value!r} means {ours}, which is also given as {settings[ours]!r}: give one")
+        settings[ours] = value
+    num_servers = settings.pop("dp_size")
+    if num_servers < 1:
+        raise ConfigError(f"dp_size is the number of servers and must be at least 1, got {num_servers}")
+    return replicate(ServerConfig(model=model, **settings), num_servers, gpus)
+
+
+def client_config(given: ClientConfig | None, server: ServerConfig) -> ClientConfig:
+    """How to talk to launched servers: as ``given``, with the servers' own keys."""
+    base = given or ClientConfig()
+    return replace(
+        base, api_key=server.api_key or base.api_key, admin_api_key=server.admin_api_key or base.admin_api_key
+    )
+
+
+def refuse_unknown(given: Iterable[str], known: Sequence[str]) -> None:
+    """Name the nearest known argument beside an unknown one.
+
+    Raises:
+        ConfigError: ``given`` has a name that is not among ``known``.
+
+    Examples:
+        >>> refuse_unknown(["contxt_length"], ["context_length", "port"])
+        Traceback (most recent call last):
+            ...
+        torchrl_sglang.errors.ConfigError: unknown argument 'contxt_length'. Did you mean 'context_length'?
+    """
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"unknown argument {name!r}.{nearest_name(name, known)}")

@@ -1,0 +1,53 @@
+"""What is checked of servers and of their answers before anybody uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torchrl_sglang.errors import ConfigError, WeightSyncError
+from torchrl_sglang.protocol.messages import GenerateReply, ServerInfo, WeightSpan
+from torchrl_sglang.protocol.version import WeightVersion
+
+__all__ = ["made_by", "refuse_different_models", "refuse_mixed_weights"]
+
+
+def refuse_different_models(infos: Sequence[ServerInfo]) -> None:
+    """Servers of one pool serve one model.
+
+    Raises:
+        ConfigError: they don't, or one generates no text.
+    """
+    first = infos[0]
+    for info in infos:
+        if not info.is_generation:
+            raise ConfigError(f"{info.url} serves {info.model_path!r}, which does not generate text")
+        if (info.architectures, info.vocab_size) != (first.architectures, first.vocab_size):
+            raise ConfigError(
+                f"{first.url} serves {first.model_path!r} and {info.url} serves {info.model_path!r}: "
+                "one pool needs servers of one model"
+            )
+
+
+def made_by(version: str, reply: GenerateReply) -> GenerateReply:
+    """The reply with an adapter's version: servers don't count adapters as weight versions.
+
+    A request keeps the adapter it began with, so one version holds for all its tokens.
+    """
+    span = WeightSpan(version=version, start=0, end=len(reply.output_ids))
+    return replace(reply, weight_version=version, weight_spans=(span,))
+
+
+def refuse_mixed_weights(replies: Sequence[GenerateReply]) -> None:
+    """No token of a half-updated model is ever handed out.
+
+    Raises:
+        WeightSyncError: a server generated with weights that are marked dirty.
+    """
+    for reply in replies:
+        if any(WeightVersion.parse(span.version).dirty for span in reply.weight_spans if span.end > span.start):
+            raise WeightSyncError(
+                f"{reply.server} generated with half-updated weights ({reply.weight_version}); the batch is thrown "
+                "away. Send the weights again",
+                server_weights={reply.server: "mixed"},
+            )

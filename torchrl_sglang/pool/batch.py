@@ -1,0 +1,74 @@
+"""What a batch asks of servers, so that any part of it can be sent to any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.protocol.generate import build_generate, parse_generate
+from torchrl_sglang.protocol.media import Media
+from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest
+from torchrl_sglang.streaming import generate_streaming
+
+__all__ = ["Batch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The arguments of :meth:`SGLangPool.generate`, where they are described.
+
+    Attributes:
+        lora: name of the adapter to use, the trainer's own included.
+        cache_salt: name-space of the prefix caches.
+    """
+
+    ids_B_T: Sequence[Sequence[int]]
+    sampling: SamplingParams
+    return_logprobs: bool
+    prompt_logprobs: bool
+    timeout_s: float | None
+    progress: Callable[[int], None] | None
+    lora: str | None
+    cache_salt: str | None
+    media: Sequence[Media] | None
+
+    def __post_init__(self) -> None:
+        if self.media is not None and (self.progress is not None or len(self.media) != len(self.ids_B_T)):
+            raise ConfigError("media needs one entry per prompt, and goes without progress")
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        return {
+            "return_logprobs": self.return_logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
+            "lora": self.lora,
+            "cache_salt": self.cache_salt,
+        }
+
+    def build(self, share: Sequence[int]) -> HttpRequest:
+        """One request for the prompts with these indices."""
+        shown = None if self.media is None else [self.media[index] for index in share]
+        return build_generate([self.ids_B_T[index] for index in share], self.sampling, media=shown, **self._shared)
+
+    def send(self, client: SGLangClient, share: Sequence[int]) -> list[GenerateReply]:
+        """Send them in one request; their replies, prompt-major."""
+        if self.progress is not None:
+            return generate_streaming(
+                client,
+                [self.ids_B_T[index] for index in share],
+                self.sampling,
+                progress=self.progress,
+                timeout_s=self.timeout_s,
+                **self._shared,
+            )
+        return parse_generate(
+            client.send(self.build(share), timeout_s=self.timeout_s),
+            num_expected=len(share) * self.sampling.n,
+            server=client.url,
+            return_logprobs=self.return_logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+        )

@@ -1,0 +1,108 @@
+"""The part of sglang-router (0.3.2) that says who its workers are; generation through it is SGLang's own call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torchrl_sglang.errors import ProtocolError, RequestRejectedError, SGLangError
+from torchrl_sglang.protocol.messages import HttpRequest
+
+__all__ = [
+    "build_add_worker",
+    "build_list_workers",
+    "build_readiness",
+    "build_remove_worker",
+    "carries",
+    "has_no_workers",
+    "parse_workers",
+    "worker_in_error",
+]
+
+# The router reads a request into fields it knows, writes those out again and forgets the others, without a word. These
+# were seen to arrive (0.3.2), numbers rounded to 32 bits; `rid` and `lora_path` it takes as a single string only.
+_CARRIED = {
+    *("input_ids", "sampling_params", "return_logprob", "logprob_start_len", "stream", "extra_key"),
+    *("image_data", "video_data", "audio_data"),
+}
+_CARRIED_SAMPLING = {
+    *("max_new_tokens", "min_new_tokens", "n", "sampling_seed", "ignore_eos", "stop", "stop_token_ids"),
+    *("no_stop_trim", "skip_special_tokens", "temperature", "top_p", "top_k", "min_p", "frequency_penalty"),
+    *("presence_penalty", "repetition_penalty", "json_schema", "regex", "ebnf"),
+}
+
+
+def carries(request: HttpRequest) -> bool:
+    """Whether a request for generation arrives at a server behind the router as it was sent.
+
+    Examples:
+        >>> body = {"input_ids": [[1]], "sampling_params": {"temperature": 0.5}}
+        >>> carries(HttpRequest(method="POST", path="/generate", body=body))
+        True
+        >>> body["sampling_params"]["logit_bias"] = {"7": 1.0}
+        >>> carries(HttpRequest(method="POST", path="/generate", body=body))
+        False
+    """
+    body = request.body or {}
+    lora = body.get("lora_path", "")
+    return (
+        body.keys() - {"lora_path"} <= _CARRIED
+        and isinstance(lora, str)
+        and body.get("sampling_params", {}).keys() <= _CARRIED_SAMPLING
+    )
+
+
+def build_readiness() -> HttpRequest:
+    """200 as soon as a worker can serve; ``/health`` says 200 without any."""
+    return HttpRequest(method="GET", path="/readiness", timeout="probe", repeatable=True)
+
+
+def build_add_worker(url: str) -> HttpRequest:
+    """Have a server looked at and taken in; answers at once, it is done in the background.
+
+    The server's key is not told: a router that knows it would serve everybody who asks. Each request brings its own.
+    """
+    return HttpRequest(method="POST", path="/workers", body={"url": url}, timeout="probe")
+
+
+def build_list_workers() -> HttpRequest:
+    """All workers."""
+    return HttpRequest(method="GET", path="/workers", timeout="probe", repeatable=True)
+
+
+def build_remove_worker(worker_id: str) -> HttpRequest:
+    """Send nothing more to a worker; answers at once, it is done in the background."""
+    return HttpRequest(method="DELETE", path=f"/workers/{worker_id}", timeout="probe")
+
+
+def parse_workers(answer: Any, *, router: str) -> dict[str, str]:
+    """Workers by URL, with their ids.
+
+    Raises:
+        ProtocolError: this is no answer of a router.
+
+    Examples:
+        >>> parse_workers({"workers": [{"id": "7", "url": "http://a:1", "is_healthy": True}]}, router="r")
+        {'http://a:1': '7'}
+    """
+    if not isinstance(answer, Mapping) or not isinstance(answer.get("workers"), list):
+        raise ProtocolError(f"{router} does not list workers: not an sglang-router (0.3 or later)", server=router)
+    return {str(worker["url"]): str(worker["id"]) for worker in answer["workers"]}
+
+
+def has_no_workers(error: SGLangError) -> bool:
+    """Whether the router sent a request nowhere, because it has nobody to send it to."""
+    return isinstance(error, RequestRejectedError) and error.status == 503 and "No available workers" in error.detail
+
+
+def worker_in_error(error: SGLangError, urls: Iterable[str]) -> str | None:
+    """The worker that a request was on when the router lost it; ``None`` if the error names none of ``urls``.
+
+    Examples:
+        >>> error = RequestRejectedError("", status=500, detail="error sending request. URL: http://a:1/generate")
+        >>> worker_in_error(error, ["http://a:11", "http://a:1"])
+        'http://a:1'
+    """
+    if not isinstance(error, RequestRejectedError) or error.status < 500:
+        return None
+    return next((url for url in urls if f"{url}/" in error.detail), None)
