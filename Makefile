@@ -20,8 +20,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 help:
 	@echo "make quickstart  environment, then a language model trained with GRPO against a real SGLang server (no GPU)"
 	@echo "make test        environment, checks, tests (about 10 minutes on 2 cores)"
-	@echo "make test-full   make test, then the slow tests"
+	@echo "make test-full   make test, then TorchRL 0.13 and the slow tests"
 	@echo "make check       lint, format, types, architecture"
+	@echo "make docs        the documentation site, in site/index.html (under a minute)"
+	@echo "make tutorials   run the tutorials and render their pages anew (about ten minutes)"
 	@echo "make env         the environment alone (.venv, 2 GB)"
 
 env: $(VENV)/.ready
@@ -61,12 +63,40 @@ check: env
 	@echo "check 3/4  mypy --strict"; $(BIN)/mypy --no-error-summary
 	@echo "check 4/4  architecture";  $(BIN)/python -m pytest -q tests/test_architecture.py
 
-# The checks come first, so that pytest's summary is the last thing printed.
-test: check
-	@$(BIN)/python -m pytest
+# The checks come first, so that pytest's summary is the last thing printed. Two files at a time: a server that starts
+# and a test that waits leave half of the machine free.
+test: check test-torchrl-0.12
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-full: test
+test-full: test test-torchrl-0.13
 	@$(BIN)/python -m pytest -m slow
+
+# What speaks to TorchRL, with an older release of it laid over .venv's.
+test-torchrl-%: $(VENV)/torchrl-%/.ready
+	@echo "test  $$(paste -sd' ' tests/torchrl-$*.txt)"
+	@PYTHONPATH=$(VENV)/torchrl-$* $(BIN)/python -c 'import torchrl; assert torchrl.__version__.startswith("$*."), torchrl'
+	@PYTHONPATH=$(VENV)/torchrl-$* $(BIN)/python -m pytest -q --no-summary -m torchrl
+
+.PRECIOUS: $(VENV)/torchrl-%/.ready
+$(VENV)/torchrl-%/.ready: tests/torchrl-%.txt $(VENV)/.ready
+	@rm -rf $(@D)
+	@$(PIP) install --quiet --quiet --no-deps --target $(@D) --requirement $<
+	@touch $@
+
+.PHONY: docs tutorials
+
+$(VENV)/.docs: docs/requirements.txt $(VENV)/.ready
+	@echo "docs  $$(grep -c == docs/requirements.txt) pinned packages"
+	@$(PIP) install --quiet --quiet --no-deps --requirement docs/requirements.txt
+	@touch $@
+
+# Anew each time (-E): what was built before would keep its warnings to itself.
+docs: $(VENV)/.docs
+	@$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs site
+	@echo "the site is site/index.html"
+
+tutorials: env
+	@$(BIN)/python docs/render_tutorials.py run
 
 format: env
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet .
