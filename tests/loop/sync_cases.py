@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,10 @@ class OneAnswer(Transform):
         return reward_spec
 
 
-def make_collector(url: str, folder: Path, scheme: Any) -> Collector:
+def make_collector(url: str, folder: Path, scheme: Any, kind: Callable[..., Collector] = Collector) -> Collector:
     questions = DataLoader([{"query": "dog"}, {"query": "Hello world!"}], batch_size=2)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     env: TransformedEnv = ChatEnv.from_dataloader(questions, batch_size=(2,), tokenizer=tokenizer)
     env = env.append_transform(OneAnswer())
     policy = SGLangWrapper(url, input_mode="history", generate_kwargs={"max_new_tokens": 6, "do_sample": False})
-    return Collector(env, policy, frames_per_batch=2, total_frames=-1, weight_sync_schemes={"policy": scheme})
+    return kind(env, policy, frames_per_batch=2, total_frames=-1, weight_sync_schemes={"policy": scheme})

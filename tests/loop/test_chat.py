@@ -1,4 +1,4 @@
-"""Chat against real servers: the words are those of the model itself, in every form, with adapters and images."""
+"""Chat against real servers: the words are those of the model itself, in every form, and with images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from torchrl_sglang.chat import Response, SGLangChat
-from torchrl_sglang.errors import ConfigError, RequestRejectedError, ServerUnreachableError
+from torchrl_sglang.errors import ConfigError, ServerUnreachableError
 from torchrl_sglang.protocol.control import build_loads, parse_loads
 from torchrl_sglang.server import SGLangServer
 
@@ -147,46 +147,6 @@ def test_tool_calls_are_found_by_the_servers_own_parser_too(server: SGLangServer
     assert parse_tool_calls_answer(answer, server=server.url) == ("Let me see.", [("add", {"a": 1, "b": 2})])
     chat = SGLangChat(server.url, tool_call_parser="qwen25", max_new_tokens=4, temperature=0)
     assert chat.chat(QUESTION, tools=tools)[0].tool_calls == ()
-
-
-# ------------------------------------------------------------------------------------------------------------ adapters
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    peft = pytest.importorskip("peft")
-    folder = tmp_path_factory.mktemp("adapters") / "kind"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        settings = peft.LoraConfig(
-            r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-        )
-        model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
-        peft.get_peft_model(model, settings).save_pretrained(folder)
-    return folder
-
-
-def test_an_adapter_named_in_the_request_speaks_as_peft_says(
-    special_server: Callable[..., SGLangServer], tiny_llama: Path, adapter: Path
-) -> None:
-    from peft import PeftModel
-
-    words = "--enable-lora --max-lora-rank 8 --lora-target-modules q_proj v_proj --lora-backend torch_native"
-    server = special_server(extra_args=(*words.split(), "--lora-paths", f"kind={adapter}"))
-    chat = SGLangChat(server.url, temperature=0, max_new_tokens=NEW_TOKENS)
-    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-    prompt = rendered(chat.tokenizer, QUESTION)
-    plain = greedy(base, prompt)
-    adapted = greedy(PeftModel.from_pretrained(base, adapter).eval(), prompt)
-    assert plain != adapted, "the adapter must matter for this test to show anything"
-
-    assert list(chat.chat(QUESTION)[0].token_ids) == plain
-    (response,) = chat.chat(QUESTION, adapter="kind")
-    assert list(response.token_ids) == adapted
-    assert "".join(chat.iter_chat(QUESTION, adapter="kind")) == response.text
-    assert SGLangChat(chat.pool, temperature=0, max_new_tokens=NEW_TOKENS, adapter="kind").chat(QUESTION) == [response]
-    with pytest.raises(RequestRejectedError, match="never been loaded"):
-        chat.chat(QUESTION, adapter="stranger")
 
 
 # -------------------------------------------------------------------------------------------------------------- images

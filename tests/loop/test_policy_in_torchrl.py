@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchrl.envs.transforms
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torch.utils.data import DataLoader
 from torchrl.collectors import Collector, MultiSyncCollector
@@ -17,7 +18,6 @@ from torchrl.data.llm import History
 from torchrl.envs import AsyncEnvPool, Transform, TransformedEnv
 from torchrl.envs.llm import ChatEnv
 from torchrl.envs.llm.transforms import IncrementalTokenizer, KLRewardTransform, RetrieveKL, RetrieveLogProb
-from torchrl.envs.transforms import PolicyAgeFilter
 from torchrl.modules.llm import ChatHistory, TransformersWrapper
 from torchrl.objectives.llm import GRPOLoss, SFTLoss
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.loop.rollout_cases import ANSWERED, reference_log_probs, rows
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
 from torchrl_sglang.server import SGLangServer
+
+pytestmark = pytest.mark.torchrl
 
 QUESTIONS = ["What is 2 + 3?", "Hello world!", "dog", "The quick brown fox"]
 TOOL_REPLY = "result 42"
@@ -295,13 +297,14 @@ def test_sft_stays_close_to_a_server_that_holds_the_reference(engine: AsyncSGLan
     assert abs(float(out.loss_kl_to_ref)) < 1e-4
 
 
+@pytest.mark.skipif(not hasattr(torchrl.envs.transforms, "PolicyAgeFilter"), reason="came with torchrl 0.14")
 def test_stale_data_is_filtered_by_the_weights_that_made_it(engine: AsyncSGLang, tiny_llama: Path) -> None:
     batch = make_env(tiny_llama).rollout(1, make_policy(engine)).reshape(-1)
     assert batch["generation"].policy_version.tolist() == [0, 0]
     live = {"version": 1}
     buffer = ReplayBuffer(
         storage=LazyStackStorage(8),
-        transform=PolicyAgeFilter(
+        transform=torchrl.envs.transforms.PolicyAgeFilter(
             lambda: live["version"], max_policy_lag=1, policy_version_key=("generation", "policy_version"), strict=True
         ),
     )

@@ -1,9 +1,13 @@
-"""Adapters only: a PEFT model's LoRA tensors go to a real server, and requests switch to them."""
+"""Adapters on a real server: one it was started with, named by a request, and those that a trainer sends.
+
+Both kinds share a server, since each start costs the suite twenty seconds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -11,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import ConfigError, SamplingParams, SGLangClient, SGLangPool, SyncConfig, WeightSync
-from torchrl_sglang.errors import WeightCoverageError
+from torchrl_sglang.chat import SGLangChat
+from torchrl_sglang.errors import RequestRejectedError, WeightCoverageError
 from torchrl_sglang.protocol.version import version_number
 from torchrl_sglang.server import SGLangServer
 from torchrl_sglang.weights.proof import trainer_logprobs
@@ -21,12 +26,25 @@ LORA_FLAGS = (
     *("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", *TARGETS),
     *("--lora-backend", "torch_native", "--max-loras-per-batch", "4"),
 )
+QUESTION = [{"role": "user", "content": "What is 2 + 3?"}]
 PROMPT = [1, 72, 101, 108, 108, 111]
 
 
+@pytest.fixture(scope="module")
+def saved_adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "kind"
+    adapted(tiny_llama, 11).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def lora_pool(special_server: Callable[..., SGLangServer]) -> SGLangPool:
-    return SGLangPool([SGLangClient(special_server(extra_args=LORA_FLAGS).url)])
+def lora_url(special_server: Callable[..., SGLangServer], saved_adapter: Path) -> str:
+    return special_server(extra_args=(*LORA_FLAGS, "--lora-paths", f"kind={saved_adapter}")).url
+
+
+@pytest.fixture
+def lora_pool(lora_url: str) -> SGLangPool:
+    return SGLangPool([SGLangClient(lora_url)])
 
 
 def adapted(model_path: Path, seed: int) -> peft.PeftModel:
@@ -40,11 +58,31 @@ def adapted(model_path: Path, seed: int) -> peft.PeftModel:
     return model.eval()
 
 
-def greedy(model: torch.nn.Module, count: int) -> list[int]:
+def greedy(model: Any, count: int, prompt: Sequence[int] = PROMPT, **settings: Any) -> list[int]:
     ids = model.generate(
-        input_ids=torch.tensor([PROMPT]), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+        input_ids=torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0, **settings
     )
-    return ids[0, len(PROMPT) :].tolist()
+    return list(ids[0, len(prompt) :].tolist())
+
+
+def test_an_adapter_named_in_the_request_speaks_as_peft_says(
+    lora_url: str, saved_adapter: Path, tiny_llama: Path
+) -> None:
+    chat = SGLangChat(lora_url, temperature=0, max_new_tokens=24)
+    text = chat.tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    prompt = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    plain = greedy(base, 24, prompt)
+    tuned = greedy(peft.PeftModel.from_pretrained(base, saved_adapter).eval(), 24, prompt)
+    assert plain != tuned, "the adapter must matter for this test to show anything"
+
+    assert list(chat.chat(QUESTION)[0].token_ids) == plain
+    (response,) = chat.chat(QUESTION, adapter="kind")
+    assert list(response.token_ids) == tuned
+    assert "".join(chat.iter_chat(QUESTION, adapter="kind")) == response.text
+    assert SGLangChat(chat.pool, temperature=0, max_new_tokens=24, adapter="kind").chat(QUESTION) == [response]
+    with pytest.raises(RequestRejectedError, match="never been loaded"):
+        chat.chat(QUESTION, adapter="stranger")
 
 
 def test_only_the_adapter_goes_over_and_answers_are_those_of_the_adapted_model(
@@ -61,7 +99,7 @@ def test_only_the_adapter_goes_over_and_answers_are_those_of_the_adapted_model(
         assert report.max_logprob_gap < 1e-4
 
         (reply,) = lora_pool.generate([PROMPT], sampling)
-        assert reply.output_ids == greedy(model, 8)
+        assert reply.output_ids == greedy(model, 8, min_new_tokens=8)
         expected = trainer_logprobs(model, PROMPT + reply.output_ids)[len(PROMPT) - 1 :]
         assert (expected - torch.tensor(reply.output_logprobs, dtype=torch.float64)).abs().max() < 1e-4
         assert [(version_number(s.version), s.start, s.end) for s in reply.weight_spans] == [(turn, 0, 8)]
@@ -83,7 +121,7 @@ def test_a_refused_adapter_leaves_requests_with_the_one_before(lora_pool: SGLang
 
     assert lora_pool.adapter == before
     (reply,) = lora_pool.generate([PROMPT], SamplingParams(max_new_tokens=4, temperature=0, ignore_eos=True))
-    assert reply.output_ids == greedy(good, 4)
+    assert reply.output_ids == greedy(good, 4, min_new_tokens=4)
     sync.close()
 
 
