@@ -48,6 +48,7 @@ def shared_engine(
     url: str | Sequence[str] | None = None,
     model: str | None = None,
     *,
+    name: str | None = None,
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> AsyncSGLang:
@@ -56,6 +57,7 @@ def shared_engine(
     Args:
         url: base URL(s) of running servers to attach to...
         model: ...or the checkpoint to launch servers with.
+        name: tells two engines of otherwise equal arguments apart.
         progress: called with a line of text while servers load.
         **settings: further arguments of :meth:`AsyncSGLang.connect` or :meth:`AsyncSGLang.from_pretrained`.
 
@@ -66,7 +68,7 @@ def shared_engine(
         raise ConfigError("an engine needs either url (running servers) or model (servers to launch)")
     settings = {name: _plain(value) for name, value in settings.items() if value is not None}
     url = _plain(url)
-    key = json.dumps({"url": url, "model": model, **settings}, sort_keys=True, default=str)
+    key = json.dumps({"url": url, "model": model, "name": name, **settings}, sort_keys=True, default=str)
     if key not in _engines:
         engine = (
             AsyncSGLang.connect(url, **settings)
@@ -117,6 +119,7 @@ class SGLangEngineConfig:
 
     url: Any = None
     model: str | None = None
+    name: str | None = None
     tp_size: int | None = None
     dp_size: int | None = None
     gpus: Any = None

@@ -18,6 +18,7 @@ from torchrl_sglang.recipes.config import (
     presets_of,
     read_arguments,
 )
+from torchrl_sglang.recipes.critic import Critic
 from torchrl_sglang.recipes.devices import trainer_device
 from torchrl_sglang.recipes.environment import make_env, make_test_env
 from torchrl_sglang.recipes.evaluation import evaluate, pass_at_k
@@ -29,13 +30,14 @@ from torchrl_sglang.recipes.models import load_model, load_tokenizer
 from torchrl_sglang.recipes.optimizer import make_optimizer
 from torchrl_sglang.recipes.program import run_program
 from torchrl_sglang.recipes.questions import Question, QuestionStream
+from torchrl_sglang.recipes.reference import make_reference, score_on_servers
 from torchrl_sglang.recipes.report import draw_report
 from torchrl_sglang.recipes.rewards import RewardTransform
 from torchrl_sglang.recipes.rows import batch_numbers
 from torchrl_sglang.recipes.run import Run
 from torchrl_sglang.recipes.run_folder import RunFolder
 from torchrl_sglang.recipes.samples import sample_lines
-from torchrl_sglang.recipes.scoring import TokenScores, score_in_parts, score_tokens
+from torchrl_sglang.recipes.scoring import TokenScores, hidden_states, score_in_parts, score_tokens
 from torchrl_sglang.recipes.sequences import Sequences
 from torchrl_sglang.recipes.serving import Serving
 from torchrl_sglang.recipes.settings import CheckpointSettings, EvaluateSettings, RunSettings, TrainSettings
@@ -55,6 +57,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointSettings",
     "Checkpoints",
+    "Critic",
     "EvaluateSettings",
     "Question",
     "QuestionStream",
@@ -77,6 +80,7 @@ __all__ = [
     "draw_report",
     "effective_sample_size",
     "evaluate",
+    "hidden_states",
     "keep_freed_memory",
     "kl_estimates",
     "load_config",
@@ -84,6 +88,7 @@ __all__ = [
     "load_tokenizer",
     "make_env",
     "make_optimizer",
+    "make_reference",
     "make_task",
     "make_test_env",
     "masked_importance_weights",
@@ -97,6 +102,7 @@ __all__ = [
     "run_program",
     "sample_lines",
     "score_in_parts",
+    "score_on_servers",
     "score_tokens",
     "staleness_histogram",
     "staleness_text",

@@ -50,7 +50,9 @@ def token_advantages(
     """
     values_N = values_N.detach()
     advantages = []
-    for rewards_R, values_R in zip(rewards_N.split(list(lengths_B)), values_N.split(list(lengths_B)), strict=True):
+    for rewards_R, values_R in zip(
+        torch.split(rewards_N, list(lengths_B)), torch.split(values_N, list(lengths_B)), strict=True
+    ):
         next_R = torch.cat([values_R[1:], values_R.new_zeros(1)])
         errors = (rewards_R + gamma * next_R - values_R).tolist()
         running, found = 0.0, []

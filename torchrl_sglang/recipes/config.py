@@ -11,6 +11,7 @@ Overrides are hydra's: ``key=value``, ``+key=value`` for a key that the preset d
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,8 +46,10 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.yaml"
-_LAUNCH_ONLY = ("model", "tp_size", "dp_size", "gpus", "device", "dtype", "python", "context_length")
-_LAUNCH_ONLY += ("mem_fraction_static", "max_total_tokens", "extra_args")
+_LAUNCH_ONLY = (
+    *("model", "tp_size", "dp_size", "gpus", "device", "dtype", "python", "context_length"),
+    *("mem_fraction_static", "max_total_tokens", "extra_args"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +82,8 @@ def override(key: str, value: object) -> str:
         ('train.lr=1e-06', "model='/it\\'s here/a=b'")
     """
     if isinstance(value, str):
-        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        # in hydra's grammar a backslash is one, unless a quote follows: then it takes two
+        value = "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
     return f"{key}={value}"
 
 
@@ -142,7 +146,7 @@ def load_config(recipe: Path, arguments: Arguments) -> DictConfig:
         config.run.folder = str(arguments.resume)
     _attach_instead_of_launching(config, arguments.overrides)
     try:
-        values = OmegaConf.to_container(config, resolve=True)
+        values: Any = OmegaConf.to_container(config, resolve=True)
         for node, settings in SETTINGS.items():
             if node in config:
                 settings(**values[node])
@@ -162,10 +166,9 @@ def _compose(folder: Path, name: str, overrides: Sequence[str]) -> DictConfig:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # hydra 1.3 calls what omegaconf 2.4 calls deprecated
         with initialize_config_dir(str(folder), version_base=None):
-            plain = compose(name)
-            known = sorted(_keys(plain))
+            known = sorted(_keys(compose(name)))
             for override in _parse(overrides):
-                _require_known(override, known, plain)
+                _require_known(override, known)
             try:
                 return compose(name, overrides=list(overrides))
             except (HydraException, OmegaConfBaseException) as error:
@@ -190,14 +193,15 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         raise ConfigError(f"overrides are written key=value: {str(error).splitlines()[0]}") from error
 
 
-def _require_known(override: Override, known: Sequence[str], config: DictConfig) -> None:
+def _require_known(override: Override, known: Sequence[str]) -> None:
     key = override.key_or_group
     if override.is_add() or key in known:
         return
     parent, _, _ = key.rpartition(".")
-    hint = nearest_name(key, known)
-    if not hint and parent in known and OmegaConf.is_dict(OmegaConf.select(config, parent, throw_on_missing=False)):
-        hint = f" There are {', '.join(one for one in known if one.rpartition('.')[0] == parent)}."
+    siblings = [one for one in known if one.rpartition(".")[0] == parent]
+    hint = nearest_name(key, [one for one in known if one != parent])
+    if not hint and parent and siblings:
+        hint = f" There are {', '.join(siblings)}."
     raise ConfigError(f"unknown setting {key!r}.{hint} A new key is added with +{key}=...")
 
 

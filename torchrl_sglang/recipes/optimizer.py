@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -14,11 +14,25 @@ from torchrl_sglang.recipes.settings import TrainSettings
 __all__ = ["learning_rate_factor", "make_optimizer"]
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """The optimizer of all ``parameters`` that want a gradient, and the schedule to step after each of its steps."""
-    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+def make_optimizer(
+    modules: Mapping[str, nn.Module], settings: TrainSettings, learning_rates: Mapping[str, float] | None = None
+) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """An optimizer of all parameters that want a gradient, and the schedule to step after each of its steps.
+
+    Args:
+        modules: what is trained.
+        settings: learning rate, betas, decay, schedule.
+        learning_rates: of modules, by name, that are not to have ``settings.lr``.
+    """
+    groups = [
+        {
+            "params": [parameter for parameter in module.parameters() if parameter.requires_grad],
+            "lr": (learning_rates or {}).get(name, settings.lr),
+        }
+        for name, module in modules.items()
+    ]
     optimizer = torch.optim.AdamW(
-        wanted,
+        groups,
         lr=settings.lr,
         betas=(settings.betas[0], settings.betas[1]),
         weight_decay=settings.weight_decay,

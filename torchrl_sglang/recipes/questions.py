@@ -30,7 +30,7 @@ class Question:
     answer: str
 
 
-class QuestionStream(IterableDataset):
+class QuestionStream(IterableDataset[dict[str, str | int]]):
     """Question number 0, 1, 2, ...: every pass over the questions in another order, all known from the seed.
 
     Question ``i`` is the same in every run with this seed, however often the run was stopped in between. Items carry

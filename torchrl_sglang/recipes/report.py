@@ -53,7 +53,7 @@ def _draw_reward(axes: Axes, rows: Rows, evaluations: Rows) -> None:
     axes.set_title("Mean reward; held-out pass@1 where evaluated", loc="left")
     _line(axes, rows, "reward_mean", _BLUE, "reward")
     _line(axes, evaluations, "eval_pass_at_1", _RED, "held-out pass@1")
-    axes.legend(frameon=False)
+    _legend(axes)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
 
 
@@ -69,7 +69,7 @@ def _draw_seconds(axes: Axes, rows: Rows) -> None:
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set_ylabel("seconds")
     axes.set_ylim(0, max([*bottom, 1e-3]) * 1.35)
-    axes.legend(loc="upper right", ncols=2, frameon=False, title="mean per step")
+    _legend(axes, loc="upper right", ncols=2, title="mean per step")
 
 
 def _draw_agreement(axes: Axes, rows: Rows) -> None:
@@ -77,7 +77,7 @@ def _draw_agreement(axes: Axes, rows: Rows) -> None:
     _line(axes, rows, "logprob_gap_max", _BLUE, "largest")
     _line(axes, rows, "logprob_gap_mean", _GRAY, "mean")
     axes.set_yscale("log")
-    axes.legend(frameon=False)
+    _legend(axes)
 
 
 def _draw_staleness(axes: Axes, rows: Rows) -> None:
@@ -86,13 +86,18 @@ def _draw_staleness(axes: Axes, rows: Rows) -> None:
     _line(axes, rows, "staleness_max", _GRAY, "largest age")
     _line(axes, rows, "ess", _RED, "effective sample size")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    _legend(axes)
 
 
 def _line(axes: Axes, rows: Rows, column: str, color: str, label: str) -> None:
     points = [(row["step"], row[column]) for row in rows if _is_number(row.get(column))]
     if points:
         axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=label)
+
+
+def _legend(axes: Axes, **options: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, **options)
 
 
 def _is_number(value: Any) -> bool:

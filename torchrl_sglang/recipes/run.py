@@ -48,6 +48,7 @@ class Run:
         config: has the nodes ``train``, ``evaluate``, ``checkpoint`` and ``run``.
         modules: what is trained, by the names it is saved under; put back to the last checkpoint on a resume.
         resume: go on with the run in ``config.run.folder``.
+        learning_rates: of modules, by name, that are not to have ``config.train.lr``.
 
     Raises:
         ConfigError: settings that don't fit, or a checkpoint of another model.
@@ -65,15 +66,21 @@ class Run:
         stop: whether Ctrl-C was pressed.
     """
 
-    def __init__(self, config: DictConfig, modules: Mapping[str, nn.Module], *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        config: DictConfig,
+        modules: Mapping[str, nn.Module],
+        *,
+        resume: bool = False,
+        learning_rates: Mapping[str, float] | None = None,
+    ) -> None:
         self.settings = TrainSettings(**config.train)
         self._evaluating = EvaluateSettings(**config.evaluate)
         self._saving = CheckpointSettings(**config.checkpoint)
         self.modules = dict(modules)
         self.device = next(parameter.device for module in modules.values() for parameter in module.parameters())
         torch.manual_seed(self.settings.seed)
-        parameters = (parameter for module in modules.values() for parameter in module.parameters())
-        self.optimizer, self.scheduler = make_optimizer(parameters, self.settings)
+        self.optimizer, self.scheduler = make_optimizer(modules, self.settings, learning_rates)
         path = Path(config.run.folder)
         self.checkpoint: Checkpoint | None = None
         if resume:

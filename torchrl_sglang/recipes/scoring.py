@@ -13,7 +13,7 @@ from torch import nn
 
 from torchrl_sglang.recipes.sequences import Sequences
 
-__all__ = ["TokenScores", "score_in_parts", "score_tokens"]
+__all__ = ["TokenScores", "hidden_states", "score_in_parts", "score_tokens"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +79,25 @@ def score_in_parts(
     """Log-probs of all response tokens without gradient, ``micro_batch`` answers at a time; float32 of shape (N,)."""
     parts = [score_tokens(model, part, temperature=temperature).log_probs_N for _, part in sequences.split(micro_batch)]
     return torch.cat(parts)
+
+
+def hidden_states(trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
+    """The hidden state of a model without a head that predicts each response token; (N, H), with gradient.
+
+    Args:
+        trunk: a Hugging Face model as ``AutoModel`` loads it.
+        sequences: the answers, on the model's device.
+    """
+    ids_BL, mask_BL = _left_padded(sequences)
+    longest = max(sequences.lengths_B)
+    output: Any = trunk(
+        input_ids=ids_BL,
+        attention_mask=mask_BL,
+        position_ids=(mask_BL.cumsum(-1) - 1).clamp(min=0),
+        use_cache=False,
+    )
+    states_NH: torch.Tensor = output.last_hidden_state[:, -longest - 1 : -1][_response_mask(sequences, longest)]
+    return states_NH
 
 
 def _left_padded(sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:

@@ -91,7 +91,7 @@ class Sequences:
 
     def per_answer(self, values_N: torch.Tensor) -> Sequence[torch.Tensor]:
         """Values per token as one ``(R,)`` tensor per answer."""
-        return values_N.split(self.lengths_B)
+        return torch.split(values_N, self.lengths_B)
 
     def split(self, size: int) -> Iterator[tuple[slice, Sequences]]:
         """Parts of at most ``size`` answers, each with the slice of the N tokens that it holds.
@@ -115,12 +115,11 @@ class Sequences:
 
     def _part(self, answers: slice, tokens: slice) -> Sequences:
         per_token = ("server_N", "version_N", "advantage_N")
-        return Sequences(
-            **{
-                name: None if value is None else value[tokens if name in per_token else answers]
-                for name, value in ((name, getattr(self, name)) for name in self.__slots__)
-            }
-        )
+        parts: dict[str, Any] = {
+            name: None if value is None else value[tokens if name in per_token else answers]
+            for name, value in ((name, getattr(self, name)) for name in self.__slots__)
+        }
+        return Sequences(**parts)
 
 
 def example() -> Sequences:

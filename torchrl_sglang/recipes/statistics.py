@@ -115,7 +115,7 @@ def staleness_histogram(version_N: torch.Tensor, current_version: int) -> dict[i
         {0: 1, 1: 1, 2: 2}
     """
     lag_N = current_version - version_N[version_N >= 0]
-    lags, counts = lag_N.unique(return_counts=True)
+    lags, counts = torch.unique(lag_N, return_counts=True)
     return dict(zip(lags.tolist(), counts.tolist(), strict=True))
 
 
