@@ -5,7 +5,9 @@ Fake servers in processes of their own, killed in the middle; ``test_engine.py``
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +125,39 @@ def test_an_interrupted_stream_of_a_dead_server_is_an_error_not_a_short_answer(
     server.kill()
     with pytest.raises(ServerError):
         list(stream)
+
+
+@pytest.mark.parametrize(
+    ("count", "versions"), [(1, ["default", "dirty-4", "3@t"]), (2, ["3@t"])], ids=["alone", "beside another"]
+)
+def test_a_server_that_somebody_started_anew_is_used_again_if_its_weights_are_not_older(
+    serve: Callable[..., list[ForkedServer]], nursery: Nursery, count: int, versions: list[str]
+) -> None:
+    servers = serve(count, step_s=0)
+    pool = pool_of(servers)
+    for each in servers:
+        each.set_state(weight_version="3@t")
+    assert {reply.weight_version for reply in pool.generate(PROMPTS, SAMPLING)} == {"3@t"}
+    victim = servers[0]
+    port = int(victim.url.rsplit(":", 1)[1])
+
+    def look() -> bool:
+        """Whether the pool has looked at the new server; it does so when somebody generates."""
+        with contextlib.suppress(ServerError):
+            pool.generate(PROMPTS, SAMPLING)
+        return victim.requests("/model_info", answered=True) > 0
+
+    for version in versions:
+        victim.kill()
+        with contextlib.suppress(ServerError):
+            pool.generate(PROMPTS, SAMPLING)
+        assert victim.url in pool.quarantined
+        victim = nursery.serve(replace(servers[0].settings, port=port, weight_version=version))
+        wait_until(look, "nobody looked at the new server", 30)
+        if version == "3@t":
+            wait_until(lambda: victim.url not in pool.quarantined, "it was not taken back", 10)
+            assert len(pool.generate(PROMPTS, SAMPLING)) == len(PROMPTS)
+            assert victim.requests("/generate") > 0
+        else:
+            assert victim.url in pool.quarantined
+            assert victim.requests("/generate") == 0, f"{version} is older than what this pool has seen"

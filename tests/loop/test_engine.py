@@ -120,7 +120,7 @@ def test_nobody_there_somebody_else_there(engine: AsyncSGLang) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_a_fleet_behind_a_router_loses_a_server_and_gets_it_back(
     needs_sglang: None,
     tiny_llama: Path,

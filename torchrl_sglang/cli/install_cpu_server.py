@@ -3,7 +3,9 @@
 It holds SGLang with exactly the packages its CPU engine needs (SGLang's own list is that of its GPU build). Takes a few
 minutes and about 3 GB. Afterwards:
 
-    torchrl-sglang serve MODEL --python DIR/bin/python
+    torchrl-sglang serve MODEL
+
+or, if it was put elsewhere with --venv, torchrl-sglang serve MODEL --python DIR/bin/python
 
 Python 3.11 and 3.12 have packages for it.
 """
@@ -15,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from torchrl_sglang.cli.launching import CPU_SERVER
 from torchrl_sglang.errors import ConfigError, ServerError
 from torchrl_sglang.server.cpu import REQUIREMENTS_PATH
 
@@ -22,14 +25,13 @@ __all__ = ["SUMMARY", "add_arguments", "run"]
 
 SUMMARY = "install a server that needs no GPU"
 
-_DEFAULT = Path("~/.cache/torchrl-sglang/cpu-server")
 _PYTHONS = ((3, 11), (3, 12))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     parser.add_argument(
-        "--venv", type=Path, default=_DEFAULT, metavar="DIR", help=f"where to make it (default: {_DEFAULT})"
+        "--venv", type=Path, default=CPU_SERVER, metavar="DIR", help=f"where to make it (default: {CPU_SERVER})"
     )
     parser.add_argument(
         "--python", default=sys.executable, metavar="PATH", help="Python to make it with (default: this one)"
@@ -64,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         ],
     )
     print(f"ready {python}")
-    print("Serve a model:      torchrl-sglang serve MODEL --python " + str(python), file=sys.stderr)
+    option = "" if folder == CPU_SERVER.expanduser().absolute() else f" --python {python}"
+    print(f"Serve a model:      torchrl-sglang serve MODEL{option}", file=sys.stderr)
     print(f'From Python:        AsyncSGLang.from_pretrained(MODEL, device="cpu", python="{python}")', file=sys.stderr)
     return 0
 

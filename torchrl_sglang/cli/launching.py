@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shlex
 import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 from torchrl_sglang.config import ServerConfig
-from torchrl_sglang.server import SGLangServer
+from torchrl_sglang.server import SGLangServer, needs_cpu_engine
 
-__all__ = ["add_server_options", "launch", "server_config"]
+__all__ = ["CPU_SERVER", "add_server_options", "launch", "server_config"]
+
+CPU_SERVER = Path("~/.cache/torchrl-sglang/cpu-server")
+"""Where ``install-cpu-server`` puts a server when it isn't told, and where it is looked for then."""
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """Add what a server can be told."""
     group = parser.add_argument_group("the server")
-    group.add_argument("--python", metavar="PATH", help="Python that has SGLang installed (default: this one)")
+    group.add_argument(
+        "--python", metavar="PATH", help="Python that has SGLang (default: this one, else that of install-cpu-server)"
+    )
     group.add_argument(
         "--device", choices=["auto", "cuda", "cpu"], default="auto", help="default: a GPU if there is one, else the CPU"
     )
@@ -36,7 +44,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 def server_config(args: argparse.Namespace, **more: object) -> ServerConfig:
     """The server that the options describe."""
-    return ServerConfig(
+    config = ServerConfig(
         model=args.model,
         python=args.python,
         device=args.device,
@@ -48,6 +56,11 @@ def server_config(args: argparse.Namespace, **more: object) -> ServerConfig:
         stop_timeout_s=0.0,  # SGLang has nothing to save, and takes 6-9 s to end by itself
         **more,  # type: ignore[arg-type]
     )
+    installed = CPU_SERVER.expanduser() / "bin" / "python"
+    has_none = config.python is None and importlib.util.find_spec("sglang") is None
+    if has_none and installed.is_file() and needs_cpu_engine(config):
+        return replace(config, python=str(installed))
+    return config
 
 
 def launch(config: ServerConfig) -> SGLangServer:
@@ -60,7 +73,8 @@ def launch(config: ServerConfig) -> SGLangServer:
         if shown:
             print(f"\r{f'loading, {line}'[:width]:<{width}}", end="", file=sys.stderr, flush=True)
 
-    print(f"starting SGLang on {config.model}", file=sys.stderr, flush=True)
+    where = f" (with {config.python})" if config.python else ""
+    print(f"starting SGLang on {config.model}{where}", file=sys.stderr, flush=True)
     try:
         return server.start(progress=progress)
     finally:

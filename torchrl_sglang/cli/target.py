@@ -26,6 +26,9 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         "--model", help="path or hub name of a checkpoint: a server is launched for the time of the command"
     )
     group.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the server's key")
+    group.add_argument(
+        "--ca-certificate", metavar="FILE", help="certificate of the private authority of an https:// server"
+    )
     group.add_argument("--adapter", metavar="NAME", help="LoRA adapter to use")
     add_server_options(parser)
 
@@ -56,7 +59,7 @@ def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
 def target(args: argparse.Namespace) -> Iterator[tuple[str, ClientConfig]]:
     """Address of the server to talk to, and its key; a launched server ends with the block."""
     key = key_from(args.api_key_file)
-    config = ClientConfig(api_key=key)
+    config = ClientConfig(api_key=key, ca_certificate=args.ca_certificate)
     if args.model is None:
         yield args.url or "http://127.0.0.1:30000", config
         return

@@ -13,6 +13,7 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.parallel import Outcome, side_by_side
 from torchrl_sglang.pool.answers import refuse_different_models
 from torchrl_sglang.pool.front import RouterFront
+from torchrl_sglang.pool.returning import DeathBook
 from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
 from torchrl_sglang.protocol.version import WeightVersion
 
@@ -64,6 +65,7 @@ class Members:
         self._lock = threading.Lock()
         self._quarantined: dict[str, str] = {}
         self._restarts: dict[str, int] = {}
+        self._deaths = DeathBook()
         self._connected = False
         self.weight_version = 0
         self.highest_version = 0
@@ -149,6 +151,7 @@ class Members:
             if self._quarantined.get(url) != reason:
                 _log.warning("%s is taken out of routing: %s", url, reason)
             self._quarantined[url] = reason
+        self._deaths.forget(url)
         if self.router is not None:
             self.router.leave(url)
 
@@ -163,6 +166,7 @@ class Members:
         with self._lock:
             if self._quarantined.pop(url, None) is not None:
                 _log.info("%s is back in routing", url)
+        self._deaths.forget(url)
 
     @property
     def restarts(self) -> Mapping[str, int]:

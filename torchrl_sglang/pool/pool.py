@@ -104,10 +104,13 @@ class SGLangPool(Members):
         )
         ordered = self._answer(batch)
         refuse_mixed_weights(ordered)
+        self._deaths.saw(ordered)
         return [made_by(adapter.version, reply) for reply in ordered] if adapter is not None else ordered
 
     def _answer(self, batch: Batch) -> list[GenerateReply]:
         """Send a batch in rounds until every prompt has its answer."""
+        if self.adapter is None:  # a server that is back has none
+            self._deaths.look(self.clients, self.weight_version, self._is_back)
         num_prompts, n = len(batch.ids_B_T), batch.sampling.n
         replies: dict[int, list[GenerateReply]] = {}
         waiting = list(range(num_prompts))
@@ -120,6 +123,7 @@ class SGLangPool(Members):
             replies.update(done.replies)
             for url, death in done.deaths.items():
                 self.quarantine(url, f"it died while generating ({death})")
+                self._deaths.note(url)
                 if len(self.clients) == 1:
                     raise death
             if self.router is not None and done.failure is not None and has_no_workers(done.failure):
@@ -128,6 +132,10 @@ class SGLangPool(Members):
                 raise done.failure
             waiting = done.again
         return [reply for index in range(num_prompts) for reply in replies[index]]
+
+    def _is_back(self, url: str) -> None:
+        self.note_restart(url)
+        self.restore(url)
 
     def _router_slots(self, num_requests: int) -> Sequence[SGLangClient]:
         """The router, once per request that it may have of a batch."""
