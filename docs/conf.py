@@ -71,6 +71,23 @@ def find_among_public_names(app, env, node, contnode):
     return None
 
 
+# Napoleon takes "Nucleus sampling: keep ..." below a field for a type and its description. Our fields have annotations.
+KEPT_COLON = "\ue000"
+
+
+def hide_colons_from_napoleon(app, what, name, obj, options, lines):
+    """Before napoleon reads the docstring of a field."""
+    if what == "attribute" and lines:
+        lines[0] = lines[0].replace(":", KEPT_COLON)
+
+
+def show_colons_again(app, what, name, obj, options, lines):
+    """After it."""
+    lines[:] = [line.replace(KEPT_COLON, ":") for line in lines]
+
+
 def setup(app):
     """Sphinx calls this."""
     app.connect("missing-reference", find_among_public_names)
+    app.connect("autodoc-process-docstring", hide_colons_from_napoleon, priority=400)
+    app.connect("autodoc-process-docstring", show_colons_again, priority=600)

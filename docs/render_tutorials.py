@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -123,7 +124,7 @@ def _save_figures(name: str, num_before: int) -> list[dict[str, str]]:
 
 
 def _refuse_paths(text: str) -> None:
-    for path in {str(ROOT), str(Path.home()), sys.prefix}:
+    for path in {str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir()}:
         if path in text:
             raise TutorialError(f"the tutorial printed a path of this machine: {path}")
 
@@ -162,7 +163,7 @@ def page(name: str, blocks: list[Block], record: dict[str, Any]) -> str:
         for figure in ran["figures"]:
             parts.append(f".. image:: {figure['file']}\n   :alt: {figure['alt']}")
         if block is blocks[0]:
-            note = f"What stands in the framed boxes was printed by a real run on {record['ran_on']}."
+            note = f"What stands in boxes with a blue edge was printed by a real run on {record['ran_on']}."
             download = f":download:`{name}.py <../../tutorials/{name}.py>` is this page as a script."
             parts.insert(2, f".. note::\n\n   {note} {download}")
     return "\n\n".join(part for part in parts if part) + "\n"
