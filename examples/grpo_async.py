@@ -24,7 +24,7 @@ import torch
 from omegaconf import DictConfig
 from torchrl.collectors import Collector
 from torchrl.data import LazyStackStorage, ReplayBuffer
-from torchrl.envs.transforms import Compose, PolicyAgeFilter
+from torchrl.envs.transforms import PolicyAgeFilter
 from torchrl.objectives.llm import MCAdvantage
 
 from torchrl_sglang import recipes
@@ -77,19 +77,16 @@ def train(config: DictConfig, resume: bool) -> bool:
             collector, ahead=config.rollouts.ahead, timeout_s=config.rollouts.timeout_s
         )
         stack.enter_context(rollouts)
-        # What is written passes through these from the last to the first: MCAdvantage compares the answers to one
-        # question, then those whose oldest token is too old are left out.
+        # compares the answers to one question...
+        advantage = MCAdvantage(grpo_size=settings.answers)
+        # ...of which those whose oldest token is too old are then left out
         is_fresh = PolicyAgeFilter(
             lambda: serving.weight_version,
             config.rollouts.max_staleness,
             policy_version_key=("generation", "policy_version"),
             strict=True,
         )
-        buffer = ReplayBuffer(
-            storage=LazyStackStorage(settings.batch_size),
-            transform=Compose(is_fresh, MCAdvantage(grpo_size=settings.answers)),
-            batch_size=settings.micro_batch,
-        )
+        buffer = ReplayBuffer(storage=LazyStackStorage(settings.batch_size), batch_size=settings.micro_batch)
         autocast = torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bfloat16")
         temperature = serving.policy.sampling_params.temperature
 
@@ -99,8 +96,10 @@ def train(config: DictConfig, resume: bool) -> bool:
                 buffer.empty()
                 num_dropped = 0
                 while len(buffer) == 0:
-                    buffer.extend(rollouts.take().reshape(-1))
-                    num_dropped += settings.batch_size - len(buffer)
+                    fresh = is_fresh.inv(advantage.inv(rollouts.take().reshape(-1)))
+                    num_dropped += settings.batch_size - len(fresh)
+                    if len(fresh) > 0:
+                        buffer.extend(fresh)
             batch, version = recipes.Sequences.from_tensordict(buffer[:]).to(run.device), serving.weight_version
 
             pi_N, entropy_N = torch.empty_like(batch.server_N), torch.empty_like(batch.server_N)

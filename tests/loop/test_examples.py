@@ -144,7 +144,7 @@ def test_quickstart_leaves_no_process(quickstart: Any) -> None:
     assert still_alive(quickstart.processes) == []
 
 
-def test_interrupting_the_quickstart_stops_the_server_and_keeps_what_was_measured(
+def test_interrupting_the_quickstart_stops_the_server_keeps_what_was_measured_and_saves(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     metrics, log = tmp_path / "metrics.csv", tmp_path / "log.txt"
@@ -164,6 +164,8 @@ def test_interrupting_the_quickstart_stops_the_server_and_keeps_what_was_measure
     steps = [int(row["step"]) for row in csv.DictReader(metrics.open())]
     assert steps == list(range(1, len(steps) + 1))
     assert steps
+    assert f"--resume {tmp_path}" in printed
+    assert (tmp_path / "checkpoints" / f"step-{len(steps):06d}" / "trainer.pt").exists()
 
 
 def test_generate_example_answers_every_question(server: SGLangServer, tmp_path: Path) -> None:
