@@ -35,6 +35,17 @@ def test_an_unknown_failure_gets_no_invented_cause() -> None:
     assert explain_failure("ValueError: something new", 1) == ""
 
 
+def test_what_every_start_says_is_no_cause_and_a_suicide_is_told_from_a_kill() -> None:
+    start = (
+        "[2026-11-22 03:05:14] server_args={'on_error': 'out of memory'}\n"
+        "[2026-11-22 03:05:40] Ignore import error when loading sglang.srt.models.inkling: No module named 'cutlass'\n"
+    )
+    assert explain_failure(start, 1) == ""
+    crash = "  File \"x.py\", line 3\nKeyError: 'weights'\n\n[...] kill_process_tree called: parent_pid=4704\n"
+    assert explain_failure(start + crash, 137) == "One of its processes failed: KeyError: 'weights'."
+    assert "killed from outside" in explain_failure(start, 137)
+
+
 def test_exit_codes_are_named() -> None:
     assert [describe_exit(code) for code in (3, 139, -15)] == [
         "exit code 3",

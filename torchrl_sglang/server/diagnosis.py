@@ -51,6 +51,9 @@ _CAUSES: tuple[tuple[str, str], ...] = (
         "The server's torch doesn't fit this machine's GPU or driver; ServerConfig(device='cpu') serves without one.",
     ),
 )
+# What SGLang says of every start: its settings, and models that it does not have the libraries for.
+_NO_CAUSE = re.compile(r"^.*(?:server_args=|Ignore import error).*$", re.MULTILINE)
+_EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*$", re.MULTILINE)
 _MEMORY_KILL = (
     "It was killed from outside with SIGKILL, as the kernel does when memory runs out: lower max_total_tokens, serve "
     "in a smaller dtype, or free memory."
@@ -81,11 +84,16 @@ def explain_failure(log: str, code: int | None) -> str:
         >>> explain_failure("/usr/bin/python: No module named sglang", 1)[:39]
         "SGLang is not installed in the server's"
     """
+    log = _NO_CAUSE.sub("", log)
     for pattern, advice in _CAUSES:
         match = re.search(pattern, log, re.IGNORECASE)
         if match:
             return advice.format(*match.groups()) if "{0" in advice else advice
-    return _MEMORY_KILL if code in (-signal.SIGKILL, 128 + signal.SIGKILL) else ""
+    if code not in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return ""
+    # SGLang kills itself as a whole when one of its processes fails; that one says why.
+    failures = _EXCEPTION.findall(log) if "kill_process_tree called" in log else []
+    return f"One of its processes failed: {failures[-1][:300]}." if failures else _MEMORY_KILL
 
 
 def last_meaningful_line(log: str) -> str:
