@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import pickle
+import re
 import signal
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +111,19 @@ def test_a_cpu_server_is_not_asked_for_gpu_memory(engine: AsyncSGLang) -> None:
     with pytest.raises(ConfigError, match="runs on the CPU: it holds no GPU memory"), engine.offloaded():
         pytest.fail("the block was entered")
     assert engine.generate(TEXTS[0], sampling_params=GREEDY).output_ids
+
+
+def test_the_examples_in_the_docstring_run(engine: AsyncSGLang, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one that asks a server; the one that launches two is what ``test_restarts.py`` does."""
+    found = re.findall(r"::\n\n((?: {12}.*\n|\n)+)", inspect.getsource(AsyncSGLang))
+    blocks = [textwrap.dedent(block) for block in found]
+    assert ["connect" in block for block in blocks[:2]] == [True, False]
+    names: dict[str, Any] = {"AsyncSGLang": AsyncSGLang}
+    exec(blocks[0].replace("http://127.0.0.1:30000", engine.pool.clients[0].url), names)
+    shown = capsys.readouterr().out
+    assert str(names["reply"].output_logprobs) in shown
+    assert shown.rstrip("\n").endswith(names["so_far"].text.rstrip("\n"))
+    assert [len(reply.output_ids) for reply in names["replies"]] == [4, 4]
 
 
 def test_nobody_there_somebody_else_there(engine: AsyncSGLang) -> None:

@@ -129,3 +129,26 @@ def test_a_python_that_has_no_packages_for_the_server_is_refused(tmp_path: Path)
     assert done.returncode == 2
     assert "exist for Python 3.11 or 3.12" in done.stderr
     assert not (tmp_path / "server").exists()
+
+
+def test_a_server_installed_where_install_cpu_server_puts_it_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a Python that has no SGLang."""
+    folder = tmp_path / ".cache" / "torchrl-sglang" / "cpu-server" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "python").symlink_to(sys.executable)
+    script = """
+import importlib.util, sys
+from torchrl_sglang.cli.launching import server_config, add_server_options
+import argparse
+parser = argparse.ArgumentParser(); add_server_options(parser); parser.add_argument("model")
+sys.path[:] = [entry for entry in sys.path if not entry.endswith("site-packages")]
+sys.path_importer_cache.clear()
+for words in sys.argv[1:]:
+    print(server_config(parser.parse_args(words.split())).python)
+"""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = [sys.executable, "-c", script, "m --device cpu", "m --device cuda", f"m --python {sys.executable}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines() == [str(folder / "python"), "None", sys.executable]

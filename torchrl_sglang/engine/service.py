@@ -38,6 +38,22 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
         pool: the servers as one (:class:`~torchrl_sglang.SGLangPool`).
         servers: the processes this engine launched; empty when attached.
         router: the router process this engine launched, if any.
+
+    Examples:
+        Ask a running server::
+
+            with AsyncSGLang.connect("http://127.0.0.1:30000") as engine:
+                reply = engine.generate("The capital of France is", max_new_tokens=8)
+                print(reply.text, reply.finish_reason, reply.output_logprobs)
+                replies = engine.generate(input_ids=[[1, 5, 6], [1, 7]], temperature=0, max_new_tokens=4)
+                for so_far in engine.stream("Hello", max_new_tokens=8):
+                    print(so_far.text)
+
+        Launch two, each on a GPU of its own, and send them a trained model::
+
+            with AsyncSGLang.from_pretrained("Qwen/Qwen3-0.6B", dp_size=2, restart="on-failure") as engine:
+                engine.update_weights(model)
+                replies = engine.generate_batch(["The capital of France is", "Two and two are"], max_new_tokens=8)
     """
 
     def __init__(
