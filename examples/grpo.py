@@ -185,7 +185,7 @@ def train(config: DictConfig, resume: bool) -> bool:
             run.log(step, row, line=STEP_LINE)
             run.folder.log_samples(recipes.sample_lines(step, answers, tokenizer))
             run.evaluate(step, evaluation)
-            run.save(step, weight_version=serving.weight_version, data_position=int(answers.position_B.max()) + 1)
+            run.save(step, answers, weight_version=serving.weight_version)
         run.say("stopping the server")
     if run.stop.requested:
         return False

@@ -153,7 +153,7 @@ def train(config: DictConfig, resume: bool) -> bool:
             run.log(step, row, line=STEP_LINE)
             run.folder.log_samples(recipes.sample_lines(step, batch, tokenizer))
             run.evaluate(step, evaluation)
-            run.save(step, weight_version=serving.weight_version, data_position=int(batch.position_B.max()) + 1)
+            run.save(step, batch, weight_version=serving.weight_version)
         run.say("stopping")
     if not run.stop.requested:
         model.save_pretrained(Path(config.run.folder) / "model")

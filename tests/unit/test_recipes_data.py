@@ -130,6 +130,38 @@ def test_an_evaluation_asks_the_same_held_out_questions_each_time(policy: SGLang
     assert seen == [truth for truth in ("4", "5", "6") for _ in range(4)] * 2
 
 
+def test_a_torchrl_environment_is_a_task_and_can_be_entered_later(policy: SGLangWrapper) -> None:
+    settings = {"num_count": 3, "max_number": 9}
+    task = recipes.make_task(
+        {"name": "torchrl_env", "env": "CountdownEnv", "settings": settings, "held_out": {"seed": 99}}
+    )
+
+    def batches(start: int, count: int) -> list[recipes.Sequences]:
+        env = recipes.make_env(task, policy.tokenizer, questions=2, answers=3, seed=5, start=start)
+        collector = Collector(
+            env, policy, frames_per_batch=6, total_frames=6 * count, auto_register_policy_transforms=False
+        )
+        found = [recipes.Sequences.from_tensordict(batch) for batch in collector]
+        collector.shutdown()
+        return found
+
+    whole, later = batches(0, 3), batches(2, 2)
+    for one, other in zip(whole[1:], later, strict=True):
+        assert [ids.tolist() for ids in one.prompt_B_T] == [ids.tolist() for ids in other.prompt_B_T]
+    prompts = [ids.tolist() for ids in whole[0].prompt_B_T]
+    assert prompts[0] == prompts[1] == prompts[2] != prompts[3] == prompts[5]
+    assert whole[0].reward_B.tolist() == [0.0] * 6
+    assert whole[0].next_position(0, 2) == 2
+
+    test_env = recipes.make_test_env(task, policy.tokenizer, questions=2, answers=3)
+    assert recipes.evaluate(test_env, policy, answers=3, ks=[1, 3])["eval_pass_at_3"] == 0.0
+    with pytest.raises(ConfigError, match="task.held_out must say"):
+        unset = recipes.make_task({"name": "torchrl_env", "env": "CountdownEnv"})
+        recipes.make_test_env(unset, policy.tokenizer, questions=2, answers=3)
+    with pytest.raises(ConfigError, match="Did you mean 'GSM8KEnv'"):
+        recipes.make_task({"name": "torchrl_env", "env": "GSM8Env"})
+
+
 # ---------------------------------------------------------------------------------------- rollouts beside training
 
 

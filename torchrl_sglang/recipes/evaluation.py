@@ -43,7 +43,7 @@ def evaluate(
 
     Args:
         env: asks the questions to be evaluated in every reset, ``answers`` times each, one after the other, and writes
-            ``reward`` and ``right`` when stepped once: see :func:`make_test_env`.
+            ``reward`` and ``right`` (or ``success``) when stepped once: see :func:`make_test_env`.
         policy: answers.
         answers: answers per question.
         ks: for which k pass@k is wanted.
@@ -52,8 +52,11 @@ def evaluate(
         ``eval_reward_mean``, ``eval_pass_at_<k>`` for every k (means over the questions), and ``eval_truncated``, the
         fraction of answers that were cut off.
     """
+    if hasattr(env, "reset_dataloader"):
+        env.reset_dataloader()  # the same questions each time
     done = env.step(policy(env.reset()))
-    right_QA = torch.as_tensor(done["next", "right"]).reshape(-1, answers)
+    right = done["next"].get("right", done["next"].get("success", None))
+    right_QA = torch.as_tensor(right).reshape(-1, answers)
     found = {"eval_reward_mean": float(done["next", "reward"].float().mean())}
     for k in ks:
         per_question = [pass_at_k(answers, int(right_A.sum()), k) for right_A in right_QA]

@@ -18,6 +18,7 @@ from torchrl_sglang.recipes.memory import peak_memory_gb
 from torchrl_sglang.recipes.optimizer import make_optimizer
 from torchrl_sglang.recipes.report import draw_report
 from torchrl_sglang.recipes.run_folder import RunFolder
+from torchrl_sglang.recipes.sequences import Sequences
 from torchrl_sglang.recipes.settings import CheckpointSettings, EvaluateSettings, TrainSettings
 from torchrl_sglang.recipes.table import Row
 
@@ -42,7 +43,7 @@ class Run:
                     grad_norm = run.optimizer_step()
                 run.log(step, row, line="step {step} | reward {reward_mean:.3f}")
                 run.evaluate(step, lambda: {...})
-                run.save(step, weight_version=..., data_position=...)
+                run.save(step, batch, weight_version=...)
 
     Args:
         config: has the nodes ``train``, ``evaluate``, ``checkpoint`` and ``run``.
@@ -154,23 +155,23 @@ class Run:
                 told = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name != "step")
                 self.bar.write(f"after step {step} | {told}")
 
-    def save(self, step: int, *, weight_version: int, data_position: int) -> None:
+    def save(self, step: int, trained: Sequences, *, weight_version: int) -> None:
         """Write a checkpoint if one is due after ``step``, or if the run is about to stop.
 
         Comes after :meth:`log`: a run that is killed in between does the step again, row and all.
 
         Args:
             step: the step that has ended.
+            trained: the answers it trained on, which tell how far the questions have come.
             weight_version: version of these weights on the servers.
-            data_position: number of the first question that was not trained on.
         """
-        self.position = data_position
+        self.position = trained.next_position(self.position, self.settings.questions)
         with self.clock("save"):
             if self._saving.is_due(step, self.settings.steps) or self.stop.requested:
                 self.say("saving")
                 self.folder.checkpoints.save(
                     step=step,
-                    data_position=data_position,
+                    data_position=self.position,
                     weight_version=weight_version,
                     modules=self.modules,
                     optimizer=self.optimizer,

@@ -57,7 +57,7 @@ class Sequences:
         response_B_R = _ragged(flat_B, ("tokens", "response"))
         lengths_B = torch.tensor([len(ids_R) for ids_R in response_B_R], device=response_B_R[0].device)
         reward_B = flat_B["next", "reward"].reshape(len(flat_B), -1).sum(-1).float()
-        right = flat_B.get(("next", "right"), None)
+        right = flat_B.get(("next", "right"), flat_B.get(("next", "success"), None))  # ours, and TorchRL's word for it
         position = flat_B.get(POSITION_KEY, None)
         advantage = flat_B.get("advantage", None)
         return cls(
@@ -84,6 +84,16 @@ class Sequences:
 
     def __len__(self) -> int:
         return len(self.response_B_R)
+
+    def next_position(self, position: int, questions: int) -> int:
+        """Number of the first question that comes after these.
+
+        Args:
+            position: number of the first question before these were taken.
+            questions: how many they are, for environments that don't number theirs.
+        """
+        last = int(self.position_B.max())
+        return position + questions if last < 0 else max(position, last + 1)
 
     def with_advantage(self, advantage_N: torch.Tensor) -> Sequences:
         """The same answers with an advantage per token."""

@@ -17,6 +17,7 @@ from torchrl_sglang.config.checking import require
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.recipes.questions import Question
 from torchrl_sglang.recipes.rewards import Scorer, score_countdown, score_exact, score_number, score_sum
+from torchrl_sglang.recipes.torchrl_env import EnvTask, torchrl_env
 
 __all__ = ["Task", "arithmetic", "countdown", "jsonl", "make_task", "read_jsonl"]
 
@@ -164,18 +165,18 @@ def read_jsonl(path: Path, prompt_key: str, answer_key: str) -> list[Question]:
     return questions
 
 
-TASKS = {"arithmetic": arithmetic, "countdown": countdown, "jsonl": jsonl}
+TASKS = {"arithmetic": arithmetic, "countdown": countdown, "jsonl": jsonl, "torchrl_env": torchrl_env}
 
 
-def make_task(settings: Mapping[str, Any]) -> Task:
+def make_task(settings: Mapping[str, Any]) -> Task | EnvTask:
     """The task of a config node: ``name``, and arguments of the function of that name in this module.
 
     Raises:
         ConfigError: an unknown name or argument.
 
     Examples:
-        >>> len(make_task({"name": "arithmetic", "largest": 2, "held_out": 1}).train)
-        3
+        >>> len(make_task({"name": "arithmetic", "largest": 2, "held_out": 1}).held_out)
+        1
     """
     arguments = dict(settings)
     name = str(arguments.pop("name", None))
@@ -189,7 +190,7 @@ def make_task(settings: Mapping[str, Any]) -> Task:
     for argument, parameter in known.items():
         if parameter.default is parameter.empty and argument not in arguments:
             raise ConfigError(f"task {name!r} needs {argument}: set task.{argument}=...")
-    made: Task = make(**arguments)
+    made: Task | EnvTask = make(**arguments)
     return made
 
 
