@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torchrl_sglang.scores import RewardModel, RewardModelTransform
     from torchrl_sglang.server import SGLangServer
     from torchrl_sglang.testing import smollm2_checkpoint
-    from torchrl_sglang.weights import SGLangWeightSyncScheme, SyncReport, WeightSync
+    from torchrl_sglang.weights import SGLangWeightSender, SGLangWeightSyncScheme, SyncReport, WeightSync
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,7 @@ _LAZY = {
     "SGLangClient": "torchrl_sglang.client",
     "SGLangPool": "torchrl_sglang.pool",
     "SGLangServer": "torchrl_sglang.server",
+    "SGLangWeightSender": "torchrl_sglang.weights",
     "SGLangWeightSyncScheme": "torchrl_sglang.weights",
     "SGLangWrapper": "torchrl_sglang.rollout",
     "SyncReport": "torchrl_sglang.weights",
@@ -73,6 +74,7 @@ __all__ = [
     "SGLangError",
     "SGLangPool",
     "SGLangServer",
+    "SGLangWeightSender",
     "SGLangWeightSyncScheme",
     "SGLangWrapper",
     "SamplingParams",

@@ -87,10 +87,21 @@ class OneAnswer(Transform):
         return reward_spec
 
 
-def make_collector(url: str, folder: Path, scheme: Any, kind: Callable[..., Collector] = Collector) -> Collector:
-    questions = DataLoader([{"query": "dog"}, {"query": "Hello world!"}], batch_size=2)
+def make_collector(
+    url: str,
+    folder: Path,
+    scheme: Any,
+    kind: Callable[..., Collector] = Collector,
+    *,
+    questions: Sequence[str] = ("dog", "Hello world!"),
+    total_frames: int = -1,
+) -> Collector:
+    """A collector whose batches hold one answer to each question; ``scheme`` may be ``None``."""
+    size = len(questions)
+    loader = DataLoader([{"query": question} for question in questions], batch_size=size)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    env: TransformedEnv = ChatEnv.from_dataloader(questions, batch_size=(2,), tokenizer=tokenizer)
+    env: TransformedEnv = ChatEnv.from_dataloader(loader, batch_size=(size,), tokenizer=tokenizer)
     env = env.append_transform(OneAnswer())
     policy = SGLangWrapper(url, input_mode="history", generate_kwargs={"max_new_tokens": 6, "do_sample": False})
-    return kind(env, policy, frames_per_batch=2, total_frames=-1, weight_sync_schemes={"policy": scheme})
+    schemes = {} if scheme is None else {"weight_sync_schemes": {"policy": scheme}}
+    return kind(env, policy, frames_per_batch=size, total_frames=total_frames, **schemes)

@@ -2,6 +2,7 @@
 
 from torchrl_sglang.weights.report import SyncReport
 from torchrl_sglang.weights.scheme import SGLangWeightSyncScheme
+from torchrl_sglang.weights.sender import SGLangWeightSender
 from torchrl_sglang.weights.sync import WeightSync
 
-__all__ = ["SGLangWeightSyncScheme", "SyncReport", "WeightSync"]
+__all__ = ["SGLangWeightSender", "SGLangWeightSyncScheme", "SyncReport", "WeightSync"]

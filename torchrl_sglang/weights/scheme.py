@@ -16,6 +16,7 @@ from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.weights.report import SyncReport
+from torchrl_sglang.weights.sender import SGLangWeightSender
 from torchrl_sglang.weights.sync import WeightSync
 
 __all__ = ["SGLangWeightSyncScheme"]
@@ -68,7 +69,9 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         """Serve a collector whose constructor takes no ``weight_sync_schemes``: ``LLMCollector``, ``RayLLMCollector``.
 
         A ``RayLLMCollector`` would ship the weights to its actor; the broadcast has to start in the trainer's process,
-        so from now on its ``update_policy_weights_`` sends from here and counts the actor's policy version up.
+        so from now on its ``update_policy_weights_`` sends from here and counts the actor's policy version up. Where
+        versions are tracked, the count waits for the rollout under way, unless the actor has a thread to spare
+        (``remote_config={"max_concurrency": 2}``).
 
         Args:
             collector: the collector.
@@ -94,6 +97,10 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             f"a {type(collector).__name__} can't be given a scheme afterwards: pass weight_sync_schemes={{'policy': "
             "scheme}} to its constructor"
         )
+
+    def create_sender(self) -> SGLangWeightSender:
+        """What TorchRL's trainers push weights through: ``GRPOTrainer(weight_sync_sender=scheme.create_sender())``."""
+        return SGLangWeightSender(self)
 
     def wait(self) -> None:
         """Wait for an update under way in the background (``SyncConfig(blocking=False)``).
@@ -206,12 +213,14 @@ class _RemoteUpdate:
     def __init__(self, scheme: SGLangWeightSyncScheme, collector: Any) -> None:
         self._scheme = scheme
         self._collector = weakref.ref(collector)  # the collector holds us
+        # Asked once: each question waits for the rollout that the actor is busy with.
+        self._counts = collector.policy_version is not None
 
     def __call__(self, policy_or_weights: Any = None, *, weights: Any = None, policy: Any = None, **_: Any) -> None:
         given = next((each for each in (policy_or_weights, weights, policy) if each is not None), None)
         self._scheme.send(given)
         collector = self._collector()
-        if collector is not None and collector.policy_version is not None:
+        if collector is not None and self._counts:
             collector.increment_version()
 
 
