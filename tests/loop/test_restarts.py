@@ -5,6 +5,7 @@ The servers are fake ones launched like real ones; ``test_engine.py`` has a real
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -19,7 +20,7 @@ import pytest
 
 from tests.loop.fake_sglang import make_python
 from tests.loop.forked import wait_until
-from torchrl_sglang import AsyncSGLang, ConfigError, SamplingParams, SyncConfig, WeightSync
+from torchrl_sglang import AsyncSGLang, ConfigError, SamplingParams, ServerError, SyncConfig, WeightSync
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.protocol.dialect import MODEL_INFO
 from torchrl_sglang.server import SGLangServer
@@ -166,6 +167,31 @@ def test_what_is_stopped_on_purpose_stays_stopped_and_shutdown_ends_a_restart(
     assert not server.is_running
     children = [row for row in process_table().values() if row.parent == os.getpid() and row.state != "Z"]
     assert not any(row.session != os.getsid(0) for row in children), "a supervisor is left"
+
+
+def test_a_crashed_router_is_back_with_its_servers(launch: Callable[..., AsyncSGLang]) -> None:
+    pytest.importorskip("sglang_router")
+    engine = launch(router=True, restart="on-failure")
+    router, front = engine.router, engine.pool.router
+    assert router is not None
+    assert front is not None
+    assert len(engine.pool.generate(PROMPTS, SAMPLING)) == len(PROMPTS)
+    url, pid = router.url, router.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: router.pid not in (None, pid), "the router was not started again", PATIENCE_S)
+
+    def joined() -> bool:
+        with contextlib.suppress(ServerError):
+            return list(front.workers()) == [engine.pool.clients[0].url]
+        return False
+
+    wait_until(joined, "it was not told of its server", PATIENCE_S)
+    assert router.url == url
+    assert {reply.server for reply in engine.pool.generate(PROMPTS, SAMPLING)} == {url}
+    last = router.pid
+    engine.shutdown()
+    assert last not in process_table()
 
 
 def test_without_a_monitor_the_next_update_restarts_or_never(

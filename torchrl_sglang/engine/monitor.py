@@ -17,10 +17,10 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import ServerStartError, SGLangError
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
-from torchrl_sglang.protocol.control import build_flush, build_pause, build_update_from_disk, check_success
+from torchrl_sglang.protocol.control import build_pause, build_update_from_disk, check_success
 from torchrl_sglang.protocol.dialect import MODEL_INFO
 from torchrl_sglang.protocol.version import WeightVersion
-from torchrl_sglang.server import SGLangServer
+from torchrl_sglang.server import SGLangRouter, SGLangServer
 
 __all__ = ["CrashMonitor", "start_again"]
 
@@ -37,6 +37,7 @@ class Watched(Protocol):
     """What is watched: an engine. Only weakly held, so that one nobody uses any more still ends its servers."""
 
     pool: SGLangPool
+    router: SGLangRouter | None
 
     @property
     def servers(self) -> Sequence[SGLangServer]:
@@ -121,6 +122,8 @@ def _watch(engine_ref: weakref.ref[Watched], ending: threading.Event) -> None:
         for client, server in zip(engine.pool.clients, engine.servers, strict=True):
             if server.has_crashed:
                 _bring_back(engine.pool, client, server, crashes[client.url], ending)
+        if engine.router is not None and engine.router.has_crashed and not ending.is_set():
+            _bring_router_back(engine.pool, engine.router, crashes[engine.router.url])
         del engine
 
 
@@ -131,9 +134,7 @@ def _bring_back(
         obituary = server.bury() if may_start else None
         if obituary is None:  # an update, or its user, was faster
             return
-        now = time.monotonic()
-        crashes[:] = [*(at for at in crashes if now - at < _WINDOW_S), now]
-        if len(crashes) > _MOST_RESTARTS:
+        if not _may_start_again(crashes):
             reason = f"it crashed {len(crashes)} times in {_WINDOW_S / 60:.0f} minutes and is not started again"
             _log.error("the server at %s %s\n%s", client.url, obituary, reason)
             pool.quarantine(client.url, f"{reason}; the next weight update, or restart(), tries once more")
@@ -145,16 +146,38 @@ def _bring_back(
             if not holds_base:
                 # Requests from processes that do not know of the crash wait here for the weights.
                 check_success(client.send(build_pause("abort")), server=client.url, what="pausing")
-        except SGLangError as error:
+            if holds_base and pool.adapter is None:
+                pool.restore(client.url)
+                _log.warning("the server at %s is back, with the weights the others hold", client.url)
+            else:
+                pool.quarantine(client.url, "it crashed and was started again; the next weight update puts it to use")
+        except (SGLangError, OSError) as error:
             if not ending.is_set():
                 _log.error("the server at %s could not be started again: %s", client.url, error)
                 pool.quarantine(client.url, f"it crashed and could not be started again ({error})")
-            return
-        if holds_base and pool.adapter is None:
-            pool.restore(client.url)
-            _log.warning("the server at %s is back, with the weights the others hold", client.url)
-        else:
-            pool.quarantine(client.url, "it crashed and was started again; the next weight update puts it to use")
+
+
+def _bring_router_back(pool: SGLangPool, router: SGLangRouter, crashes: list[float]) -> None:
+    if not _may_start_again(crashes):
+        router.stop()
+        _log.error("the router at %s crashed %d times and is not started again", router.url, len(crashes))
+        return
+    _log.warning(
+        "the router at %s crashed and is being started again. Its log ends:\n%s", router.url, router.log_tail(15)
+    )
+    try:
+        router.start()
+        if pool.router is not None:
+            pool.router.join([client.url for client in pool.healthy])
+    except (SGLangError, OSError) as error:
+        _log.error("the router at %s could not be started again: %s", router.url, error)
+
+
+def _may_start_again(crashes: list[float]) -> bool:
+    """Note one crash more; whether they are few enough to be accidents."""
+    now = time.monotonic()
+    crashes[:] = [*(at for at in crashes if now - at < _WINDOW_S), now]
+    return len(crashes) <= _MOST_RESTARTS
 
 
 def _load_saved(pool: SGLangPool, client: SGLangClient) -> bool:
@@ -164,7 +187,6 @@ def _load_saved(pool: SGLangPool, client: SGLangClient) -> bool:
         return False
     request = build_update_from_disk(saved.path, version=str(saved.version))
     check_success(client.send(request), server=client.url, what="loading the current weights")
-    client.send(build_flush())
     return True
 
 

@@ -305,6 +305,8 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
         if self._monitor is not None:
             self._monitor.join()
             stop_fleet(self.servers, kill=True)  # one that was just being started again
+            if self.router is not None:
+                self.router.stop()
 
     def __enter__(self) -> AsyncSGLang:
         return self

@@ -75,6 +75,12 @@ class SGLangRouter:
         return self._child is not None and self._child.is_alive
 
     @property
+    def pid(self) -> int | None:
+        """Process id; ``None`` when it is not running."""
+        child = self._child
+        return child.pid if child is not None and child.is_alive else None
+
+    @property
     def has_crashed(self) -> bool:
         """Whether it ended by itself with an error."""
         return self._child is not None and self._child.has_crashed
