@@ -2,7 +2,7 @@
 
     make quickstart                                          # or: python examples/grpo.py
     python examples/grpo.py --model Qwen/Qwen3-0.6B          # another chat model, on a machine with two GPUs
-    python examples/grpo.py --preset gpu task.name=countdown # more of everything: examples/config/grpo/gpu.yaml
+    python examples/grpo.py --preset gpu                     # more of everything: examples/config/grpo/gpu.yaml
     python examples/grpo.py evaluate.every=4                 # any setting of the preset
     python examples/grpo.py --resume outputs/quickstart      # go on after Ctrl-C
 

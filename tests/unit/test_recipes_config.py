@@ -76,8 +76,17 @@ def test_a_saved_configuration_is_resumed_and_still_changed_in_one_place(tmp_pat
     assert again.run.folder == str(tmp_path)
 
 
+def test_a_task_given_whole_has_nothing_of_the_presets() -> None:
+    assert load("task={name: jsonl, path: /a, prompt_key: q}").task == {
+        "name": "jsonl",
+        "path": "/a",
+        "prompt_key": "q",
+    }
+    assert load("task.largest=20").task.held_out == 16
+
+
 def test_overrides_carry_any_text() -> None:
-    for text in ("/a b/c", "it's", "a=b,c", "{x}", "[1]", "back\\slash", "null"):
+    for text in ("/a b/c=d,{x}[1]", "it's back\\slash\\", "null"):
         assert load(recipes.override("run.folder", text)).run.folder == text
 
 

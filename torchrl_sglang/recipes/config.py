@@ -170,7 +170,7 @@ def _compose(folder: Path, name: str, overrides: Sequence[str]) -> DictConfig:
             for override in _parse(overrides):
                 _require_known(override, known)
             try:
-                return compose(name, overrides=list(overrides))
+                return compose(name, overrides=_replacing_whole_nodes(overrides))
             except (HydraException, OmegaConfBaseException) as error:
                 cause = error.__cause__ or error
                 raise ConfigError(f"{' '.join(overrides)}: {str(cause).splitlines()[0]}") from error
@@ -191,6 +191,14 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         return list(OverridesParser.create().parse_overrides(list(overrides)))
     except HydraException as error:
         raise ConfigError(f"overrides are written key=value: {str(error).splitlines()[0]}") from error
+
+
+def _replacing_whole_nodes(overrides: Sequence[str]) -> list[str]:
+    """``task={...}`` means that task and nothing of the preset's; hydra alone would mix the two."""
+    replaced: list[str] = []
+    for word in overrides:
+        replaced += ["~task", f"+{word}"] if word.startswith("task=") else [word]
+    return replaced
 
 
 def _require_known(override: Override, known: Sequence[str]) -> None:

@@ -1,0 +1,125 @@
+"""Conversations in which the assistant may run Python: what it writes is run, what that prints is the next message."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase, lazy_stack
+from torchrl.data.llm import History
+from torchrl.envs import TransformedEnv
+from torchrl.envs.llm import ChatEnv
+
+from torchrl_sglang.config.checking import require
+from torchrl_sglang.recipes.python_tool import PROGRAM, find_program, run_python
+from torchrl_sglang.recipes.questions import QuestionStream
+from torchrl_sglang.recipes.rewards import RewardTransform, Scorer
+from torchrl_sglang.recipes.tasks import Task
+
+__all__ = ["PythonTool", "make_tool_env"]
+
+_PROGRAMS_AT_ONCE = 8
+
+
+class PythonTool(RewardTransform):
+    """Runs the program in an answer and goes on; scores an answer without one, and ends the conversation.
+
+    TorchRL's ``PythonInterpreter`` differs in ways that matter here: it runs programs one after the other and without
+    limits, its messages hold tracebacks with the names of temporary files, and when some conversations of a batch have
+    a program and others have none, it fills the latter with empty messages, which their model would read.
+
+    Args:
+        score: scores the last answer, the one without a program.
+        max_turns: answers per conversation; the last one is scored whatever it is.
+        reply: the tool's message; ``{output}`` stands for what the program printed.
+        bonus: the part of the reward, 0 to 1, that a conversation earns when its first program prints the truth. A
+            model that does not yet report what it has found out learns to find it out.
+        timeout_s: seconds a program may take.
+        program: regular expression that finds a program in an answer, see :func:`find_program`.
+        answer_key: where the truth is.
+
+    Raises:
+        ConfigError: an argument that makes no sense.
+    """
+
+    def __init__(
+        self,
+        score: Scorer,
+        *,
+        max_turns: int = 2,
+        reply: str = "{output}",
+        bonus: float = 0.0,
+        timeout_s: float = 5.0,
+        program: str = PROGRAM,
+        answer_key: str = "answer",
+    ) -> None:
+        require(max_turns >= 1, f"max_turns must be at least 1, got {max_turns}")
+        require("{output}" in reply, f"the tool's reply must show the {{output}}, got {reply!r}")
+        require(0 <= bonus < 1, f"bonus is a part of the reward, at least 0 and below 1, got {bonus}")
+        super().__init__(score, answer_key=answer_key)
+        self.max_turns, self.reply, self.bonus = max_turns, reply, bonus
+        self.timeout_s, self.program = timeout_s, program
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        conversations_B = list(next_tensordict["history"].prompt.unbind(0))
+        truths_B = [str(truth) for truth in tensordict[self.answer_key]]
+        ended_B = (~tensordict["generation"].truncated).tolist()
+        with ThreadPoolExecutor(_PROGRAMS_AT_ONCE) as threads:
+            outputs_B = list(threads.map(self._run, conversations_B))
+        rewards_B, right_B = [], []
+        for i, (conversation, output, truth) in enumerate(zip(conversations_B, outputs_B, truths_B, strict=True)):
+            if output is None:
+                reward, right = self.score(str(conversation[-1].content), truth, ended_B[i])
+                reward *= 1 - self.bonus
+            else:
+                found = num_answers(conversation) == 1 and self.score(output, truth, True)[1]
+                reward, right = self.bonus * found, False
+                message = History(role="tool", content=self.reply.format(output=output))
+                conversations_B[i] = conversation.append(message, inplace=False)
+            rewards_B.append(float(reward))
+            right_B.append(right)
+        next_tensordict["history"].prompt = lazy_stack(conversations_B)
+        shape = (*next_tensordict.batch_size, 1, 1)
+        next_tensordict["reward"] = torch.tensor(rewards_B).reshape(shape)
+        next_tensordict["right"] = torch.tensor(right_B).reshape(shape)
+        for done in ("done", "terminated"):
+            next_tensordict[done] = torch.tensor([o is None for o in outputs_B]).reshape(next_tensordict[done].shape)
+        return next_tensordict
+
+    def _run(self, conversation: History) -> str | None:
+        """What the last answer's program printed; ``None`` if it has none, or was the last that is allowed."""
+        program = find_program(str(conversation[-1].content), self.program)
+        if program is None or num_answers(conversation) >= self.max_turns:
+            return None
+        return run_python(program, timeout_s=self.timeout_s).output
+
+
+def num_answers(conversation: History) -> int:
+    """How often the assistant has spoken."""
+    return sum(role == "assistant" for role in conversation.role)
+
+
+def make_tool_env(
+    task: Task, tokenizer: Any, tool: PythonTool, *, questions: int, answers: int, seed: int | None, start: int = 0
+) -> TransformedEnv:
+    """A ``ChatEnv`` whose conversations have a tool; each slot asks the next question as soon as its last one is over.
+
+    Args:
+        task: what is asked; its own scoring function is the tool's affair.
+        tokenizer: has the chat template.
+        tool: runs programs and scores.
+        questions: asked at the same time...
+        answers: ...by so many conversations each.
+        seed: of the order of questions; ``None`` asks the held-out ones, in order.
+        start: number of the first question.
+    """
+    stream = QuestionStream(task.held_out if seed is None else task.train, seed=seed, start=start)
+    env = ChatEnv.from_dataloader(
+        stream.loader(1),
+        repeats=answers,
+        batch_size=(questions * answers,),
+        tokenizer=tokenizer,
+        system_prompt=task.system_prompt,
+    )
+    return env.append_transform(tool)
