@@ -36,6 +36,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -59,11 +63,13 @@ from torchrl_sglang.errors import RequestRejectedError, ServerError  # noqa: E40
 from torchrl_sglang.pool import SGLangPool  # noqa: E402
 from torchrl_sglang.protocol.control import build_continue, build_end_update, build_update_from_disk  # noqa: E402
 from torchrl_sglang.server import SGLangServer  # noqa: E402
+from torchrl_sglang.server.cpu import STAND_INS_PATH  # noqa: E402
 from torchrl_sglang.testing import make_tiny_model  # noqa: E402
 
 set_list_to_stack(True).set()
 
 START_VERSION = "default"  # what SGLang calls the weights it was started with
+OLD_SGLANG = "0.5.20"
 SPECIAL_SERVERS_ALIVE = 2
 ORDER = (
     *("tests/test_architecture.py", "tests/unit", "torchrl_sglang", "tests/contract"),
@@ -177,6 +183,26 @@ def launch_server(needs_sglang: None, tiny_llama: Path) -> Iterator[Callable[...
     yield launch
     for one in launched:
         one.stop(kill=True)
+
+
+@pytest.fixture(scope="session")
+def old_sglang_env() -> dict[str, str]:
+    """``launch_server(env=old_sglang_env)`` runs SGLang 0.5.20, which knows no weight-update session.
+
+    It runs in the same environment, its own package first on the server process's import path. It is fetched once
+    (60 MB, the only test that may need a network); where that can't be done, the test is skipped, and fails in CI.
+    """
+    folder = Path(sys.prefix) / f"sglang-{OLD_SGLANG}"
+    if not folder.exists():
+        fresh = Path(tempfile.mkdtemp(dir=sys.prefix))
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(fresh)]
+        fetched = subprocess.run([*install, f"sglang=={OLD_SGLANG}"], capture_output=True, text=True, timeout=200)
+        if fetched.returncode != 0:
+            shutil.rmtree(fresh)
+            complaint = f"sglang {OLD_SGLANG} can't be fetched: {fetched.stderr[-300:]}"
+            pytest.fail(complaint) if os.environ.get("CI") else pytest.skip(complaint)
+        fresh.rename(folder)
+    return {"PYTHONPATH": f"{folder}:{STAND_INS_PATH}"}
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,10 @@
 """SGLang before 0.5.21, which knows no weight-update session; asked of the fake and of a real 0.5.20.
 
-The real one runs in the same environment, its own package first on the server process's import path. It is fetched
-once (60 MB, the only test that may need a network) into ``.venv/sglang-0.5.20``; where that can't be done the tests on
-it are skipped, and fail in CI.
+What our own weight sync does on such a server is in tests/loop/test_old_server.py.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +13,6 @@ import requests
 import torch
 
 from tests.contract.kit import NORM, PROMPT, LongRequest, Subject, Trainer, weights_of
-from torchrl_sglang.server.cpu import STAND_INS_PATH
 from torchrl_sglang.testing.fake_server import FakeServerProcess, FakeSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]  # a start takes minutes on a busy machine
@@ -30,22 +22,6 @@ UPDATED = {"success": True, "message": "Succeeded to update parameter online."}
 PARTLY = "The full weights of the ModelRunner are partially updated. Please discard the whole weights."
 
 
-@pytest.fixture(scope="session")
-def old_sglang() -> Path:
-    """Folder with ``sglang`` 0.5.20 in it."""
-    folder = Path(sys.prefix) / f"sglang-{VERSION}"
-    if not folder.exists():
-        fresh = Path(tempfile.mkdtemp(dir=sys.prefix))
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(fresh)]
-        fetched = subprocess.run([*install, f"sglang=={VERSION}"], capture_output=True, text=True, timeout=200)
-        if fetched.returncode != 0:
-            shutil.rmtree(fresh)
-            complaint = f"sglang {VERSION} can't be fetched: {fetched.stderr[-300:]}"
-            pytest.fail(complaint) if os.environ.get("CI") else pytest.skip(complaint)
-        fresh.rename(folder)
-    return folder
-
-
 @pytest.fixture(params=["fake", "real"])
 def start_old(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Callable[[], Subject]]:
     """``start_old()``: a 0.5.20 server of the test's own."""
@@ -53,9 +29,8 @@ def start_old(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Call
 
     def start() -> Subject:
         if request.param == "real":
-            path = f"{request.getfixturevalue('old_sglang')}:{STAND_INS_PATH}"
-            server = request.getfixturevalue("launch_server")(env={"PYTHONPATH": path})
-            return Subject(server.url, "real", tiny_llama)
+            environment = request.getfixturevalue("old_sglang_env")
+            return Subject(request.getfixturevalue("launch_server")(env=environment).url, "real", tiny_llama)
         fakes.append(FakeServerProcess(FakeSettings(model_path=tiny_llama, version=VERSION)).start())
         return Subject(fakes[-1].url, "fake", tiny_llama)
 

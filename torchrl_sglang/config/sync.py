@@ -31,7 +31,8 @@ class SyncConfig:
     0.5.21 ends when its cache is flushed over retracted requests, so there ``auto`` is always ``abort``."""
     cache: Literal["flush", "salt", "keep"] = "flush"
     """``flush`` empties the prefix caches; ``salt`` leaves them and gives requests made through this pool a name-space
-    per version (what ``flush`` becomes under ``in_place``); ``keep`` serves stale KV, to study staleness only."""
+    per version (what ``flush`` becomes under ``in_place``): requests of other processes, a collector's workers among
+    them, may still meet prefixes of the old weights; ``keep`` serves stale KV to all, to study staleness only."""
     verify: Literal["off", "probe", "full"] = "probe"
     """``probe`` scores one fixed prompt on every server after a sync; ``full`` compares the servers' checksums too."""
     verify_atol: float | None = None
