@@ -18,6 +18,7 @@ from torchrl_sglang.recipes.config import (
     presets_of,
     read_arguments,
 )
+from torchrl_sglang.recipes.conversations import Conversations
 from torchrl_sglang.recipes.critic import Critic
 from torchrl_sglang.recipes.devices import trainer_device
 from torchrl_sglang.recipes.environment import make_env, make_test_env
@@ -29,6 +30,7 @@ from torchrl_sglang.recipes.memory import keep_freed_memory, peak_memory_gb
 from torchrl_sglang.recipes.models import load_model, load_tokenizer
 from torchrl_sglang.recipes.optimizer import make_optimizer
 from torchrl_sglang.recipes.program import run_program
+from torchrl_sglang.recipes.python_tool import ProgramResult, run_python
 from torchrl_sglang.recipes.questions import Question, QuestionStream
 from torchrl_sglang.recipes.reference import make_reference, score_on_servers
 from torchrl_sglang.recipes.report import draw_report
@@ -50,6 +52,7 @@ from torchrl_sglang.recipes.statistics import (
 )
 from torchrl_sglang.recipes.table import Table, read_metrics
 from torchrl_sglang.recipes.tasks import Task, make_task
+from torchrl_sglang.recipes.tools import PythonTool, evaluate_with_tool, make_tool_env
 
 __all__ = [
     "Arguments",
@@ -57,8 +60,11 @@ __all__ = [
     "Checkpoint",
     "CheckpointSettings",
     "Checkpoints",
+    "Conversations",
     "Critic",
     "EvaluateSettings",
+    "ProgramResult",
+    "PythonTool",
     "Question",
     "QuestionStream",
     "RewardTransform",
@@ -80,6 +86,7 @@ __all__ = [
     "draw_report",
     "effective_sample_size",
     "evaluate",
+    "evaluate_with_tool",
     "hidden_states",
     "keep_freed_memory",
     "kl_estimates",
@@ -91,6 +98,7 @@ __all__ = [
     "make_reference",
     "make_task",
     "make_test_env",
+    "make_tool_env",
     "masked_importance_weights",
     "override",
     "parse_arguments",
@@ -100,6 +108,7 @@ __all__ = [
     "read_arguments",
     "read_metrics",
     "run_program",
+    "run_python",
     "sample_lines",
     "score_in_parts",
     "score_on_servers",

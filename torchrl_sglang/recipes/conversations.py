@@ -6,7 +6,7 @@ is checked here. So one forward pass serves all turns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,16 +37,16 @@ class Conversations:
     turns_B: torch.Tensor
 
     @classmethod
-    def from_turns(cls, td_T: TensorDictBase) -> Conversations:
+    def from_turns(cls, turns: Iterable[TensorDictBase]) -> Conversations:
         """Read completed trajectories, as ``LLMCollector(yield_completed_trajectories=True)`` yields them.
 
         Args:
-            td_T: turns of shape ``(T,)``, those of one conversation after each other, the last one done; ragged.
+            turns: one TensorDict each, ragged; those of one conversation after each other, the last one done.
 
         Raises:
             ConfigError: a conversation that is cut off, or whose tokens changed from one turn to the next.
         """
-        joined = [_join(turns) for turns in _split(td_T)]
+        joined = [_join(one) for one in _split(turns)]
         return cls(
             tokens=Sequences(
                 prompt_B_T=[one["prompt"] for one in joined],
@@ -82,16 +82,16 @@ class Conversations:
         return self.tokens.split(size)
 
 
-def _split(td_T: TensorDictBase) -> Iterator[list[TensorDictBase]]:
-    turns: list[TensorDictBase] = []
-    for turn in td_T.unbind(0):
-        turns.append(turn)
+def _split(turns: Iterable[TensorDictBase]) -> Iterator[list[TensorDictBase]]:
+    conversation: list[TensorDictBase] = []
+    for turn in turns:
+        conversation.append(turn)
         if bool(turn["next", "done"].any()):
-            yield turns
-            turns = []
-    if turns:
+            yield conversation
+            conversation = []
+    if conversation:
         raise ConfigError(
-            f"the last conversation is cut off after {len(turns)} turns: collect completed trajectories "
+            f"the last conversation is cut off after {len(conversation)} turns: collect completed trajectories "
             "(yield_completed_trajectories=True)"
         )
 

@@ -19,7 +19,7 @@ from torchrl_sglang.recipes.questions import Question
 from torchrl_sglang.recipes.rewards import Scorer, score_countdown, score_exact, score_number, score_sum
 from torchrl_sglang.recipes.torchrl_env import EnvTask, torchrl_env
 
-__all__ = ["Task", "arithmetic", "countdown", "jsonl", "make_task", "read_jsonl"]
+__all__ = ["Task", "arithmetic", "countdown", "jsonl", "make_task", "python_sums", "read_jsonl"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,32 @@ def arithmetic(*, largest: int = 9, held_out: int = 16, seed: int = 0) -> Task:
     ]
     train, tests = split(sums, held_out, seed)
     return Task(train=train, held_out=tests, score=score_sum)
+
+
+def python_sums(
+    *, smallest: int = 100, largest: int = 999, questions: int = 1024, held_out: int = 16, seed: int = 0
+) -> Task:
+    """Sums for a model that may run Python (``grpo_tools.py``); too large for a small one to do in its head.
+
+    Args:
+        smallest: the smallest number.
+        largest: the largest number.
+        questions: how many are drawn to train on.
+        held_out: how many are kept for evaluation.
+        seed: what is drawn.
+
+    Examples:
+        >>> task = python_sums(questions=2, held_out=1)
+        >>> len(task.train), task.train[0].query
+        (2, 'Write a Python code block that prints 633 + 160.')
+    """
+    require(1 <= smallest < largest, f"smallest must be at least 1 and below largest, got {smallest} and {largest}")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(smallest, largest + 1, (2 * (questions + held_out), 2), generator=generator).tolist()
+    pairs = list(dict.fromkeys(map(tuple, drawn)))[: questions + held_out]
+    require(len(pairs) > held_out, f"only {len(pairs)} different sums were drawn: lower held_out={held_out}")
+    made = [Question(query=f"Write a Python code block that prints {a} + {b}.", answer=str(a + b)) for a, b in pairs]
+    return Task(train=made[held_out:], held_out=made[:held_out], score=score_number)
 
 
 def countdown(
@@ -165,7 +191,13 @@ def read_jsonl(path: Path, prompt_key: str, answer_key: str) -> list[Question]:
     return questions
 
 
-TASKS = {"arithmetic": arithmetic, "countdown": countdown, "jsonl": jsonl, "torchrl_env": torchrl_env}
+TASKS = {
+    "arithmetic": arithmetic,
+    "python_sums": python_sums,
+    "countdown": countdown,
+    "jsonl": jsonl,
+    "torchrl_env": torchrl_env,
+}
 
 
 def make_task(settings: Mapping[str, Any]) -> Task | EnvTask:

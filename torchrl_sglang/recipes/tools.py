@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,12 +13,13 @@ from torchrl.envs import TransformedEnv
 from torchrl.envs.llm import ChatEnv
 
 from torchrl_sglang.config.checking import require
+from torchrl_sglang.recipes.evaluation import pass_at_k
 from torchrl_sglang.recipes.python_tool import PROGRAM, find_program, run_python
 from torchrl_sglang.recipes.questions import QuestionStream
 from torchrl_sglang.recipes.rewards import RewardTransform, Scorer
 from torchrl_sglang.recipes.tasks import Task
 
-__all__ = ["PythonTool", "make_tool_env"]
+__all__ = ["PythonTool", "evaluate_with_tool", "make_tool_env"]
 
 _PROGRAMS_AT_ONCE = 8
 
@@ -123,3 +125,44 @@ def make_tool_env(
         system_prompt=task.system_prompt,
     )
     return env.append_transform(tool)
+
+
+def evaluate_with_tool(
+    env: TransformedEnv,
+    policy: Callable[[TensorDictBase], TensorDictBase],
+    *,
+    max_turns: int,
+    answers: int,
+    ks: Sequence[int],
+) -> dict[str, float]:
+    """Have each slot's first conversation and count those that end right.
+
+    Args:
+        env: from :func:`make_tool_env` with ``seed=None``; a new one for each evaluation.
+        policy: answers.
+        max_turns: the tool's.
+        answers: conversations per question.
+        ks: for which k pass@k is wanted.
+
+    Returns:
+        ``eval_reward_mean``, ``eval_pass_at_<k>`` for every k, and ``eval_program_rate``, the part of the conversations
+        in which a program ran.
+    """
+    size = env.batch_size.numel()
+    reward_B, right_B, used_B = torch.zeros(size), torch.zeros(size, dtype=torch.bool), torch.zeros(size)
+    open_B = torch.ones(size, dtype=torch.bool)
+    state = env.reset()
+    for _ in range(max_turns):
+        step, state = env.step_and_maybe_reset(policy(state))
+        done_B = step["next", "done"].reshape(size)
+        reward_B += open_B * step["next", "reward"].reshape(size)
+        right_B |= open_B & step["next", "right"].reshape(size)
+        used_B[open_B & ~done_B] = 1
+        open_B &= ~done_B
+        if not open_B.any():
+            break
+    found = {"eval_reward_mean": float(reward_B.mean())}
+    for k in ks:
+        per_question = [pass_at_k(answers, int(right_A.sum()), k) for right_A in right_B.reshape(-1, answers)]
+        found[f"eval_pass_at_{k}"] = sum(per_question) / len(per_question)
+    return found | {"eval_program_rate": float(used_B.mean())}
