@@ -111,6 +111,23 @@ def test_grpo_async_trains_on_tokens_one_update_old_and_weights_them(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").num_parameters() > 0
 
 
+def test_answers_under_way_while_the_weights_change_go_on_and_each_token_knows_its_version(
+    pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path
+) -> None:
+    words = settings(tiny_llama, pristine_server.url, tmp_path, steps=4)
+    words[-1] = "policy.generate_kwargs.max_new_tokens=200"
+    # far ahead, so that generation never stops; answers long enough to meet an update
+    far_ahead = ["rollouts.ahead=8", "rollouts.max_staleness=8", "train.micro_batch=8"]
+    assert run_here("grpo_async", [*words, *far_ahead, "+policy.generate_kwargs.ignore_eos=true"])
+    rows, samples = check_run(tmp_path, 4), samples_of(tmp_path)
+    mixed = [sample["weight_versions"] for sample in samples if len(set(sample["weight_versions"])) > 1]
+    assert mixed, "no update came while answers were under way"
+    assert all(versions == sorted(versions) and len(versions) == 200 for versions in mixed)
+    for row in rows:
+        ages = dict(pair.split(":") for pair in row["staleness_histogram"].split())
+        assert sum(map(int, ages.values())) == 200 * BATCH
+
+
 def test_grpo_async_without_batches_ahead_is_on_policy(
     pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path
 ) -> None:
