@@ -32,6 +32,7 @@ from torchrl_sglang.recipes.optimizer import make_optimizer
 from torchrl_sglang.recipes.program import run_program
 from torchrl_sglang.recipes.python_tool import ProgramResult, run_python
 from torchrl_sglang.recipes.questions import Question, QuestionStream
+from torchrl_sglang.recipes.ray_serving import RayServing
 from torchrl_sglang.recipes.reference import make_reference, score_on_servers
 from torchrl_sglang.recipes.report import draw_report
 from torchrl_sglang.recipes.rewards import RewardTransform
@@ -67,6 +68,7 @@ __all__ = [
     "PythonTool",
     "Question",
     "QuestionStream",
+    "RayServing",
     "RewardTransform",
     "Run",
     "RunFolder",
