@@ -1,5 +1,6 @@
 """How the site is built: `make docs` runs sphinx-build with warnings as errors, offline, without running a tutorial."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -86,8 +87,18 @@ def show_colons_again(app, what, name, obj, options, lines):
     lines[:] = [line.replace(KEPT_COLON, ":") for line in lines]
 
 
+def take_folders_as_text(app, docname, source):
+    """A link to a folder of the repository is one where the page is read there; on the site it is only text."""
+
+    def text_of(link):
+        return link[1] if (Path(app.srcdir) / link[2]).is_dir() else link[0]
+
+    source[0] = re.sub(r"\[([^]]+)\]\((\.\./[^)]+)\)", text_of, source[0])
+
+
 def setup(app):
     """Sphinx calls this."""
+    app.connect("source-read", take_folders_as_text)
     app.connect("missing-reference", find_among_public_names)
     app.connect("autodoc-process-docstring", hide_colons_from_napoleon, priority=400)
     app.connect("autodoc-process-docstring", show_colons_again, priority=600)
