@@ -71,6 +71,7 @@ def test_the_other_model_answers_otherwise(
     assert tokens(pristine_server.url) != original_tokens
 
 
+@pytest.mark.slow
 def test_a_special_server_is_shared_by_who_asks_for_the_same(special_server: Callable[..., SGLangServer]):
     first = special_server(api_key="k")
     assert special_server(api_key="k") is first

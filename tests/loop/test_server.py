@@ -55,6 +55,7 @@ def wait_gone(pids: set[int], timeout_s: float = 30.0) -> set[int]:
     return left
 
 
+@pytest.mark.slow
 def test_two_servers_start_side_by_side_serve_and_go_one_by_one(tiny_llama: Path) -> None:
     before = dict(os.environ)
     lines: list[str] = []
