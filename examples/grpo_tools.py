@@ -12,8 +12,9 @@ The tokens of a turn's prompt begin with all tokens of the turn before: nothing 
 one sequence, the servers find its beginning in their cache, and the trainer reads it once. Only what the model itself
 has written is trained on, with the advantage of the whole conversation.
 
-A conversation whose turn it is not to be trained on yet goes on after the weight update. So its tokens may be of
-several versions, each weighted by min(pi / mu, loss.importance_cap), as in grpo_async.py.
+Each slot of the environment starts its next conversation when one is over. Those under way when enough are done go on
+after the weight update, so a conversation's tokens may be of several versions, each weighted by
+min(pi / mu, loss.importance_cap), as in grpo_async.py.
 
 Files, in outputs/grpo_tools/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per conversation),
 report.png, checkpoints/, and model/ (the last weights, for transformers).
@@ -21,6 +22,7 @@ report.png, checkpoints/, and model/ (the last weights, for transformers).
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -37,6 +39,9 @@ STEP_LINE = (
     "sync {sync_s:.2f} s | weights v{weight_version}, age of tokens {staleness_mean:.2f} | ESS {ess:.3f}, log-prob gap "
     "{logprob_gap_mean:.1e}"
 )
+
+# LLMCollector's constructor warns of what it leaves no choice in.
+warnings.filterwarnings("ignore", module="torchrl.collectors")
 
 
 def train(config: DictConfig, resume: bool) -> bool:
@@ -60,7 +65,7 @@ def train(config: DictConfig, resume: bool) -> bool:
         collector = LLMCollector(
             make_env(settings.questions, settings.answers, settings.seed, run.position),
             policy=serving.policy,
-            dialog_turns_per_batch=settings.batch_size,
+            dialog_turns_per_batch=settings.answers,
             yield_completed_trajectories=True,
         )
         stack.callback(collector.shutdown)

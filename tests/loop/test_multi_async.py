@@ -1,0 +1,57 @@
+"""Collectors in processes of their own that never wait for each other, and weights that arrive meanwhile."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torchrl.collectors import MultiAsyncCollector
+from transformers import AutoTokenizer
+
+from tests.loop.rollout_cases import reference_log_probs
+from tests.loop.sync_cases import assert_serves, load
+from torchrl_sglang import SGLangWeightSyncScheme, SGLangWrapper, recipes
+from torchrl_sglang.server import SGLangServer
+
+WORKERS = 2
+
+
+def test_asynchronous_workers_see_each_update_once_and_say_which_weights_made_what(
+    pristine_server: SGLangServer, tiny_llama: Path, tiny_llama_b: Path
+) -> None:
+    url = pristine_server.url
+    models = [load(tiny_llama), load(tiny_llama_b)]
+    task = recipes.make_task({"name": "arithmetic", "largest": 3, "held_out": 1})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    make = functools.partial(recipes.make_env, task, tokenizer, questions=2, answers=1, seed=0)
+    scheme = SGLangWeightSyncScheme(url)
+    collector = MultiAsyncCollector(
+        [make] * WORKERS,
+        SGLangWrapper(url, generate_kwargs={"max_new_tokens": 6}, pad_output=True),
+        frames_per_batch=2,
+        total_frames=-1,
+        weight_sync_schemes={"policy": scheme},
+        use_buffers=False,  # they would have to be of one shape
+    )
+    seen = []
+    try:
+        batches = iter(collector)
+        for number in range(5 * WORKERS):
+            if number == WORKERS:
+                collector.update_policy_weights_(models[1])
+                assert_serves(url, models[1], version=1)
+            rows = next(batches).reshape(-1).unbind(0)
+            assert len(rows) == 2
+            for row in rows:
+                version = int(row["generation"].policy_version)
+                made = int(row["generation"].completion_tokens)
+                real = row["tokens", "full"][row["masks", "all_attention_mask"]]
+                expected = reference_log_probs(models[version], real)[-made:]
+                torch.testing.assert_close(row["log_probs", "response"][:made], expected, atol=1e-4, rtol=0)
+                seen.append(version)
+    finally:
+        collector.shutdown()
+    assert seen[: 2 * WORKERS] == [0] * 2 * WORKERS
+    assert seen[-2 * WORKERS :] == [1] * 2 * WORKERS, "what was ready before the update is used up by now"
+    assert scheme.last_report is None or scheme.last_report.version == 1
