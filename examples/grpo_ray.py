@@ -19,7 +19,6 @@ Files, in outputs/grpo_ray/: config.yaml, metrics.csv (a line per step), samples
 
 from __future__ import annotations
 
-import warnings
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -38,9 +37,6 @@ STEP_LINE = (
     "wait {wait_s:.1f} s, train {train_s:.1f} s, sync {sync_s:.2f} s | weights v{weight_version}, age of tokens "
     "{staleness_mean:.2f} (most {staleness_max}) | ESS {ess:.3f}, log-prob gap {logprob_gap_mean:.1e}"
 )
-
-# LLMCollector's constructor warns of what it leaves no choice in.
-warnings.filterwarnings("ignore", module="torchrl.collectors")
 
 
 def train(config: DictConfig, resume: bool) -> bool:

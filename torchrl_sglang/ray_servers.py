@@ -28,6 +28,7 @@ from torchrl_sglang.engine.launching import client_config, server_configs
 from torchrl_sglang.errors import ConfigError, ServerError, ServerStartError, SGLangError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.server import SGLangServer, stop_fleet
+from torchrl_sglang.server.diagnosis import last_meaningful_line
 
 __all__ = ["RayPlacement", "RayServer", "launch_on_ray"]
 
@@ -312,7 +313,7 @@ class _Holder:
 
     def last_line(self) -> str:
         """What the server last said."""
-        return self._server.log_tail(1)
+        return last_meaningful_line(self._server.log_tail(15)) or "starting"
 
     def ask(self, name: str, *args: Any, **options: Any) -> Any:
         """An attribute of the server, or what its method returns."""
