@@ -65,7 +65,7 @@ check: env
 
 # The checks come first, so that pytest's summary is the last thing printed. Two files at a time: a server that starts
 # and a test that waits leave half of the machine free.
-test: check test-torchrl-0.12
+test: check docs test-torchrl-0.12
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-full: test test-torchrl-0.13
@@ -75,7 +75,7 @@ test-full: test test-torchrl-0.13
 test-torchrl-%: $(VENV)/torchrl-%/.ready
 	@echo "test  $$(paste -sd' ' tests/torchrl-$*.txt)"
 	@PYTHONPATH=$(VENV)/torchrl-$* $(BIN)/python -c 'import torchrl; assert torchrl.__version__.startswith("$*."), torchrl'
-	@PYTHONPATH=$(VENV)/torchrl-$* $(BIN)/python -m pytest -q --no-summary -m torchrl
+	@PYTHONPATH=$(VENV)/torchrl-$* $(BIN)/python -m pytest -q -m torchrl
 
 .PRECIOUS: $(VENV)/torchrl-%/.ready
 $(VENV)/torchrl-%/.ready: tests/torchrl-%.txt $(VENV)/.ready

@@ -256,7 +256,10 @@ def leftover_servers() -> list[psutil.Process]:
     ours = {child.pid for child in psutil.Process().children(recursive=True)}
     left = []
     for process in psutil.process_iter(["pid", "cmdline", "status", "create_time"]):
-        command = " ".join(process.info["cmdline"] or ())
+        words = process.info["cmdline"] or [""]
+        command = " ".join(
+            words[Path(words[0]).is_absolute() :]
+        )  # not the interpreter's path: the clone's has the name
         if "sglang" not in command or "pytest" in command or process.info["status"] == psutil.STATUS_ZOMBIE:
             continue
         seen = (process.pid, process.info["create_time"]) in SEEN

@@ -54,7 +54,7 @@ def test_a_cpu_server_gets_the_flags_without_which_sglang_does_not_start_on_a_cp
         "--attention-backend": "torch_native",
         "--sampling-backend": "pytorch",
         "--max-total-tokens": "8192",
-        "--mem-fraction-static": "0.3",
+        "--mem-fraction-static": "0.9",
     }
     assert {flag: value_of(command, flag) for flag in expected} == expected
     assert {"--sleep-on-idle", "--skip-server-warmup", "--disable-cuda-graph"} <= set(command)

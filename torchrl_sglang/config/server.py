@@ -35,7 +35,7 @@ class ServerConfig:
     context_length: int | None = None
     """Longest prompt plus response, in tokens; ``None`` is the checkpoint's."""
     mem_fraction_static: float | None = None
-    """Fraction of the GPU's memory for weights and KV cache; ``None`` is SGLang's own (0.3 on a CPU)."""
+    """Fraction of the GPU's memory for weights and KV cache; ``None`` is SGLang's own (0.9 on a CPU)."""
     max_total_tokens: int | None = None
     """Size of the KV cache in tokens; ``None`` is SGLang's own (8192 on a CPU)."""
     api_key: str | None = field(default=None, repr=False)

@@ -77,7 +77,7 @@ def cpu_command_args(config: ServerConfig) -> list[str]:
         *("--device", "cpu"),
         *("--dtype", config.dtype or "float32"),
         *("--max-total-tokens", str(kv_cache_tokens)),
-        *("--mem-fraction-static", str(0.3 if config.mem_fraction_static is None else config.mem_fraction_static)),
+        *("--mem-fraction-static", str(0.9 if config.mem_fraction_static is None else config.mem_fraction_static)),
         # The other back ends are GPU kernels.
         *("--attention-backend", "torch_native"),
         *("--sampling-backend", "pytorch"),
