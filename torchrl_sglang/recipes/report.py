@@ -63,7 +63,7 @@ def _draw_seconds(axes: Axes, rows: Rows) -> None:
     bottom = [0.0] * len(rows)
     for name, color in _COLORS.items():
         heights = [float(row[f"{name}_s"]) if _is_number(row.get(f"{name}_s")) else 0.0 for row in rows]
-        if any(heights):
+        if max(heights) >= 0.01:
             label = f"{name} {sum(heights) / len(heights):.2f} s"
             axes.bar(steps, heights, bottom=bottom, color=color, width=0.8, label=label)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
