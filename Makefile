@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 
 help:
 	@echo "make quickstart  environment, then a language model trained with GRPO against a real SGLang server (no GPU)"
-	@echo "make test        environment, checks, tests (about 10 minutes on 2 cores)"
+	@echo "make test        environment, checks, tests (about 12 minutes on 2 cores)"
 	@echo "make test-full   make test, then TorchRL 0.13 and the slow tests"
 	@echo "make check       lint, format, types, architecture"
 	@echo "make docs        the documentation site, in site/index.html (under a minute)"
@@ -42,7 +42,7 @@ $(VENV)/.torch: $(SERVER_PINS) | $(BIN)/python
 
 $(VENV)/.pins: requirements.txt $(SERVER_PINS) $(VENV)/.torch
 	@echo "env 3/4  $$(cat requirements.txt $(SERVER_PINS) | grep -c ==) pinned packages"
-	@$(PIP) install --no-deps --requirement requirements.txt --log $(VENV)/pip.log 2>&1 | awk '\
+	@$(PIP) install --no-deps --no-compile --requirement requirements.txt --log $(VENV)/pip.log 2>&1 | awk '\
 		/^Collecting/ && ++n % 20 == 0 { print "         " n " found"; fflush() } \
 		/^Installing/ { print "         installing"; fflush() } \
 		/^ERROR|^error/ { print; print "         (the whole story is in $(VENV)/pip.log)" }'
@@ -65,7 +65,8 @@ check: env
 
 # The checks come first, so that pytest's summary is the last thing printed. Two files at a time: a server that starts
 # and a test that waits leave half of the machine free.
-test: check docs test-torchrl-0.12
+test: env
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check docs test-torchrl-0.12
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-full: test test-torchrl-0.13

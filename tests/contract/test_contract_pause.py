@@ -133,10 +133,10 @@ def test_abort_finds_whole_request_ids_only_and_never_complains(subject: Subject
 
 
 def test_one_prompt_of_a_batch_can_be_aborted(subject: Subject) -> None:
-    body = {"max_new_tokens": 400, "temperature": 0, "ignore_eos": True}
+    body = {"max_new_tokens": 1200, "temperature": 0, "ignore_eos": True}
     marker = LongRequest(subject).running()
     batch = Background(lambda: subject.generate([PROMPT, [1, 5]], rid=["first", "second"], sampling=body))
-    while not batch.is_done(0.2) and subject.get("/v1/loads").json()["loads"][0]["num_running_reqs"] < 2:
+    while not batch.is_done(0.05) and subject.get("/v1/loads").json()["loads"][0]["num_running_reqs"] < 2:
         marker.running(1)
     subject.post("/abort_request", rid="first")
 

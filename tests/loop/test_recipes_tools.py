@@ -32,7 +32,8 @@ def test_conversations_with_a_tool_are_trained_on_where_the_model_wrote_them(
     assert served_version(pristine_server.url) == 3
     assert rows[0]["logprob_gap_max"] < 1e-3, "a tool's tokens are among those that count, or the model's are not"
     assert rows[0]["ess"] == pytest.approx(1, abs=1e-3)
-    assert all(1 < row["turns_mean"] < 3 for row in rows)
+    assert all(1 <= row["turns_mean"] <= 3 for row in rows)
+    assert any(1 < row["turns_mean"] < 3 for row in rows), "every conversation had as many turns"
     first = [sample for sample in samples if sample["step"] == 1]
     model = load(tiny_llama)
     for sample in first:

@@ -117,6 +117,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_no_process_of_a_real_server_outlives_an_owner_killed_with_sigkill(tiny_llama: Path) -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tiny_llama)], stdout=subprocess.PIPE, text=True)
     try:

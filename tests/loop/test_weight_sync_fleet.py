@@ -32,7 +32,8 @@ two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ran
 @pytest.mark.parametrize(
     "settings",
     [
-        {"arch": "qwen2", "tied": True},  # biases; one tensor under two names
+        # biases; one tensor under two names
+        pytest.param({"arch": "qwen2", "tied": True}, marks=pytest.mark.slow),
         pytest.param({"arch": "qwen2"}, marks=pytest.mark.slow),
         pytest.param({"arch": "qwen3", "tied": True}, marks=pytest.mark.slow),
         pytest.param({"arch": "qwen3"}, marks=pytest.mark.slow),
