@@ -16,7 +16,7 @@ from torchrl_sglang.server import SGLangServer
 
 pytestmark = pytest.mark.usefixtures("needs_sglang")
 
-WITH_A_VOWEL = "(.*[aeiou].*)"  # is a program, in these conversations: they have one turn, two, or three
+WITH_A_VOWEL = "(.*[aeiou].*)"  # is a program, in these conversations: most have several turns
 
 
 def test_conversations_with_a_tool_are_trained_on_where_the_model_wrote_them(
