@@ -67,7 +67,7 @@ check: env
 # and a test that waits leave half of the machine free.
 test: env
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check docs test-torchrl-0.12
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-full: test test-torchrl-0.13
 	@$(BIN)/python -m pytest -m slow

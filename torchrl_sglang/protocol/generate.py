@@ -113,6 +113,9 @@ def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_lo
         raise ProtocolError(
             f"{server} answered /generate without the field {error}: not the reply SGLang promises", server=server
         ) from error
+    if logprobs_T is not None and not ids_T:
+        # Asked for no token beside running requests, SGLang (0.5.23) may tell the log-prob of the one it threw away.
+        logprobs_T = []
     if logprobs_T is not None and len(logprobs_T) != len(ids_T):
         raise ProtocolError(f"{server} answered {len(logprobs_T)} log-probs for {len(ids_T)} tokens", server=server)
     if support_R_K is not None and not len(support_R_K) == len(support_logprobs_R or ()) == len(ids_T):

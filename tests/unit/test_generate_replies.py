@@ -1,0 +1,38 @@
+"""Replies of /generate, as SGLang writes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from torchrl_sglang.errors import ProtocolError
+from torchrl_sglang.protocol.generate import parse_generate
+
+
+def answer(ids: list[int], log_probs: list[float]) -> dict[str, Any]:
+    return {
+        "output_ids": ids,
+        "meta_info": {
+            "finish_reason": {"type": "length", "length": len(ids)},
+            "output_token_logprobs": [[value, 7, None] for value in log_probs],
+            "input_token_logprobs": [[None, 1, None], [-0.5, 2, None]],
+            "prompt_tokens": 2,
+            "completion_tokens": len(ids),
+            "cached_tokens": 0,
+            "weight_version": "3",
+        },
+    }
+
+
+def test_a_token_that_was_thrown_away_leaves_no_log_prob() -> None:
+    (reply,) = parse_generate([answer([], [-1.25])], num_expected=1, server="s", prompt_logprobs=True)
+    assert reply.output_ids == []
+    assert reply.output_logprobs == []
+    assert reply.prompt_logprobs == [None, -0.5]
+
+
+@pytest.mark.parametrize("log_probs", [[], [-0.5], [-0.5, -0.5, -0.5]])
+def test_log_probs_that_do_not_line_up_are_refused(log_probs: list[float]) -> None:
+    with pytest.raises(ProtocolError, match=f"{len(log_probs)} log-probs for 2 tokens"):
+        parse_generate([answer([4, 5], log_probs)], num_expected=1, server="s")
