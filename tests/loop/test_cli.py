@@ -111,6 +111,7 @@ def read_until(terminal: int, mark: bytes, *, more: int = 0, timeout_s: float = 
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("needs_sglang")
 @pytest.mark.timeout(400)
 def test_serve_serves_until_ctrl_c_and_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:

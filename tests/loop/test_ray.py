@@ -133,8 +133,7 @@ def test_the_recipe_for_a_cluster_trains_on_what_an_actor_collects(
 
 
 # ---------------------------------------------------------------------------------------------------- servers in actors
-
-
+@pytest.mark.slow
 def test_servers_in_actors_take_weights_come_back_when_their_actor_is_killed_and_end_with_the_engine(
     launch: Callable[..., AsyncSGLang], tiny_llama_b: Path, cluster: Path
 ) -> None:
