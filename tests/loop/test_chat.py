@@ -199,6 +199,8 @@ def pictures() -> list[Any]:
     sides = image.linear_gradient("L").resize((40, 40)).convert("RGB")
     rings = image.radial_gradient("L").resize((40, 40)).convert("RGB")
     return [image.new("RGB", (40, 30), "red"), sides, rings]
+
+
 @pytest.mark.slow
 def test_a_model_that_sees_is_shown_images_in_any_form(
     special_server: Callable[..., SGLangServer], vision_model: Path, pictures: list[Any], tmp_path: Path
