@@ -1,6 +1,6 @@
 """GRPO over several turns: the model writes Python, sees what it prints, and answers.
 
-    python examples/grpo_tools.py                            # no GPU: SmolLM2-135M-Instruct learns to compute
+    python examples/grpo_tools.py                            # no GPU: SmolLM2-135M-Instruct, sums of three digits
     python examples/grpo_tools.py --preset gpu task.largest=999999999     # config/grpo_tools/gpu.yaml
     python examples/grpo_tools.py --resume outputs/grpo_tools             # go on after Ctrl-C, or a crash
 
