@@ -113,6 +113,13 @@ def tiny_llama_b(make_model: Callable[..., Path]) -> Path:
     return make_model(arch="llama", seed=7)
 
 
+@pytest.fixture
+def logs_go_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logs of servers that failed are kept; here in the test's own folder."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # read TMPDIR anew
+
+
 # ------------------------------------------------------------------------------------------------------------ servers
 
 
@@ -257,9 +264,8 @@ def leftover_servers() -> list[psutil.Process]:
     left = []
     for process in psutil.process_iter(["pid", "cmdline", "status", "create_time"]):
         words = process.info["cmdline"] or [""]
-        command = " ".join(
-            words[Path(words[0]).is_absolute() :]
-        )  # not the interpreter's path: the clone's has the name
+        # Without the interpreter's path: the folder of a clone has the name, too.
+        command = " ".join(words[Path(words[0]).is_absolute() :])
         if "sglang" not in command or "pytest" in command or process.info["status"] == psutil.STATUS_ZOMBIE:
             continue
         seen = (process.pid, process.info["create_time"]) in SEEN

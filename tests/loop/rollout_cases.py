@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +50,16 @@ def reference_log_probs(model: Any, ids_T: torch.Tensor, temperature: float = 1.
         logits = model(ids_T[None]).logits[0, :-1].float() / temperature
     scores = torch.log_softmax(logits, -1).gather(-1, ids_T[1:, None])[:, 0]
     return torch.cat([torch.zeros(1), scores])
+
+
+def largest_gap(model: Any, samples: Iterable[Mapping[str, Any]]) -> float:
+    """Between the log-probs that lines of ``samples.jsonl`` hold and the model's, one sequence at a time."""
+    gaps = []
+    for sample in samples:
+        ids_T = torch.tensor(sample["prompt_ids"] + sample["response_ids"])
+        ours_R = reference_log_probs(model, ids_T)[len(sample["prompt_ids"]) :]
+        gaps.append((ours_R - torch.tensor(sample["log_probs"])).abs().max().item())
+    return max(gaps)
 
 
 def greedy(model: Any, ids_T: list[int], max_new_tokens: int, **kwargs: Any) -> list[int]:

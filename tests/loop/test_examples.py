@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
+from tests.loop.rollout_cases import largest_gap
+from tests.loop.sync_cases import load
 from torchrl_sglang.server import SGLangServer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -131,8 +131,8 @@ def test_quickstart_rewards_what_its_task_says(quickstart: Any) -> None:
 
 def test_the_previous_checkpoint_made_the_last_samples_and_the_last_one_did_not(quickstart: Any) -> None:
     last = [sample for sample in quickstart.samples if sample["step"] == STEPS]
-    assert largest_gap(quickstart.output / "checkpoint-previous", last) < 1e-3
-    assert largest_gap(quickstart.output / "checkpoint", last) > 1e-2
+    assert largest_gap(load(quickstart.output / "checkpoint-previous"), last) < 1e-3
+    assert largest_gap(load(quickstart.output / "checkpoint"), last) > 1e-2
 
 
 def test_quickstart_draws_a_report(quickstart: Any) -> None:
@@ -179,16 +179,3 @@ def test_generate_example_answers_every_question(server: SGLangServer, tmp_path:
     assert example.returncode == 0, printed[-4000:]
     assert printed.count("tokens, log-prob -") == 3
     assert printed.count("weights v0") == 3
-
-
-def largest_gap(checkpoint: Path, samples: list[dict[str, Any]]) -> float:
-    """Between the logged log-probs and those of ``checkpoint``, recomputed one sequence at a time with transformers."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    gaps = []
-    for sample in samples:
-        ids, num_prompt = torch.tensor([sample["prompt_ids"] + sample["response_ids"]]), len(sample["prompt_ids"])
-        with torch.no_grad():
-            log_probs = model(ids).logits.log_softmax(-1)[0, num_prompt - 1 : -1]
-        ours = log_probs.gather(-1, ids[0, num_prompt:, None])[:, 0]
-        gaps.append((ours - torch.tensor(sample["log_probs"])).abs().max().item())
-    return max(gaps)

@@ -20,6 +20,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.loop.rollout_cases import largest_gap
+from tests.loop.sync_cases import load
 from torchrl_sglang import recipes
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.protocol.dialect import MODEL_INFO
@@ -283,17 +285,10 @@ def test_a_run_that_is_killed_anywhere_goes_on_where_its_checkpoint_was(
 
 
 def gap_to_checkpoint(model_path: Path, kept: recipes.Checkpoint, samples: list[dict[str, Any]]) -> float:
-    """Between the recorded log-probs and those of the checkpoint's weights, one sequence at a time."""
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    """Between the recorded log-probs and those of the checkpoint's weights."""
+    model = load(model_path)
     model.load_state_dict(dict(kept.modules["model"]))
-    gaps = []
-    for sample in samples:
-        ids, num_prompt = torch.tensor([sample["prompt_ids"] + sample["response_ids"]]), len(sample["prompt_ids"])
-        with torch.no_grad():
-            log_probs = model(ids).logits.log_softmax(-1)[0, num_prompt - 1 : -1]
-        ours = log_probs.gather(-1, ids[0, num_prompt:, None])[:, 0]
-        gaps.append((ours - torch.tensor(sample["log_probs"])).abs().max().item())
-    return max(gaps)
+    return largest_gap(model, samples)
 
 
 def test_what_is_wrong_is_said_in_one_line() -> None:

@@ -10,7 +10,6 @@ import logging
 import os
 import pickle
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,15 +26,11 @@ from torchrl_sglang.server import SGLangServer
 from torchrl_sglang.server.supervisor import process_table
 from torchrl_sglang.testing.fake_server.model import read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("logs_go_with_the_test")
+
 SAMPLING = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
 PATIENCE_S = 60.0
 PROMPTS = [[1, 72, 101, 108], [5, 260, 300], [77]]
-
-
-@pytest.fixture(autouse=True)
-def logs_of_crashes_go_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)  # read TMPDIR anew
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -29,6 +28,8 @@ from torchrl_sglang.errors import ConfigError, ServerError, ServerStartError
 from torchrl_sglang.server import SGLangServer, start_fleet, stop_fleet
 from torchrl_sglang.server.ports import is_bindable
 from torchrl_sglang.server.supervisor import process_table
+
+pytestmark = pytest.mark.usefixtures("logs_go_with_the_test")
 
 # Stands where `python` would: the supervisor runs in the real one, `-m sglang.launch_server ...` is answered here.
 PROGRAM = """#!{python}
@@ -71,12 +72,6 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(PROGRAM.format(python=os.path.realpath(sys.executable)))
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
-
-
-@pytest.fixture(autouse=True)
-def logs_of_failures_go_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)  # read TMPDIR anew
 
 
 @pytest.fixture
