@@ -26,7 +26,6 @@ import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -142,7 +141,7 @@ def train(config: DictConfig, resume: bool) -> bool:
                 batch_B = next(rollouts).reshape(-1).to(run.device)
             answers = recipes.Sequences.from_tensordict(batch_B)
             if step == settings.steps:
-                save(model, tokenizer, output / "checkpoint-previous")
+                recipes.save_model(model, tokenizer, output / "checkpoint-previous")
 
             run.say("scoring with the trainer's model")
             with run.clock("score"), autocast:
@@ -189,7 +188,7 @@ def train(config: DictConfig, resume: bool) -> bool:
         run.say("stopping the server")
     if run.stop.requested:
         return False
-    save(model, tokenizer, output / "checkpoint")
+    recipes.save_model(model, tokenizer, output / "checkpoint")
     rows = run.folder.metrics.rows
     fifth = max(1, len(rows) // 5)
     first, last = (sum(row["reward_mean"] for row in part) / fifth for part in (rows[:fifth], rows[-fifth:]))
@@ -199,11 +198,6 @@ def train(config: DictConfig, resume: bool) -> bool:
         f"{rows[-1]['elapsed_s']:.0f} s. Picture, numbers and weights are in {output}/"
     )
     return True
-
-
-def save(model: Any, tokenizer: Any, path: Path) -> None:
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
 
 
 if __name__ == "__main__":

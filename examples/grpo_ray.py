@@ -145,8 +145,7 @@ def train(config: DictConfig, resume: bool) -> bool:
             run.save(step, batch, weight_version=serving.weight_version)
         run.say("stopping")
     if not run.stop.requested:
-        model.save_pretrained(Path(config.run.folder) / "model")
-        tokenizer.save_pretrained(Path(config.run.folder) / "model")
+        recipes.save_model(model, tokenizer, Path(config.run.folder) / "model")
     return not run.stop.requested
 
 

@@ -32,6 +32,7 @@ from torchrl_sglang.protocol.dialect import (
     parse_info,
 )
 from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
+from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.tls import explain_tls, trusted_authorities
 
 __all__ = ["SGLangClient", "may_send_again", "read_vocab_size"]
@@ -171,6 +172,14 @@ class SGLangClient:
                 raise ProtocolError(f"{self.url} streamed an event that is not JSON", server=self.url) from error
             if not finished:
                 raise self._cut_short(request)
+
+    def held_version(self) -> WeightVersion:
+        """Which weights the server holds at this moment.
+
+        Raises:
+            ServerError: it does not answer.
+        """
+        return WeightVersion.parse(str(self.send(MODEL_INFO)["weight_version"]))
 
     def _cut_short(self, request: HttpRequest) -> ServerLostError:
         return ServerLostError(f"{self.url} ended the stream of {request.path} half-way", server=self.url)

@@ -30,7 +30,7 @@ from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.server import SGLangServer, stop_fleet
 from torchrl_sglang.server.diagnosis import last_meaningful_line
 
-__all__ = ["RayPlacement", "RayServer", "launch_on_ray"]
+__all__ = ["RayPlacement", "RayServer", "import_ray", "launch_on_ray"]
 
 _ANSWER_TIMEOUT_S = 30.0
 """An actor does nothing but answer: one that takes longer is cut off, or its node is."""
@@ -104,7 +104,7 @@ def launch_on_ray(
         f"{num_servers} servers may share a node, but not port {server.get('port')}: leave port=None",
     )
     (config,) = server_configs(model, tp_size=tp_size, dp_size=1, gpus=None, given=server)
-    ray = _ray()
+    ray = import_ray()
     require(
         ray.is_initialized(),
         "Ray is not up in this process: ray.init(address='auto') joins a cluster, ray.init() starts one here",
@@ -237,7 +237,7 @@ class RayServer:
         return f"RayServer({self.config.model!r}, {self._url or 'not started'})"
 
     def _ask(self, name: str, if_gone: Any, *args: Any, **options: Any) -> Any:
-        if self.actor is None or not _ray().is_initialized():
+        if self.actor is None or not import_ray().is_initialized():
             return if_gone
         with contextlib.suppress(ServerError):  # the actor is gone, or cut off: so is its server for us
             return _answer(self.actor.ask.remote(name, *args, **options))
@@ -245,8 +245,8 @@ class RayServer:
 
     def _end_actor(self) -> None:
         actor, self.actor, self._starting = self.actor, None, None
-        if actor is not None and _ray().is_initialized():
-            _ray().kill(actor)
+        if actor is not None and import_ray().is_initialized():
+            import_ray().kill(actor)
             self._bundles.release(self._index)
 
 
@@ -270,7 +270,7 @@ class _Bundles:
         Raises:
             ServerStartError: the cluster has no room.
         """
-        ray = _ray()
+        ray = import_ray()
         with self._lock:
             if self._group is None:
                 self._group = self._set_aside()
@@ -285,10 +285,10 @@ class _Bundles:
             self._used.discard(index)
             if not self._used and self._group is not None:
                 group, self._group = self._group, None
-                _ray().util.remove_placement_group(group)
+                import_ray().util.remove_placement_group(group)
 
     def _set_aside(self) -> Any:
-        ray, placement = _ray(), self._placement
+        ray, placement = import_ray(), self._placement
         group = ray.util.placement_group([self._bundle] * self._num_servers, strategy=placement.strategy)
         if group.wait(placement.timeout_s):
             return group
@@ -304,7 +304,7 @@ class _Holder:
     """Lives in the actor and holds a server; calls come in several threads."""
 
     def __init__(self, config: ServerConfig, host: str | None) -> None:
-        self._server = SGLangServer(replace(config, host=host or _ray().util.get_node_ip_address()))
+        self._server = SGLangServer(replace(config, host=host or import_ray().util.get_node_ip_address()))
 
     def start(self, weight_version: str | None) -> str:
         """Start and return the address."""
@@ -321,7 +321,7 @@ class _Holder:
         return found(*args, **options) if callable(found) else found
 
 
-def _ray() -> Any:
+def import_ray() -> Any:
     """The module, imported when it is first needed.
 
     Raises:
@@ -336,12 +336,12 @@ def _ray() -> Any:
 
 
 def _is_done(future: Any, wait_s: float = 1.0) -> bool:
-    return bool(_ray().wait([future], timeout=wait_s)[0])
+    return bool(import_ray().wait([future], timeout=wait_s)[0])
 
 
 def _answer(future: Any, error_type: type[ServerError] = ServerError) -> Any:
     """What a call to an actor returned; its own errors as they were raised there."""
-    ray = _ray()
+    ray = import_ray()
     try:
         return ray.get(future, timeout=_ANSWER_TIMEOUT_S)
     except ray.exceptions.RayTaskError as error:

@@ -12,7 +12,6 @@ from torchrl_sglang.errors import ConfigError, SGLangError
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol import control
-from torchrl_sglang.protocol.dialect import MODEL_INFO
 from torchrl_sglang.protocol.messages import HttpRequest
 from torchrl_sglang.protocol.version import WeightVersion
 
@@ -73,9 +72,9 @@ class MemoryMethods:
                 raise ConfigError(f"{client.url} has released {sorted(twice)} already: resume_memory() first")
         with self.pool.update_lock:
             try:
-                self._on_all(lambda client: partial(self._release, client, wanted))
+                self._on_all(self._release, wanted)
             except SGLangError:
-                self._on_all(lambda client: partial(self._resume, client, wanted))
+                self._on_all(self._resume, wanted)
                 raise
 
     def resume_memory(self, tags: Sequence[MemoryTag] = _ALL) -> None:
@@ -93,10 +92,10 @@ class MemoryMethods:
         """
         wanted = _checked(tags)
         with self.pool.update_lock:
-            self._on_all(lambda client: partial(self._resume, client, wanted))
+            self._on_all(self._resume, wanted)
 
-    def _on_all(self, make: Callable[[SGLangClient], Callable[[], None]]) -> None:
-        for outcome in side_by_side({client.url: make(client) for client in self.pool.clients}).values():
+    def _on_all(self, do: Callable[[SGLangClient, set[str]], None], tags: set[str]) -> None:
+        for outcome in side_by_side({client.url: partial(do, client, tags) for client in self.pool.clients}).values():
             outcome.unwrap()
 
     def _release(self, client: SGLangClient, tags: set[str]) -> None:
@@ -131,8 +130,7 @@ class MemoryMethods:
 
     def _serve(self, client: SGLangClient) -> None:
         """Back to work, unless the weights are gone."""
-        held = str(client.send(MODEL_INFO)["weight_version"])
-        if WeightVersion.parse(held).dirty:
+        if client.held_version().dirty:
             self.pool.quarantine(client.url, "its weights were released; the next weight update brings new ones")
             return
         _ask(client, control.build_continue())

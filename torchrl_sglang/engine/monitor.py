@@ -10,7 +10,6 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Protocol
 
 from torchrl_sglang.client import SGLangClient
@@ -18,7 +17,6 @@ from torchrl_sglang.errors import ServerStartError, SGLangError
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_pause, build_update_from_disk, check_success
-from torchrl_sglang.protocol.dialect import MODEL_INFO
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.server import SGLangRouter, SGLangServer
 
@@ -105,8 +103,8 @@ def _current_version(pool: SGLangPool, but: SGLangClient) -> int:
     """
     ours = pool.weight_version if pool.adapter is None else 0
     others = [client for client in pool.clients if client is not but and client.url not in pool.quarantined]
-    answers = side_by_side({client.url: partial(client.send, MODEL_INFO) for client in others}).values()
-    held = [WeightVersion.parse(str(answer.value["weight_version"])) for answer in answers if answer.value is not None]
+    answers = side_by_side({client.url: client.held_version for client in others}).values()
+    held = [answer.value for answer in answers if answer.value is not None]
     return max([ours, *(version.number - version.dirty for version in held)])
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import SGLangError
 from torchrl_sglang.parallel import Task
-from torchrl_sglang.protocol.dialect import MODEL_INFO
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.protocol.version import WeightVersion
 
@@ -71,7 +70,7 @@ class DeathBook:
 def _ask(died: Sequence[SGLangClient], wanted: int, restore: Callable[[str], None]) -> None:
     for client in died:
         try:
-            version = WeightVersion.parse(str(client.send(MODEL_INFO)["weight_version"]))
+            version = client.held_version()
             if not version.dirty and version.number >= wanted:
                 restore(client.url)
         except SGLangError:  # still dead

@@ -27,7 +27,7 @@ from torchrl_sglang.recipes.importance import masked_importance_weights, truncat
 from torchrl_sglang.recipes.interrupt import StopRequest
 from torchrl_sglang.recipes.losses import clipped_policy_loss, clipped_value_loss
 from torchrl_sglang.recipes.memory import keep_freed_memory, peak_memory_gb
-from torchrl_sglang.recipes.models import load_model, load_tokenizer
+from torchrl_sglang.recipes.models import load_model, load_tokenizer, save_model
 from torchrl_sglang.recipes.optimizer import make_optimizer
 from torchrl_sglang.recipes.program import run_program
 from torchrl_sglang.recipes.python_tool import ProgramResult, run_python
@@ -112,6 +112,7 @@ __all__ = [
     "run_program",
     "run_python",
     "sample_lines",
+    "save_model",
     "score_in_parts",
     "score_on_servers",
     "score_tokens",

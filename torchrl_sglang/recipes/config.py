@@ -14,7 +14,7 @@ import argparse
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_sglang.config import nearest_name
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.hydra_configs import register_hydra_configs
+from torchrl_sglang.hydra_configs import SGLangEngineConfig, register_hydra_configs
 from torchrl_sglang.recipes.settings import SETTINGS
 from torchrl_sglang.testing import smollm2_checkpoint
 
@@ -46,9 +46,8 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.yaml"
-_LAUNCH_ONLY = (
-    *("model", "tp_size", "dp_size", "gpus", "device", "dtype", "python", "context_length"),
-    *("mem_fraction_static", "max_total_tokens", "extra_args"),
+_LAUNCH_ONLY = tuple(
+    field.name for field in fields(SGLangEngineConfig) if field.name not in ("url", "name", "_target_", "_partial_")
 )
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torchrl.envs import TransformedEnv
+from torch.utils.data import DataLoader
+from torchrl.envs import Transform, TransformedEnv
 from torchrl.envs.llm import ChatEnv
 
 from torchrl_sglang.recipes.questions import Question, QuestionStream
-from torchrl_sglang.recipes.rewards import RewardTransform, Scorer
+from torchrl_sglang.recipes.rewards import RewardTransform
 from torchrl_sglang.recipes.tasks import Task
 from torchrl_sglang.recipes.torchrl_env import EnvTask
 
-__all__ = ["make_env", "make_test_env"]
+__all__ = ["chat_env", "make_env", "make_test_env"]
 
 
 def make_env(
@@ -36,7 +37,8 @@ def make_env(
     if isinstance(task, EnvTask):
         return task.make(tokenizer, questions=questions, answers=answers, seed=seed, start=start)
     stream = QuestionStream(task.train, seed=seed, start=start)
-    return _env(stream, task.score, task.system_prompt, tokenizer, questions, answers)
+    reward = RewardTransform(task.score)
+    return chat_env(stream.loader(questions), reward, task, tokenizer, questions=questions, answers=answers)
 
 
 def make_test_env(task: Task | EnvTask, tokenizer: Any, *, questions: int, answers: int) -> TransformedEnv:
@@ -55,17 +57,28 @@ def make_test_env(task: Task | EnvTask, tokenizer: Any, *, questions: int, answe
         return task.make_test(tokenizer, questions=questions, answers=answers)
     held_out: Sequence[Question] = task.held_out[:questions]
     stream = QuestionStream(held_out, seed=None)
-    return _env(stream, task.score, task.system_prompt, tokenizer, len(held_out), answers)
+    asked, reward = len(held_out), RewardTransform(task.score)
+    return chat_env(stream.loader(asked), reward, task, tokenizer, questions=asked, answers=answers)
 
 
-def _env(
-    stream: QuestionStream, score: Scorer, system_prompt: str | None, tokenizer: Any, questions: int, answers: int
+def chat_env(
+    loader: DataLoader[Any], transform: Transform, task: Task, tokenizer: Any, *, questions: int, answers: int
 ) -> TransformedEnv:
+    """A ``ChatEnv`` of batch size ``(questions * answers,)`` with the transform that answers and scores.
+
+    Args:
+        loader: yields questions.
+        transform: what happens after each answer.
+        task: its system prompt.
+        tokenizer: has the chat template.
+        questions: asked at the same time...
+        answers: ...so many times each.
+    """
     env = ChatEnv.from_dataloader(
-        stream.loader(questions),
+        loader,
         repeats=answers,
         batch_size=(questions * answers,),
         tokenizer=tokenizer,
-        system_prompt=system_prompt,
+        system_prompt=task.system_prompt,
     )
-    return env.append_transform(RewardTransform(score))
+    return env.append_transform(transform)

@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 
 from torchrl_sglang.config.checking import require
 
-__all__ = ["evaluate", "pass_at_k"]
+__all__ = ["evaluate", "mean_pass_at_k", "pass_at_k"]
 
 
 def pass_at_k(num_answers: int, num_right: int, k: int) -> float:
@@ -36,6 +36,25 @@ def pass_at_k(num_answers: int, num_right: int, k: int) -> float:
     return 1.0 - math.comb(num_answers - num_right, k) / math.comb(num_answers, k)
 
 
+def mean_pass_at_k(right_QA: torch.Tensor, ks: Sequence[int]) -> dict[str, float]:
+    """Means over questions.
+
+    Args:
+        right_QA: bool; which of each question's answers are right.
+        ks: for which k pass@k is wanted.
+
+    Returns:
+        ``eval_pass_at_<k>`` for every k.
+
+    Examples:
+        >>> mean_pass_at_k(torch.tensor([[True, False], [False, False]]), [1, 2])
+        {'eval_pass_at_1': 0.25, 'eval_pass_at_2': 0.5}
+    """
+    num_answers = right_QA.shape[1]
+    chances = {k: [pass_at_k(num_answers, num_right, k) for num_right in right_QA.sum(-1).tolist()] for k in ks}
+    return {f"eval_pass_at_{k}": sum(per_question) / len(per_question) for k, per_question in chances.items()}
+
+
 def evaluate(
     env: Any, policy: Callable[[TensorDictBase], TensorDictBase], *, answers: int, ks: Sequence[int]
 ) -> dict[str, float]:
@@ -57,8 +76,8 @@ def evaluate(
     done = env.step(policy(env.reset()))
     right = done["next"].get("right", done["next"].get("success", None))
     right_QA = torch.as_tensor(right).reshape(-1, answers)
-    found = {"eval_reward_mean": float(done["next", "reward"].float().mean())}
-    for k in ks:
-        per_question = [pass_at_k(answers, int(right_A.sum()), k) for right_A in right_QA]
-        found[f"eval_pass_at_{k}"] = sum(per_question) / len(per_question)
-    return found | {"eval_truncated": float(done["generation", "truncated"].float().mean())}
+    return {
+        "eval_reward_mean": float(done["next", "reward"].float().mean()),
+        **mean_pass_at_k(right_QA, ks),
+        "eval_truncated": float(done["generation", "truncated"].float().mean()),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.recipes.devices import trainer_device
 
-__all__ = ["load_model", "load_tokenizer"]
+__all__ = ["load_model", "load_tokenizer", "save_model"]
 
 
 def load_tokenizer(path: str) -> Any:
@@ -43,3 +44,9 @@ def load_model(path: str, device: str = "auto") -> Any:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(where).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(f"model={path} can't be loaded: {error}") from error
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a checkpoint that :func:`load_model`, transformers and a server can read."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

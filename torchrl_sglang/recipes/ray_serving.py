@@ -8,9 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from torchrl_sglang.engine import AsyncSGLang
-from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.hydra_configs import make_policy, make_scheme
-from torchrl_sglang.ray_servers import RayPlacement, launch_on_ray
+from torchrl_sglang.ray_servers import RayPlacement, import_ray, launch_on_ray
 from torchrl_sglang.recipes.serving import Serving
 
 __all__ = ["RayServing"]
@@ -62,10 +61,7 @@ class RayServing(Serving):
 
 def _up(arguments: Mapping[str, Any]) -> Any:
     """Start or join Ray; the module if that was our doing, to end it again, else ``None``."""
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError("Ray is not installed: pip install 'torchrl-sglang[ray]'") from error
+    ray = import_ray()
     if ray.is_initialized():
         return None
     ray.init(**arguments)

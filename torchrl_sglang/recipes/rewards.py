@@ -113,11 +113,18 @@ class RewardTransform(Transform):
             self.score(answer, str(truth), in_time)
             for answer, truth, in_time in zip(answers, truths, ended, strict=True)
         ]
+        rewards_B, right_B = [reward for reward, _ in scores], [right for _, right in scores]
+        return self._write(next_tensordict, rewards_B, right_B, done_B=[True] * len(scores))
+
+    @staticmethod
+    def _write(
+        next_tensordict: TensorDictBase, rewards_B: list[float], right_B: list[bool], *, done_B: list[bool]
+    ) -> TensorDictBase:
         shape = (*next_tensordict.batch_size, 1, 1)
-        next_tensordict["reward"] = torch.tensor([reward for reward, _ in scores]).reshape(shape)
-        next_tensordict["right"] = torch.tensor([right for _, right in scores]).reshape(shape)
-        for done in ("done", "terminated"):
-            next_tensordict[done] = torch.ones_like(next_tensordict[done])
+        next_tensordict["reward"] = torch.tensor(rewards_B).reshape(shape)
+        next_tensordict["right"] = torch.tensor(right_B).reshape(shape)
+        for name in ("done", "terminated"):
+            next_tensordict[name] = torch.tensor(done_B).reshape(next_tensordict[name].shape)
         return next_tensordict
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:

@@ -50,16 +50,8 @@ def score_tokens(
         entropy: also compute entropies.
         hidden: also return hidden states, for a value head.
     """
-    ids_BL, mask_BL = _left_padded(sequences)
     longest = max(sequences.lengths_B)
-    output: Any = model(
-        input_ids=ids_BL,
-        attention_mask=mask_BL,
-        position_ids=(mask_BL.cumsum(-1) - 1).clamp(min=0),
-        logits_to_keep=longest + 1,
-        use_cache=False,
-        output_hidden_states=hidden,
-    )
+    output: Any = model(**_left_padded(sequences), logits_to_keep=longest + 1, output_hidden_states=hidden)
     where_BK = _response_mask(sequences, longest)
     # position i predicts token i + 1
     logits_NV = output.logits[:, -longest - 1 : -1][where_BK].float() / (temperature or 1.0)
@@ -88,19 +80,14 @@ def hidden_states(trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
         trunk: a Hugging Face model as ``AutoModel`` loads it.
         sequences: the answers, on the model's device.
     """
-    ids_BL, mask_BL = _left_padded(sequences)
     longest = max(sequences.lengths_B)
-    output: Any = trunk(
-        input_ids=ids_BL,
-        attention_mask=mask_BL,
-        position_ids=(mask_BL.cumsum(-1) - 1).clamp(min=0),
-        use_cache=False,
-    )
+    output: Any = trunk(**_left_padded(sequences))
     states_NH: torch.Tensor = output.last_hidden_state[:, -longest - 1 : -1][_response_mask(sequences, longest)]
     return states_NH
 
 
-def _left_padded(sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_padded(sequences: Sequences) -> dict[str, Any]:
+    """A model's arguments for whole sequences, padded on the left."""
     full_B_L = [torch.cat(pair) for pair in zip(sequences.prompt_B_T, sequences.response_B_R, strict=True)]
     width = max(map(len, full_B_L))
     ids_BL = full_B_L[0].new_zeros(len(full_B_L), width)
@@ -108,7 +95,12 @@ def _left_padded(sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
     for row, ids_L in enumerate(full_B_L):
         ids_BL[row, width - len(ids_L) :] = ids_L
         mask_BL[row, width - len(ids_L) :] = 1
-    return ids_BL, mask_BL
+    return {
+        "input_ids": ids_BL,
+        "attention_mask": mask_BL,
+        "position_ids": (mask_BL.cumsum(-1) - 1).clamp(min=0),
+        "use_cache": False,
+    }
 
 
 def _response_mask(sequences: Sequences, longest: int) -> torch.Tensor:

@@ -124,11 +124,10 @@ class Sequences:
         return Sequences(**moved)
 
     def _part(self, answers: slice, tokens: slice) -> Sequences:
-        per_token = ("server_N", "version_N", "advantage_N")
-        parts: dict[str, Any] = {
-            name: None if value is None else value[tokens if name in per_token else answers]
-            for name, value in ((name, getattr(self, name)) for name in self.__slots__)
-        }
+        parts: dict[str, Any] = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            parts[name] = None if value is None else value[tokens if name.endswith("_N") else answers]
         return Sequences(**parts)
 
 

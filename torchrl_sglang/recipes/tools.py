@@ -10,10 +10,10 @@ import torch
 from tensordict import TensorDictBase, lazy_stack
 from torchrl.data.llm import History
 from torchrl.envs import TransformedEnv
-from torchrl.envs.llm import ChatEnv
 
 from torchrl_sglang.config.checking import require
-from torchrl_sglang.recipes.evaluation import pass_at_k
+from torchrl_sglang.recipes.environment import chat_env
+from torchrl_sglang.recipes.evaluation import mean_pass_at_k
 from torchrl_sglang.recipes.python_tool import PROGRAM, find_program, run_python
 from torchrl_sglang.recipes.questions import QuestionStream
 from torchrl_sglang.recipes.rewards import RewardTransform, Scorer
@@ -82,12 +82,7 @@ class PythonTool(RewardTransform):
             rewards_B.append(float(reward))
             right_B.append(right)
         next_tensordict["history"].prompt = lazy_stack(conversations_B)
-        shape = (*next_tensordict.batch_size, 1, 1)
-        next_tensordict["reward"] = torch.tensor(rewards_B).reshape(shape)
-        next_tensordict["right"] = torch.tensor(right_B).reshape(shape)
-        for done in ("done", "terminated"):
-            next_tensordict[done] = torch.tensor([o is None for o in outputs_B]).reshape(next_tensordict[done].shape)
-        return next_tensordict
+        return self._write(next_tensordict, rewards_B, right_B, done_B=[output is None for output in outputs_B])
 
     def _run(self, conversation: History) -> str | None:
         """What the last answer's program printed; ``None`` if it has none, or was the last that is allowed."""
@@ -117,14 +112,7 @@ def make_tool_env(
         start: number of the first question.
     """
     stream = QuestionStream(task.held_out if seed is None else task.train, seed=seed, start=start)
-    env = ChatEnv.from_dataloader(
-        stream.loader(1),
-        repeats=answers,
-        batch_size=(questions * answers,),
-        tokenizer=tokenizer,
-        system_prompt=task.system_prompt,
-    )
-    return env.append_transform(tool)
+    return chat_env(stream.loader(1), tool, task, tokenizer, questions=questions, answers=answers)
 
 
 def evaluate_with_tool(
@@ -161,8 +149,8 @@ def evaluate_with_tool(
         open_B &= ~done_B
         if not open_B.any():
             break
-    found = {"eval_reward_mean": float(reward_B.mean())}
-    for k in ks:
-        per_question = [pass_at_k(answers, int(right_A.sum()), k) for right_A in right_B.reshape(-1, answers)]
-        found[f"eval_pass_at_{k}"] = sum(per_question) / len(per_question)
-    return found | {"eval_program_rate": float(used_B.mean())}
+    return {
+        "eval_reward_mean": float(reward_B.mean()),
+        **mean_pass_at_k(right_B.reshape(-1, answers), ks),
+        "eval_program_rate": float(used_B.mean()),
+    }

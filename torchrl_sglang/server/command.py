@@ -188,6 +188,16 @@ def build_url(config: ServerConfig, port: int) -> str:
     """
     scheme = "https" if uses_tls(config) else "http"
     host = _outward_address(config.host) if config.host in _WILDCARD_HOSTS else config.host
+    return join_url(scheme, host, port)
+
+
+def join_url(scheme: str, host: str, port: int | None) -> str:
+    """A base URL; IPv6 addresses stand in brackets there.
+
+    Examples:
+        >>> join_url("https", "::1", 443)
+        'https://[::1]:443'
+    """
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 

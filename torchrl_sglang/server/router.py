@@ -15,7 +15,7 @@ from typing import Any
 from torchrl_sglang.config import RouterConfig
 from torchrl_sglang.errors import ConfigError, ServerStartError
 from torchrl_sglang.server.child import Child, read_end
-from torchrl_sglang.server.command import probe_host
+from torchrl_sglang.server.command import join_url, probe_host
 from torchrl_sglang.server.environment import is_trainers_own
 
 __all__ = ["SGLangRouter"]
@@ -66,8 +66,7 @@ class SGLangRouter:
     @property
     def url(self) -> str:
         """Base URL; known once it is started."""
-        host = probe_host(self.config.host)
-        return f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
+        return join_url("http", probe_host(self.config.host), self._port)
 
     @property
     def is_running(self) -> bool:

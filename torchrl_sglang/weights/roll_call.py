@@ -11,8 +11,7 @@ from torchrl_sglang.errors import RequestRejectedError, ServerError, WeightSyncE
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_destroy_group, build_ready
-from torchrl_sglang.protocol.dialect import MODEL_INFO, SERVER_INFO
-from torchrl_sglang.protocol.version import WeightVersion
+from torchrl_sglang.protocol.dialect import SERVER_INFO
 from torchrl_sglang.weights.meeting import group_name
 
 __all__ = ["RollCall"]
@@ -78,10 +77,8 @@ class RollCall:
         """
         clients = [client for client in self._pool.clients if client.url not in self.stuck]
         asked = [client for client in clients if client.url in self._pool.quarantined]
-        answers = side_by_side({client.url: partial(client.send, MODEL_INFO) for client in asked})
-        versions = [
-            WeightVersion.parse(str(o.value["weight_version"])) for o in answers.values() if o.value is not None
-        ]
+        answers = side_by_side({client.url: client.held_version for client in asked}).values()
+        versions = [answer.value for answer in answers if answer.value is not None]
         for mark in {version.owner for version in versions if version.dirty and version.owner}:
             request = build_destroy_group(group_name(mark))
             side_by_side({c.url: partial(c.send, request, timeout_s=_STUCK_TIMEOUT_S) for c in clients})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -68,7 +69,7 @@ class Transfer:
         self._deadline = deadline
         self._done: queue.SimpleQueue[Task[Any]] = queue.SimpleQueue()
         self._replies: dict[Task[Any], str] = {}
-        self._held_back: dict[str, list[Callable[[], None]]] = {}
+        self._held_back: defaultdict[str, deque[Callable[[], None]]] = defaultdict(deque)
         self._group_of: dict[Task[Any], WeightGroup] = {}
         self._first_arrived = False
 
@@ -118,7 +119,7 @@ class Transfer:
 
     def _announce(self, bucket: Bucket) -> None:
         """Tell every server at once, or as soon as it has answered for the bucket before."""
-        waited_for = {*self._replies.values(), *self._held_back}
+        waited_for = {*self._replies.values(), *(url for url, held_back in self._held_back.items() if held_back)}
         for group in self._groups:
             request = build_update_bucket(
                 names=bucket.names,
@@ -131,17 +132,14 @@ class Transfer:
             for client in group.clients:
                 tell = partial(self._tell, group, client, request)
                 if client.url in waited_for and client.url not in group.in_step:
-                    self._held_back.setdefault(client.url, []).append(tell)
+                    self._held_back[client.url].append(tell)
                 else:
                     tell()
 
     def _tell_next(self, url: str) -> None:
         """A server has answered: tell it of the bucket after, if that one was held back."""
-        held_back = self._held_back.pop(url, [])
-        if held_back:
-            held_back.pop(0)()
-        if held_back:
-            self._held_back[url] = held_back
+        if held_back := self._held_back[url]:
+            held_back.popleft()()
 
     def _tell(self, group: WeightGroup, client: SGLangClient, request: HttpRequest) -> None:
         self.announced.add(client.url)
