@@ -132,7 +132,11 @@ def test_quickstart_rewards_what_its_task_says(quickstart: Any) -> None:
 def test_the_previous_checkpoint_made_the_last_samples_and_the_last_one_did_not(quickstart: Any) -> None:
     last = [sample for sample in quickstart.samples if sample["step"] == STEPS]
     assert largest_gap(load(quickstart.output / "checkpoint-previous"), last) < 1e-3
-    assert largest_gap(load(quickstart.output / "checkpoint"), last) > 1e-2
+    # once in 500 runs no answer holds a number: equal rewards, and nothing to learn from
+    rewards = [sample["reward"] for sample in quickstart.samples]
+    groups = [rewards[i : i + ANSWERS] for i in range(0, len(rewards), ANSWERS)]
+    learned = any(len(set(group)) > 1 for group in groups)
+    assert (largest_gap(load(quickstart.output / "checkpoint"), last) > 1e-2) == learned
 
 
 def test_quickstart_draws_a_report(quickstart: Any) -> None:

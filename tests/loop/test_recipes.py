@@ -37,6 +37,12 @@ BATCH = QUESTIONS * ANSWERS
 pytestmark = [pytest.mark.usefixtures("needs_sglang"), pytest.mark.timeout(2 * DEADLINE_S)]
 
 
+@pytest.fixture(autouse=True)
+def rewards_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model never answers right; equal rewards would leave the advantages, and so every step, at nought."""
+    monkeypatch.setattr("torchrl_sglang.recipes.tasks.score_sum", lambda answer, *_: (len(answer) / 20, False))
+
+
 def settings(model: Path, url: str, folder: Path, *, steps: int) -> list[str]:
     # A high learning rate: a tiny random model must change visibly within a step.
     return [
