@@ -66,32 +66,47 @@ def test_a_lonely_call_runs_when_its_time_is_up() -> None:
     assert batcher.submit([7], lambda items: items) == [7]
 
 
-def test_what_arrives_while_a_batch_runs_becomes_the_next_batch() -> None:
+def test_calls_that_come_shortly_one_after_the_other_are_one_batch() -> None:
+    sizes: list[int] = []
+
+    def run(items: Sequence[int]) -> Sequence[int]:
+        sizes.append(len(items))
+        return items
+
+    batcher: Batcher[int, int] = Batcher(min_items=1)
+    start = threading.Barrier(16)
+
+    def call(index: int) -> Sequence[int]:
+        start.wait(60)
+        return batcher.submit([index], run)
+
+    assert at_once([lambda i=i: call(i) for i in range(16)]) == [[i] for i in range(16)]
+    assert len(sizes) < 8, "hardly any call found company"
+
+
+def test_a_batch_does_not_wait_for_the_one_before() -> None:
     batches: list[list[int]] = []
     running, more = threading.Event(), threading.Event()
 
     def run(items: Sequence[int]) -> Sequence[int]:
         batches.append(list(items))
-        running.set()
-        assert more.wait(60)
+        if 0 in items:
+            running.set()
+            assert more.wait(60)
         return items
 
-    batcher: Batcher[int, int] = Batcher(min_items=1, wait_s=60)
+    batcher: Batcher[int, int] = Batcher(min_items=1, max_items=3, wait_s=60)
     first = threading.Thread(target=lambda: batcher.submit([0], run))
     first.start()
     assert running.wait(60)
-    others = [threading.Thread(target=lambda i=i: batcher.submit([i], run)) for i in (1, 2, 3)]
-    for thread in others:
-        thread.start()
-    deadline = time.monotonic() + 60
-    while batcher.state["pending_futures"] != 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    assert at_once([lambda i=i: batcher.submit([i], run) for i in (1, 2, 3)]) == [[1], [2], [3]]
+    assert batcher.state == {"queue_size": 0, "pending_futures": 0, "processing": True}
     more.set()
-    for thread in (first, *others):
-        thread.join(timeout=60)
+    first.join(timeout=60)
+    assert not first.is_alive()
     assert batches[0] == [0]
-    assert sorted(batches[1]) == [1, 2, 3]
+    assert sorted(item for batch in batches[1:] for item in batch) == [1, 2, 3]
+    assert not batcher.state["processing"]
 
 
 def test_an_error_reaches_every_caller_of_its_batch_and_nobody_else() -> None:

@@ -15,25 +15,32 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+_QUIET_S = 0.01
+_MOST_QUIET_S = 0.1
+
+
 @dataclass(eq=False, slots=True)
 class _Call(Generic[Item, Result]):
     kind: Hashable
     items: Sequence[Item]
     run: Callable[[Sequence[Item]], Sequence[Result]]
     deadline: float
+    since: float = field(default_factory=time.monotonic)
     future: Future[Sequence[Result]] = field(default_factory=Future)
 
 
 class Batcher(Generic[Item, Result]):
     """Collects items of calls made at the same time and runs them as one batch.
 
-    There is no thread of its own: among the waiting callers one leads, takes what has gathered and runs it; the next
-    batch gathers meanwhile. A batch starts as soon as ``min_items`` have gathered, or ``wait_s`` after its first call.
+    There is no thread of its own: among the callers of a batch one leads, takes what has gathered and runs it. Batches
+    don't wait for each other: a server works on all of them at once. A batch starts when ``min_items`` have gathered
+    and for 10 ms no further call has come (threads that call together don't arrive together), or with ``max_items``,
+    or ``wait_s`` after its first call.
 
     Args:
         min_items: start when this many items have gathered.
         max_items: most items in one batch; a single call with more runs alone. ``None`` is no limit.
-        wait_s: longest time a call waits for company, in seconds.
+        wait_s: longest time a call waits for ``min_items``, in seconds.
 
     Examples:
         >>> batcher = Batcher(min_items=1)
@@ -47,7 +54,7 @@ class Batcher(Generic[Item, Result]):
         self.wait_s = wait_s
         self._changed = threading.Condition()
         self._queue: list[_Call[Item, Result]] = []
-        self._running = False
+        self._num_running = 0
 
     def submit(
         self, items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]], *, kind: Hashable = None
@@ -56,7 +63,8 @@ class Batcher(Generic[Item, Result]):
 
         Args:
             items: what to run.
-            run: takes items and returns one result per item, in order. Calls of one kind must pass equivalent ones.
+            run: takes items and returns one result per item, in order; called from several threads at once. Calls of
+                one kind must pass equivalent ones.
             kind: only calls with equal kinds share a batch.
 
         Raises:
@@ -65,55 +73,58 @@ class Batcher(Generic[Item, Result]):
         call = _Call(kind, items, run, time.monotonic() + self.wait_s)
         with self._changed:
             self._queue.append(call)
-            self._changed.notify_all()
-            while not call.future.done():
-                if self._running:
-                    self._changed.wait()
-                    continue
-                ready_in = self._ready_in()
-                if ready_in > 0:
+            while call in self._queue:
+                ready_in = self._ready_in(kind)
+                if ready_in > 0:  # of all waiting callers, the last to come knows best when that is
                     self._changed.wait(ready_in)
                     continue
-                self._lead()
+                self._lead(kind)
         return call.future.result()
 
-    def _ready_in(self) -> float:
-        """Seconds until the first batch may start."""
-        first = self._queue[0]
-        gathered = sum(len(call.items) for call in self._queue if call.kind == first.kind)
-        return 0.0 if gathered >= self.min_items else first.deadline - time.monotonic()
+    def _ready_in(self, kind: Hashable) -> float:
+        """Seconds until the next batch of this kind may start."""
+        calls = [call for call in self._queue if call.kind == kind]
+        gathered = sum(len(call.items) for call in calls)
+        if self.max_items is not None and gathered >= self.max_items:
+            return 0.0
+        start = calls[0].deadline
+        if gathered >= self.min_items:
+            start = min(start, calls[-1].since + _QUIET_S, calls[0].since + _MOST_QUIET_S)
+        return start - time.monotonic()
 
-    def _lead(self) -> None:
+    def _lead(self, kind: Hashable) -> None:
         """Run one batch; called with the lock held, which is released while the batch runs."""
-        batch = self._take()
-        self._running = True
+        batch = self._take(kind)
+        self._num_running += 1
+        self._changed.notify_all()  # its callers need not wait for company any longer
         self._changed.release()
-        error: BaseException | None = None
-        results: Sequence[Result] = ()
+        try:
+            self._run(batch)
+        finally:
+            self._changed.acquire()
+            self._num_running -= 1
+
+    @staticmethod
+    def _run(batch: Sequence[_Call[Item, Result]]) -> None:
         items = [item for call in batch for item in call.items]
         try:
             results = batch[0].run(items)
             if len(results) != len(items):
                 raise RuntimeError(f"a batch of {len(items)} items gave {len(results)} results")
-        except BaseException as raised:  # noqa: BLE001 -- belongs to every caller of the batch: each of them raises it
-            error = raised
-        finally:
-            self._changed.acquire()
-            self._running = False
-            start = 0
+        except BaseException as error:  # noqa: BLE001 -- belongs to every caller of the batch: each of them raises it
             for call in batch:
-                if error is not None:
-                    call.future.set_exception(error)
-                else:
-                    call.future.set_result(results[start : start + len(call.items)])
-                start += len(call.items)
-            self._changed.notify_all()
+                call.future.set_exception(error)
+            return
+        start = 0
+        for call in batch:
+            call.future.set_result(results[start : start + len(call.items)])
+            start += len(call.items)
 
-    def _take(self) -> list[_Call[Item, Result]]:
-        first, gathered = self._queue[0], 0
+    def _take(self, kind: Hashable) -> list[_Call[Item, Result]]:
+        gathered = 0
         taken: list[_Call[Item, Result]] = []
         for call in self._queue:
-            if call.kind != first.kind:
+            if call.kind != kind:
                 continue
             if taken and self.max_items is not None and gathered + len(call.items) > self.max_items:
                 break
@@ -139,7 +150,7 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def state(self) -> dict[str, int | bool]:
-        """How many calls and items wait, and whether a batch runs."""
+        """How many calls and items wait, and whether any batch runs."""
         with self._changed:
             waiting = sum(len(call.items) for call in self._queue)
-            return {"queue_size": waiting, "pending_futures": len(self._queue), "processing": self._running}
+            return {"queue_size": waiting, "pending_futures": len(self._queue), "processing": self._num_running > 0}
