@@ -13,7 +13,8 @@ with weight min(pi / mu, loss.importance_cap) per token: pi is the model being t
 
 Seen without a GPU, SmolLM2-135M-Instruct, 16 steps: the mean reward goes from 0.07 in the first fifth of the steps to
 0.84 in the last. All tokens but those of the first step, and of steps done after a resume, are one update old; the mean
-log-prob gap is 2e-6 on fresh tokens and 0.02 to 0.08 on those, the effective sample size 0.978 or more.
+log-prob gap is 2e-6 on fresh tokens and 0.02 to 0.08 on those, the effective sample size 0.978 or more. On 2 cores it
+does 1.28 times the steps per minute of rollouts.ahead=0.
 
 Files, in outputs/grpo_async/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per answer), report.png
 (redrawn as it goes), checkpoints/, and model/ (the last weights, for transformers).
@@ -21,8 +22,13 @@ Files, in outputs/grpo_async/: config.yaml, metrics.csv (a line per step), sampl
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
+
+# Without a GPU the trainer's threads share their cores with the server: they must sleep, not spin, while they wait for
+# each other. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from omegaconf import DictConfig

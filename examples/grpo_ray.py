@@ -19,9 +19,14 @@ Files, in outputs/grpo_ray/: config.yaml, metrics.csv (a line per step), samples
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+
+# Without a GPU the trainer's threads share their cores with the server: they must sleep, not spin, while they wait for
+# each other. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from omegaconf import DictConfig

@@ -81,8 +81,6 @@ class Run:
         self.modules = dict(modules)
         self.device = next(parameter.device for module in modules.values() for parameter in module.parameters())
         torch.manual_seed(self.settings.seed)
-        if self.settings.threads_per_core > 1:
-            torch.set_num_threads(self.settings.threads_per_core * torch.get_num_threads())
         self.optimizer, self.scheduler = make_optimizer(modules, self.settings, learning_rates)
         path = Path(config.run.folder)
         self.checkpoint: Checkpoint | None = None

@@ -41,16 +41,11 @@ class TrainSettings:
     """The trainer's: ``auto`` is the last of two or more GPUs, else the CPU."""
     autocast: str = "float32"
     """What the trainer computes in: ``float32`` or ``bfloat16``. Its weights are float32 in any case."""
-    threads_per_core: int = 1
-    """Of a trainer on a CPU. With one thread on each core a server on one of them slows the trainer down to what that
-    core has left; with more, the trainer's threads find the time that there is on the others, and wait without
-    spinning."""
     seed: int = 0
     """Of the order of questions, the trainer, and the servers launched."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "questions", "answers", "micro_batch", "epochs", "lr", "clip_norm")
-        require_positive(self, "threads_per_core")
         require_positive(self, "weight_decay", "warmup_steps", zero=True)
         require(len(self.betas) == 2, f"betas are two numbers, got {self.betas}")
         require(
