@@ -37,6 +37,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,9 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DIS
 # Marks every process that comes from this run, so that the leak check finds those whose parents are gone.
 RUN_MARK = f"TORCHRL_SGLANG_TEST_RUN={uuid.uuid4().hex}"
 os.environ.update([RUN_MARK.split("=")])
+# A shell's background jobs ignore Ctrl-C, and so would the programs that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import psutil  # noqa: E402
 import pytest  # noqa: E402

@@ -35,12 +35,7 @@ def start_example(log: Path, name: str, *words: str) -> subprocess.Popen[bytes]:
     # into a file: nobody would read a pipe while the example runs
     with log.open("w") as output:
         command = [sys.executable, str(EXAMPLES / name), *words]
-        # a shell's background jobs ignore Ctrl-C, and so would their children
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=heed_interrupts)
-
-
-def heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
 
 def watch(example: subprocess.Popen[bytes], until: Callable[[], bool] = lambda: False) -> set[psutil.Process]:
