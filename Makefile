@@ -55,7 +55,7 @@ $(VENV)/.ready: pyproject.toml $(VENV)/.pins
 	@touch $@
 
 quickstart: env
-	@$(BIN)/python examples/grpo.py
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python examples/grpo.py
 
 check: env
 	@echo "check 1/4  ruff check";    $(BIN)/ruff check --quiet .

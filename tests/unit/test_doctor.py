@@ -6,11 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from torchrl_sglang.cli import main
+from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.doctor import Check, Diagnosis, check_environment, check_server
+from torchrl_sglang.doctor.self_test import placed_server
 from torchrl_sglang.testing.fake_server import FakeServer, FakeSettings
 
 
@@ -50,6 +54,24 @@ def test_a_half_updated_server_fails_and_names_the_cure(tiny_llama: Path) -> Non
     assert checks["server"].status == "pass"
     assert checks["weights"].status == "fail"
     assert "restart" in checks["weights"].next_step
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "tp_size", "gpus", "device", "dtype"),
+    [
+        (0, 1, None, "cpu", "float32"),
+        (1, 1, None, "cpu", "float32"),  # NCCL joins no two processes on one
+        (2, 1, (0,), "auto", "bfloat16"),
+        (2, 2, None, "cpu", "float32"),  # none would be left for the trainer
+        (4, 2, (0, 1), "auto", "bfloat16"),
+    ],
+)
+def test_the_self_test_leaves_the_trainer_the_last_gpu(
+    monkeypatch: pytest.MonkeyPatch, num_gpus: int, tp_size: int, gpus: Any, device: str, dtype: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    placed = placed_server(ServerConfig(model="m", tp_size=tp_size))
+    assert (placed.gpus, placed.device, placed.dtype) == (gpus, device, dtype)
 
 
 def test_nothing_listening_is_a_failure_and_exit_code_one(capsys: pytest.CaptureFixture[str]) -> None:

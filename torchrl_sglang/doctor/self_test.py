@@ -25,7 +25,7 @@ from torchrl_sglang.weights.proof import probe_ids, trainer_logprobs
 from torchrl_sglang.weights.report import SyncReport
 from torchrl_sglang.weights.sync import WeightSync
 
-__all__ = ["self_test"]
+__all__ = ["placed_server", "self_test"]
 
 _NUM_SYNCS = 3
 _NUM_PROMPTS = 16
@@ -37,8 +37,8 @@ def self_test(
 ) -> None:
     """Try everything a training run needs and note how it went.
 
-    With two GPUs or more the trainer stays on the first and the server gets the next, so that weights travel over
-    NCCL. With none everything runs on the CPU, over gloo.
+    With enough GPUs the server gets the first ones and the trainer the last, so that weights travel over NCCL, in
+    bfloat16. Otherwise everything runs on the CPU, over gloo, in float32.
 
     Args:
         diagnosis: where findings go.
@@ -49,7 +49,7 @@ def self_test(
     with tempfile.TemporaryDirectory(prefix="torchrl-sglang-doctor-") as folder:
         say("making a small model")
         model_path = make_tiny_model(Path(folder) / "tiny", hidden=512, layers=8, heads=8, kv_heads=4)
-        config = _placed(replace(server or ServerConfig(model="-"), model=str(model_path), dtype="float32"))
+        config = placed_server(replace(server or ServerConfig(model="-"), model=str(model_path)))
         say("starting a server (20 s and more)")
         launched = SGLangServer(config)
         try:
@@ -86,14 +86,17 @@ def _step(diagnosis: Diagnosis, name: str, next_step: str) -> Iterator[dict[str,
 def _try_everything(diagnosis: Diagnosis, pool: SGLangPool, model_path: Path, say: Callable[[str], None]) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).to(_trainer_device()).eval()
+    on_gpu = pool.info.device != "cpu"
+    dtype, tolerance = (torch.bfloat16, 0.3) if on_gpu else (torch.float32, 1e-3)
+    device = torch.device("cuda", torch.cuda.device_count() - 1) if on_gpu else torch.device("cpu")
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).to(device).eval()
     say("comparing the server with the model")
     with _step(
         diagnosis, "log-probs equal the model's", "trainer and server compute differently: check dtypes"
     ) as found:
         gap = _gap(pool, model)
         found["detail"] = f"largest difference {gap:.1e}"
-        assert gap < 1e-3, f"they differ by {gap:.2g}, where float32 should agree to 1e-4"
+        assert gap < tolerance, f"they differ by {gap:.2g}, which is more than {dtype} explains"
         diagnosis.figures["logprob_gap"] = gap
     with _step(diagnosis, "generation", "see the server's log") as found:
         tokens_per_s = _throughput(pool)
@@ -101,13 +104,18 @@ def _try_everything(diagnosis: Diagnosis, pool: SGLangPool, model_path: Path, sa
         found["detail"] = f"{tokens_per_s:.0f} tokens/s with {_NUM_PROMPTS} prompts side by side"
     sync = WeightSync(pool, SyncConfig())
     try:
-        _try_syncs(diagnosis, pool, sync, model, say)
+        _try_syncs(diagnosis, pool, sync, model, tolerance, say)
     finally:
         sync.close()
 
 
 def _try_syncs(
-    diagnosis: Diagnosis, pool: SGLangPool, sync: WeightSync, model: Any, say: Callable[[str], None]
+    diagnosis: Diagnosis,
+    pool: SGLangPool,
+    sync: WeightSync,
+    model: Any,
+    tolerance: float,
+    say: Callable[[str], None],
 ) -> None:
     say("sending new weights")
     backend = "gloo" if pool.info.device == "cpu" else "NCCL"
@@ -126,7 +134,7 @@ def _try_syncs(
         diagnosis, "the server answers as the new model", "weights arrived wrongly: please report this"
     ) as found:
         gap = _gap(pool, model)
-        assert gap < 1e-3, f"log-probs differ by {gap:.2g} from the model whose weights were sent"
+        assert gap < tolerance, f"log-probs differ by {gap:.2g} from the model whose weights were sent"
         found["detail"] = f"largest log-prob difference {gap:.1e} after {_NUM_SYNCS} syncs"
         diagnosis.figures["logprob_gap_after_sync"] = gap
     say("timing a bare broadcast")
@@ -141,17 +149,11 @@ def _try_syncs(
         )
 
 
-def _placed(config: ServerConfig) -> ServerConfig:
-    """The server on the second GPU, the trainer on the first: NCCL can't join two processes on one."""
-    if torch.cuda.device_count() >= 2 and config.gpus is None and config.device != "cpu":
-        return replace(config, gpus=(1,))
-    if torch.cuda.device_count() == 1 and config.device == "auto":
-        return replace(config, device="cpu")
-    return config
-
-
-def _trainer_device() -> torch.device:
-    return torch.device("cuda", 0) if torch.cuda.device_count() >= 2 else torch.device("cpu")
+def placed_server(config: ServerConfig) -> ServerConfig:
+    """The server on the first GPUs, the trainer on the last: NCCL can't join two processes on one."""
+    if torch.cuda.device_count() > config.tp_size and config.device != "cpu":
+        return replace(config, dtype="bfloat16", gpus=config.gpus or tuple(range(config.tp_size)))
+    return replace(config, dtype="float32", device="cpu" if config.device == "auto" else config.device)
 
 
 def _gap(pool: SGLangPool, model: nn.Module) -> float:

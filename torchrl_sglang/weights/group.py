@@ -7,6 +7,7 @@ This is the one place that knows where NCCL differs from gloo (read in SGLang's 
 
 * gloo connects when the group is made, so a 200 from every server proves the ranks meet; NCCL connects at the first
   broadcast, so the first bucket has the group's own deadline;
+* NCCL's communicator belongs to the GPU of the first tensor, so that all tensors must be on it: the trainer's;
 * a gloo broadcast that returned has been sent; an NCCL broadcast is only enqueued, and its work handle says when the
   buffer is free again;
 * gloo can't abort an operation under way, it ends at the operation's own time-out; NCCL aborts at once, but its
@@ -109,14 +110,14 @@ class WeightGroup:
 
     @property
     def device(self) -> torch.device:
-        """Where tensors have to be to be broadcast: the trainer's current GPU for NCCL, the CPU for gloo."""
-        return torch.device("cuda", torch.cuda.current_device()) if self.backend == "nccl" else torch.device("cpu")
+        """Where tensors have to be to be broadcast: on one and the same GPU for NCCL, on the CPU for gloo."""
+        return torch.device("cuda" if self.backend == "nccl" else "cpu")
 
     def broadcast(self, tensor: torch.Tensor, *, timeout_s: float) -> None:
         """Send a tensor from rank 0 to all others and wait until its memory may be written again.
 
         Args:
-            tensor: contiguous, on the trainer's device (CPU for gloo).
+            tensor: contiguous, on :attr:`device`, and finished: a broadcast runs in a thread and stream of its own.
             timeout_s: seconds after which the operation is given up.
 
         Raises:

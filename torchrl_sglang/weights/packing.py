@@ -11,7 +11,7 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.weights.buckets import Bucket, unit_key
 from torchrl_sglang.weights.checkpoint import TensorSpec
 
-__all__ = ["BucketPacker"]
+__all__ = ["BucketPacker", "settled_device"]
 
 _NUM_BUFFERS = 2
 
@@ -25,7 +25,8 @@ class BucketPacker:
     Python's lock, so packing in one thread runs beside a broadcast in another.
 
     Args:
-        device: where the buffers live; ``None`` is each bucket's first tensor's.
+        device: where the buffers live; ``None`` is each bucket's first tensor's. A kind of device without a number
+            (``"cuda"``) becomes the one that the first tensor is on, for good: see :func:`settled_device`.
 
     Examples:
         >>> specs = [TensorSpec(name="w", shape=(2,), dtype=torch.bfloat16)]
@@ -76,14 +77,16 @@ class BucketPacker:
                 wanted = f"shape {slot.shape}" if slot else f"one of {', '.join(list(expected)[:3])}"
                 raise ConfigError(f"got {name!r} with shape {tuple(tensor.shape)} for a bucket that wants {wanted}")
             if flat is None:
+                if self._device is not None:
+                    self._device = settled_device(self._device, tensor.device)
                 flat = self._as_it_is(bucket, tensor)
                 if flat is not None:
-                    return flat
+                    return _finished(flat)
                 flat = self._buffer(bucket.nbytes, tensor.device)
                 self._turn += 1
             _copy(tensor.detach(), slot.view(flat))
             del tensor  # before the next one is gathered
-        return flat if flat is not None else torch.empty(0, dtype=torch.uint8)
+        return _finished(flat) if flat is not None else torch.empty(0, dtype=torch.uint8)
 
     def packed(
         self, plan: Sequence[Bucket], tensors: Callable[[Sequence[str]], Iterable[tuple[str, torch.Tensor]]]
@@ -172,6 +175,35 @@ class BucketPacker:
             buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
             self._buffers[index] = buffer
         return buffer[:nbytes]
+
+
+def settled_device(wanted: torch.device, first: torch.device) -> torch.device:
+    """The device that buffers get, once and for all.
+
+    Weights are broadcast from the GPU they are on: it is the trainer's own, while torch's current one is GPU 0 in every
+    new thread, where a server may run.
+
+    Args:
+        wanted: a device, or a kind of device.
+        first: where the first tensor is.
+
+    Examples:
+        >>> settled_device(torch.device("cuda"), torch.device("cuda", 3))
+        device(type='cuda', index=3)
+        >>> settled_device(torch.device("cpu"), torch.device("cuda", 3))
+        device(type='cpu')
+    """
+    number: int | None = wanted.index  # typed as if it were always there
+    if wanted.type == "cpu" or number is not None:
+        return wanted
+    return first if first.type == wanted.type else torch.device(wanted.type, torch.cuda.current_device())
+
+
+def _finished(flat: torch.Tensor) -> torch.Tensor:
+    """Copies on a GPU only stand in a queue, which the thread that broadcasts would not wait for."""
+    if flat.is_cuda:
+        torch.cuda.current_stream(flat.device).synchronize()
+    return flat
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
