@@ -109,6 +109,31 @@ def test_a_batch_does_not_wait_for_the_one_before() -> None:
     assert not batcher.state["processing"]
 
 
+def test_a_caller_never_waits_for_a_batch_that_it_has_no_part_in() -> None:
+    running, more = threading.Event(), threading.Event()
+
+    def run(items: Sequence[int]) -> Sequence[int]:
+        if 0 in items:
+            running.set()
+            assert more.wait(60)
+        return items
+
+    batcher: Batcher[int, int] = Batcher(min_items=6, max_items=4, wait_s=60)
+    first = threading.Thread(target=lambda: batcher.submit([0, 1, 2], run))
+    first.start()
+    while batcher.state["pending_futures"] == 0:
+        time.sleep(0.005)
+    # 6 items are there, 3 of which fit into the first batch
+    second = threading.Thread(target=lambda: batcher.submit([3, 4, 5], run))
+    second.start()
+    assert running.wait(60)
+    batcher.flush()
+    second.join(timeout=30)
+    assert not second.is_alive()
+    more.set()
+    first.join(timeout=60)
+
+
 def test_an_error_reaches_every_caller_of_its_batch_and_nobody_else() -> None:
     def fail(items: Sequence[int]) -> Sequence[int]:
         raise RuntimeError(f"could not run {len(items)}")

@@ -73,13 +73,25 @@ class Batcher(Generic[Item, Result]):
         call = _Call(kind, items, run, time.monotonic() + self.wait_s)
         with self._changed:
             self._queue.append(call)
-            while call in self._queue:
-                ready_in = self._ready_in(kind)
-                if ready_in > 0:  # of all waiting callers, the last to come knows best when that is
-                    self._changed.wait(ready_in)
-                    continue
-                self._lead(kind)
+            try:
+                self._wait_and_lead(call)
+            except BaseException:  # Ctrl-C: nobody wants these results any more
+                if call in self._queue:
+                    self._queue.remove(call)
+                raise
         return call.future.result()
+
+    def _wait_and_lead(self, call: _Call[Item, Result]) -> None:
+        """Until ``call`` is in a batch that runs; called with the lock held."""
+        while call in self._queue:
+            ready_in = self._ready_in(call.kind)
+            if ready_in > 0:  # of all waiting callers, the last to come knows best when that is
+                self._changed.wait(ready_in)
+            elif call in (batch := self._next_batch(call.kind)):
+                self._lead(batch)
+            else:  # one of those in it leads, and this call comes after them
+                self._changed.notify_all()
+                self._changed.wait()
 
     def _ready_in(self, kind: Hashable) -> float:
         """Seconds until the next batch of this kind may start."""
@@ -92,9 +104,9 @@ class Batcher(Generic[Item, Result]):
             start = min(start, calls[-1].since + _QUIET_S, calls[0].since + _MOST_QUIET_S)
         return start - time.monotonic()
 
-    def _lead(self, kind: Hashable) -> None:
+    def _lead(self, batch: Sequence[_Call[Item, Result]]) -> None:
         """Run one batch; called with the lock held, which is released while the batch runs."""
-        batch = self._take(kind)
+        self._queue = [call for call in self._queue if call not in batch]
         self._num_running += 1
         self._changed.notify_all()  # its callers need not wait for company any longer
         self._changed.release()
@@ -120,18 +132,17 @@ class Batcher(Generic[Item, Result]):
             call.future.set_result(results[start : start + len(call.items)])
             start += len(call.items)
 
-    def _take(self, kind: Hashable) -> list[_Call[Item, Result]]:
+    def _next_batch(self, kind: Hashable) -> list[_Call[Item, Result]]:
         gathered = 0
-        taken: list[_Call[Item, Result]] = []
+        batch: list[_Call[Item, Result]] = []
         for call in self._queue:
             if call.kind != kind:
                 continue
-            if taken and self.max_items is not None and gathered + len(call.items) > self.max_items:
+            if batch and self.max_items is not None and gathered + len(call.items) > self.max_items:
                 break
-            taken.append(call)
+            batch.append(call)
             gathered += len(call.items)
-        self._queue = [call for call in self._queue if call not in taken]
-        return taken
+        return batch
 
     def cancel(self) -> None:
         """End every waiting call with :class:`~concurrent.futures.CancelledError`."""

@@ -110,11 +110,12 @@ def generate_prompts(
     if good:
         # Only equal settings may share a request; these two are all of run's that can differ between calls.
         kind = (sampling, return_logprobs)
-        results = _rejections_apart(
-            lambda ids: run(ids) if batcher is None else batcher.submit(ids, run, kind=kind),
-            ids_G_P,
-            apart=mask_errors,
-        )
+        try:
+            results: Sequence[Any] = run(ids_G_P) if batcher is None else batcher.submit(ids_G_P, run, kind=kind)
+        except RequestRejectedError:
+            if not mask_errors:
+                raise
+            results = _rejections_apart(run, ids_G_P)  # not with other callers' prompts: each for itself
         for index, result in zip(good, results, strict=True):
             if isinstance(result, str):
                 problems[index] = result
@@ -187,18 +188,13 @@ def _problems(pool: SGLangPool, prompts: Prompts, sampling: SamplingParams, *, m
 
 
 def _rejections_apart(
-    run: Callable[[Sequence[list[int]]], Sequence[PerPrompt]], ids_B_P: Sequence[list[int]], *, apart: bool
-) -> list[Any]:
-    """Results per prompt; with ``apart``, a batch the server rejects is halved until the offender is alone."""
+    run: Callable[[Sequence[list[int]]], Sequence[PerPrompt]], ids_B_P: Sequence[list[int]]
+) -> list[PerPrompt | str]:
+    """Results per prompt; a batch the server rejects is halved until the offender is alone."""
     try:
         return list(run(ids_B_P))
     except RequestRejectedError as error:
-        if not apart:
-            raise
         if len(ids_B_P) == 1:
             return [str(error)]
     half = len(ids_B_P) // 2
-    return [
-        *_rejections_apart(run, ids_B_P[:half], apart=True),
-        *_rejections_apart(run, ids_B_P[half:], apart=True),
-    ]
+    return [*_rejections_apart(run, ids_B_P[:half]), *_rejections_apart(run, ids_B_P[half:])]
