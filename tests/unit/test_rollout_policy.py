@@ -219,6 +219,31 @@ def test_a_batch_that_the_server_rejects_is_halved_until_the_offender_is_alone()
     assert ["bad luck" in error for error in facts.error] == [i == 13 for (i,) in prompts]
 
 
+def test_a_rejected_prompt_does_not_spoil_those_of_other_threads_in_its_request() -> None:
+    class Picky(EchoPool):
+        def generate(self, ids_B_T: Any, *args: Any, **kwargs: Any) -> list[GenerateReply]:
+            replies = super().generate(ids_B_T, *args, **kwargs)
+            if any(13 in ids_T for ids_T in ids_B_T):
+                raise RequestRejectedError("13 brings bad luck")
+            return replies
+
+    pool = Picky()
+    together = policy(pool, on_error="mask", batching=True, min_batch_size=2)
+    errors: dict[int, str] = {}
+
+    def ask(token: int) -> None:
+        errors[token] = together(ragged([[token]]))["generation"].error[0]
+
+    threads = [threading.Thread(target=ask, args=(token,)) for token in (13, 14)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert errors[14] == ""
+    assert "bad luck" in errors[13]
+    assert sorted(pool.requests[0]) == [[13], [14]]
+
+
 def test_a_prompt_that_is_too_long_keeps_its_end() -> None:
     out = policy(EchoPool(context_length=10), on_overlong="truncate_left")(ragged([list(range(5, 25)), [5]]))
     assert rows(out, "tokens", "prompt")[0].tolist() == list(range(19, 25))
@@ -258,6 +283,14 @@ class Interrupted(EchoPool):
             completion_tokens=length,
             weight_spans=(WeightSpan(version=version, start=0, end=length),),
         )
+
+
+def test_what_is_cut_too_near_to_the_end_of_the_context_stays_cut_and_harms_nobody() -> None:
+    pool = Interrupted(after=3)
+    pool.max_prompt_tokens = 7
+    out = policy(pool, generate_kwargs={"max_new_tokens": 6})(ragged([[5, 6, 7, 8, 9], [7]]))
+    assert list(out["generation"].finish_reason) == ["abort", "length"]
+    assert out["generation"].completion_tokens.tolist() == [3, 6]
 
 
 def test_an_interrupted_response_goes_on_from_its_tokens_and_keeps_their_versions() -> None:

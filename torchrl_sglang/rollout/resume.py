@@ -23,6 +23,11 @@ _MOST_REQUESTS_AT_ONCE = 8
 class CanGenerate(Protocol):
     """What the rollout needs of a pool of servers."""
 
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """Longest prompt that every server takes."""
+        ...
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -85,7 +90,9 @@ def generate_resuming(
     for _ in range(max_resumes):
         by_left: dict[int, list[int]] = defaultdict(list)
         for index, reply in enumerate(replies_S):
-            if is_resumable(reply, sampling):
+            length = len(prompts_B_P[index // sampling.n]) + len(reply.output_ids)
+            # What was cut in the last tokens of the context is too long for a prompt, and stays as it is.
+            if is_resumable(reply, sampling) and length <= (pool.max_prompt_tokens or length):
                 by_left[sampling.max_new_tokens - len(reply.output_ids)].append(index)
         if not by_left:
             break
