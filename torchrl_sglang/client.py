@@ -72,8 +72,8 @@ class SGLangClient:
 
     def _init_runtime(self) -> None:
         self._lock = threading.Lock()
-        self._session: requests.Session | None = None
-        self._last_used = 0.0
+        self._sessions: dict[str, requests.Session] = {}
+        self._last_used: dict[str, float] = {}
         self._info: ServerInfo | None = None
         self._dialect: Dialect | None = None
 
@@ -198,7 +198,10 @@ class SGLangClient:
 
     def _send_once(self, request: HttpRequest, timeout_s: float | None, *, stream: bool) -> requests.Response:
         wait_s = timeout_s if timeout_s is not None else getattr(self.config, f"{request.timeout}_timeout_s")
-        session = self._fresh_session()
+        # A server that is paused for an update freezes generation, whose connections may be all there are: what pauses
+        # it and lets it go on has connections of its own.
+        purpose = "generate" if request.timeout == "generate" else "control"
+        session = self._fresh_session(purpose)
         try:
             return session.request(
                 request.method,
@@ -210,24 +213,27 @@ class SGLangClient:
                 allow_redirects=False,
             )
         finally:
-            self._last_used = time.monotonic()
+            self._last_used[purpose] = time.monotonic()
 
-    def _fresh_session(self) -> requests.Session:
+    def _fresh_session(self, purpose: str) -> requests.Session:
         with self._lock:
-            if self._session is None:
-                session = requests.Session()
+            session = self._sessions.get(purpose)
+            if session is None:
+                self._sessions[purpose] = session = requests.Session()
                 session.trust_env = False  # no proxy or .netrc of the environment between trainer and server
                 session.verify = trusted_authorities(self.config.ca_certificate)
                 adapter = HTTPAdapter(
-                    pool_connections=1, pool_maxsize=self.config.max_connections, pool_block=True, max_retries=0
+                    pool_connections=1,
+                    pool_maxsize=self.config.max_connections,
+                    pool_block=purpose == "generate",
+                    max_retries=0,
                 )
                 session.mount("http://", adapter)
                 session.mount("https://", adapter)
-                self._session = session
-            elif time.monotonic() - self._last_used > _IDLE_LIMIT_S:
-                self._session.close()  # drops idle connections only; requests under way keep theirs
-            self._last_used = time.monotonic()
-            return self._session
+            elif time.monotonic() - self._last_used[purpose] > _IDLE_LIMIT_S:
+                session.close()  # drops idle connections only; requests under way keep theirs
+            self._last_used[purpose] = time.monotonic()
+            return session
 
     def _headers(self, request: HttpRequest) -> dict[str, str]:
         headers = {"Content-Type": "application/json"} if request.body is not None else {}
@@ -304,9 +310,9 @@ class SGLangClient:
     def close(self) -> None:
         """Close idle connections. The client can still be used afterwards."""
         with self._lock:
-            if self._session is not None:
-                self._session.close()
-                self._session = None
+            for session in self._sessions.values():
+                session.close()
+            self._sessions.clear()
 
 
 def _normalise(url: str) -> str:

@@ -53,6 +53,22 @@ def test_a_lost_reply_is_asked_for_again_only_where_that_changes_nothing(tiny_ll
         client.close()
 
 
+def test_control_calls_get_through_when_generation_holds_every_connection(tiny_llama: Path) -> None:
+    with FakeServer(FakeSettings(model_path=tiny_llama)) as fake:
+        fake.arm(Fault(path="/generate", action="slow", seconds=3, times=0))
+        client = SGLangClient(fake.url, ClientConfig(max_connections=2))
+        threads = [threading.Thread(target=client.send, args=(GENERATE,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while times_asked(fake, "/generate") < 2:
+            time.sleep(0.01)
+        client.send(build_ready())
+        assert all(thread.is_alive() for thread in threads), "generation was over: this showed nothing"
+        for thread in threads:
+            thread.join(timeout=60)
+        client.close()
+
+
 def test_a_server_that_opens_its_port_a_moment_later_is_reached(tiny_llama: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
