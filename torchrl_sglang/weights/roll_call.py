@@ -63,6 +63,13 @@ class RollCall:
             )
         return alive
 
+    def remember_stuck(self, error: WeightSyncError) -> None:
+        """Servers that hang are out of routing, and looked at more closely (or restarted) by the next update."""
+        stuck = {url for url, state in error.server_weights.items() if state == "stuck"}
+        self.stuck |= stuck
+        for url in stuck - self._pool.quarantined.keys():
+            self._pool.quarantine(url, f"it hangs after a failed update ({error})")
+
     def describe_the_others(self, error: WeightSyncError) -> None:
         """No weights were sent: add to ``error`` what the servers hold that it says nothing of."""
         for client in self._pool.clients:

@@ -118,7 +118,8 @@ class WeightSync:
         """Like :meth:`push`, but return at once: the next rollout may start while the weights travel.
 
         Requests that arrive meanwhile wait in the paused servers and are answered with the new weights. The trainer
-        must leave its parameters alone until the push is done.
+        must leave its parameters alone until the push is done, and with a proof (``SyncConfig.verify``) not call the
+        model either: it is asked for log-probs in evaluation mode.
 
         Returns:
             A handle; its :meth:`~PendingSync.result` raises what :meth:`push` would have raised. So does the next
@@ -167,6 +168,7 @@ class WeightSync:
             road.connect(clients)
         except SGLangError as error:
             if isinstance(error, WeightSyncError):
+                self._roll_call.remember_stuck(error)
                 self._roll_call.describe_the_others(error)
             if source.is_sharded:  # the other ranks wait for us to gather with them
                 gather_only(source, self._plan(source, checkpoint, partial))
@@ -188,7 +190,7 @@ class WeightSync:
             )
             gap = self._prove(road, clients, source, session)
         except WeightSyncError as error:
-            self._roll_call.stuck |= {url for url, state in error.server_weights.items() if state == "stuck"}
+            self._roll_call.remember_stuck(error)
             self._complete = False
             self._put_to_use([url for url, state in error.server_weights.items() if state == "new"], number)
             raise
