@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import ConfigError, SamplingParams, SGLangClient, SGLangPool, SyncConfig, WeightSync
 from torchrl_sglang.chat import SGLangChat
-from torchrl_sglang.errors import RequestRejectedError, WeightCoverageError
+from torchrl_sglang.errors import RequestRejectedError, WeightCoverageError, WeightUpdateError
 from torchrl_sglang.protocol.version import version_number
 from torchrl_sglang.server import SGLangServer
+from torchrl_sglang.testing.fake_server import FakeServer, FakeSettings
 from torchrl_sglang.weights.proof import trainer_logprobs
 
 TARGETS = ("q_proj", "v_proj")
@@ -103,6 +104,9 @@ def test_only_the_adapter_goes_over_and_answers_are_those_of_the_adapted_model(
         expected = trainer_logprobs(model, PROMPT + reply.output_ids)[len(PROMPT) - 1 :]
         assert (expected - torch.tensor(reply.output_logprobs, dtype=torch.float64)).abs().max() < 1e-4
         assert [(version_number(s.version), s.start, s.end) for s in reply.weight_spans] == [(turn, 0, 8)]
+        *_, streamed = lora_pool.stream(PROMPT, sampling)
+        assert streamed.output_ids == reply.output_ids
+        assert streamed.weight_spans == reply.weight_spans
     sync.close()
 
 
@@ -123,6 +127,18 @@ def test_a_refused_adapter_leaves_requests_with_the_one_before(lora_pool: SGLang
     (reply,) = lora_pool.generate([PROMPT], SamplingParams(max_new_tokens=4, temperature=0, ignore_eos=True))
     assert reply.output_ids == greedy(good, 4, min_new_tokens=4)
     sync.close()
+
+
+def test_an_adapter_that_fails_its_proof_is_forgotten_and_its_number_not_used_again(tiny_llama: Path) -> None:
+    with FakeServer(FakeSettings(model_path=tiny_llama, enable_lora=True)) as fake:  # its log-probs are no model's
+        pool = SGLangPool([SGLangClient(fake.url)])
+        sync = WeightSync(pool, SyncConfig(road="lora"))
+        for _ in range(2):
+            with pytest.raises(WeightUpdateError, match="differs from the trainer"):
+                sync.push(adapted(tiny_llama, 6))
+            assert pool.adapter is None
+        assert pool.highest_version == 2
+        sync.close()
 
 
 def test_a_server_without_lora_is_refused_by_name(pool: SGLangPool, tiny_llama: Path) -> None:

@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from torchrl_sglang.errors import WeightCoverageError
+from torchrl_sglang.errors import ConfigError, WeightCoverageError
 from torchrl_sglang.weights.checkpoint import Checkpoint
 from torchrl_sglang.weights.coverage import check_coverage
+from torchrl_sglang.weights.lora import find_adapter
 from torchrl_sglang.weights.source import WeightSource, open_source
 
 Made = tuple[nn.Module, Checkpoint]
@@ -102,7 +103,11 @@ class Trainer:
         wanted = twin.merge_and_unload().state_dict()
         source = open_source(model, checkpoint)
         trainable = [name for name, spec in source.specs().items() if spec.trainable]
-        return {**self.result(source, checkpoint, wanted), "trainable": trainable}
+        try:
+            find_adapter(model)
+        except ConfigError as error:
+            alone = str(error)
+        return {**self.result(source, checkpoint, wanted), "trainable": trainable, "alone": alone}
 
     def chosen_names(self) -> Any:
         model, checkpoint = self.make("qwen2")

@@ -71,6 +71,10 @@ def test_adapters_count_as_trainable_though_the_base_is_frozen(ranks: Results) -
     assert all(name.endswith(("q_proj.weight", "down_proj.weight")) for name in trainable)
 
 
+def test_a_sharded_adapter_is_not_sent_alone_and_every_rank_says_so(ranks: Results) -> None:
+    assert all("road='broadcast' gathers it" in rank["adapters"]["alone"] for rank in ranks)
+
+
 def test_chosen_names_come_in_the_order_asked_for_on_all_ranks(ranks: Results) -> None:
     for rank in ranks:
         sent, wanted = rank["chosen_names"]["sent"], rank["chosen_names"]["wanted"]

@@ -18,7 +18,7 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig, SamplingParams
 from torchrl_sglang.engine import AsyncSGLang, load_tokenizer
 from torchrl_sglang.errors import ConfigError, ProtocolError, RequestRejectedError, ServerError, ServerUnreachableError
-from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.pool import SGLangPool, made_by
 from torchrl_sglang.protocol.generate import build_generate, parse_one
 from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply
@@ -250,12 +250,13 @@ class SGLangChat:
     def _replies(self, turn: _Turn, timeout_s: float | None) -> Generator[GenerateReply, None, None]:
         """The reply as it grows, from the first server that is there; a stream that has begun is not begun again."""
         self.pool.check([turn.ids_T], turn.sampling)
+        trained = self.pool.adapter if turn.adapter is None else None
         request = build_generate(
             [turn.ids_T],
             turn.sampling,
             return_logprobs=turn.return_log_probs,
             stream=True,
-            lora=turn.adapter,
+            lora=trained.name if trained is not None else turn.adapter,
             cache_salt=self.pool.cache_salt,
             media=[turn.media] if turn.media else None,
         )
@@ -270,9 +271,10 @@ class SGLangChat:
                             f"{client.url} stopped the stream: {detail}", server=client.url, status=200, detail=detail
                         )
                     finished = event["meta_info"].get("finish_reason") is not None
-                    yield parse_one(event, server=client.url, return_logprobs=turn.return_log_probs)
+                    reply = parse_one(event, server=client.url, return_logprobs=turn.return_log_probs)
+                    yield made_by(trained.version, reply) if trained is not None else reply
             except ServerUnreachableError as error:
-                self.pool.quarantine(client.url, f"it can't be reached ({error})")
+                self.pool.note_death(client.url, error)
                 if not self.pool.healthy:
                     raise
                 continue
@@ -281,6 +283,7 @@ class SGLangChat:
             return
 
     def _pick(self) -> SGLangClient:
+        self.pool.look_for_the_dead()
         clients = self.pool.healthy
         if not clients:
             raise ServerError(f"no server is left to answer: {dict(self.pool.quarantined)}")

@@ -109,8 +109,7 @@ class SGLangPool(Members):
 
     def _answer(self, batch: Batch) -> list[GenerateReply]:
         """Send a batch in rounds until every prompt has its answer."""
-        if self.adapter is None:  # a server that is back has none
-            self._deaths.look(self.clients, self.weight_version, self._is_back)
+        self.look_for_the_dead()
         num_prompts, n = len(batch.ids_B_T), batch.sampling.n
         replies: dict[int, list[GenerateReply]] = {}
         waiting = list(range(num_prompts))
@@ -122,8 +121,7 @@ class SGLangPool(Members):
                 done = run_round(shares, n, batch.send, self._find_dead)
             replies.update(done.replies)
             for url, death in done.deaths.items():
-                self.quarantine(url, f"it died while generating ({death})")
-                self._deaths.note(url)
+                self.note_death(url, death)
                 if len(self.clients) == 1:
                     raise death
             if self.router is not None and done.failure is not None and has_no_workers(done.failure):
@@ -132,6 +130,16 @@ class SGLangPool(Members):
                 raise done.failure
             waiting = done.again
         return [reply for index in range(num_prompts) for reply in replies[index]]
+
+    def note_death(self, url: str, error: SGLangError) -> None:
+        """Take a server that a request found dead out of routing; it is looked at again by later requests."""
+        self.quarantine(url, f"it died while generating ({error})")
+        self._deaths.note(url)
+
+    def look_for_the_dead(self) -> None:
+        """Put servers back into routing that are there again with the current weights, if any are due to be asked."""
+        if self.adapter is None:  # a server that is back has none
+            self._deaths.look(self.clients, self.weight_version, self._is_back)
 
     def _is_back(self, url: str) -> None:
         self.note_restart(url)
@@ -171,19 +179,20 @@ class SGLangPool(Members):
             ids_T: prompt token ids.
             sampling: how tokens are drawn; ``n`` is 1.
             return_logprobs: report the log-prob of every response token.
-            lora: name of a loaded adapter.
+            lora: name of a loaded adapter instead of the trainer's (:attr:`adapter`).
 
         Raises:
             ConfigError: a prompt the servers could not serve.
             ServerError: no server is left, or the stream broke.
         """
         self.check([ids_T], sampling)
+        adapter = self.adapter if lora is None else None
         request = build_generate(
             [ids_T],
             sampling,
             return_logprobs=return_logprobs,
             stream=True,
-            lora=lora,
+            lora=adapter.name if adapter is not None else lora,
             cache_salt=self.cache_salt,
         )
         through_router = self.router is not None and carries(request)
@@ -192,7 +201,7 @@ class SGLangPool(Members):
             for event in client.stream(request):
                 reply = parse_one(event, server=client.url, return_logprobs=return_logprobs)
                 refuse_mixed_weights([reply])
-                yield reply
+                yield made_by(adapter.version, reply) if adapter is not None else reply
 
     def score(self, ids_B_T: Sequence[Sequence[int]], *, timeout_s: float | None = None) -> list[GenerateReply]:
         """Log-probs of given sequences: ``prompt_logprobs`` of each reply, the first entry ``None``."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
@@ -64,7 +65,7 @@ class LoraRoad:
             Bytes and number of the tensors sent.
 
         Raises:
-            ConfigError: no PEFT model, or a server without LoRA.
+            ConfigError: no PEFT model, a sharded one, or a server without LoRA.
             WeightCoverageError: NaN or infinity in the adapter.
             WeightUpdateError: a server refused the adapter; all go on with the one before.
         """
@@ -80,6 +81,7 @@ class LoraRoad:
             check_finite(tensor_name, tensor)
         payload, config = encode_tensors(tensors), encode_config(model.peft_config[adapter])
         name = f"torchrl-{self._owner}-{version.number}"
+        self._pool.highest_version = max(self._pool.highest_version, version.number)  # taken, whatever becomes of it
 
         def loading(client: SGLangClient) -> Any:
             request = build_load_lora_from_tensors(name, config, [payload] * client.info.tp_size)
@@ -136,6 +138,7 @@ class LoraRoad:
                     lora=self._pool.adapter.name,
                 )
             except WeightUpdateError:
+                self._unload(clients, self._loaded.pop())
                 self._pool.adapter = before
                 raise
         return SyncReport(
@@ -170,7 +173,7 @@ def find_adapter(weights: Any) -> tuple[Any, str]:
     """The PEFT model inside ``weights`` and the name of its one active adapter.
 
     Raises:
-        ConfigError: there is none, or several adapters are active.
+        ConfigError: there is none, it is sharded, or several adapters are active.
     """
     modules = weights.modules() if isinstance(weights, nn.Module) else ()
     model = next((each for each in modules if hasattr(each, "peft_config") and hasattr(each, "active_adapters")), None)
@@ -178,6 +181,11 @@ def find_adapter(weights: Any) -> tuple[Any, str]:
         raise ConfigError(
             f"road='lora' sends the adapter of a PEFT model, and there is none in this {type(weights).__name__}; "
             "road='broadcast' sends whole models"
+        )
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ConfigError(
+            "road='lora' can't send the adapter of a sharded model (FSDP2): road='broadcast' gathers it and merges "
+            "it into what is sent"
         )
     peft_model: Any = model
     names = peft_model.active_adapters
