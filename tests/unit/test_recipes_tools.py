@@ -30,6 +30,8 @@ def test_a_program_that_does_not_end_is_ended_and_nothing_of_it_stays() -> None:
         ("bytearray(2**40)", "MemoryError"),
         ("print(undefined)", "NameError: name 'undefined' is not defined"),
         ("print(1", "SyntaxError"),
+        ("import sys; sys.stderr.write('so it goes\\n' * 100_000); 1 / 0", "ZeroDivisionError"),
+        ("print('x\\n' * 1_000_000)", "x\nx"),
         ("import os; print(len(os.environ) < 3)", "True"),  # a locale may be set by Python itself
         ("import torch", "ModuleNotFoundError"),
         ("print('x' * 1000)", "x" * 200),
