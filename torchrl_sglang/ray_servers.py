@@ -198,8 +198,13 @@ class RayServer:
 
     def restart(self, *, progress: Callable[[str], None] | None = None) -> None:
         """End the server and start it again, with the checkpoint's weights."""
-        self.stop(kill=True)
+        self.make_way()
         self.start(progress=progress)
+
+    def make_way(self) -> None:
+        """End the server at once, for it to be started again: its bundle is kept for it."""
+        self._ask("stop", None, kill=True)
+        self._end_actor()
 
     @property
     def pid(self) -> int | None:
@@ -232,6 +237,8 @@ class RayServer:
         """End the server and its actor. After the last server of a launch the bundles are given back."""
         self._ask("stop", None, kill=kill)
         self._end_actor()
+        if import_ray().is_initialized():
+            self._bundles.release(self._index)
 
     def __repr__(self) -> str:
         return f"RayServer({self.config.model!r}, {self._url or 'not started'})"
@@ -247,7 +254,6 @@ class RayServer:
         actor, self.actor, self._starting = self.actor, None, None
         if actor is not None and import_ray().is_initialized():
             import_ray().kill(actor)
-            self._bundles.release(self._index)
 
 
 class _Bundles:
@@ -290,10 +296,12 @@ class _Bundles:
     def _set_aside(self) -> Any:
         ray, placement = import_ray(), self._placement
         group = ray.util.placement_group([self._bundle] * self._num_servers, strategy=placement.strategy)
-        if group.wait(placement.timeout_s):
-            return group
-        total, free = ray.cluster_resources(), ray.available_resources()
-        ray.util.remove_placement_group(group)
+        with contextlib.ExitStack() as otherwise:  # also at Ctrl-C, which comes mostly here
+            otherwise.callback(ray.util.remove_placement_group, group)
+            if group.wait(placement.timeout_s):
+                otherwise.pop_all()
+                return group
+            total, free = ray.cluster_resources(), ray.available_resources()
         raise ServerStartError(
             f"no room for {self._num_servers} x {self._bundle} ({placement.strategy}) after {placement.timeout_s:g} s. "
             f"The cluster has {total}, of which {free} is free. Ask for less, or end what holds the rest (`ray status`)"

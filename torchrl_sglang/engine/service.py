@@ -285,7 +285,7 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
         """
         for client, server in zip(self.pool.clients, self.servers, strict=False):
             if client.url == url and self._restart != "never":
-                server.stop(kill=True)
+                server.make_way()
                 if start_again(self.pool, client, server) and self.pool.adapter is None:
                     self.pool.restore(url)
                 else:

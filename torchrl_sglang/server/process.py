@@ -139,8 +139,12 @@ class SGLangServer:
         Raises:
             ServerStartError: it did not come up again.
         """
-        self.stop(kill=True)
+        self.make_way()
         self.start(progress=progress)
+
+    def make_way(self) -> None:
+        """End the server at once, for it to be started again."""
+        self.stop(kill=True)
 
     # ------------------------------------------------------------------ state
 
