@@ -68,7 +68,9 @@ def read_arguments() -> recipes.Arguments:
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (default 12)")
     parser.add_argument("--lr", type=float, help="learning rate of AdamW (default 1e-5)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda with two GPUs or more, else cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="server's, and autocast's (default float32)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="server's, and autocast's (default: bfloat16 on GPUs)"
+    )
     parser.add_argument("--seed", type=int, help="of questions and answers (default 0)")
     parser.add_argument("--output", help="folder for all files (default outputs/quickstart)")
     args = parser.parse_args()
@@ -80,7 +82,7 @@ def read_arguments() -> recipes.Arguments:
     if args.answers is not None and args.answers < 2:
         parser.error("--answers must be at least 2: GRPO compares the answers to one question with each other")
     if args.device is None and args.preset == "cpu" and args.resume is None and torch.cuda.device_count() >= 2:
-        args.device = "cuda"
+        args.device, args.dtype = "cuda", args.dtype or "bfloat16"  # SGLang's attention on GPUs is for half precision
     for name, settings in SHORT_FOR.items():
         if getattr(args, name) is not None:
             args.overrides += [recipes.override(setting, getattr(args, name)) for setting in settings]
@@ -110,9 +112,9 @@ def train(config: DictConfig, resume: bool) -> bool:
         serving = stack.enter_context(recipes.Serving(config, progress=run.say))
         serving.push_first_weights(model, run.checkpoint)
         test = config.evaluate
-        test_env = recipes.make_test_env(task, tokenizer, questions=test.questions, answers=test.answers)
 
         def evaluation() -> dict[str, float]:
+            test_env = recipes.make_test_env(task, tokenizer, questions=test.questions, answers=test.answers)
             return recipes.evaluate(test_env, serving.policy, answers=test.answers, ks=test.ks)
 
         run.evaluate(0, evaluation)

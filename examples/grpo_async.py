@@ -74,13 +74,12 @@ def train(config: DictConfig, resume: bool) -> bool:
             auto_register_policy_transforms=False,
         )
         stack.callback(collector.shutdown)
-        test_env = recipes.make_test_env(
-            task, tokenizer, questions=config.evaluate.questions, answers=config.evaluate.answers
-        )
+        test = config.evaluate
 
         def evaluation() -> dict[str, float]:
+            test_env = recipes.make_test_env(task, tokenizer, questions=test.questions, answers=test.answers)
             policy = serving.policy.get_new_version()  # the other one may be collecting
-            return recipes.evaluate(test_env, policy, answers=config.evaluate.answers, ks=config.evaluate.ks)
+            return recipes.evaluate(test_env, policy, answers=test.answers, ks=test.ks)
 
         run.evaluate(0, evaluation)
         rollouts = recipes.BackgroundRollouts(

@@ -51,12 +51,11 @@ def train(config: DictConfig, resume: bool) -> bool:
         serving.push_first_weights(model, run.checkpoint)
 
         task = recipes.make_task(config.task)
-        test_env = recipes.make_test_env(
-            task, tokenizer, questions=config.evaluate.questions, answers=config.evaluate.answers
-        )
+        test = config.evaluate
 
         def evaluation() -> dict[str, float]:
-            return recipes.evaluate(test_env, serving.policy, answers=config.evaluate.answers, ks=config.evaluate.ks)
+            test_env = recipes.make_test_env(task, tokenizer, questions=test.questions, answers=test.answers)
+            return recipes.evaluate(test_env, serving.policy, answers=test.answers, ks=test.ks)
 
         run.evaluate(0, evaluation)
         collector = Collector(
