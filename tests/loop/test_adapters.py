@@ -14,7 +14,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from torchrl_sglang import ConfigError, SamplingParams, SGLangClient, SGLangPool, SyncConfig, WeightSync
+from torchrl_sglang import (
+    ConfigError,
+    SamplingParams,
+    SGLangClient,
+    SGLangPool,
+    SGLangWeightSyncScheme,
+    SyncConfig,
+    WeightSync,
+)
 from torchrl_sglang.chat import SGLangChat
 from torchrl_sglang.errors import RequestRejectedError, WeightCoverageError, WeightUpdateError
 from torchrl_sglang.protocol.version import version_number
@@ -139,6 +147,13 @@ def test_an_adapter_that_fails_its_proof_is_forgotten_and_its_number_not_used_ag
             assert pool.adapter is None
         assert pool.highest_version == 2
         sync.close()
+
+
+def test_workers_in_other_processes_would_not_know_the_adapter() -> None:
+    scheme = SGLangWeightSyncScheme("http://127.0.0.1:9", config=SyncConfig(road="lora"))
+    scheme.init_on_sender(model_id="policy", context=None)
+    with pytest.raises(ConfigError, match="go on with the base model"):
+        scheme.init_on_sender(model_id="policy", context=None, ctx=None)
 
 
 def test_a_server_without_lora_is_refused_by_name(pool: SGLangPool, tiny_llama: Path) -> None:

@@ -80,7 +80,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             This scheme.
 
         Raises:
-            ConfigError: a collector of a kind we don't know.
+            ConfigError: a collector of a kind we don't know, or one in another process with ``road="lora"``.
 
         Examples:
             >>> scheme = SGLangWeightSyncScheme(engine).attach(LLMCollector(env, policy=policy))  # doctest: +SKIP
@@ -89,6 +89,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             if not hasattr(collector, "_collector"):
                 collector._setup_weight_sync(None, {"policy": self})
                 return self
+            _refuse_adapters_elsewhere(self.config)
             self.init_on_sender(model_id="policy", context=None)
             self.connect()
             collector.update_policy_weights_ = _RemoteUpdate(self, collector)
@@ -117,7 +118,12 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         """Called by every kind of collector, with its own extras.
 
         Multi-process ones call it before their workers start, so nothing that must not be inherited is made here.
+
+        Raises:
+            ConfigError: workers in other processes, and ``road="lora"``.
         """
+        if kwargs:  # how to start workers
+            _refuse_adapters_elsewhere(self.config)
         self.model_id = model_id or "policy"
         self.context = context
         self._register_worker_sender(worker_idx=0)
@@ -222,6 +228,14 @@ class _RemoteUpdate:
         collector = self._collector()
         if collector is not None and self._counts:
             collector.increment_version()
+
+
+def _refuse_adapters_elsewhere(config: SyncConfig) -> None:
+    if config.road == "lora":
+        raise ConfigError(
+            "road='lora' gives each adapter a name of its own, which policies in other processes don't get to know: "
+            "they would go on with the base model. Use a collector in this process, or road='broadcast', which merges"
+        )
 
 
 def _pool_of(servers: Any) -> SGLangPool:
