@@ -20,7 +20,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 help:
 	@echo "make quickstart  environment, then a language model trained with GRPO against a real SGLang server (no GPU)"
 	@echo "make test        environment, checks, tests (about 13 minutes on 2 cores)"
-	@echo "make test-full   make test, then TorchRL 0.13 and the slow tests"
+	@echo "make test-full   make test, then TorchRL 0.13 and the slow tests (another 25)"
 	@echo "make check       lint, format, types, architecture"
 	@echo "make docs        the documentation site, in site/index.html (under a minute)"
 	@echo "make tutorials   run the tutorials and render their pages anew (about ten minutes)"

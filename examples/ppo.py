@@ -1,7 +1,7 @@
 """PPO: a critic instead of groups, a reward less the KL to a reference model that a second SGLang server scores.
 
     python examples/ppo.py                                            # no GPU: SmolLM2-135M-Instruct learns to add
-    python examples/ppo.py --preset gpu critic.kind=separate          # config/ppo/gpu.yaml
+    python examples/ppo.py --preset gpu                               # config/ppo/gpu.yaml
     python examples/ppo.py reference.kind=copy                        # the reference without a second server
     python examples/ppo.py engine.url=http://a:30000 reference_engine.url=http://b:30000
     python examples/ppo.py --resume outputs/ppo                       # go on after Ctrl-C, or a crash

@@ -49,7 +49,7 @@ def test_the_code_in_the_readme_trains_and_syncs(pristine_server: SGLangServer, 
     code = readme_code(
         {
             '"Qwen/Qwen3-0.6B"': repr(str(tiny_llama)),
-            ', device_map="auto"': "",
+            ', device_map="cuda:2"': "",
             "AsyncSGLang.from_pretrained(MODEL, dp_size=2)": f"AsyncSGLang.connect({pristine_server.url!r})",
             '"max_new_tokens": 256': '"max_new_tokens": 16',
             "total_frames=3200": "total_frames=64",

@@ -130,6 +130,9 @@ class SGLangEngineConfig:
     mem_fraction_static: float | None = None
     max_total_tokens: int | None = None
     extra_args: Any = None
+    env: Any = None
+    restart: str | None = None
+    router: Any = None
     _target_: str = "torchrl_sglang.hydra_configs.shared_engine"
     _partial_: bool = False
 

@@ -31,7 +31,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tp-size", type=int, default=1, metavar="N", help="GPUs (or CPU parts) the model is split over"
     )
-    group.add_argument("--dtype", help="default: the checkpoint's on a GPU, float32 on a CPU")
+    group.add_argument("--dtype", help="default: float32 on a CPU, SGLang's own choice on a GPU")
     group.add_argument("--context-length", type=int, metavar="TOKENS", help="default: the checkpoint's")
     group.add_argument("--start-timeout", type=float, default=600.0, metavar="SECONDS", help="default: 600")
     group.add_argument(

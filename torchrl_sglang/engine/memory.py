@@ -41,7 +41,7 @@ class MemoryMethods:
         Examples:
             >>> with engine.offloaded():                                  # doctest: +SKIP
             ...     loss.backward(); optimizer.step()
-            >>> engine.update_weights(model)                              # doctest: +SKIP
+            >>> sync.push(model)  # WeightSync(engine.pool, SyncConfig(road="disk", ...))       # doctest: +SKIP
         """
         self.release_memory(tags)
         try:

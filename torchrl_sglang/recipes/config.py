@@ -46,9 +46,8 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.yaml"
-_LAUNCH_ONLY = tuple(
-    field.name for field in fields(SGLangEngineConfig) if field.name not in ("url", "name", "_target_", "_partial_")
-)
+_ALSO_ATTACHED = ("url", "name", "router", "_target_", "_partial_")
+_LAUNCH_ONLY = tuple(field.name for field in fields(SGLangEngineConfig) if field.name not in _ALSO_ATTACHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
