@@ -28,8 +28,8 @@ class ClientConfig:
     generate_timeout_s: float = 1800.0
     """For one batch of generations; the whole batch is one request, so this bounds the slowest sequence."""
     update_timeout_s: float = 300.0
-    """For each other step of a weight update: opening and closing the session, loading a checkpoint from disk, the proof.
-    The update's own deadline ends it earlier. A bucket has :attr:`SyncConfig.bucket_timeout_s`."""
+    """For each other step of a weight update: opening and closing the session, loading a checkpoint from disk, the
+    proof. The update's own deadline ends it earlier. A bucket has :attr:`SyncConfig.bucket_timeout_s`."""
     max_connections: int = 32
     """Most connections kept open per server; more threads than this wait for a free one."""
     connect_retries: int = 2

@@ -31,8 +31,8 @@ class ServerConfig:
     gpus: tuple[int, ...] | None = None
     """GPUs of this server, as the launching process numbers them; ``None`` takes the first ``tp_size``."""
     dtype: str | None = None
-    """SGLang's ``--dtype``; ``None`` is float32 on a CPU, and on a GPU SGLang's own choice: the checkpoint's, but float16
-    for a float32 one."""
+    """SGLang's ``--dtype``; ``None`` is float32 on a CPU, and on a GPU SGLang's own choice: the checkpoint's, but
+    float16 for a float32 one."""
     context_length: int | None = None
     """Longest prompt plus response, in tokens; ``None`` is the checkpoint's."""
     mem_fraction_static: float | None = None
