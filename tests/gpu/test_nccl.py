@@ -43,17 +43,18 @@ def test_two_servers_answer_as_the_model_on_the_last_gpu(
 ) -> None:
     need_gpus(2 * tp_size + 1)
     device = torch.device("cuda", torch.cuda.device_count() - 1)
-    with AsyncSGLang.from_pretrained(str(tiny_llama), dp_size=2, tp_size=tp_size, dtype="bfloat16") as engine:
-        with closing(WeightSync(engine.pool, SyncConfig(packing=packing))) as sync:
-            for version, folder in enumerate((tiny_llama_b, tiny_llama), start=1):
-                model = load(folder).to(device, torch.bfloat16)
-                report = sync.push(model)
-                assert report is not None
-                assert set(report.server_weights.values()) == {"new"}
-                assert report.version == version
-                expected = trainer_logprobs(model, PROMPT)
-                for client in engine.pool.clients:
-                    with AsyncSGLang.connect(client.url) as one:
-                        (reply,) = one.pool.score([PROMPT])
-                    found = torch.tensor(reply.prompt_logprobs[1:], dtype=torch.float64)
-                    assert (found - expected).abs().max() < ATOL
+    with (
+        AsyncSGLang.from_pretrained(str(tiny_llama), dp_size=2, tp_size=tp_size, dtype="bfloat16") as engine,
+        closing(WeightSync(engine.pool, SyncConfig(packing=packing))) as sync,
+    ):
+        for version, folder in enumerate((tiny_llama_b, tiny_llama), start=1):
+            model = load(folder).to(device, torch.bfloat16)
+            report = sync.push(model)
+            assert report is not None
+            assert set(report.server_weights.values()) == {"new"}
+            assert report.version == version
+            expected = trainer_logprobs(model, PROMPT)
+            for client in engine.pool.clients:
+                (reply,) = AsyncSGLang.connect(client.url).pool.score([PROMPT])
+                found = torch.tensor(reply.prompt_logprobs[1:], dtype=torch.float64)
+                assert (found - expected).abs().max() < ATOL
