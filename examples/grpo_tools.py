@@ -16,6 +16,10 @@ Each slot of the environment starts its next conversation when one is over. Thos
 after the weight update, so a conversation's tokens may be of several versions, each weighted by
 min(pi / mu, loss.importance_cap), as in grpo_async.py.
 
+Seen without a GPU, SmolLM2-135M-Instruct, 16 steps of about a minute: answers with a program go from 31 to 100 %, right
+ones from 5 % in the first fifth of the steps to 82 % in the last, the mean reward from 0.13 to 0.85. Server and trainer
+agree to 2e-5 on fresh tokens; those from before an update count with an effective sample size of 0.994 or more.
+
 Files, in outputs/grpo_tools/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per conversation),
 report.png, checkpoints/, and model/ (the last weights, for transformers).
 """
