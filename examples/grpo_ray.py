@@ -73,6 +73,7 @@ def train(config: DictConfig, resume: bool) -> bool:
             dialog_turns_per_batch=settings.batch_size,
             remote_config=dict(config.ray.collector),
         )
+        stack.callback(recipes.end_ray_collector, collector)
         serving.scheme.attach(collector)
         test = config.evaluate
 

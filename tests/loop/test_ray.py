@@ -21,7 +21,17 @@ from tests.loop.fake_sglang import make_python
 from tests.loop.forked import wait_until
 from tests.loop.rollout_cases import reference_log_probs
 from tests.loop.sync_cases import assert_serves, load
-from tests.loop.test_recipes import ANSWERS, QUESTIONS, rows_of, run_here, samples_of, served_version, settings
+from tests.loop.test_recipes import (
+    ANSWERS,
+    QUESTIONS,
+    rows_of,
+    run_here,
+    samples_of,
+    served_version,
+    settings,
+    start,
+    wait_for,
+)
 from torchrl_sglang import (
     AsyncSGLang,
     ConfigError,
@@ -117,8 +127,13 @@ def test_a_collector_in_an_actor_gets_new_weights_from_the_trainers_process_and_
 
 
 def test_the_recipe_for_a_cluster_trains_on_what_an_actor_collects(
-    pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path
+    pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ended: list[str] = []
+    for kind in (RayLLMCollector, recipes.RayServing):
+        name = "shutdown" if kind is RayLLMCollector else "close"
+        was = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda self, was=was, kind=kind: ended.append(kind.__name__) or was(self))
     words = settings(tiny_llama, pristine_server.url, tmp_path, steps=3)
     assert run_here("grpo_ray", [*words, "rollouts.ahead=0"])
     for row in rows_of(tmp_path):
@@ -129,7 +144,25 @@ def test_the_recipe_for_a_cluster_trains_on_what_an_actor_collects(
     # TorchRL's LLMCollector resets its environment once too often: the first questions are asked by nobody
     assert positions == [QUESTIONS + n for n in range(3 * QUESTIONS) for _ in range(ANSWERS)]
     gc.collect()
+    assert ended == ["RayLLMCollector", "RayServing"], "a call after Ray's end would start a new one"
     wait_until(lambda: ray.available_resources().get("CPU") == 2, "the collector's actor is left", 30)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_ray_of_its_own_ends_with_it(
+    pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path
+) -> None:
+    words = settings(tiny_llama, pristine_server.url, tmp_path / "run", steps=2)
+    process = start("grpo_ray", tmp_path / "log", words)
+    try:
+        wait_for(lambda: (tmp_path / "run" / "model").exists(), process, tmp_path / "log")
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert process.wait(timeout=90) == 0, (tmp_path / "log").read_text()[-4000:]
+    finally:
+        process.kill()
+        process.wait()
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert not left
 
 
 # ---------------------------------------------------------------------------------------------------- servers in actors

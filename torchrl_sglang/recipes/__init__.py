@@ -32,7 +32,7 @@ from torchrl_sglang.recipes.optimizer import make_optimizer
 from torchrl_sglang.recipes.program import run_program
 from torchrl_sglang.recipes.python_tool import ProgramResult, run_python
 from torchrl_sglang.recipes.questions import Question, QuestionStream
-from torchrl_sglang.recipes.ray_serving import RayServing
+from torchrl_sglang.recipes.ray_serving import RayServing, end_ray_collector
 from torchrl_sglang.recipes.reference import make_reference, score_on_servers
 from torchrl_sglang.recipes.report import draw_report
 from torchrl_sglang.recipes.rewards import RewardTransform
@@ -87,6 +87,7 @@ __all__ = [
     "clipped_value_loss",
     "draw_report",
     "effective_sample_size",
+    "end_ray_collector",
     "evaluate",
     "evaluate_with_tool",
     "hidden_states",

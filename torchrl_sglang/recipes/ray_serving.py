@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,7 +13,7 @@ from torchrl_sglang.hydra_configs import make_policy, make_scheme
 from torchrl_sglang.ray_servers import RayPlacement, import_ray, launch_on_ray
 from torchrl_sglang.recipes.serving import Serving
 
-__all__ = ["RayServing"]
+__all__ = ["RayServing", "end_ray_collector"]
 
 
 class RayServing(Serving):
@@ -57,6 +58,24 @@ class RayServing(Serving):
             self.servers.shutdown()
         if self._ray is not None:
             self._ray.shutdown()
+
+
+def end_ray_collector(collector: Any) -> None:
+    """End a ``RayLLMCollector``, once and for all; to be done before ``ray.shutdown()``.
+
+    TorchRL ends a collector again when it is deleted. If Ray is down by then, the call starts a new one, and at the
+    program's exit it never comes back. Source: torchrl 0.14.1, ``RayLLMCollector.shutdown`` and ``Collector.__del__``.
+
+    Args:
+        collector: the collector; its actor ends when nobody refers to it any more.
+    """
+    with suppress(import_ray().exceptions.RayError):  # the actor is gone already
+        collector.shutdown()
+    collector.shutdown = _nothing
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
 
 
 def _up(arguments: Mapping[str, Any]) -> Any:
