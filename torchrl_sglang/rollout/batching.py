@@ -78,6 +78,7 @@ class Batcher(Generic[Item, Result]):
             except BaseException:  # Ctrl-C: nobody wants these results any more
                 if call in self._queue:
                     self._queue.remove(call)
+                    self._changed.notify_all()
                 raise
         return call.future.result()
 
