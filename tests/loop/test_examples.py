@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.loop.fake_sglang import make_python
 from tests.loop.rollout_cases import largest_gap
 from tests.loop.sync_cases import load
 from torchrl_sglang.server import SGLangServer
@@ -143,11 +144,15 @@ def test_quickstart_leaves_no_process(quickstart: Any) -> None:
     assert still_alive(quickstart.processes) == []
 
 
+@pytest.mark.parametrize("kind", ["fake", pytest.param("real", marks=pytest.mark.slow)])
 def test_interrupting_the_quickstart_stops_the_server_keeps_what_was_measured_and_saves(
-    tiny_llama: Path, tmp_path: Path
+    tiny_llama: Path, tmp_path: Path, kind: str
 ) -> None:
     metrics, log = tmp_path / "metrics.csv", tmp_path / "log.txt"
-    example = start_example(log, "grpo.py", *grpo_arguments(tiny_llama, tmp_path, 100_000))
+    words = grpo_arguments(tiny_llama, tmp_path, 100_000)
+    if kind == "fake":  # is up in seconds; what it says is no model's
+        words += [f"engine.python={make_python(tmp_path)}", "+weight_sync_schemes.policy.config.verify=off"]
+    example = start_example(log, "grpo.py", *words)
     try:
         processes = watch(example, until=lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
         example.send_signal(signal.SIGINT)
