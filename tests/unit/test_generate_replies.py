@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from torchrl_sglang.errors import ProtocolError
-from torchrl_sglang.protocol.generate import parse_generate
+from torchrl_sglang.errors import ProtocolError, WeightSyncError
+from torchrl_sglang.pool.answers import refuse_mixed_weights
+from torchrl_sglang.protocol.generate import parse_generate, parse_one
 
 
 def answer(ids: list[int], log_probs: list[float]) -> dict[str, Any]:
@@ -30,6 +31,17 @@ def test_a_token_that_was_thrown_away_leaves_no_log_prob() -> None:
     assert reply.output_ids == []
     assert reply.output_logprobs == []
     assert reply.prompt_logprobs == [None, -0.5]
+
+
+def test_an_event_of_a_stream_claims_no_version_for_its_tokens_before_the_end() -> None:
+    event = answer([4, 5], [-0.5, -0.5])
+    event["meta_info"] |= {"finish_reason": None, "weight_version": "dirty-4@me"}
+    reply = parse_one(event, server="s")
+    assert reply.weight_spans == ()
+    refuse_mixed_weights([reply])  # the mark came after the tokens
+    event["meta_info"]["finish_reason"] = {"type": "length", "length": 2}
+    with pytest.raises(WeightSyncError):
+        refuse_mixed_weights([parse_one(event, server="s")])
 
 
 @pytest.mark.parametrize("log_probs", [[], [-0.5], [-0.5, -0.5, -0.5]])

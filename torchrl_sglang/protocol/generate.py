@@ -113,6 +113,10 @@ def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_lo
         raise ProtocolError(
             f"{server} answered /generate without the field {error}: not the reply SGLang promises", server=server
         ) from error
+    # In a stream, servers tell spans at its end. Until then the version is the one the server has when it sends the
+    # event, perhaps the mark of an update that began after the tokens were made.
+    if not spans and meta["finish_reason"] is not None:
+        spans = (WeightSpan(version=version, start=0, end=len(ids_T)),)
     if logprobs_T is not None and not ids_T:
         # Asked for no token beside running requests, SGLang (0.5.23) may tell the log-prob of the one it threw away.
         logprobs_T = []
@@ -135,7 +139,7 @@ def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_lo
         completion_tokens=meta.get("completion_tokens", len(ids_T)),
         cached_tokens=meta.get("cached_tokens", 0),
         weight_version=version,
-        weight_spans=spans or (WeightSpan(version=version, start=0, end=len(ids_T)),),
+        weight_spans=spans,
         request_id=str(meta.get("id", "")),
         latency_s=float(meta.get("e2e_latency") or 0.0),
         server=server,

@@ -59,7 +59,8 @@ class GenerateReply:
         completion_tokens: number of response tokens.
         cached_tokens: prompt tokens served from the prefix cache.
         weight_version: weight version at the end of the response (the server's string).
-        weight_spans: which tokens were made by which version, in order, covering ``[0, T)``.
+        weight_spans: which tokens were made by which version, in order, covering ``[0, T)``; empty in a stream until
+            its end, when servers tell.
         request_id: the server's id of the request.
         latency_s: seconds from arrival to completion as the server measured them.
         server: base URL of the server that answered.
