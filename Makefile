@@ -23,7 +23,7 @@ help:
 	@echo "make test-full   make test, then TorchRL 0.13 and the slow tests (another 25)"
 	@echo "make check       lint, format, types, architecture"
 	@echo "make docs        the documentation site, in site/index.html (under a minute)"
-	@echo "make tutorials   run the tutorials and render their pages anew (about ten minutes)"
+	@echo "make tutorials   run the tutorials and render their pages anew (about seven minutes)"
 	@echo "make env         the environment alone (.venv, 2 GB)"
 
 env: $(VENV)/.ready
