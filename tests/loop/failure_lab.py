@@ -125,8 +125,9 @@ class Lab:
                 start = time.monotonic()
                 if row.how == "trainer":
                     self._lose_trainer(row, servers)
-                    pool = _pool(servers)  # the new trainer's first look
+                    pool = SGLangPool([SGLangClient(server.url, CLIENT) for server in servers])
                     sync = WeightSync(pool, row.sync)
+                    sync.reach()  # the new trainer's first look
                 else:
                     pool = _pool(servers)
                     sync = WeightSync(pool, row.sync)

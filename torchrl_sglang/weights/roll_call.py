@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -46,7 +46,7 @@ class RollCall:
             WeightUpdateError: none answers.
         """
         self.restarted = set()
-        self._free_left_behind()
+        self.free_left_behind([client for client in self._pool.clients if client.url in self._pool.quarantined])
         outcomes = side_by_side({client.url: self._finding(client) for client in self._pool.clients})
         for client in self._pool.clients:
             error = outcomes[client.url].error
@@ -76,19 +76,28 @@ class RollCall:
             in_service = client.url not in self._pool.quarantined
             error.server_weights.setdefault(client.url, "old" if in_service else "mixed")
 
-    def _free_left_behind(self) -> None:
+    def free_left_behind(self, asked: Sequence[SGLangClient]) -> bool:
         """Have all servers leave the groups of trainers that died in an update.
+
+        Not for a bystander: only who is about to send everything anew need not ask whether that trainer is dead.
 
         gloo's broadcast is a tree: a server may be waiting there for another server, which has long seen that the
         trainer is gone. When that one leaves, its connections close, and the waiting one is free too.
+
+        Args:
+            asked: servers that may carry the mark of such an update.
+
+        Returns:
+            Whether any does.
         """
         clients = [client for client in self._pool.clients if client.url not in self.stuck]
-        asked = [client for client in clients if client.url in self._pool.quarantined]
-        answers = side_by_side({client.url: client.held_version for client in asked}).values()
+        answers = side_by_side({c.url: c.held_version for c in asked if c.url not in self.stuck}).values()
         versions = [answer.value for answer in answers if answer.value is not None]
-        for mark in {version.owner for version in versions if version.dirty and version.owner}:
+        marks = {version.owner for version in versions if version.dirty and version.owner}
+        for mark in marks:
             request = build_destroy_group(group_name(mark))
             side_by_side({c.url: partial(c.send, request, timeout_s=_STUCK_TIMEOUT_S) for c in clients})
+        return bool(marks)
 
     def _finding(self, client: SGLangClient) -> Callable[[], None]:
         def find() -> None:

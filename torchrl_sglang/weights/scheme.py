@@ -157,7 +157,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         if weights is not None:
             self.sync.push(weights)
         else:
-            self.pool.connect()
+            self.sync.reach()
 
     # ------------------------------------------------------------------ the receiver: a collector's worker process
 

@@ -17,6 +17,7 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import (
     ConfigError,
+    ServerTimeoutError,
     SGLangError,
     WeightSyncError,
     WeightUpdateError,
@@ -89,8 +90,22 @@ class WeightSync:
             WeightUpdateError: a server did not join.
         """
         with self._pool.update_lock:
-            self._pool.connect()
+            self.reach()
             self._choose_road(self._read_checkpoint()).connect(self._answering())
+
+    def reach(self) -> None:
+        """Ask the servers what they are, once; those that hang in an update whose trainer died are freed for it.
+
+        Raises:
+            ServerError: a server can't be reached, or hangs for another reason.
+            ConfigError: the servers don't serve the same model.
+        """
+        try:
+            self._pool.connect()
+        except ServerTimeoutError:
+            if not self._roll_call.free_left_behind(self._pool.clients):
+                raise
+            self._pool.connect()
 
     def push(self, weights: Any, *, version: int | None = None, partial: bool = False) -> SyncReport | None:
         """Send weights to every server that can be reached, and return when they serve them.
@@ -220,7 +235,7 @@ class WeightSync:
         """Reach the servers and read their checkpoint. Ranks of a sharded model fail alike: none is left gathering."""
         ranks = ranks_of(weights.parameters()) if isinstance(weights, nn.Module) else None
         try:
-            self._pool.connect()
+            self.reach()
             self._pool.refuse_while_lent()
             checkpoint = self._read_checkpoint()
             _refuse_quantised_online(self._pool.clients, checkpoint)
