@@ -100,12 +100,15 @@ class WeightSync:
             ServerError: a server can't be reached, or hangs for another reason.
             ConfigError: the servers don't serve the same model.
         """
-        try:
-            self._pool.connect()
-        except ServerTimeoutError:
-            if not self._roll_call.free_left_behind(self._pool.clients):
-                raise
-            self._pool.connect()
+        deadline = time.monotonic() + self._config.group_timeout_s
+        while True:
+            try:
+                self._pool.connect()
+                return
+            except ServerTimeoutError:
+                freed = self._roll_call.free_left_behind(self._pool.clients)
+                if not freed or time.monotonic() > deadline:
+                    raise
 
     def push(self, weights: Any, *, version: int | None = None, partial: bool = False) -> SyncReport | None:
         """Send weights to every server that can be reached, and return when they serve them.
