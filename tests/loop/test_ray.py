@@ -130,8 +130,7 @@ def test_the_recipe_for_a_cluster_trains_on_what_an_actor_collects(
     pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[str] = []
-    for kind in (RayLLMCollector, recipes.RayServing):
-        name = "shutdown" if kind is RayLLMCollector else "close"
+    for kind, name in ((RayLLMCollector, "shutdown"), (recipes.RayServing, "close")):
         was = getattr(kind, name)
         monkeypatch.setattr(kind, name, lambda self, was=was, kind=kind: ended.append(kind.__name__) or was(self))
     words = settings(tiny_llama, pristine_server.url, tmp_path, steps=3)

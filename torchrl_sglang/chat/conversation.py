@@ -18,7 +18,7 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig, SamplingParams
 from torchrl_sglang.engine import AsyncSGLang, load_tokenizer
 from torchrl_sglang.errors import ConfigError, ProtocolError, RequestRejectedError, ServerError, ServerUnreachableError
-from torchrl_sglang.pool import SGLangPool, made_by
+from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.generate import build_generate, parse_one
 from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply
@@ -250,13 +250,13 @@ class SGLangChat:
     def _replies(self, turn: _Turn, timeout_s: float | None) -> Generator[GenerateReply, None, None]:
         """The reply as it grows, from the first server that is there; a stream that has begun is not begun again."""
         self.pool.check([turn.ids_T], turn.sampling)
-        trained = self.pool.adapter if turn.adapter is None else None
+        lora, labelled = self.pool.speaking(turn.adapter)
         request = build_generate(
             [turn.ids_T],
             turn.sampling,
             return_logprobs=turn.return_log_probs,
             stream=True,
-            lora=trained.name if trained is not None else turn.adapter,
+            lora=lora,
             cache_salt=self.pool.cache_salt,
             media=[turn.media] if turn.media else None,
         )
@@ -271,8 +271,7 @@ class SGLangChat:
                             f"{client.url} stopped the stream: {detail}", server=client.url, status=200, detail=detail
                         )
                     finished = event["meta_info"].get("finish_reason") is not None
-                    reply = parse_one(event, server=client.url, return_logprobs=turn.return_log_probs)
-                    yield made_by(trained.version, reply) if trained is not None else reply
+                    yield labelled(parse_one(event, server=client.url, return_logprobs=turn.return_log_probs))
             except ServerUnreachableError as error:
                 self.pool.note_death(client.url, error)
                 if not self.pool.healthy:

@@ -6,15 +6,16 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.parallel import Outcome, side_by_side
-from torchrl_sglang.pool.answers import refuse_different_models
+from torchrl_sglang.pool.answers import made_by, refuse_different_models
 from torchrl_sglang.pool.front import RouterFront
 from torchrl_sglang.pool.returning import DeathBook
-from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
+from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest, ServerInfo
 from torchrl_sglang.protocol.version import WeightVersion
 
 __all__ = ["Adapter", "Members", "SavedWeights"]
@@ -114,6 +115,16 @@ class Members:
         """What the first server said of itself; connects on first use."""
         self.connect()
         return self.clients[0].info
+
+    def speaking(self, lora: str | None) -> tuple[str | None, Callable[[GenerateReply], GenerateReply]]:
+        """Which adapter answers a request that names ``lora``, and what makes the replies say so.
+
+        One that names none is answered with the trainer's, where it has sent one.
+        """
+        adapter = self.adapter  # an update may change it meanwhile
+        if lora is not None or adapter is None:
+            return lora, lambda reply: reply
+        return adapter.name, partial(made_by, adapter.version)
 
     @property
     def vocab_size(self) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
-from torchrl_sglang.pool.answers import made_by, refuse_mixed_weights
+from torchrl_sglang.pool.answers import refuse_mixed_weights
 from torchrl_sglang.pool.batch import Batch
 from torchrl_sglang.pool.front import MOST_REQUESTS, nobody_left
 from torchrl_sglang.pool.members import Members
@@ -90,7 +90,7 @@ class SGLangPool(Members):
         if len(ids_B_T) == 0:
             return []
         self.check(ids_B_T, sampling)
-        adapter = self.adapter if lora is None else None
+        lora, labelled = self.speaking(lora)
         batch = Batch(
             ids_B_T=ids_B_T,
             sampling=sampling,
@@ -98,14 +98,14 @@ class SGLangPool(Members):
             prompt_logprobs=prompt_logprobs,
             timeout_s=timeout_s,
             progress=progress,
-            lora=adapter.name if adapter is not None else lora,
+            lora=lora,
             cache_salt=self.cache_salt,
             media=media,
         )
         ordered = self._answer(batch)
         refuse_mixed_weights(ordered)
         self._deaths.saw(ordered)
-        return [made_by(adapter.version, reply) for reply in ordered] if adapter is not None else ordered
+        return [labelled(reply) for reply in ordered]
 
     def _answer(self, batch: Batch) -> list[GenerateReply]:
         """Send a batch in rounds until every prompt has its answer."""
@@ -186,13 +186,13 @@ class SGLangPool(Members):
             ServerError: no server is left, or the stream broke.
         """
         self.check([ids_T], sampling)
-        adapter = self.adapter if lora is None else None
+        lora, labelled = self.speaking(lora)
         request = build_generate(
             [ids_T],
             sampling,
             return_logprobs=return_logprobs,
             stream=True,
-            lora=adapter.name if adapter is not None else lora,
+            lora=lora,
             cache_salt=self.cache_salt,
         )
         through_router = self.router is not None and carries(request)
@@ -201,7 +201,7 @@ class SGLangPool(Members):
             for event in client.stream(request):
                 reply = parse_one(event, server=client.url, return_logprobs=return_logprobs)
                 refuse_mixed_weights([reply])
-                yield made_by(adapter.version, reply) if adapter is not None else reply
+                yield labelled(reply)
 
     def score(self, ids_B_T: Sequence[Sequence[int]], *, timeout_s: float | None = None) -> list[GenerateReply]:
         """Log-probs of given sequences: ``prompt_logprobs`` of each reply, the first entry ``None``."""

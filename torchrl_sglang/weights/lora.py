@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
@@ -25,6 +24,7 @@ from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.lora_payload import encode_config, encode_tensors
 from torchrl_sglang.weights.proof import prove
 from torchrl_sglang.weights.report import SyncReport
+from torchrl_sglang.weights.shards import is_sharded
 from torchrl_sglang.weights.values import check_finite
 
 __all__ = ["LoraRoad"]
@@ -182,7 +182,7 @@ def find_adapter(weights: Any) -> tuple[Any, str]:
             f"road='lora' sends the adapter of a PEFT model, and there is none in this {type(weights).__name__}; "
             "road='broadcast' sends whole models"
         )
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if is_sharded(model):
         raise ConfigError(
             "road='lora' can't send the adapter of a sharded model (FSDP2): road='broadcast' gathers it and merges "
             "it into what is sent"

@@ -272,14 +272,13 @@ class UpdateSession:
         """Bring every server into the best state it can still reach, and note that state."""
         if self._transfer is not None:
             self._transfer.let_go()
-        self._take_out("mixed", error)  # before requests that they answer now as aborted look for a server again
+        self._take_out("mixed", error=error)  # before requests that they answer now as aborted look for a server again
         side_by_side({client.url: self._leaving(client) for client in self._clients})
-        self._take_out("mixed", error)
-        self._take_out("stuck", error)
+        self._take_out("mixed", "stuck", error=error)
 
-    def _take_out(self, state: str, error: BaseException) -> None:
-        for url, is_in in self.server_weights.items():
-            if is_in == state:
+    def _take_out(self, *states: str, error: BaseException) -> None:
+        for url, state in self.server_weights.items():
+            if state in states:
                 self._pool.quarantine(url, f"its weights are {state} after a failed update ({error})")
 
     def _raise(self, error: BaseException) -> NoReturn:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Ranks", "ranks_of"]
+__all__ = ["Ranks", "is_sharded", "ranks_of"]
 
 
 class Ranks:
@@ -31,6 +32,11 @@ class Ranks:
             # One dimension after the other spreads a flag over the whole mesh.
             dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self._mesh.get_group(dimension))
         return [bool(count) for count in counts.tolist()]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether other ranks hold pieces of it."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def ranks_of(tensors: Iterable[torch.Tensor]) -> Ranks | None:

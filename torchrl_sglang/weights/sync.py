@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
@@ -38,7 +37,7 @@ from torchrl_sglang.weights.report import SyncReport
 from torchrl_sglang.weights.road import Road
 from torchrl_sglang.weights.roll_call import RollCall
 from torchrl_sglang.weights.session import UpdateSession
-from torchrl_sglang.weights.shards import ranks_of
+from torchrl_sglang.weights.shards import is_sharded, ranks_of
 from torchrl_sglang.weights.source import WeightSource, open_source
 
 __all__ = ["WeightSync"]
@@ -147,7 +146,7 @@ class WeightSync:
             ConfigError: the model is sharded; gathering it in a thread could cross the training's own collectives.
         """
         self.wait()
-        if isinstance(weights, nn.Module) and _is_sharded(weights):
+        if isinstance(weights, nn.Module) and is_sharded(weights):
             raise ConfigError("a sharded model can't be sent in the background: use push, or gather it first")
         self._pending = PendingSync(Task(lambda: self._push(weights, version, False), name="weight-sync"))
         return self._pending
@@ -401,8 +400,4 @@ def _refuse_quantised_online(clients: Sequence[SGLangClient], checkpoint: Checkp
 
 def _can_be_asked(source: WeightSource) -> bool:
     """A sharded model computes only when all ranks call it, which they don't do here."""
-    return source.module is not None and not _is_sharded(source.module)
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return source.module is not None and not is_sharded(source.module)
