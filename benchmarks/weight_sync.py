@@ -150,7 +150,7 @@ def measure(case: Case, urls: list[str], model: torch.nn.Module, raw: RawBroadca
             floor.append(seconds)
             reports.append(report)
     ratios = [report.total_s / seconds for report, seconds in zip(reports, floor, strict=True)]
-    standstill = statistics.median(r.standstill_s / s for r, s in zip(reports, floor, strict=True))
+    standstill = statistics.median(r.generation_paused_s / s for r, s in zip(reports, floor, strict=True))
     shares = {
         phase: statistics.median(report.seconds.get(phase, 0.0) / s for report, s in zip(reports, floor, strict=True))
         for phase in reports[0].seconds

@@ -6,7 +6,7 @@
     python examples/grpo_lora.py --resume outputs/grpo_lora           # go on after Ctrl-C, or a crash
 
 The servers load the base model once, with --enable-lora. After every step they are sent the adapter under a name of its
-own (road: lora), and requests switch to it; nothing is paused. The optimizer, the checkpoints and the memory for
+own (transport: lora), and requests switch to it; nothing is paused. The optimizer, the checkpoints and the memory for
 gradients are those of the adapter, a few percent of the model.
 
 Seen without a GPU, SmolLM2-135M-Instruct, 16 steps of 20 s: the mean reward goes from 0.21 in the first fifth of the

@@ -2,13 +2,13 @@
 
 Layout, in the order it runs::
 
-    tests/unit/       functions and small objects, no server: seconds
+    tests/quick/       functions and small objects, no server: seconds
     torchrl_sglang/   the examples in the package's docstrings
     tests/contract/   what we believe of SGLang, asked of a real CPU server (and of the fake one, where it plays along)
     tests/loop/       the whole: TorchRL collectors, losses and syncs against a real server; the README's code
     tests/gpu/        needs CUDA; marked `gpu`, never part of `make test`
 
-``make test`` runs all but the tests marked ``slow`` or ``gpu``; ``pytest -k name`` or ``pytest tests/unit`` one part.
+``make test`` runs all but the tests marked ``slow`` or ``gpu``; ``pytest -k name`` or ``pytest tests/quick`` one part.
 Nothing needs a network. No test may wait for ever: each fails after four minutes (``timeout`` in pyproject.toml).
 
 Servers. A start costs about 20 seconds and 1.4 GB, so the run shares them:
@@ -76,7 +76,7 @@ START_VERSION = "default"  # what SGLang calls the weights it was started with
 OLD_SGLANG = "0.5.20"
 SPECIAL_SERVERS_ALIVE = 2
 ORDER = (
-    *("tests/test_architecture.py", "tests/unit", "torchrl_sglang", "tests/contract"),
+    *("tests/test_architecture.py", "tests/quick", "torchrl_sglang", "tests/contract"),
     *("tests/loop", "tests/test_readme.py", "tests/gpu"),
 )
 

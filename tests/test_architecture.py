@@ -37,7 +37,7 @@ LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 
 # Where private names of libraries that move may be used: one place to mend when they do.
 PRIVATE_NAMES_ALLOWED = {
-    ("torch.distributed", "torch._C._distributed_c10d"): {"weights/group.py"},
+    ("torch.distributed", "torch._C._distributed_c10d"): {"weights/group/process_group.py"},
     ("torchrl",): {"rollout/policy.py", "rollout/outputs.py", "weights/scheme.py"},
 }
 # These are programs: what they print is their answer.
@@ -276,15 +276,15 @@ BREACHES = {
     ),
     "a relative import": ("pool.py", "from .client import SGLangClient", "relative import"),
     "a unit without a layer": ("helpers.py", "", "helpers has no place"),
-    "sglang imported": ("server/process.py", "import sglang.srt", "imports sglang"),
+    "sglang imported": ("server/server.py", "import sglang.srt", "imports sglang"),
     "sglang imported by name": ("engine.py", "import importlib\nimportlib.import_module('sglang')", "imports sglang"),
     "private torch.distributed name, imported": (
-        "weights/session.py",
+        "weights/update/session.py",
         "from torch.distributed.distributed_c10d import _world",
         "private name torch.distributed.distributed_c10d._world",
     ),
     "private torch.distributed name, by attribute": (
-        "weights/session.py",
+        "weights/update/session.py",
         "import torch.distributed as dist\ndist._functional_collectives.broadcast()",
         "private name torch.distributed._functional_collectives",
     ),
@@ -359,10 +359,10 @@ def test_the_checker_accepts_what_is_allowed(tmp_path: Path):
         "__init__.py": "from torchrl_sglang.pool import SGLangPool\nfrom torchrl_sglang.engine import AsyncSGLang",
         "parallel.py": "try:\n    pass\nexcept BaseException as error:\n    kept = error",
         "pool.py": "from torchrl_sglang.client import SGLangClient\ntry:\n    pass\nexcept BaseException:\n    raise",
-        "streaming.py": "try:\n    pass\nexcept BaseException as error:\n    future.set_exception(error)",
+        "pool/streaming.py": "try:\n    pass\nexcept BaseException as error:\n    future.set_exception(error)",
         "client.py": "import os\nenv = dict(os.environ)\nenv['A'] = '1'\nenv.update(B='2')",
         "engine.py": "from torchrl_sglang.weights import scheme\nfrom torchrl_sglang.server import SGLangServer",
-        "weights/group.py": "from torch.distributed.distributed_c10d import _world",
+        "weights/group/process_group.py": "from torch.distributed.distributed_c10d import _world",
         "weights/scheme.py": "from torchrl._utils import logger\nimport torch.distributed",
         "server/cpu_stand_ins/triton/__init__.py": "import sglang\nprint('not ours')",
         "cli/chat.py": "from torchrl_sglang.testing import models\nprint(models)",

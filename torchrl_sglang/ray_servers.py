@@ -198,10 +198,10 @@ class RayServer:
 
     def restart(self, *, progress: Callable[[str], None] | None = None) -> None:
         """End the server and start it again, with the checkpoint's weights."""
-        self.make_way()
+        self.kill()
         self.start(progress=progress)
 
-    def make_way(self) -> None:
+    def kill(self) -> None:
         """End the server at once, for it to be started again: its bundle is kept for it."""
         self._ask("stop", None, kill=True)
         self._end_actor()
@@ -221,13 +221,13 @@ class RayServer:
         """Whether it ended by itself, or its actor or node did."""
         return self.actor is not None and bool(self._ask("has_crashed", True))
 
-    def bury(self) -> str | None:
+    def reap(self) -> str | None:
         """Clear up after a crash; how it ended, ``None`` when it has not crashed."""
         if not self.has_crashed:
             return None
-        obituary = self._ask("bury", "ended with its Ray actor, or its node")
+        crash_report = self._ask("reap", "ended with its Ray actor, or its node")
         self._end_actor()
-        return str(obituary)
+        return str(crash_report)
 
     def log_tail(self, lines: int = 40) -> str:
         """The last lines of the log, keys blacked out; empty when the actor is gone."""

@@ -103,9 +103,10 @@ print(f"largest difference between servers and trainer after a sync: {apart:.1e}
 # fixed prompt is scored everywhere and compared. Its report says what was done and where the time
 # went.
 
-print(f"version {report.version}, {report.num_bytes / 1e6:.1f} MB in {report.num_buckets} buckets over {report.road}")
+megabytes = report.num_bytes / 1e6
+print(f"version {report.version}: {megabytes:.1f} MB in {report.num_buckets} buckets by {report.transport}")
 print("seconds:", {phase: round(seconds, 2) for phase, seconds in report.seconds.items()})
-print(f"servers generated nothing for {report.standstill_s:.2f} s; all of it took {report.total_s:.2f} s")
+print(f"servers generated nothing for {report.generation_paused_s:.2f} s; all of it took {report.total_s:.2f} s")
 print(f"largest log-prob difference in the proof: {report.max_logprob_gap:.1e}")
 print("servers hold:", sorted(report.server_weights.values()))
 

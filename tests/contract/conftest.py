@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.contract.kit import Subject
-from torchrl_sglang.testing.fake_server import FakeServer, FakeServerProcess, FakeSettings
+from tests.fake_sglang import FakeServer, FakeServerProcess, FakeSettings
 
 
 @pytest.fixture(params=["fake", "real"])

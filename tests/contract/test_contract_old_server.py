@@ -13,7 +13,7 @@ import requests
 import torch
 
 from tests.contract.kit import NORM, PROMPT, LongRequest, Subject, Trainer, weights_of
-from torchrl_sglang.testing.fake_server import FakeServerProcess, FakeSettings
+from tests.fake_sglang import FakeServerProcess, FakeSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]  # a start takes minutes on a busy machine
 

@@ -93,7 +93,7 @@ def test_all_weights_arrive_and_answer(subject: Subject, tiny_llama_b: Path, fla
 
     disk = subject.post("/update_weights_from_disk", model_path=str(tiny_llama_b), weight_version="b on disk")
     assert disk.json()["message"] == "Succeeded to update model weights. Weight version updated to b on disk."
-    assert subject.checksums() == changed, "the same weights by another road"
+    assert subject.checksums() == changed, "the same weights by another transport"
     assert subject.generate(tokens=8)["output_ids"] == after["output_ids"]
 
 

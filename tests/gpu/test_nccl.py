@@ -1,4 +1,4 @@
-"""The road over NCCL, for whoever has GPUs: ``pytest -m gpu tests/gpu``, with SGLang's GPU build installed."""
+"""The transport over NCCL, for whoever has GPUs: ``pytest -m gpu tests/gpu``, with SGLang's GPU build installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from tests.loop.sync_cases import load
 from torchrl_sglang import AsyncSGLang, SyncConfig, WeightSync
 from torchrl_sglang.cli import main
-from torchrl_sglang.weights.proof import trainer_logprobs
+from torchrl_sglang.weights.update.verification import trainer_logprobs
 
 PROMPT = [1, 72, 101, 108, 108, 111]
 # Two engines round differently in half precision; the two models differ by much more.

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tests.fake_sglang import FakeSettings, Fault, logprobs, signature
+from tests.fake_sglang.model import read_checkpoint
 from tests.loop.forked import ForkedServer, Nursery, wait_until
 from torchrl_sglang import (
     ClientConfig,
@@ -28,8 +30,6 @@ from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.protocol.version import version_number
-from torchrl_sglang.testing.fake_server import FakeSettings, Fault, logprobs, signature
-from torchrl_sglang.testing.fake_server.model import read_checkpoint
 from torchrl_sglang.testing.models import VOCAB_SIZE
 
 JOIN = "/init_weights_update_group"

@@ -36,15 +36,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
+from tests.fake_sglang import FakeServer, FakeSettings, Fault
+from tests.fake_sglang.model import read_checkpoint
 from torchrl_sglang import ClientConfig, ServerTimeoutError, SGLangError, SyncConfig, WeightSync, WeightSyncError
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_begin_update, build_pause, build_set_version, build_update_bucket
 from torchrl_sglang.protocol.dialect import SERVER_INFO
-from torchrl_sglang.testing.fake_server import FakeServer, FakeSettings, Fault
-from torchrl_sglang.testing.fake_server.model import read_checkpoint
-from torchrl_sglang.weights.group import WeightGroup
-from torchrl_sglang.weights.meeting import group_name
+from torchrl_sglang.weights.group.process_group import WeightGroup
+from torchrl_sglang.weights.group.rendezvous import group_name
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 120.0

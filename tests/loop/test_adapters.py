@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.fake_sglang import FakeServer, FakeSettings
 from torchrl_sglang import (
     ConfigError,
     SamplingParams,
@@ -27,8 +28,7 @@ from torchrl_sglang.chat import SGLangChat
 from torchrl_sglang.errors import RequestRejectedError, WeightCoverageError, WeightUpdateError
 from torchrl_sglang.protocol.version import version_number
 from torchrl_sglang.server import SGLangServer
-from torchrl_sglang.testing.fake_server import FakeServer, FakeSettings
-from torchrl_sglang.weights.proof import trainer_logprobs
+from torchrl_sglang.weights.update.verification import trainer_logprobs
 
 TARGETS = ("q_proj", "v_proj")
 LORA_FLAGS = (
@@ -97,13 +97,13 @@ def test_an_adapter_named_in_the_request_speaks_as_peft_says(
 def test_only_the_adapter_goes_over_and_answers_are_those_of_the_adapted_model(
     lora_pool: SGLangPool, tiny_llama: Path
 ) -> None:
-    sync = WeightSync(lora_pool, SyncConfig(road="lora"))
+    sync = WeightSync(lora_pool, SyncConfig(transport="lora"))
     sampling = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
     for turn, seed in enumerate((1, 2, 3), start=1):
         model = adapted(tiny_llama, seed)
         report = sync.push(model)
         assert report is not None
-        assert (report.road, report.version) == ("lora", turn)
+        assert (report.transport, report.version) == ("lora", turn)
         assert report.num_bytes < 0.1 * sum(p.numel() * 4 for p in model.parameters())
         assert report.max_logprob_gap < 1e-4
 
@@ -119,7 +119,7 @@ def test_only_the_adapter_goes_over_and_answers_are_those_of_the_adapted_model(
 
 
 def test_a_refused_adapter_leaves_requests_with_the_one_before(lora_pool: SGLangPool, tiny_llama: Path) -> None:
-    sync = WeightSync(lora_pool, SyncConfig(road="lora"))
+    sync = WeightSync(lora_pool, SyncConfig(transport="lora"))
     good = adapted(tiny_llama, 4)
     sync.push(good)
     before = lora_pool.adapter
@@ -140,7 +140,7 @@ def test_a_refused_adapter_leaves_requests_with_the_one_before(lora_pool: SGLang
 def test_an_adapter_that_fails_its_proof_is_forgotten_and_its_number_not_used_again(tiny_llama: Path) -> None:
     with FakeServer(FakeSettings(model_path=tiny_llama, enable_lora=True)) as fake:  # its log-probs are no model's
         pool = SGLangPool([SGLangClient(fake.url)])
-        sync = WeightSync(pool, SyncConfig(road="lora"))
+        sync = WeightSync(pool, SyncConfig(transport="lora"))
         for _ in range(2):
             with pytest.raises(WeightUpdateError, match="differs from the trainer"):
                 sync.push(adapted(tiny_llama, 6))
@@ -150,7 +150,7 @@ def test_an_adapter_that_fails_its_proof_is_forgotten_and_its_number_not_used_ag
 
 
 def test_workers_in_other_processes_would_not_know_the_adapter() -> None:
-    scheme = SGLangWeightSyncScheme("http://127.0.0.1:9", config=SyncConfig(road="lora"))
+    scheme = SGLangWeightSyncScheme("http://127.0.0.1:9", config=SyncConfig(transport="lora"))
     scheme.init_on_sender(model_id="policy", context=None)
     with pytest.raises(ConfigError, match="go on with the base model"):
         scheme.init_on_sender(model_id="policy", context=None, ctx=None)
@@ -158,4 +158,4 @@ def test_workers_in_other_processes_would_not_know_the_adapter() -> None:
 
 def test_a_server_without_lora_is_refused_by_name(pool: SGLangPool, tiny_llama: Path) -> None:
     with pytest.raises(ConfigError, match="--enable-lora"):
-        WeightSync(pool, SyncConfig(road="lora")).push(adapted(tiny_llama, 1))
+        WeightSync(pool, SyncConfig(transport="lora")).push(adapted(tiny_llama, 1))

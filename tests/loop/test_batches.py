@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
+from tests.fake_sglang import FakeSettings, Fault
 from tests.loop.forked import ForkedServer, Nursery, wait_until
 from torchrl_sglang import SamplingParams, ServerError, ServerLostError
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.messages import GenerateReply
-from torchrl_sglang.testing.fake_server import FakeSettings, Fault
 
 PROMPTS = [[index + 3, 7, 8] for index in range(8)]
 SAMPLING = SamplingParams(max_new_tokens=60, temperature=0, ignore_eos=True)

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.fake_sglang import FakeServer, FakeSettings
 from torchrl_sglang.chat import SGLangChat
 from torchrl_sglang.engine import AsyncSGLang
 from torchrl_sglang.server import SGLangServer
 from torchrl_sglang.server.ports import reserve_port
 from torchrl_sglang.server.supervisor import process_table, tree_pids
-from torchrl_sglang.testing.fake_server import FakeServer, FakeSettings
 
 PROMPT = "The capital of France is"
 COMMAND = [sys.executable, "-m", "torchrl_sglang"]

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.loop.fake_sglang import make_python
+from tests.fake_sglang.fake_python import make_python
 from tests.loop.rollout_cases import largest_gap
 from tests.loop.sync_cases import load
 from torchrl_sglang.server import SGLangServer

@@ -332,7 +332,7 @@ def test_a_session_that_another_trainer_left_open_is_closed_and_its_count_goes_o
 
 
 def test_a_left_over_session_makes_a_server_mixed_for_an_update_that_fails_before_the_first_bucket(lab: Lab) -> None:
-    from torchrl_sglang.testing.fake_server import Fault
+    from tests.fake_sglang import Fault
 
     server = lab.serve()
     try:

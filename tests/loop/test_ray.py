@@ -17,7 +17,7 @@ from tensordict import TensorDictBase
 from torchrl.collectors.llm import RayLLMCollector
 from transformers import AutoTokenizer
 
-from tests.loop.fake_sglang import make_python
+from tests.fake_sglang.fake_python import make_python
 from tests.loop.forked import wait_until
 from tests.loop.rollout_cases import reference_log_probs
 from tests.loop.sync_cases import assert_serves, load

@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.fake_sglang import FakeServer, FakeSettings
 from tests.loop.rollout_cases import largest_gap
 from tests.loop.sync_cases import load
 from torchrl_sglang import recipes
@@ -27,7 +28,6 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.protocol.dialect import MODEL_INFO
 from torchrl_sglang.protocol.version import version_number
 from torchrl_sglang.server import SGLangServer
-from torchrl_sglang.testing.fake_server import FakeServer, FakeSettings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DEADLINE_S = 200.0
@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.usefixtures("needs_sglang"), pytest.mark.timeout(2 * D
 @pytest.fixture(autouse=True)
 def rewards_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model never answers right; equal rewards would leave the advantages, and so every step, at nought."""
-    monkeypatch.setattr("torchrl_sglang.recipes.tasks.score_sum", lambda answer, *_: (len(answer) / 20, False))
+    monkeypatch.setattr("torchrl_sglang.recipes.data.tasks.score_sum", lambda answer, *_: (len(answer) / 20, False))
 
 
 def settings(model: Path, url: str, folder: Path, *, steps: int) -> list[str]:

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from tests.loop.fake_sglang import make_python
+from tests.fake_sglang.fake_python import make_python
+from tests.fake_sglang.model import read_checkpoint
 from tests.loop.forked import wait_until
 from torchrl_sglang import AsyncSGLang, ConfigError, SamplingParams, ServerError, SyncConfig, WeightSync
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.protocol.dialect import MODEL_INFO
 from torchrl_sglang.server import SGLangServer
 from torchrl_sglang.server.supervisor import process_table
-from torchrl_sglang.testing.fake_server.model import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("logs_go_with_the_test")
 
@@ -117,7 +117,8 @@ def test_a_crashed_server_is_back_with_the_weights_the_others_hold(
     assert outputs(engine, 0) == expected
 
     # Synced over a shared folder: it loads them from there.
-    with_disk = WeightSync(engine.pool, SyncConfig(road="disk", disk_dir=tmp_path / "weights"), restart=engine.restart)
+    config = SyncConfig(transport="disk", disk_dir=tmp_path / "weights")
+    with_disk = WeightSync(engine.pool, config, restart=engine.restart)
     with_disk.push(read_checkpoint(tiny_llama))
     version = engine.pool.clients[1].send(MODEL_INFO)["weight_version"]
     kill(victim)

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_sglang import FakeSettings, Fault
 from tests.loop.forked import ForkedServer, Nursery, wait_until
 from torchrl_sglang import AsyncSGLang, ConfigError, RouterConfig, SamplingParams, ServerError
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.parallel import Task
-from torchrl_sglang.pool import RouterFront, SGLangPool
+from torchrl_sglang.pool import RouterClient, SGLangPool
 from torchrl_sglang.protocol.generate import build_generate
 from torchrl_sglang.server import SGLangRouter
-from torchrl_sglang.testing.fake_server import FakeSettings, Fault
 
 PROMPTS = [[index + 3, 7, 8] for index in range(8)]
 SAMPLING = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
@@ -50,7 +50,7 @@ def behind(
         fakes = [nursery.serve(FakeSettings(model_path=tiny_llama, **settings)) for _ in range(count)]  # type: ignore[arg-type]
         key = settings.get("api_key")
         config = ClientConfig(api_key=str(key) if key else None)
-        pools.append(SGLangPool([SGLangClient(f.url, config) for f in fakes], router=RouterFront(router.url, config)))
+        pools.append(SGLangPool([SGLangClient(f.url, config) for f in fakes], router=RouterClient(router.url, config)))
         pools[-1].connect()
         return pools[-1], fakes
 
@@ -97,7 +97,7 @@ def test_servers_leave_and_come_back_with_quarantine(
     behind: Callable[..., tuple[SGLangPool, list[ForkedServer]]], router: SGLangRouter
 ) -> None:
     pool, fakes = behind()
-    front = RouterFront(router.url, ClientConfig())
+    front = RouterClient(router.url, ClientConfig())
     assert front.workers().keys() == {fake.url for fake in fakes}
     pool.quarantine(fakes[0].url, "a test")
     assert front.workers().keys() == {fakes[1].url}
@@ -127,7 +127,7 @@ def test_prompts_on_a_server_that_is_killed_are_generated_by_the_other(
     assert [reply.output_ids for reply in batch.outcome().unwrap()] == expected
     assert fakes[1].requests("/generate") == seen[1] + len(PROMPTS), "its own and the lost ones, each once"
     assert list(pool.quarantined) == [fakes[0].url]
-    assert RouterFront(router.url, ClientConfig()).workers().keys() == {fakes[1].url}
+    assert RouterClient(router.url, ClientConfig()).workers().keys() == {fakes[1].url}
 
 
 def test_a_request_lost_on_a_living_server_is_sent_once(

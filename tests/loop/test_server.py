@@ -1,7 +1,7 @@
 """Real SGLang servers as child processes: they serve, side by side too, they fail with reasons, and they leave nothing.
 
 Each start costs about 20 s, so a start serves several assertions. What can be shown without SGLang is in
-``tests/unit/test_server_life.py``.
+``tests/quick/test_server_life.py``.
 """
 
 from __future__ import annotations

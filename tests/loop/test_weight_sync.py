@@ -374,7 +374,7 @@ def test_a_healthy_server_is_free_again_after_a_group_that_never_formed(
     url: str, nursery: Nursery, tiny_llama: Path, model_b: Any
 ) -> None:
     """One member is frozen: the real server must not be left waiting at the trainer's store."""
-    from torchrl_sglang.testing.fake_server import FakeSettings, Fault
+    from tests.fake_sglang import FakeSettings, Fault
 
     frozen = nursery.serve(FakeSettings(model_path=tiny_llama))
     frozen.arm(Fault(path="/init_weights_update_group", action="hang"))

@@ -250,7 +250,7 @@ class SGLangChat:
     def _replies(self, turn: _Turn, timeout_s: float | None) -> Generator[GenerateReply, None, None]:
         """The reply as it grows, from the first server that is there; a stream that has begun is not begun again."""
         self.pool.check([turn.ids_T], turn.sampling)
-        lora, labelled = self.pool.speaking(turn.adapter)
+        lora, labelled = self.pool.resolve_adapter(turn.adapter)
         request = build_generate(
             [turn.ids_T],
             turn.sampling,

@@ -1,4 +1,4 @@
-"""Look at what is installed, at a running server, and with --self-test prove the whole road.
+"""Look at what is installed, at a running server, and with --self-test prove the whole transport.
 
 The self-test starts a small server, generates, compares log-probs with the model, sends new weights over NCCL (gloo
 without a GPU), proves that they arrived, and times all of it beside a bare broadcast. About two minutes. The exit code
@@ -20,7 +20,7 @@ from torchrl_sglang.doctor import Diagnosis, check_environment, check_server, se
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
-SUMMARY = "check the installation, a server, or the whole road"
+SUMMARY = "check the installation, a server, or the whole transport"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ __all__ = ["SyncConfig"]
 class SyncConfig:
     """How weights reach the servers."""
 
-    road: Literal["auto", "broadcast", "disk", "lora"] = "auto"
+    transport: Literal["auto", "broadcast", "disk", "lora"] = "auto"
     """``broadcast``: a process group over all servers; ``disk``: a folder all can read; ``lora``: the adapter only."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Collective library: ``auto`` is NCCL when the servers run on GPUs, else gloo."""
@@ -62,7 +62,7 @@ class SyncConfig:
     assumed_bytes_per_s: float = 100e6
     """Slowest transfer to expect; a sync's deadline is ``fixed_timeout_s + bytes / assumed_bytes_per_s``."""
     disk_dir: Path | None = None
-    """Folder that trainer and servers share, for ``road="disk"``."""
+    """Folder that trainer and servers share, for ``transport="disk"``."""
 
     def __post_init__(self) -> None:
         for name, allowed in _SYNC_CHOICES.items():
@@ -78,7 +78,8 @@ class SyncConfig:
         object.__setattr__(self, "ignore", words("ignore", self.ignore))
         if self.disk_dir is not None:
             object.__setattr__(self, "disk_dir", Path(self.disk_dir))
-        require(self.road != "disk" or self.disk_dir is not None, "road='disk' needs disk_dir, a folder all can read")
+        if self.transport == "disk":
+            require(self.disk_dir is not None, "transport='disk' needs disk_dir, a folder that all machines can read")
 
     def deadline_s(self, num_bytes: int) -> float:
         """Seconds a sync of ``num_bytes`` may take before it counts as failed."""
@@ -86,7 +87,7 @@ class SyncConfig:
 
 
 _SYNC_CHOICES: dict[str, tuple[str, ...]] = {
-    "road": ("auto", "broadcast", "disk", "lora"),
+    "transport": ("auto", "broadcast", "disk", "lora"),
     "backend": ("auto", "gloo", "nccl"),
     "packing": ("flattened", "tensors"),
     "groups": ("shared", "per_server"),

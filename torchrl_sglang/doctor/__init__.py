@@ -1,4 +1,4 @@
-"""``torchrl-sglang doctor``: what is here, what fits what, and a proof of the whole road that anyone can run."""
+"""``torchrl-sglang doctor``: what is here, what fits what, and a proof of the whole transport that anyone can run."""
 
 from torchrl_sglang.doctor.checks import Check, Diagnosis
 from torchrl_sglang.doctor.environment import check_environment

@@ -94,7 +94,7 @@ def _gpus() -> Check:
             status="warn",
             detail=detail,
             next_step="NCCL can't join two processes on one GPU: give the server another one, or use "
-            "SyncConfig(road='disk')",
+            "SyncConfig(transport='disk')",
         )
     topology = _nvidia_smi("topo", "-m")
     links = "NVLink between GPUs" if "NV" in topology.replace("NVIDIA", "") else "no NVLink seen"
@@ -130,7 +130,7 @@ def _nccl(facts: Mapping[str, Any]) -> Check:
         name="NCCL",
         status="fail",
         detail=f"the trainer has {ours}, the server {theirs}: NCCL refuses to mix versions",
-        next_step="install the same torch on both sides, or use SyncConfig(road='disk')",
+        next_step="install the same torch on both sides, or use SyncConfig(transport='disk')",
     )
 
 

@@ -1,4 +1,4 @@
-"""The whole road in small: start a server, generate, compare with the model, sync new weights, prove it, time it."""
+"""A small end-to-end test: start a server, generate, compare with the model, sync new weights, verify, measure."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from torchrl_sglang.errors import SGLangError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.server import SGLangServer
 from torchrl_sglang.testing import make_tiny_model
-from torchrl_sglang.weights.proof import probe_ids, trainer_logprobs
-from torchrl_sglang.weights.report import SyncReport
 from torchrl_sglang.weights.sync import WeightSync
+from torchrl_sglang.weights.update.report import SyncReport
+from torchrl_sglang.weights.update.verification import probe_ids, trainer_logprobs
 
 __all__ = ["placed_server", "self_test"]
 
@@ -119,7 +119,7 @@ def _try_syncs(
 ) -> None:
     say("sending new weights")
     backend = "gloo" if pool.info.device == "cpu" else "NCCL"
-    advice = f"{backend} could not carry the weights; SyncConfig(road='disk') needs no process group"
+    advice = f"{backend} could not carry the weights; SyncConfig(transport='disk') needs no process group"
     with _step(diagnosis, f"weight sync over {backend}", advice) as found:
         reports = [_perturb_and_push(sync, model) for _ in range(_NUM_SYNCS)]
         report = reports[-1]

@@ -41,7 +41,7 @@ class MemoryMethods:
         Examples:
             >>> with engine.offloaded():                                  # doctest: +SKIP
             ...     loss.backward(); optimizer.step()
-            >>> sync.push(model)  # WeightSync(engine.pool, SyncConfig(road="disk", ...))       # doctest: +SKIP
+            >>> sync.push(model)  # WeightSync(engine.pool, SyncConfig(transport="disk", ...))       # doctest: +SKIP
         """
         self.release_memory(tags)
         try:
@@ -67,7 +67,7 @@ class MemoryMethods:
         wanted = _checked(tags)
         for client in self.pool.clients:
             _refuse_what_it_cannot_do(client)
-            twice = self.pool.lent.get(client.url, set()) & wanted
+            twice = self.pool.offloaded_tags.get(client.url, set()) & wanted
             if twice:
                 raise ConfigError(f"{client.url} has released {sorted(twice)} already: resume_memory() first")
         with self.pool.update_lock:
@@ -99,7 +99,7 @@ class MemoryMethods:
             outcome.unwrap()
 
     def _release(self, client: SGLangClient, tags: set[str]) -> None:
-        url, first = client.url, client.url not in self.pool.lent
+        url, first = client.url, client.url not in self.pool.offloaded_tags
         try:
             if first:
                 self.pool.quarantine(url, "its memory is lent out: resume_memory() takes it back")
@@ -115,17 +115,17 @@ class MemoryMethods:
             if first:
                 self._serve(client)
             raise
-        self.pool.lent.setdefault(url, set()).update(tags)
+        self.pool.offloaded_tags.setdefault(url, set()).update(tags)
 
     def _resume(self, client: SGLangClient, tags: set[str]) -> None:
-        lent = self.pool.lent.get(client.url, set())
+        lent = self.pool.offloaded_tags.get(client.url, set())
         back = lent & tags
         if not back:  # SGLang (0.5.23) dies of resuming what was not released
             return
         _ask(client, control.build_resume_memory(sorted(back)))
         lent -= back
         if not lent:
-            del self.pool.lent[client.url]
+            del self.pool.offloaded_tags[client.url]
             self._serve(client)
 
     def _serve(self, client: SGLangClient) -> None:

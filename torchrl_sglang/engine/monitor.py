@@ -129,16 +129,16 @@ def _bring_back(
     pool: SGLangPool, client: SGLangClient, server: SGLangServer, crashes: list[float], ending: threading.Event
 ) -> None:
     with _no_update_under_way(pool, ending) as may_start:
-        obituary = server.bury() if may_start else None
-        if obituary is None:  # an update, or its user, was faster
+        crash_report = server.reap() if may_start else None
+        if crash_report is None:  # an update, or its user, was faster
             return
         if not _may_start_again(crashes):
             reason = f"it crashed {len(crashes)} times in {_WINDOW_S / 60:.0f} minutes and is not started again"
-            _log.error("the server at %s %s\n%s", client.url, obituary, reason)
+            _log.error("the server at %s %s\n%s", client.url, crash_report, reason)
             pool.quarantine(client.url, f"{reason}; the next weight update, or restart(), tries once more")
             return
         pool.quarantine(client.url, "it crashed and is being started again")
-        _log.warning("the server at %s %s\nIt is being started again", client.url, obituary)
+        _log.warning("the server at %s %s\nIt is being started again", client.url, crash_report)
         try:
             holds_base = start_again(pool, client, server, ending=ending) or _load_saved(pool, client)
             if not holds_base:

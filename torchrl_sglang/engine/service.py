@@ -16,7 +16,7 @@ from torchrl_sglang.engine.monitor import CrashMonitor, start_again
 from torchrl_sglang.engine.tokenizer import load_tokenizer
 from torchrl_sglang.engine.updating import WeightMethods
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.pool import RouterFront, SGLangPool
+from torchrl_sglang.pool import RouterClient, SGLangPool
 from torchrl_sglang.protocol.control import build_flush
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.server import SGLangRouter, SGLangServer, start_fleet, stop_fleet
@@ -92,7 +92,7 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
         refuse_unknown(client, [f.name for f in fields(ClientConfig)])
         config = ClientConfig(**client)
         urls = [url] if isinstance(url, str) else list(url)
-        front = RouterFront(router, config) if router is not None else None
+        front = RouterClient(router, config) if router is not None else None
         pool = SGLangPool([SGLangClient(each, config) for each in urls], router=front)
         pool.connect()
         return cls(pool)
@@ -144,7 +144,7 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
             if router:
                 process = SGLangRouter(router if isinstance(router, RouterConfig) else RouterConfig()).start()
                 on_failure.callback(process.stop)
-                front = RouterFront(process.url, config)
+                front = RouterClient(process.url, config)
             servers = start_fleet(configs, progress=progress)
             on_failure.callback(stop_fleet, servers, kill=True)
             pool = SGLangPool([SGLangClient(each.url, config) for each in servers], router=front)
@@ -285,7 +285,7 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
         """
         for client, server in zip(self.pool.clients, self.servers, strict=False):
             if client.url == url and self._restart != "never":
-                server.make_way()
+                server.kill()
                 if start_again(self.pool, client, server) and self.pool.adapter is None:
                     self.pool.restore(url)
                 else:

@@ -11,10 +11,10 @@ import torch
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
-from torchrl_sglang.weights.checkpoint import Checkpoint
-from torchrl_sglang.weights.group import reachable_address
-from torchrl_sglang.weights.report import SyncReport
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.group.process_group import reachable_address
 from torchrl_sglang.weights.sync import WeightSync
+from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["WeightMethods"]
 

@@ -1,7 +1,7 @@
 """All servers as one: :class:`SGLangPool`."""
 
-from torchrl_sglang.pool.front import RouterFront
-from torchrl_sglang.pool.members import Adapter, SavedWeights
 from torchrl_sglang.pool.pool import SGLangPool
+from torchrl_sglang.pool.router_client import RouterClient
+from torchrl_sglang.pool.state import Adapter, SavedWeights
 
-__all__ = ["Adapter", "RouterFront", "SGLangPool", "SavedWeights"]
+__all__ = ["Adapter", "RouterClient", "SGLangPool", "SavedWeights"]

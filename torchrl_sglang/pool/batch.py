@@ -9,10 +9,10 @@ from typing import Any
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.pool.streaming import generate_streaming
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
 from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest
-from torchrl_sglang.streaming import generate_streaming
 
 __all__ = ["Batch"]
 

@@ -8,16 +8,16 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
 from torchrl_sglang.pool.answers import refuse_mixed_weights
+from torchrl_sglang.pool.balancing import LoadTracker
 from torchrl_sglang.pool.batch import Batch
-from torchrl_sglang.pool.front import MOST_REQUESTS, nobody_left
-from torchrl_sglang.pool.members import Members
-from torchrl_sglang.pool.rounds import dead_server, is_gone, run_round
-from torchrl_sglang.pool.shares import LoadBook
+from torchrl_sglang.pool.dispatch import dead_server, dispatch_shares, is_gone
+from torchrl_sglang.pool.router_client import MOST_REQUESTS, nobody_left
+from torchrl_sglang.pool.state import Members
 from torchrl_sglang.protocol.generate import build_generate, parse_one
 from torchrl_sglang.protocol.limits import check_prompts
 from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply
-from torchrl_sglang.protocol.router import carries, has_no_workers, worker_in_error
+from torchrl_sglang.protocol.router import has_no_workers, router_forwards, worker_in_error
 
 __all__ = ["SGLangPool"]
 
@@ -38,7 +38,7 @@ class SGLangPool(Members):
         weight_version: version number of the weights that the last finished sync put on the routed servers; after
             :meth:`connect` the highest version found. This is where rollout and weight sync meet.
         highest_version: highest version number that any server was ever told; it names no other weights again.
-        adapter: the trainer's LoRA adapter, for requests that name no other; set by a sync on the LoRA road.
+        adapter: the trainer's LoRA adapter, for requests that name no other; set by a sync on the LoRA transport.
         cache_salt: name-space of the prefix caches that new requests use; set by a sync that could not flush.
         saved: the last weights that were synced over a shared folder.
         lent: per server whose GPU memory is lent to the trainer, what of it (see :meth:`AsyncSGLang.release_memory`).
@@ -48,7 +48,7 @@ class SGLangPool(Members):
 
     def _init_runtime(self) -> None:
         super()._init_runtime()
-        self._load = LoadBook()
+        self._load = LoadTracker()
 
     def __repr__(self) -> str:
         return f"SGLangPool({[client.url for client in self.clients]})"
@@ -90,7 +90,7 @@ class SGLangPool(Members):
         if len(ids_B_T) == 0:
             return []
         self.check(ids_B_T, sampling)
-        lora, labelled = self.speaking(lora)
+        lora, labelled = self.resolve_adapter(lora)
         batch = Batch(
             ids_B_T=ids_B_T,
             sampling=sampling,
@@ -104,7 +104,7 @@ class SGLangPool(Members):
         )
         ordered = self._answer(batch)
         refuse_mixed_weights(ordered)
-        self._deaths.saw(ordered)
+        self._deaths.record_versions(ordered)
         return [labelled(reply) for reply in ordered]
 
     def _answer(self, batch: Batch) -> list[GenerateReply]:
@@ -113,12 +113,12 @@ class SGLangPool(Members):
         num_prompts, n = len(batch.ids_B_T), batch.sampling.n
         replies: dict[int, list[GenerateReply]] = {}
         waiting = list(range(num_prompts))
-        through_router = self.router is not None and batch.progress is None and carries(batch.build(waiting))
+        through_router = self.router is not None and batch.progress is None and router_forwards(batch.build(waiting))
         while waiting:
             at_stake = f"{len(waiting)} of {num_prompts} prompts have no answer: {_shorten(waiting)}"
             clients = self._router_slots(len(waiting)) if through_router else self._routed(at_stake)
-            with self._load.taking(clients, batch.ids_B_T, waiting, n) as shares:
-                done = run_round(shares, n, batch.send, self._find_dead)
+            with self._load.assign(clients, batch.ids_B_T, waiting, n) as shares:
+                done = dispatch_shares(shares, n, batch.send, self._find_dead)
             replies.update(done.replies)
             for url, death in done.deaths.items():
                 self.note_death(url, death)
@@ -128,7 +128,7 @@ class SGLangPool(Members):
                 raise nobody_left(self.router, at_stake, done.failure)
             if done.failure is not None:
                 raise done.failure
-            waiting = done.again
+            waiting = done.retry
         return [reply for index in range(num_prompts) for reply in replies[index]]
 
     def note_death(self, url: str, error: SGLangError) -> None:
@@ -139,7 +139,7 @@ class SGLangPool(Members):
     def look_for_the_dead(self) -> None:
         """Put servers back into routing that are there again with the current weights, if any are due to be asked."""
         if self.adapter is None:  # a server that is back has none
-            self._deaths.look(self.clients, self.weight_version, self._is_back)
+            self._deaths.poll(self.clients, self.weight_version, self._is_back)
 
     def _is_back(self, url: str) -> None:
         self.note_restart(url)
@@ -186,7 +186,7 @@ class SGLangPool(Members):
             ServerError: no server is left, or the stream broke.
         """
         self.check([ids_T], sampling)
-        lora, labelled = self.speaking(lora)
+        lora, labelled = self.resolve_adapter(lora)
         request = build_generate(
             [ids_T],
             sampling,
@@ -195,9 +195,9 @@ class SGLangPool(Members):
             lora=lora,
             cache_salt=self.cache_salt,
         )
-        through_router = self.router is not None and carries(request)
+        through_router = self.router is not None and router_forwards(request)
         clients = self._router_slots(1) if through_router else self._routed("the stream was not begun")
-        with self._load.taking_one(clients) as client:
+        with self._load.assign_one(clients) as client:
             for event in client.stream(request):
                 reply = parse_one(event, server=client.url, return_logprobs=return_logprobs)
                 refuse_mixed_weights([reply])

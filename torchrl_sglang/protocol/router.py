@@ -13,9 +13,9 @@ __all__ = [
     "build_list_workers",
     "build_readiness",
     "build_remove_worker",
-    "carries",
     "has_no_workers",
     "parse_workers",
+    "router_forwards",
     "worker_in_error",
 ]
 
@@ -32,15 +32,15 @@ _CARRIED_SAMPLING = {
 }
 
 
-def carries(request: HttpRequest) -> bool:
+def router_forwards(request: HttpRequest) -> bool:
     """Whether a request for generation arrives at a server behind the router as it was sent.
 
     Examples:
         >>> body = {"input_ids": [[1]], "sampling_params": {"temperature": 0.5}}
-        >>> carries(HttpRequest(method="POST", path="/generate", body=body))
+        >>> router_forwards(HttpRequest(method="POST", path="/generate", body=body))
         True
         >>> body["sampling_params"]["logit_bias"] = {"7": 1.0}
-        >>> carries(HttpRequest(method="POST", path="/generate", body=body))
+        >>> router_forwards(HttpRequest(method="POST", path="/generate", body=body))
         False
     """
     body = request.body or {}

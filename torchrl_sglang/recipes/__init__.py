@@ -5,11 +5,37 @@ scheme from YAML, and has its own loop of collecting, training and syncing. From
 in all of them.
 """
 
-from torchrl_sglang.recipes.advantages import token_advantages, token_rewards, whiten
-from torchrl_sglang.recipes.background import BackgroundRollouts
-from torchrl_sglang.recipes.checkpoints import Checkpoint, Checkpoints
-from torchrl_sglang.recipes.clock import StepClock
-from torchrl_sglang.recipes.config import (
+from torchrl_sglang.recipes.batch.advantages import token_advantages, token_rewards, whiten
+from torchrl_sglang.recipes.batch.conversations import Conversations
+from torchrl_sglang.recipes.batch.importance import masked_importance_weights, truncated_importance_weights
+from torchrl_sglang.recipes.batch.rows import batch_numbers
+from torchrl_sglang.recipes.batch.samples import sample_lines
+from torchrl_sglang.recipes.batch.sequences import Sequences
+from torchrl_sglang.recipes.batch.statistics import (
+    effective_sample_size,
+    kl_estimates,
+    staleness_histogram,
+    staleness_text,
+    training_signal,
+)
+from torchrl_sglang.recipes.data.environment import make_env, make_test_env
+from torchrl_sglang.recipes.data.questions import Question, QuestionStream
+from torchrl_sglang.recipes.data.rewards import RewardTransform
+from torchrl_sglang.recipes.data.tasks import Task, make_task
+from torchrl_sglang.recipes.losses.clipped import clipped_policy_loss, clipped_value_loss
+from torchrl_sglang.recipes.losses.critic import Critic
+from torchrl_sglang.recipes.losses.reference import make_reference, score_on_servers
+from torchrl_sglang.recipes.losses.scoring import TokenScores, hidden_states, score_in_parts, score_tokens
+from torchrl_sglang.recipes.run.background import BackgroundRollouts
+from torchrl_sglang.recipes.run.checkpoints import Checkpoint, Checkpoints
+from torchrl_sglang.recipes.run.clock import StepClock
+from torchrl_sglang.recipes.run.evaluation import evaluate, pass_at_k
+from torchrl_sglang.recipes.run.interrupt import StopRequest
+from torchrl_sglang.recipes.run.report import draw_report
+from torchrl_sglang.recipes.run.run_folder import RunFolder
+from torchrl_sglang.recipes.run.table import Table, read_metrics
+from torchrl_sglang.recipes.run.training_run import Run
+from torchrl_sglang.recipes.setup.config import (
     Arguments,
     add_arguments,
     load_config,
@@ -18,42 +44,16 @@ from torchrl_sglang.recipes.config import (
     presets_of,
     read_arguments,
 )
-from torchrl_sglang.recipes.conversations import Conversations
-from torchrl_sglang.recipes.critic import Critic
-from torchrl_sglang.recipes.devices import trainer_device
-from torchrl_sglang.recipes.environment import make_env, make_test_env
-from torchrl_sglang.recipes.evaluation import evaluate, pass_at_k
-from torchrl_sglang.recipes.importance import masked_importance_weights, truncated_importance_weights
-from torchrl_sglang.recipes.interrupt import StopRequest
-from torchrl_sglang.recipes.losses import clipped_policy_loss, clipped_value_loss
-from torchrl_sglang.recipes.memory import keep_freed_memory, peak_memory_gb
-from torchrl_sglang.recipes.models import load_model, load_tokenizer, save_model
-from torchrl_sglang.recipes.optimizer import make_optimizer
-from torchrl_sglang.recipes.program import run_program
-from torchrl_sglang.recipes.python_tool import ProgramResult, run_python
-from torchrl_sglang.recipes.questions import Question, QuestionStream
-from torchrl_sglang.recipes.ray_serving import RayServing, end_ray_collector
-from torchrl_sglang.recipes.reference import make_reference, score_on_servers
-from torchrl_sglang.recipes.report import draw_report
-from torchrl_sglang.recipes.rewards import RewardTransform
-from torchrl_sglang.recipes.rows import batch_numbers
-from torchrl_sglang.recipes.run import Run
-from torchrl_sglang.recipes.run_folder import RunFolder
-from torchrl_sglang.recipes.samples import sample_lines
-from torchrl_sglang.recipes.scoring import TokenScores, hidden_states, score_in_parts, score_tokens
-from torchrl_sglang.recipes.sequences import Sequences
-from torchrl_sglang.recipes.serving import Serving
-from torchrl_sglang.recipes.settings import CheckpointSettings, EvaluateSettings, RunSettings, TrainSettings
-from torchrl_sglang.recipes.statistics import (
-    effective_sample_size,
-    kl_estimates,
-    staleness_histogram,
-    staleness_text,
-    training_signal,
-)
-from torchrl_sglang.recipes.table import Table, read_metrics
-from torchrl_sglang.recipes.tasks import Task, make_task
-from torchrl_sglang.recipes.tools import PythonTool, evaluate_with_tool, make_tool_env
+from torchrl_sglang.recipes.setup.devices import trainer_device
+from torchrl_sglang.recipes.setup.memory import keep_freed_memory, peak_memory_gb
+from torchrl_sglang.recipes.setup.models import load_model, load_tokenizer, save_model
+from torchrl_sglang.recipes.setup.optimizer import make_optimizer
+from torchrl_sglang.recipes.setup.program import run_program
+from torchrl_sglang.recipes.setup.ray_serving import RayServing, end_ray_collector
+from torchrl_sglang.recipes.setup.serving import Serving
+from torchrl_sglang.recipes.setup.settings import CheckpointSettings, EvaluateSettings, RunSettings, TrainSettings
+from torchrl_sglang.recipes.tools.episodes import PythonTool, evaluate_with_tool, make_tool_env
+from torchrl_sglang.recipes.tools.python_tool import ProgramResult, run_python
 
 __all__ = [
     "Arguments",

@@ -49,7 +49,7 @@ def generated_rows(
     if settings.returns_log_probs:
         columns.append((settings.log_probs_key, [f["log_probs"] for f in fields]))
     if settings.input_mode != "tokens":
-        columns.extend(_spoken(prompts, prompts_S_P, replies_S, settings, sampling, tokenizer))
+        columns.extend(_text_columns(prompts, prompts_S_P, replies_S, settings, sampling, tokenizer))
     if settings.generation_key is not None:
         generation = generation_rows(
             replies_S,
@@ -65,7 +65,7 @@ def generated_rows(
     return _rows(columns, len(replies_S))
 
 
-def _spoken(
+def _text_columns(
     prompts: Prompts,
     prompts_S_P: Sequence[Sequence[int]],
     replies_S: Sequence[GenerateReply],

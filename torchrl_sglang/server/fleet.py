@@ -12,7 +12,7 @@ from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.server.cpu import needs_cpu_engine
 from torchrl_sglang.server.gpus import assign_gpus
-from torchrl_sglang.server.process import SGLangServer
+from torchrl_sglang.server.server import SGLangServer
 
 __all__ = ["replicate", "start_fleet", "stop_fleet"]
 

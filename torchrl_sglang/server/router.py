@@ -14,9 +14,9 @@ from typing import Any
 
 from torchrl_sglang.config import RouterConfig
 from torchrl_sglang.errors import ConfigError, ServerStartError
-from torchrl_sglang.server.child import Child, read_end
 from torchrl_sglang.server.command import join_url, probe_host
 from torchrl_sglang.server.environment import is_trainers_own
+from torchrl_sglang.server.managed_process import Child, read_end
 
 __all__ = ["SGLangRouter"]
 
@@ -27,7 +27,7 @@ _INSTALL = (
 
 
 class SGLangRouter:
-    """A router process that belongs to this process; it knows no servers until it is told (:class:`RouterFront`).
+    """A router process that belongs to this process; it knows no servers until it is told (:class:`RouterClient`).
 
     Args:
         config: how it is launched. Nothing is started yet.
@@ -127,7 +127,7 @@ class SGLangRouter:
             if not child.is_alive or time.monotonic() > deadline:
                 child.keep_log = True
                 tail = self.log_tail()
-                what = child.obituary() if not child.is_alive else f"does not listen. Log: {child.log_path}"
+                what = child.crash_report() if not child.is_alive else f"does not listen. Log: {child.log_path}"
                 hint = f" Install it: {_INSTALL}." if "No module named" in tail else ""
                 self.stop()
                 raise ServerStartError(f"the router {what}{hint}", server=self.url, log_tail=tail)

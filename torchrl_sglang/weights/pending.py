@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torchrl_sglang.errors import ServerTimeoutError
 from torchrl_sglang.parallel import Task
-from torchrl_sglang.weights.report import SyncReport
+from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["PendingSync"]
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 
 from torchrl_sglang.config import SyncConfig
-from torchrl_sglang.weights.buckets import Bucket, plan_buckets, trainable_specs
-from torchrl_sglang.weights.checkpoint import Checkpoint
-from torchrl_sglang.weights.coverage import check_coverage, wire_dtype
-from torchrl_sglang.weights.road import Packing
-from torchrl_sglang.weights.source import WeightSource
+from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, trainable_specs
+from torchrl_sglang.weights.checkpoint.coverage import check_coverage, wire_dtype
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.source.opening import WeightSource
+from torchrl_sglang.weights.transports.base import Packing
 
 __all__ = ["gather_only", "make_packing", "make_plan"]
 
@@ -69,7 +69,7 @@ def make_packing(
     *,
     served_dtype: torch.dtype | None,
 ) -> Packing:
-    """How a road gets the buckets of a plan, each with its bytes, when it asks for them."""
+    """How a transport gets the buckets of a plan, each with its bytes, when it asks for them."""
     if not source.one_shot:
         return lambda packer: packer.packed(plan, source.tensors)
     return lambda packer: packer.packed_stream(

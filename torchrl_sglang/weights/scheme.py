@@ -15,9 +15,9 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
-from torchrl_sglang.weights.report import SyncReport
 from torchrl_sglang.weights.sender import SGLangWeightSender
 from torchrl_sglang.weights.sync import WeightSync
+from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["SGLangWeightSyncScheme"]
 
@@ -80,7 +80,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             This scheme.
 
         Raises:
-            ConfigError: a collector of a kind we don't know, or one in another process with ``road="lora"``.
+            ConfigError: a collector of a kind we don't know, or one in another process with ``transport="lora"``.
 
         Examples:
             >>> scheme = SGLangWeightSyncScheme(engine).attach(LLMCollector(env, policy=policy))  # doctest: +SKIP
@@ -120,7 +120,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         Multi-process ones call it before their workers start, so nothing that must not be inherited is made here.
 
         Raises:
-            ConfigError: workers in other processes, and ``road="lora"``.
+            ConfigError: workers in other processes, and ``transport="lora"``.
         """
         if kwargs:  # how to start workers
             _refuse_adapters_elsewhere(self.config)
@@ -231,10 +231,11 @@ class _RemoteUpdate:
 
 
 def _refuse_adapters_elsewhere(config: SyncConfig) -> None:
-    if config.road == "lora":
+    if config.transport == "lora":
         raise ConfigError(
-            "road='lora' gives each adapter a name of its own, which policies in other processes don't get to know: "
-            "they would go on with the base model. Use a collector in this process, or road='broadcast', which merges"
+            "transport='lora' gives each adapter a name of its own, and policies in other processes don't learn it: "
+            "they would go on with the base model. Use a collector in this process, or transport='broadcast', which "
+            "merges the adapter into the weights"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.weights.report import SyncReport
+from torchrl_sglang.weights.update.report import SyncReport
 
 if TYPE_CHECKING:
     from torchrl_sglang.weights.scheme import SGLangWeightSyncScheme
@@ -48,7 +48,7 @@ class SGLangWeightSender:
             model_metadata: what TorchRL's own backends want to be told here; the servers' checkpoint is read instead.
 
         Raises:
-            ConfigError: the servers can't take weights on this road.
+            ConfigError: the servers can't take weights on this transport.
             WeightUpdateError: a server did not join.
         """
         self._scheme.sync.connect()

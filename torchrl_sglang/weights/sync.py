@@ -25,20 +25,20 @@ from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.dialect import MODEL_INFO
 from torchrl_sglang.protocol.version import WeightVersion
-from torchrl_sglang.weights.broadcast import BroadcastRoad
-from torchrl_sglang.weights.buckets import Bucket
-from torchrl_sglang.weights.checkpoint import Checkpoint
-from torchrl_sglang.weights.disk import DiskRoad
-from torchrl_sglang.weights.lora import LoraRoad
+from torchrl_sglang.weights.buckets.layout import Bucket
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.pending import PendingSync
 from torchrl_sglang.weights.plan import gather_only, make_packing, make_plan
-from torchrl_sglang.weights.proof import compare_checksums, prove
-from torchrl_sglang.weights.report import SyncReport
-from torchrl_sglang.weights.road import Road
-from torchrl_sglang.weights.roll_call import RollCall
-from torchrl_sglang.weights.session import UpdateSession
-from torchrl_sglang.weights.shards import is_sharded, ranks_of
-from torchrl_sglang.weights.source import WeightSource, open_source
+from torchrl_sglang.weights.source.opening import WeightSource, open_source
+from torchrl_sglang.weights.source.shards import is_sharded, ranks_of
+from torchrl_sglang.weights.transports.base import WeightTransport
+from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
+from torchrl_sglang.weights.transports.disk import DiskTransport
+from torchrl_sglang.weights.transports.lora import LoraTransport
+from torchrl_sglang.weights.update.liveness import LivenessCheck
+from torchrl_sglang.weights.update.report import SyncReport
+from torchrl_sglang.weights.update.session import UpdateSession
+from torchrl_sglang.weights.update.verification import compare_checksums, prove
 
 __all__ = ["WeightSync"]
 
@@ -73,11 +73,11 @@ class WeightSync:
         self._pool = pool
         self._config = config or SyncConfig()
         self._checkpoint = checkpoint
-        self._road: Road | None = None
-        self._lora_road = LoraRoad(pool, self.owner)
-        self._complete = False
-        self._roll_call = RollCall(pool, restart)
-        self._held: dict[str, str] = {}
+        self._transport: WeightTransport | None = None
+        self._lora_transport = LoraTransport(pool, self.owner)
+        self._full_sync_done = False
+        self._liveness = LivenessCheck(pool, restart)
+        self._sent_versions: dict[str, str] = {}
         self._last_weights: Any = None
         self._pending: PendingSync | None = None
 
@@ -85,12 +85,12 @@ class WeightSync:
         """Make ready what the first push would otherwise have to: read the checkpoint, make the process group.
 
         Raises:
-            ConfigError: the servers can't take weights on this road.
+            ConfigError: the servers can't take weights on this transport.
             WeightUpdateError: a server did not join.
         """
         with self._pool.update_lock:
             self.reach()
-            self._choose_road(self._read_checkpoint()).connect(self._answering())
+            self._choose_transport(self._read_checkpoint()).connect(self._reachable())
 
     def reach(self) -> None:
         """Ask the servers what they are, once; those that hang in an update whose trainer died are freed for it.
@@ -105,7 +105,7 @@ class WeightSync:
                 self._pool.connect()
                 return
             except ServerTimeoutError:
-                freed = self._roll_call.free_left_behind(self._pool.clients)
+                freed = self._liveness.free_left_behind(self._pool.clients)
                 if not freed or time.monotonic() > deadline:
                     raise
 
@@ -171,22 +171,22 @@ class WeightSync:
     def _push_now(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
         start = time.monotonic()
         checkpoint = self._connect_all_ranks(weights)
-        if self._config.road == "lora":
+        if self._config.transport == "lora":
             return self._push_adapter(weights, version, start)
         source = open_source(weights, checkpoint, name_map=self._config.name_map, ignore=self._config.ignore)
         if not source.is_sender:
             gather_only(source, self._plan(source, checkpoint, partial))
             return None
         try:
-            clients = self._answering()
+            clients = self._reachable()
             if partial or self._config.only_trainable:
                 self._require_ours(clients, partial)
-            road = self._choose_road(checkpoint)
-            road.connect(clients)
+            transport = self._choose_transport(checkpoint)
+            transport.connect(clients)
         except SGLangError as error:
             if isinstance(error, WeightSyncError):
-                self._roll_call.remember_stuck(error)
-                self._roll_call.describe_the_others(error)
+                self._liveness.remember_stuck(error)
+                self._liveness.describe_the_others(error)
             if source.is_sharded:  # the other ranks wait for us to gather with them
                 gather_only(source, self._plan(source, checkpoint, partial))
             raise
@@ -198,30 +198,30 @@ class WeightSync:
         packing = make_packing(source, checkpoint, self._config, plan, served_dtype=self._served_dtype(checkpoint))
         self._last_weights = None if source.one_shot else weights
         try:
-            session = road.send(
+            session = transport.send(
                 clients,
                 packing,
                 WeightVersion(number=number, owner=self.owner),
                 deadline,
                 num_buckets=None if source.one_shot else len(plan),
             )
-            gap = self._prove(road, clients, source, session)
+            gap = self._prove(transport, clients, source, session)
         except WeightSyncError as error:
-            self._roll_call.remember_stuck(error)
-            self._complete = False
+            self._liveness.remember_stuck(error)
+            self._full_sync_done = False
             self._put_to_use([url for url, state in error.server_weights.items() if state == "new"], number)
             raise
         self._put_to_use([client.url for client in clients], number)
-        self._complete = True
+        self._full_sync_done = True
         self.last_report = SyncReport(
             version=number,
-            road=road.name,
+            transport=transport.name,
             num_bytes=session.num_bytes,
             num_tensors=session.num_tensors,
             num_buckets=session.num_buckets,
             pause=session.pause_mode,
             seconds=dict(session.seconds),
-            standstill_s=session.standstill_s,
+            generation_paused_s=session.generation_paused_s,
             total_s=time.monotonic() - start,
             max_logprob_gap=gap,
             server_weights=dict(session.server_weights),
@@ -238,7 +238,7 @@ class WeightSync:
         ranks = ranks_of(weights.parameters()) if isinstance(weights, nn.Module) else None
         try:
             self.reach()
-            self._pool.refuse_while_lent()
+            self._pool.refuse_while_offloaded()
             checkpoint = self._read_checkpoint()
             _refuse_quantised_online(self._pool.clients, checkpoint)
         except SGLangError:
@@ -250,9 +250,9 @@ class WeightSync:
         return checkpoint
 
     def _push_adapter(self, weights: Any, version: int | None, start: float) -> SyncReport:
-        clients = self._answering()
+        clients = self._reachable()
         number = self._next_number() if version is None else version
-        self.last_report = self._lora_road.push(
+        self.last_report = self._lora_transport.push(
             clients, weights, WeightVersion(number=number, owner=self.owner), self._config, start
         )
         self._last_weights = weights
@@ -274,8 +274,8 @@ class WeightSync:
         """Take the process group down, after a push under way has ended; the servers go on serving."""
         if self._pending is not None:
             self._pending.join()
-        if self._road is not None:
-            self._road.close()
+        if self._transport is not None:
+            self._transport.close()
         self._last_weights = None
 
     # ------------------------------------------------------------------ what goes over
@@ -300,10 +300,12 @@ class WeightSync:
         """Only where every server is known to hold this trainer's frozen tensors.
 
         Never for a sharded model: the ranks that help to gather don't learn of a server's failure, and all ranks have
-        to gather the same tensors. Never on the disk road, whose checkpoints are whole.
+        to gather the same tensors. Never on the disk transport, whose checkpoints are whole.
         """
-        wanted = self._config.only_trainable and not source.is_sharded and not isinstance(self._road, DiskRoad)
-        return wanted and self._complete and not self._pool.quarantined
+        wanted = (
+            self._config.only_trainable and not source.is_sharded and not isinstance(self._transport, DiskTransport)
+        )
+        return wanted and self._full_sync_done and not self._pool.quarantined
 
     def _served_dtype(self, checkpoint: Checkpoint) -> torch.dtype | None:
         dtype = getattr(torch, self._pool.info.dtype, None)
@@ -311,25 +313,25 @@ class WeightSync:
 
     # ------------------------------------------------------------------ where it goes
 
-    def _choose_road(self, checkpoint: Checkpoint) -> Road:
-        if self._road is None:
+    def _choose_transport(self, checkpoint: Checkpoint) -> WeightTransport:
+        if self._transport is None:
             several_inside = any(client.info.dp_size * client.info.pp_size > 1 for client in self._pool.clients)
-            by_disk = self._config.road == "disk" or (several_inside and self._config.disk_dir is not None)
-            if by_disk and self._config.road != "broadcast":
-                self._road = DiskRoad(self._pool, self._config, checkpoint.path)
+            by_disk = self._config.transport == "disk" or (several_inside and self._config.disk_dir is not None)
+            if by_disk and self._config.transport != "broadcast":
+                self._transport = DiskTransport(self._pool, self._config, checkpoint.path)
             else:
-                self._road = BroadcastRoad(self._pool, self._config, self.owner)
+                self._transport = BroadcastTransport(self._pool, self._config, self.owner)
                 # Also runs at exit, while sockets and threads still work: a scheme held by a collector is only
                 # collected after that.
-                weakref.finalize(self, self._road.close)
-        return self._road
+                weakref.finalize(self, self._transport.close)
+        return self._transport
 
-    def _answering(self) -> list[SGLangClient]:
-        clients = self._roll_call.answering()
-        if self._roll_call.restarted:
-            self._complete = False  # they need the frozen tensors too
-            if self._road is not None:
-                self._road.drop()  # at the same address, but no longer in the group
+    def _reachable(self) -> list[SGLangClient]:
+        clients = self._liveness.reachable()
+        if self._liveness.restarted:
+            self._full_sync_done = False  # they need the frozen tensors too
+            if self._transport is not None:
+                self._transport.drop()  # at the same address, but no longer in the group
         return clients
 
     def _require_ours(self, clients: Sequence[SGLangClient], partial: bool) -> None:
@@ -340,9 +342,12 @@ class WeightSync:
         """
         for client in clients:
             held = str(client.send(MODEL_INFO)["weight_version"])
-            if held == self._held.get(client.url, client.info.weight_version) and not WeightVersion.parse(held).dirty:
+            if (
+                held == self._sent_versions.get(client.url, client.info.weight_version)
+                and not WeightVersion.parse(held).dirty
+            ):
                 continue
-            self._complete = False
+            self._full_sync_done = False
             if partial:
                 raise ConfigError(
                     f"{client.url} holds version {held!r}, which this trainer did not send: push all weights first"
@@ -354,12 +359,12 @@ class WeightSync:
         """Servers that hold all of version ``number``; in a failed sync these may be some of them only."""
         for url in urls:
             self._pool.restore(url)
-            self._held[url] = str(WeightVersion(number=number, owner=self.owner))
+            self._sent_versions[url] = str(WeightVersion(number=number, owner=self.owner))
         if urls:
             self._pool.weight_version = number
 
     def _prove(
-        self, road: Road, clients: Sequence[SGLangClient], source: WeightSource, session: UpdateSession
+        self, transport: WeightTransport, clients: Sequence[SGLangClient], source: WeightSource, session: UpdateSession
     ) -> float | None:
         vocab_size = self._pool.vocab_size
         if self._config.verify == "off" or vocab_size is None:
@@ -374,7 +379,7 @@ class WeightSync:
                 compare_checksums(clients)
         except WeightUpdateError as error:
             self._withdraw(clients, error, session)
-            road.close()
+            transport.close()
             raise
         session.seconds["prove"] = time.monotonic() - start
         return gap

@@ -1,0 +1,61 @@
+"""What a fake server is told on its way up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.fake_sglang.faults import Fault
+
+__all__ = ["FakeSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeSettings:
+    """Settings of one fake server; every field can be given on the command line of the process variant.
+
+    Attributes:
+        model_path: checkpoint folder with ``config.json`` and safetensors, whose names and shapes the fake serves.
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+        version: the SGLang version to behave like: before ``0.5.21`` there is no weight-update session.
+        tp_size: ranks the fake holds in a weight group, all of them in this process.
+        api_key: key wanted for generation and, without ``admin_api_key``, for control calls.
+        admin_api_key: key wanted for control calls; ``api_key`` no longer opens those then.
+        enable_lora: whether adapters can be loaded.
+        health_generates: ``/health`` generates a token like a default SGLang, so it answers 503 while paused. ``False``
+            is what ``SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=0`` does: 200 whenever the process lives.
+        step_s: seconds one decoding step of the whole batch takes. 0 is as fast as it goes.
+        keep_alive_s: an idle connection is closed after this many seconds, as uvicorn does.
+        abort_poll_s: how often an ``abort`` pause looks whether all requests have ended (SGLang: 1 second).
+        health_timeout_s: how long a generating ``/health`` waits before it answers 503 (SGLang: 20 seconds).
+        collective_timeout_s: how long a rank waits in a collective or at a store (SGLang: torch's default, 30 minutes).
+        max_total_tokens: reported size of the KV cache, in tokens.
+        seed: seed of sampling at temperature > 0.
+        weight_version: version the fake starts with.
+        faults: faults armed from the start.
+    """
+
+    model_path: str | Path
+    host: str = "127.0.0.1"
+    port: int = 0
+    version: str = "0.5.23"
+    tp_size: int = 1
+    api_key: str | None = field(default=None, repr=False)
+    admin_api_key: str | None = field(default=None, repr=False)
+    enable_lora: bool = False
+    health_generates: bool = False
+    step_s: float = 0.002
+    keep_alive_s: float = 5.0
+    abort_poll_s: float = 0.05
+    health_timeout_s: float = 20.0
+    collective_timeout_s: float = 1800.0
+    max_total_tokens: int = 8192
+    seed: int = 0
+    weight_version: str = "default"
+    faults: tuple[Fault, ...] = ()
+
+    @property
+    def has_session(self) -> bool:
+        """Whether this version knows ``/begin_weight_update`` (from 0.5.21 on)."""
+        return tuple(int(part) for part in self.version.split(".")[:3]) >= (0, 5, 21)

@@ -1,0 +1,194 @@
+"""GPU memory lent to the trainer, against a stand-in that, like SGLang, dies of a wrong order instead of refusing it.
+
+No CPU server can release memory; that it says so is shown at a real one in ``tests/loop/test_engine.py``.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchrl_sglang import AsyncSGLang, ConfigError, RequestRejectedError, SamplingParams, ServerError
+
+WEIGHTS = {"enable_memory_saver": True}
+WITH_BACKUP = {**WEIGHTS, "enable_weights_cpu_backup": True}
+
+
+class GpuServer:
+    """The calls that matter, in order, and the state behind them."""
+
+    def __init__(self, model: Path, **flags: Any) -> None:
+        self.calls: list[str] = []
+        self.version = "default"
+        self.running = 0
+        self.paused = False
+        self.released: set[str] = set()
+        self.refuse_release = False
+        self._model, self._flags = model, {"device": "cuda", **flags}
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                self._answer(*outer.read(self.path))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self._answer(*outer.do(self.path, body))
+
+            def _answer(self, status: int, value: Any) -> None:
+                data = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def read(self, path: str) -> tuple[int, Any]:
+        if path == "/model_info":
+            return 200, {"model_path": str(self._model), "weight_version": self.version}
+        return (200, self._flags) if path == "/server_info" else (405, {})
+
+    def do(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        tags = set(body.get("tags", ()))
+        self.calls.append(" ".join([path, *sorted(tags)]))
+        if path == "/flush_cache" and self.running:
+            return 400, {"message": "requests are running"}
+        if path == "/pause_generation":
+            self.paused = True
+        elif path == "/continue_generation":
+            assert not self.released, "dead: it generates without memory"
+            self.paused = False
+        elif path == "/update_weight_version":
+            self.version = body["new_version"]
+        elif path == "/release_memory_occupation":
+            assert (self.paused, self.running, self.released & tags) == (True, 0, set()), "dead"
+            if self.refuse_release:
+                return 400, {"message": "no"}
+            self.released |= tags
+        elif path == "/resume_memory_occupation":
+            assert tags <= self.released, "dead: it resumes what it has"
+            self.released -= tags
+        return 200, None
+
+
+@pytest.fixture
+def make(tiny_llama: Path) -> Iterator[Callable[..., GpuServer]]:
+    made: list[GpuServer] = []
+
+    def start(**flags: Any) -> GpuServer:
+        made.append(GpuServer(tiny_llama, **flags))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.http.shutdown()
+
+
+def test_memory_is_released_by_paused_idle_servers_and_comes_back_with_the_block(
+    make: Callable[..., GpuServer],
+) -> None:
+    server = make(**WITH_BACKUP)
+    with AsyncSGLang.connect(server.url) as engine:
+        with engine.offloaded():
+            assert server.released == {"cuda_graph", "kv_cache", "weights"}
+            with pytest.raises(ServerError, match="its memory is lent out: resume_memory"):
+                engine.generate(input_ids=[3, 4])
+            with pytest.raises(ConfigError, match="is lent out: resume_memory"):
+                engine.update_weights({})
+        assert server.calls == [
+            "/pause_generation",
+            "/flush_cache",
+            "/release_memory_occupation cuda_graph kv_cache weights",
+            "/resume_memory_occupation cuda_graph kv_cache weights",
+            "/continue_generation",
+        ]
+        assert not engine.pool.quarantined
+
+
+def test_the_block_ends_with_the_memory_back_when_the_trainer_fails(make: Callable[..., GpuServer]) -> None:
+    server = make(**WITH_BACKUP)
+    with AsyncSGLang.connect(server.url) as engine:
+        with pytest.raises(ZeroDivisionError), engine.offloaded(["kv_cache"]):
+            raise ZeroDivisionError
+        assert not server.released
+        assert not server.paused
+
+
+def test_a_part_at_a_time_and_nothing_twice(make: Callable[..., GpuServer]) -> None:
+    server = make(**WITH_BACKUP)
+    with AsyncSGLang.connect(server.url) as engine:
+        engine.resume_memory()  # nothing is lent: nothing is asked of the server
+        assert server.calls == []
+        engine.release_memory(["kv_cache"])
+        with pytest.raises(ConfigError, match=r"released \['kv_cache'\] already"):
+            engine.release_memory()
+        engine.release_memory(["weights"])
+        engine.resume_memory(["weights"])
+        assert server.paused
+        engine.resume_memory()
+        assert not server.paused
+        assert server.calls.count("/pause_generation") == 1
+
+
+def test_weights_without_a_backup_are_gone_until_the_next_update(make: Callable[..., GpuServer]) -> None:
+    server = make(**WEIGHTS)
+    with AsyncSGLang.connect(server.url) as engine:
+        with engine.offloaded():
+            pass
+        assert server.paused
+        assert server.version == "dirty-1", "no other process takes an answer of it either"
+        with pytest.raises(ServerError, match="the next weight update brings new ones"):
+            engine.generate(input_ids=[3, 4])
+    with AsyncSGLang.connect(server.url) as another:
+        assert list(another.pool.quarantined) == [server.url]
+
+
+def test_a_busy_or_refusing_server_goes_on_serving_and_the_others_too(make: Callable[..., GpuServer]) -> None:
+    good, bad = make(**WITH_BACKUP), make(**WITH_BACKUP)
+    with AsyncSGLang.connect([good.url, bad.url]) as engine:
+        bad.running = 1
+        with pytest.raises(RequestRejectedError, match="requests are running"):
+            engine.release_memory()
+        assert not any("release" in call for call in bad.calls), "it would have died of it"
+        bad.running, bad.refuse_release = 0, True
+        with pytest.raises(RequestRejectedError, match="no"):
+            engine.release_memory()
+        for server in (good, bad):
+            assert not server.released
+            assert not server.paused
+        assert not engine.pool.quarantined
+        assert not engine.pool.offloaded_tags
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, r"launched without --enable-memory-saver .*extra_args=\('--enable-memory-saver',\)"),
+        ({"device": "cpu", **WEIGHTS}, "runs on the CPU: it holds no GPU memory"),
+    ],
+)
+def test_a_server_that_cannot_says_so_before_anything_is_done(
+    make: Callable[..., GpuServer], flags: dict[str, Any], message: str
+) -> None:
+    able, unable = make(**WITH_BACKUP), make(**flags)
+    with AsyncSGLang.connect([able.url, unable.url]) as engine:
+        with pytest.raises(ConfigError, match=message), engine.offloaded():
+            pytest.fail("the block was entered")
+        with pytest.raises(ConfigError, match="tags are some of"):
+            engine.release_memory(["everything"])  # type: ignore[list-item]
+        assert able.calls == unable.calls == []
+        assert len(engine.pool.healthy) == 2
+        engine.pool.check([[3, 4]], SamplingParams())

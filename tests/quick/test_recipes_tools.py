@@ -1,0 +1,121 @@
+"""Python as a tool, and conversations as sequences of tokens."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from torchrl_sglang import ConfigError
+from torchrl_sglang.recipes import Conversations, PythonTool, run_python
+from torchrl_sglang.recipes.data.rewards import score_number
+from torchrl_sglang.recipes.tools.python_tool import find_program
+
+
+def test_a_program_that_does_not_end_is_ended_and_nothing_of_it_stays() -> None:
+    started = time.monotonic()
+    result = run_python("import time\nwhile True: time.sleep(1)", timeout_s=1.0)
+    assert result.failed
+    assert result.output == "TimeoutError: not done after 1 s"
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("program", "output"),
+    [
+        ("bytearray(2**40)", "MemoryError"),
+        ("print(undefined)", "NameError: name 'undefined' is not defined"),
+        ("print(1", "SyntaxError"),
+        ("import sys; sys.stderr.write('so it goes\\n' * 100_000); 1 / 0", "ZeroDivisionError"),
+        ("print('x\\n' * 1_000_000)", "x\nx"),
+        ("import os; print(len(os.environ) < 3)", "True"),  # a locale may be set by Python itself
+        ("import torch", "ModuleNotFoundError"),
+        ("print('x' * 1000)", "x" * 200),
+        ("input()", "EOFError"),
+        ("pass", ""),
+    ],
+)
+def test_a_program_finds_limits_and_an_empty_world(program: str, output: str) -> None:
+    assert output in run_python(program).output
+    assert len(run_python(program).output) <= 200
+
+
+def test_a_program_writes_no_files(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    assert run_python(f"open({str(file)!r}, 'w').write('x' * 9999)").failed
+    assert not file.exists() or file.stat().st_size == 0
+
+
+def test_only_a_closed_block_is_a_program() -> None:
+    assert find_program("```python\nprint(1)") is None
+    assert find_program("```\nprint(1)\n```") is None
+    assert find_program("a\n```py\nx = 1\nprint(x)\n```\nb\n```python\ny\n```") == "x = 1\nprint(x)"
+    assert find_program("<run>1</run>", r"<run>(.*?)</run>") == "1"
+
+
+@pytest.mark.parametrize("wrong", [{"max_turns": 0}, {"reply": "done"}, {"bonus": 1.0}, {"bonus": -0.1}])
+def test_a_tool_refuses_what_makes_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        PythonTool(score_number, **wrong)
+
+
+def turn(
+    prompt: list[int], response: list[int], *, done: bool, reward: float = 0.0, version: int = 0
+) -> TensorDictBase:
+    return TensorDict(
+        {
+            "tokens": {"prompt": torch.tensor(prompt), "full": torch.tensor(prompt + response)},
+            "log_probs": {"response": -torch.arange(1.0, 1 + len(response))},
+            "generation": {
+                "weight_version": torch.full((len(response),), version),
+                "truncated": torch.tensor(not done),
+            },
+            "position": torch.tensor(7),
+            "advantage": torch.full((1, 1), 0.5),
+            "next": {
+                "reward": torch.full((1, 1), reward),
+                "right": torch.tensor([[done]]),
+                "done": torch.tensor([done]),
+            },
+        }
+    )
+
+
+def test_a_conversation_is_one_sequence_in_which_the_assistants_tokens_are_marked() -> None:
+    conversations = Conversations.from_turns(
+        [
+            turn([1, 2], [3, 4], done=False, reward=0.25),
+            turn([1, 2, 3, 4, 50, 51], [6], done=True, reward=0.5, version=1),
+            turn([1], [9], done=True),
+        ]
+    )
+    tokens = conversations.tokens
+    assert len(conversations) == 2
+    assert [ids.tolist() for ids in tokens.prompt_B_T] == [[1, 2], [1]]
+    assert [ids.tolist() for ids in tokens.response_B_R] == [[3, 4, 50, 51, 6], [9]]
+    assert conversations.written_N.tolist() == [True, True, False, False, True, True]
+    assert tokens.server_N.tolist() == [-1, -2, 0, 0, -1, -1]
+    assert tokens.version_N.tolist() == [0, 0, -1, -1, 1, 0]
+    assert tokens.reward_B.tolist() == [0.75, 0]
+    assert tokens.right_B.tolist() == [True, True]
+    assert tokens.truncated_B.tolist() == [False, False]
+    assert tokens.position_B.tolist() == [7, 7]
+    assert tokens.advantage_N is not None
+    assert tokens.advantage_N.tolist() == [0.5] * 6
+    assert conversations.turns_B.tolist() == [2, 1]
+    assert conversations.num_written == 4
+
+
+def test_tokens_that_changed_from_one_turn_to_the_next_are_refused() -> None:
+    turns = [turn([1, 2], [3, 4], done=False), turn([1, 2, 34, 50], [6], done=True)]
+    with pytest.raises(ConfigError, match="prompt of turn 2 .* prefer_tokens=True"):
+        Conversations.from_turns(turns)
+
+
+def test_a_conversation_that_is_cut_off_is_refused() -> None:
+    with pytest.raises(ConfigError, match="yield_completed_trajectories=True"):
+        Conversations.from_turns([turn([1], [2], done=True), turn([1], [2], done=False)])

@@ -1,0 +1,132 @@
+"""Conversations of several turns as sequences of tokens, each read once, in which the assistant's own are marked.
+
+A conversation's tokens are those of its last turn: every turn's prompt begins with all tokens of the turn before, which
+is checked here. So one forward pass serves all turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDictBase
+
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.recipes.batch.sequences import Sequences
+from torchrl_sglang.recipes.data.questions import POSITION_KEY
+
+__all__ = ["Conversations"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversations:
+    """Completed conversations.
+
+    ``N`` counts the tokens after the first prompts: the assistant's, and those that tools and the chat template put
+    between them. Of the latter ``server_N`` is 0 and ``version_N`` is -1.
+
+    Attributes:
+        tokens: the conversations; ``response_B_R`` is everything after the first prompt.
+        written_N: bool; the assistant has sampled this token.
+        turns_B: int64; answers per conversation.
+    """
+
+    tokens: Sequences
+    written_N: torch.Tensor
+    turns_B: torch.Tensor
+
+    @classmethod
+    def from_turns(cls, turns: Iterable[TensorDictBase]) -> Conversations:
+        """Read completed trajectories, as ``LLMCollector(yield_completed_trajectories=True)`` yields them.
+
+        Args:
+            turns: one TensorDict each, ragged; those of one conversation after each other, the last one done.
+
+        Raises:
+            ConfigError: a conversation that is cut off, or whose tokens changed from one turn to the next.
+        """
+        joined = [_join(one) for one in _split(turns)]
+        return cls(
+            tokens=Sequences(
+                prompt_B_T=[one["prompt"] for one in joined],
+                response_B_R=[one["response"] for one in joined],
+                server_N=torch.cat([one["server"] for one in joined]),
+                version_N=torch.cat([one["version"] for one in joined]),
+                reward_B=torch.stack([one["reward"] for one in joined]),
+                right_B=torch.stack([one["right"] for one in joined]),
+                truncated_B=torch.stack([one["truncated"] for one in joined]),
+                position_B=torch.stack([one["position"] for one in joined]),
+                advantage_N=torch.cat([one["advantage"] for one in joined]) if "advantage" in joined[0] else None,
+            ),
+            written_N=torch.cat([one["written"] for one in joined]),
+            turns_B=torch.stack([one["turns"] for one in joined]),
+        )
+
+    @property
+    def num_written(self) -> int:
+        """Tokens that the assistant has sampled."""
+        return int(self.written_N.sum())
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def to(self, device: torch.device) -> Conversations:
+        """The same on another device."""
+        return Conversations(
+            tokens=self.tokens.to(device), written_N=self.written_N.to(device), turns_B=self.turns_B.to(device)
+        )
+
+    def split(self, size: int) -> Iterator[tuple[slice, Sequences]]:
+        """Parts of at most ``size`` conversations, each with the slice of the N tokens that it holds."""
+        return self.tokens.split(size)
+
+
+def _split(turns: Iterable[TensorDictBase]) -> Iterator[list[TensorDictBase]]:
+    conversation: list[TensorDictBase] = []
+    for turn in turns:
+        conversation.append(turn)
+        if bool(turn["next", "done"].any()):
+            yield conversation
+            conversation = []
+    if conversation:
+        raise ConfigError(
+            f"the last conversation is cut off after {len(conversation)} turns: collect completed trajectories "
+            "(yield_completed_trajectories=True)"
+        )
+
+
+def _join(turns: list[TensorDictBase]) -> dict[str, torch.Tensor]:
+    prompt, last = turns[0]["tokens", "prompt"], turns[-1]
+    response = last["tokens", "full"][len(prompt) :]
+    written = torch.zeros_like(response, dtype=torch.bool)
+    server = torch.zeros(len(response), dtype=torch.float32)
+    version = torch.full_like(response, -1)
+    known = prompt
+    for number, turn in enumerate(turns, 1):
+        asked, full = turn["tokens", "prompt"], turn["tokens", "full"]
+        if not torch.equal(asked[: len(known)], known):
+            raise ConfigError(
+                f"the prompt of turn {number} does not begin with the tokens of the turn before, they were tokenized "
+                "anew: give the policy prefer_tokens=True"
+            )
+        sampled = slice(len(asked) - len(prompt), len(full) - len(prompt))
+        written[sampled] = True
+        server[sampled] = turn["log_probs", "response"]
+        version[sampled] = turn["generation", "weight_version"]
+        known = full
+    joined = {
+        "prompt": prompt,
+        "response": response,
+        "written": written,
+        "server": server,
+        "version": version,
+        "reward": torch.stack([turn["next", "reward"].sum() for turn in turns]).sum(),
+        "right": last["next", "right"].reshape(()),
+        "truncated": last["generation", "truncated"].reshape(()),
+        "position": last[POSITION_KEY].reshape(()),
+        "turns": torch.tensor(len(turns)),
+    }
+    if "advantage" in last.keys():  # noqa: SIM118  a TensorDict is no dict
+        joined["advantage"] = last["advantage"].reshape(()).expand(len(response))
+    return joined

@@ -1,0 +1,41 @@
+"""Answers as lines of ``samples.jsonl``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torchrl_sglang.recipes.batch.sequences import Sequences
+
+__all__ = ["sample_lines"]
+
+
+def sample_lines(step: int, sequences: Sequences, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """One JSON object per answer.
+
+    Args:
+        step: the step that trained on them.
+        sequences: the answers.
+        tokenizer: turns ids into text.
+
+    Yields:
+        ``step``, ``prompt_ids``, ``response_ids``, ``log_probs`` and ``weight_versions`` (one per response token),
+        ``weight_version`` (the newest of them), ``reward``, ``right``, ``truncated``,
+        ``position``, ``prompt``, ``response``.
+    """
+    log_probs_B_R, versions_B_R = sequences.per_answer(sequences.server_N), sequences.per_answer(sequences.version_N)
+    for index, (prompt_T, response_R) in enumerate(zip(sequences.prompt_B_T, sequences.response_B_R, strict=True)):
+        yield {
+            "step": step,
+            "prompt_ids": prompt_T.tolist(),
+            "response_ids": response_R.tolist(),
+            "log_probs": log_probs_B_R[index].tolist(),
+            "weight_versions": versions_B_R[index].tolist(),
+            "weight_version": int(versions_B_R[index].max()) if len(response_R) else -1,
+            "reward": sequences.reward_B[index].item(),
+            "right": sequences.right_B[index].item(),
+            "truncated": sequences.truncated_B[index].item(),
+            "position": sequences.position_B[index].item(),
+            "prompt": tokenizer.decode(prompt_T),
+            "response": tokenizer.decode(response_R),
+        }

@@ -1,0 +1,1 @@
+"""Questions, tasks, rewards and environments. May import nothing else of the recipes."""

@@ -1,0 +1,1 @@
+"""Losses, critics and reference models. May import: ``data``, ``batch``, ``setup``."""

@@ -1,0 +1,1 @@
+"""Configuration, models, optimizer and servers. May import: nothing else of the recipes."""

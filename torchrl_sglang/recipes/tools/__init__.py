@@ -1,0 +1,1 @@
+"""Python as a tool in conversations. May import: ``data``, ``batch``, ``run``."""

@@ -1,0 +1,156 @@
+"""Conversations in which the assistant may run Python: what it writes is run, what that prints is the next message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase, lazy_stack
+from torchrl.data.llm import History
+from torchrl.envs import TransformedEnv
+
+from torchrl_sglang.config.checking import require
+from torchrl_sglang.recipes.data.environment import chat_env
+from torchrl_sglang.recipes.data.questions import QuestionStream
+from torchrl_sglang.recipes.data.rewards import RewardTransform, Scorer
+from torchrl_sglang.recipes.data.tasks import Task
+from torchrl_sglang.recipes.run.evaluation import mean_pass_at_k
+from torchrl_sglang.recipes.tools.python_tool import PROGRAM, find_program, run_python
+
+__all__ = ["PythonTool", "evaluate_with_tool", "make_tool_env"]
+
+_PROGRAMS_AT_ONCE = 8
+
+
+class PythonTool(RewardTransform):
+    """Runs the program in an answer and goes on; scores an answer without one, and ends the conversation.
+
+    TorchRL's ``PythonInterpreter`` differs in ways that matter here: it runs programs one after the other and without
+    limits, its messages hold tracebacks with the names of temporary files, and when some conversations of a batch have
+    a program and others have none, it fills the latter with empty messages, which their model would read.
+
+    Args:
+        score: scores the last answer, the one without a program.
+        max_turns: answers per conversation; the last one is scored whatever it is.
+        reply: the tool's message; ``{output}`` stands for what the program printed.
+        bonus: the part of the reward, 0 to 1, that a conversation earns when its first program prints the truth. A
+            model that does not yet report what it has found out learns to find it out.
+        timeout_s: seconds a program may take.
+        program: regular expression that finds a program in an answer, see :func:`find_program`.
+        answer_key: where the truth is.
+
+    Raises:
+        ConfigError: an argument that makes no sense.
+    """
+
+    def __init__(
+        self,
+        score: Scorer,
+        *,
+        max_turns: int = 2,
+        reply: str = "{output}",
+        bonus: float = 0.0,
+        timeout_s: float = 5.0,
+        program: str = PROGRAM,
+        answer_key: str = "answer",
+    ) -> None:
+        require(max_turns >= 1, f"max_turns must be at least 1, got {max_turns}")
+        require("{output}" in reply, f"the tool's reply must show the {{output}}, got {reply!r}")
+        require(0 <= bonus < 1, f"bonus is a part of the reward, at least 0 and below 1, got {bonus}")
+        super().__init__(score, answer_key=answer_key)
+        self.max_turns, self.reply, self.bonus = max_turns, reply, bonus
+        self.timeout_s, self.program = timeout_s, program
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        conversations_B = list(next_tensordict["history"].prompt.unbind(0))
+        truths_B = [str(truth) for truth in tensordict[self.answer_key]]
+        ended_B = (~tensordict["generation"].truncated).tolist()
+        with ThreadPoolExecutor(_PROGRAMS_AT_ONCE) as threads:
+            outputs_B = list(threads.map(self._run, conversations_B))
+        rewards_B, right_B = [], []
+        for i, (conversation, output, truth) in enumerate(zip(conversations_B, outputs_B, truths_B, strict=True)):
+            if output is None:
+                reward, right = self.score(str(conversation[-1].content), truth, ended_B[i])
+                reward *= 1 - self.bonus
+            else:
+                found = num_answers(conversation) == 1 and self.score(output, truth, True)[1]
+                reward, right = self.bonus * found, False
+                message = History(role="tool", content=self.reply.format(output=output))
+                conversations_B[i] = conversation.append(message, inplace=False)
+            rewards_B.append(float(reward))
+            right_B.append(right)
+        next_tensordict["history"].prompt = lazy_stack(conversations_B)
+        return self._write(next_tensordict, rewards_B, right_B, done_B=[output is None for output in outputs_B])
+
+    def _run(self, conversation: History) -> str | None:
+        """What the last answer's program printed; ``None`` if it has none, or was the last that is allowed."""
+        program = find_program(str(conversation[-1].content), self.program)
+        if program is None or num_answers(conversation) >= self.max_turns:
+            return None
+        return run_python(program, timeout_s=self.timeout_s).output
+
+
+def num_answers(conversation: History) -> int:
+    """How often the assistant has spoken."""
+    return sum(role == "assistant" for role in conversation.role)
+
+
+def make_tool_env(
+    task: Task, tokenizer: Any, tool: PythonTool, *, questions: int, answers: int, seed: int | None, start: int = 0
+) -> TransformedEnv:
+    """A ``ChatEnv`` whose conversations have a tool; each slot asks the next question as soon as its last one is over.
+
+    Args:
+        task: what is asked; its own scoring function is the tool's affair.
+        tokenizer: has the chat template.
+        tool: runs programs and scores.
+        questions: asked at the same time...
+        answers: ...by so many conversations each.
+        seed: of the order of questions; ``None`` asks the held-out ones, in order.
+        start: number of the first question.
+    """
+    stream = QuestionStream(task.held_out if seed is None else task.train, seed=seed, start=start)
+    return chat_env(stream.loader(1), tool, task, tokenizer, questions=questions, answers=answers)
+
+
+def evaluate_with_tool(
+    env: TransformedEnv,
+    policy: Callable[[TensorDictBase], TensorDictBase],
+    *,
+    max_turns: int,
+    answers: int,
+    ks: Sequence[int],
+) -> dict[str, float]:
+    """Have each slot's first conversation and count those that end right.
+
+    Args:
+        env: from :func:`make_tool_env` with ``seed=None``; a new one for each evaluation.
+        policy: answers.
+        max_turns: the tool's.
+        answers: conversations per question.
+        ks: for which k pass@k is wanted.
+
+    Returns:
+        ``eval_reward_mean``, ``eval_pass_at_<k>`` for every k, and ``eval_program_rate``, the part of the conversations
+        in which a program ran.
+    """
+    size = env.batch_size.numel()
+    reward_B, right_B, used_B = torch.zeros(size), torch.zeros(size, dtype=torch.bool), torch.zeros(size)
+    open_B = torch.ones(size, dtype=torch.bool)
+    state = env.reset()
+    for _ in range(max_turns):
+        step, state = env.step_and_maybe_reset(policy(state))
+        done_B = step["next", "done"].reshape(size)
+        reward_B += open_B * step["next", "reward"].reshape(size)
+        right_B |= open_B & step["next", "right"].reshape(size)
+        used_B[open_B & ~done_B] = 1
+        open_B &= ~done_B
+        if not open_B.any():
+            break
+    return {
+        "eval_reward_mean": float(reward_B.mean()),
+        **mean_pass_at_k(right_B.reshape(-1, answers), ks),
+        "eval_program_rate": float(used_B.mean()),
+    }

@@ -1,0 +1,1 @@
+"""Which tensors travel together, and their bytes. May import: ``checkpoint``."""

@@ -1,0 +1,233 @@
+"""The trainer's side of the weight group: rank 0 of a process group whose other ranks live inside the servers.
+
+Server ``i`` holds ranks ``offset_i .. offset_i + tp_size_i - 1``. The group is made from torch's public classes, with
+the store prefixes that SGLang's own helper uses, and never touches the trainer's default process group.
+
+This is the one place that knows where NCCL differs from gloo (read in SGLang's source, not yet run on GPUs):
+
+* gloo connects when the group is made, so a 200 from every server proves the ranks meet; NCCL connects at the first
+  broadcast, so the first bucket has the group's own deadline;
+* NCCL's communicator belongs to the GPU of the first tensor, so that all tensors must be on it: the trainer's;
+* a gloo broadcast that returned has been sent; an NCCL broadcast is only enqueued, and its work handle says when the
+  buffer is free again;
+* gloo can't abort an operation under way, it ends at the operation's own time-out; NCCL aborts at once, but its
+  watchdog would kill the trainer's process first if the group's time-out were shorter than ours.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.errors import ConfigError, SGLangError, WeightUpdateError
+from torchrl_sglang.parallel import Task
+from torchrl_sglang.protocol.control import build_destroy_group
+from torchrl_sglang.weights.group.rendezvous import Rendezvous, ask_to_join, await_ranks, check_join, reachable_address
+
+__all__ = ["WeightGroup", "reachable_address"]
+
+_POLL_S = 0.005
+_CLOSE_PATIENCE_S = 2.0
+
+
+class WeightGroup:
+    """A process group of the trainer (rank 0) and every rank of the given servers. Use :meth:`form`.
+
+    Attributes:
+        name: the group's name on the servers.
+        clients: the servers in it.
+        backend: ``"gloo"`` or ``"nccl"``.
+        world_size: number of ranks, the trainer's included.
+    """
+
+    def __init__(self, name: str, clients: Sequence[SGLangClient], backend: str, world_size: int, group: Any) -> None:
+        self.name = name
+        self.clients = tuple(clients)
+        self.backend = backend
+        self.world_size = world_size
+        self._group = group
+
+    @classmethod
+    def form(cls, clients: Sequence[SGLangClient], config: SyncConfig, name: str) -> WeightGroup:
+        """Make the group: every server is told to join, and the trainer joins with them.
+
+        Args:
+            clients: the servers; each contributes ``tp_size`` ranks.
+            config: address, port, backend and time-outs.
+            name: what the servers will call it; none of them may have a group of that name.
+
+        Raises:
+            ConfigError: the address can't be listened on, or the servers could not reach it.
+            WeightUpdateError: a server refused, died or did not join in time; no server's weights were touched.
+        """
+        backend = _choose_backend(config, clients)
+        address = config.master_address or reachable_address([client.url for client in clients])
+        world_size = 1 + sum(client.info.tp_size for client in clients)
+        rendezvous = Rendezvous(name, address, config.master_port, timeout_s=config.group_timeout_s)
+        deadline = time.monotonic() + config.group_timeout_s
+        joins = ask_to_join(clients, rendezvous, world_size, backend, config)
+        try:
+            await_ranks(rendezvous, joins, world_size, backend, deadline)
+            group = cls(name, clients, backend, world_size, _join(rendezvous, world_size, backend, config))
+        except BaseException:
+            rendezvous.abandon(joins, backend, deadline)
+            raise
+        rendezvous.end()  # the group holds the store now
+        try:
+            for join in joins:
+                check_join(join, deadline, rendezvous)
+        except BaseException:
+            group.drop()
+            raise
+        return group
+
+    @property
+    def in_step(self) -> frozenset[str]:
+        """Servers that have taken part in a broadcast for certain when it is over at the trainer.
+
+        gloo's broadcast is a binomial tree: the trainer sends to ranks 1, 2, 4, ... and waits for these to take it;
+        the others get it from them later. NCCL waits for nobody.
+        """
+        if self.backend == "nccl":
+            return frozenset()
+        urls = set()
+        first = 1
+        for client in self.clients:
+            ranks = range(first, first + client.info.tp_size)
+            if any(rank & (rank - 1) == 0 for rank in ranks):
+                urls.add(client.url)
+            first = ranks.stop
+        return frozenset(urls)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors have to be to be broadcast: on one and the same GPU for NCCL, on the CPU for gloo."""
+        return torch.device("cuda" if self.backend == "nccl" else "cpu")
+
+    def broadcast(self, tensor: torch.Tensor, *, timeout_s: float) -> None:
+        """Send a tensor from rank 0 to all others and wait until its memory may be written again.
+
+        Args:
+            tensor: contiguous, on :attr:`device`, and finished: a broadcast runs in a thread and stream of its own.
+            timeout_s: seconds after which the operation is given up.
+
+        Raises:
+            WeightUpdateError: a peer is gone or did not take part in time.
+        """
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        options.timeout = timedelta(seconds=timeout_s)
+        work: Any = None
+        try:
+            work = self._group.broadcast([tensor], options)
+            if self.backend == "nccl":
+                self._await_enqueued(work, timeout_s)
+            else:
+                work.wait()
+        except RuntimeError as error:
+            advice = ""
+            if "uplicate GPU" in str(error):
+                advice = (
+                    ". Trainer and server share a GPU, which NCCL refuses: give the servers others "
+                    "(from_pretrained(..., gpus=[[1], ...])), or use SyncConfig(transport='disk')"
+                )
+            message = f"the {self.backend} broadcast of {tensor.nbytes} bytes failed: {error}{advice}"
+            raise WeightUpdateError(message) from error
+        finally:
+            # It holds the group's connections and store, and a traceback holds this frame: peers would wait on.
+            work = None
+
+    def _await_enqueued(self, work: Any, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                self._group.abort()
+                raise WeightUpdateError(f"the NCCL broadcast did not finish within {timeout_s:g} s and was aborted")
+            time.sleep(_POLL_S / 10)
+
+    def close(self) -> None:
+        """Take the group down on both sides; a server that can't answer is left to its own time-out.
+
+        One server after the other, in this thread: it is also called at exit, when no thread can be started any more.
+        """
+        deadline = time.monotonic() + _CLOSE_PATIENCE_S
+        for client in self.clients:
+            with suppress(SGLangError):
+                self.leave(client, timeout_s=max(0.1, deadline - time.monotonic()))
+        if self._group is not None:
+            release = _Release(self._group, self.backend)
+            self._group = None
+            release()  # nothing is under way, so it is quick; a thread could be cut off inside it by the exit
+
+    def leave(self, client: SGLangClient, timeout_s: float = _CLOSE_PATIENCE_S) -> None:
+        """Let one server leave the group. Its connections close, and with them every wait of a peer for it ends.
+
+        Raises:
+            ServerError: it did not answer in time, or did not know the group.
+        """
+        client.send(build_destroy_group(self.name), timeout_s=timeout_s)
+
+    def drop(self) -> None:
+        """Let go of the trainer's side only, without blocking.
+
+        gloo waits for an operation under way when it is destroyed, so the last reference is given up in a thread.
+        """
+        if self._group is not None:
+            release = _Release(self._group, self.backend)
+            self._group = None  # no name in this thread may hold it any more: the last one to let go waits
+            if sys.is_finalizing():
+                return  # the process takes the group with it, and a thread started now would never run
+            with suppress(RuntimeError):  # Python 3.12 starts none at exit either, and says so
+                Task(release, name="drop-weight-group")
+
+
+class _Release:
+    """Holds the last reference to a group until its thread has ended it."""
+
+    def __init__(self, group: Any, backend: str) -> None:
+        self._group = group
+        self._backend = backend
+
+    def __call__(self) -> None:
+        if self._backend == "nccl":
+            self._group.abort()
+        self._group = None
+
+
+def _choose_backend(config: SyncConfig, clients: Sequence[SGLangClient]) -> str:
+    if config.backend != "auto":
+        return config.backend
+    devices = {client.info.device for client in clients}
+    if devices == {"cpu"}:
+        return "gloo"
+    if "cpu" in devices:
+        raise ConfigError(f"the servers run on different devices ({sorted(devices)}): one group can't hold them")
+    return "nccl"
+
+
+def _join(rendezvous: Rendezvous, world_size: int, backend: str, config: SyncConfig) -> Any:
+    store: Any = rendezvous.prefixed(backend)
+    try:
+        if backend == "gloo":
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=rendezvous.address)]
+            options._timeout = timedelta(seconds=config.group_timeout_s)
+            return dist.ProcessGroupGloo(store, 0, world_size, options)
+        nccl = dist.ProcessGroupNCCL.Options()
+        # Above every deadline of ours: on its own time-out NCCL's watchdog ends the whole process.
+        nccl._timeout = timedelta(seconds=10 * (config.fixed_timeout_s + config.group_timeout_s) + 3600)
+        return dist.ProcessGroupNCCL(store, 0, world_size, nccl)
+    except RuntimeError as error:
+        raise WeightUpdateError(f"the trainer could not join the weight group: {error}") from error
+    finally:
+        store = None  # see Rendezvous
