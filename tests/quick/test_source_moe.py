@@ -13,11 +13,11 @@ from tensordict import TensorDict
 from torch import nn
 
 from torchrl_sglang.errors import WeightCoverageError
-from torchrl_sglang.weights import conversion
 from torchrl_sglang.weights.buckets.layout import plan_buckets
 from torchrl_sglang.weights.buckets.packing import BucketPacker
 from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.source import conversion
 from torchrl_sglang.weights.source.opening import open_source
 
 

@@ -182,8 +182,8 @@ def _nobody_came(rendezvous: Rendezvous, joins: Sequence[JoinCall], backend: str
     return WeightUpdateError(
         f"the weight group did not form within its time: {', '.join(absent) or 'nobody'} did not arrive at "
         f"{rendezvous}. Can the servers reach that address? Set SyncConfig.master_address to an address of the "
-        "trainer that they reach, or raise group_timeout_s. Or is a server still stuck in the collective of a trainer that "
-        "died? Restart it",
+        "trainer that they reach, or raise group_timeout_s. Or is a server still stuck in the collective of a trainer "
+        "that died? Restart it",
         server_weights={join.client.url: "stuck" if join.client.url in absent else "old" for join in joins},
     )
 
