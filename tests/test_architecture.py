@@ -20,10 +20,9 @@ PACKAGE = "torchrl_sglang"
 # PEERS, the line with the engine, import each other, and of those `rollout` and `weights` never meet.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"config", "parallel", "tls"}),
+    frozenset({"config", "model_files", "parallel", "tls"}),
     frozenset({"protocol"}),
     frozenset({"client"}),
-    frozenset({"streaming"}),
     frozenset({"pool", "server"}),
     frozenset({"rollout", "weights", "engine", "chat", "scores"}),
     frozenset({"testing"}),

@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +22,7 @@ from torchrl_sglang.errors import (
     ServerTimeoutError,
     ServerUnreachableError,
 )
+from torchrl_sglang.model_files import read_model_json
 from torchrl_sglang.protocol.dialect import (
     MODEL_INFO,
     SERVER_INFO,
@@ -340,32 +340,9 @@ def _detail(response: requests.Response) -> str:
 
 
 def read_vocab_size(model_path: str) -> int | None:
-    """Number of token ids the checkpoint's embedding has rows for, from its ``config.json``; ``None`` if unreadable.
-
-    A folder is read directly, a hub name from the local Hugging Face cache (nothing is downloaded).
-    """
-    config_path = Path(model_path) / "config.json"
-    if not config_path.is_file():
-        cached = _cached_config(model_path)
-        if cached is None:
-            return None
-        config_path = cached
-    try:
-        config = json.loads(config_path.read_text())
-    except (OSError, ValueError):
-        return None
+    """Rows of the checkpoint's embedding, from its ``config.json``; ``None`` if that can't be read from here."""
+    config = read_model_json(model_path, "config.json")
     for section in (config, config.get("text_config") or {}, config.get("llm_config") or {}):
         if isinstance(section.get("vocab_size"), int):
             return int(section["vocab_size"])
     return None
-
-
-def _cached_config(repo: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(repo, "config.json")
-    except HFValidationError:  # a path that exists on the server's machine only
-        return None
-    return Path(found) if isinstance(found, str) else None

@@ -14,9 +14,10 @@ from torchrl_sglang.chat.deltas import TextDeltas
 from torchrl_sglang.chat.messages import read_conversation
 from torchrl_sglang.chat.response import Response, ToolCall
 from torchrl_sglang.chat.settings import GenerationDefaults
-from torchrl_sglang.chat.template import ChatTemplate, read_generation_config
+from torchrl_sglang.chat.template import ChatTemplate
 from torchrl_sglang.chat.tools import find_tool_calls, read_tools
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.model_files import read_model_json
 
 ADD = ToolCall(name="add", arguments={"a": 1, "b": 2})
 BODY = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
@@ -140,13 +141,13 @@ def test_template_variables_and_an_open_assistant_message_reach_the_prompt(tiny_
 
 
 def test_a_generation_config_is_read_where_there_is_one(tmp_path: Path) -> None:
-    assert read_generation_config(str(tmp_path)) == {}
+    assert read_model_json(str(tmp_path), "generation_config.json") == {}
     (tmp_path / "generation_config.json").write_text('{"top_p": 0.8}')
-    assert read_generation_config(str(tmp_path)) == {"top_p": 0.8}
+    assert read_model_json(str(tmp_path), "generation_config.json") == {"top_p": 0.8}
     (tmp_path / "generation_config.json").write_text("{")
-    assert read_generation_config(str(tmp_path)) == {}
-    assert read_generation_config("/a/path/on/the/server") == {}
-    assert read_generation_config("nobody/no-such-model") == {}
+    assert read_model_json(str(tmp_path), "generation_config.json") == {}
+    assert read_model_json("/a/path/on/the/server", "generation_config.json") == {}
+    assert read_model_json("nobody/no-such-model", "generation_config.json") == {}
 
 
 @given(st.text(alphabet="abS ", max_size=30), st.lists(st.text(alphabet="abS", min_size=1, max_size=4), max_size=3))

@@ -12,13 +12,13 @@ from torchrl_sglang.chat.in_thread import call_in_thread, iterate_in_thread
 from torchrl_sglang.chat.messages import read_conversation
 from torchrl_sglang.chat.response import Response, ToolCall
 from torchrl_sglang.chat.settings import GenerationDefaults
-from torchrl_sglang.chat.template import ChatTemplate, read_generation_config
+from torchrl_sglang.chat.template import ChatTemplate
 from torchrl_sglang.chat.tools import find_tool_calls, read_tools
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig, SamplingParams
-from torchrl_sglang.engine import AsyncSGLang, load_tokenizer
 from torchrl_sglang.errors import ConfigError, ProtocolError, RequestRejectedError, ServerError, ServerUnreachableError
-from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.model_files import load_tokenizer, read_model_json
+from torchrl_sglang.pool import Servers, resolve_pool
 from torchrl_sglang.protocol.generate import build_generate, parse_one
 from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply
@@ -79,7 +79,7 @@ class SGLangChat:
 
     def __init__(
         self,
-        servers: AsyncSGLang | SGLangPool | str | Sequence[str],
+        servers: Servers,
         tokenizer: Any = None,
         processor: Any = None,
         *,
@@ -88,13 +88,14 @@ class SGLangChat:
         client: ClientConfig | None = None,
         **generation: Any,
     ) -> None:
-        self.pool = _as_pool(servers, client)
+        self.pool = resolve_pool(servers, client)
         self.pool.connect()
-        self.tokenizer = tokenizer or getattr(processor, "tokenizer", None) or load_tokenizer(self.pool)
+        tokenizer = tokenizer or getattr(processor, "tokenizer", None)
+        self.tokenizer = tokenizer or load_tokenizer(self.pool.info.tokenizer_path)
         self.adapter = adapter
         self._tool_call_parser = tool_call_parser
         self._template = ChatTemplate(self.tokenizer, processor)
-        checkpoint = read_generation_config(self.pool.info.model_path)
+        checkpoint = read_model_json(self.pool.info.model_path, "generation_config.json")
         self._defaults = GenerationDefaults(
             given=generation,
             checkpoint=checkpoint,
@@ -347,15 +348,6 @@ class SGLangChat:
         answer = client.send(build_parse_tool_calls(text, turn.tools, self._tool_call_parser))
         content, calls = parse_tool_calls_answer(answer, server=client.url)
         return content, tuple(ToolCall(name=name, arguments=arguments) for name, arguments in calls)
-
-
-def _as_pool(servers: AsyncSGLang | SGLangPool | str | Sequence[str], client: ClientConfig | None) -> SGLangPool:
-    if isinstance(servers, (AsyncSGLang, SGLangPool)):
-        if client is not None:
-            raise ConfigError("client= is for URLs: an engine or a pool has its own")
-        return servers.pool if isinstance(servers, AsyncSGLang) else servers
-    urls = [servers] if isinstance(servers, str) else list(servers)
-    return SGLangPool([SGLangClient(url, client) for url in urls])
 
 
 def _stop_ids(template: Sequence[int], checkpoint: Mapping[str, Any], vocab_size: int | None) -> tuple[int, ...]:

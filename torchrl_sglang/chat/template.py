@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,7 +10,7 @@ from jinja2 import TemplateError
 from torchrl_sglang.chat.messages import Conversation
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["ChatTemplate", "read_generation_config"]
+__all__ = ["ChatTemplate"]
 
 _MARK = "7f3b-here-ends-what-was-said"
 
@@ -101,24 +99,3 @@ class ChatTemplate:
     def _is_special(self, token: int) -> bool:
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).get(token)
         return token in self.tokenizer.all_special_ids or getattr(added, "special", False)
-
-
-def read_generation_config(model_path: str) -> dict[str, Any]:
-    """A checkpoint's ``generation_config.json``, from its folder or the local hub cache; empty if there is none."""
-    path = Path(model_path) / "generation_config.json"
-    if not path.is_file():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            cached = try_to_load_from_cache(model_path, "generation_config.json")
-        except HFValidationError:  # a path on the server's machine
-            return {}
-        if not isinstance(cached, str):
-            return {}
-        path = Path(cached)
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}

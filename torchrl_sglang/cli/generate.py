@@ -77,12 +77,12 @@ def _continue(
 ) -> list[dict[str, Any]]:
     from torchrl_sglang.client import SGLangClient
     from torchrl_sglang.config import SamplingParams
-    from torchrl_sglang.engine import load_tokenizer
+    from torchrl_sglang.model_files import load_tokenizer
     from torchrl_sglang.pool import SGLangPool
 
     pool = SGLangPool([SGLangClient(url, config)])
     pool.connect()
-    tokenizer = load_tokenizer(pool)
+    tokenizer = load_tokenizer(pool.info.tokenizer_path)
     sampling = SamplingParams.from_kwargs(**settings)
     ids_B_T = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
     replies = pool.generate(ids_B_T, sampling, return_logprobs=False, lora=adapter)

@@ -13,9 +13,9 @@ from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams
 from torchrl_sglang.engine.launching import client_config, refuse_unknown, server_configs
 from torchrl_sglang.engine.memory import MemoryMethods
 from torchrl_sglang.engine.monitor import CrashMonitor, start_again
-from torchrl_sglang.engine.tokenizer import load_tokenizer
 from torchrl_sglang.engine.updating import WeightMethods
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.pool import RouterClient, SGLangPool
 from torchrl_sglang.protocol.control import build_flush
 from torchrl_sglang.protocol.messages import GenerateReply
@@ -162,7 +162,7 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
             ConfigError: the server's tokenizer path can't be read from this machine.
         """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.pool)
+            self._tokenizer = load_tokenizer(self.pool.info.tokenizer_path)
         return self._tokenizer
 
     @property

@@ -5,6 +5,7 @@ scheme from YAML, and has its own loop of collecting, training and syncing. From
 in all of them.
 """
 
+from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.recipes.batch.advantages import token_advantages, token_rewards, whiten
 from torchrl_sglang.recipes.batch.conversations import Conversations
 from torchrl_sglang.recipes.batch.importance import masked_importance_weights, truncated_importance_weights
@@ -46,7 +47,7 @@ from torchrl_sglang.recipes.setup.config import (
 )
 from torchrl_sglang.recipes.setup.devices import trainer_device
 from torchrl_sglang.recipes.setup.memory import keep_freed_memory, peak_memory_gb
-from torchrl_sglang.recipes.setup.models import load_model, load_tokenizer, save_model
+from torchrl_sglang.recipes.setup.models import load_model, save_model
 from torchrl_sglang.recipes.setup.optimizer import make_optimizer
 from torchrl_sglang.recipes.setup.program import run_program
 from torchrl_sglang.recipes.setup.ray_serving import RayServing, end_ray_collector

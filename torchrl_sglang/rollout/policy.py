@@ -7,12 +7,11 @@ from typing import Any
 
 from tensordict import NestedKey, TensorDict, TensorDictBase, lazy_stack, set_list_to_stack, unravel_key
 from torchrl.modules.llm.policies import LLMWrapperBase
-from transformers import AutoTokenizer
 
 from torchrl_sglang.config import SamplingParams
-from torchrl_sglang.engine import AsyncSGLang
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.model_files import load_tokenizer
+from torchrl_sglang.pool import Servers, resolve_pool
 from torchrl_sglang.rollout.assemble import generated_rows, scored_rows
 from torchrl_sglang.rollout.batching import Batcher
 from torchrl_sglang.rollout.exactness import warn_of_truncation, with_sampling_mask
@@ -45,8 +44,8 @@ class SGLangWrapper(LLMWrapperBase):
     ``ChatHistory.response`` has a message dimension, as the class asks for.
 
     Args:
-        model: an :class:`~torchrl_sglang.AsyncSGLang`, an :class:`~torchrl_sglang.SGLangPool`, or the URL of a running
-            server.
+        model: an :class:`~torchrl_sglang.AsyncSGLang`, an :class:`~torchrl_sglang.SGLangPool`, or the URL(s) of
+            running servers.
 
     Keyword Args:
         tokenizer: a Hugging Face tokenizer, or the name of one; ``None`` takes the served model's.
@@ -105,16 +104,14 @@ class SGLangWrapper(LLMWrapperBase):
         ([[5, 6, 7, 7, 6]], ['length'])
     """
 
-    def __init__(self, model: AsyncSGLang | SGLangPool | str, **kwargs: Any) -> None:
+    def __init__(self, model: Servers, **kwargs: Any) -> None:
         super().__init__()
         self.settings = RolloutSettings.from_kwargs(**kwargs)
-        if isinstance(model, str):
-            model = AsyncSGLang.connect(model)
-        if not hasattr(model, "generate"):
-            raise ConfigError(
-                f"model must be an AsyncSGLang, an SGLangPool or a server's URL, got {type(model).__name__}"
-            )
-        self.model = model
+        self.pool = resolve_pool(model)
+        """The servers."""
+        self.model = self.pool if isinstance(model, (str, list, tuple)) else model
+        if isinstance(model, (str, list, tuple)):
+            self.pool.connect()
         self._batcher: RequestBatcher | None = None
         self._expose_settings()
 
@@ -155,12 +152,6 @@ class SGLangWrapper(LLMWrapperBase):
     # ------------------------------------------------------------------ what it stands on
 
     @property
-    def pool(self) -> SGLangPool:
-        """The servers."""
-        pool: SGLangPool = getattr(self.model, "pool", self.model)  # type: ignore[arg-type]
-        return pool
-
-    @property
     def tokenizer(self) -> Any:
         """The tokenizer, loaded on first use.
 
@@ -169,10 +160,10 @@ class SGLangWrapper(LLMWrapperBase):
         """
         given = self.settings.tokenizer
         if given is None:
-            owner = self.model if hasattr(self.model, "tokenizer") else AsyncSGLang(self.pool)
-            given = owner.tokenizer
+            owned = getattr(self.model, "tokenizer", None)
+            given = owned if owned is not None else load_tokenizer(self.pool.info.tokenizer_path)
         elif isinstance(given, str):
-            given = AutoTokenizer.from_pretrained(given)
+            given = load_tokenizer(given)
         if given is not self.settings.tokenizer:
             self.settings = self.settings.changed(tokenizer=given)
         return given

@@ -8,6 +8,7 @@ from typing import Any
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.protocol.limits import check_prompts
 from torchrl_sglang.protocol.scores import build_scores, parse_scores
@@ -62,7 +63,7 @@ class RewardModel:
                 )
             if (info.architectures, info.vocab_size) != (infos[0].architectures, infos[0].vocab_size):
                 raise ConfigError(f"{infos[0].url} and {info.url} serve different models")
-        self.tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(infos[0].tokenizer_path)
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(infos[0].tokenizer_path)
 
     def get_scores(self, texts: Sequence[Text], *, timeout_s: float | None = None) -> list[float]:
         """Score texts.
@@ -125,12 +126,3 @@ def _bind(client: SGLangClient, ids_B_T: list[list[int]], timeout_s: float | Non
         return parse_scores(answer, num_expected=len(ids_B_T), server=client.url)
 
     return call
-
-
-def _load_tokenizer(path: str) -> Any:
-    from transformers import AutoTokenizer  # slow to import
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the served tokenizer {path!r} can't be loaded here ({error}); pass tokenizer=") from error

@@ -11,10 +11,9 @@ from typing import Any
 from torchrl.weight_update import weight_sync_schemes as _host
 from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
-from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.pool import resolve_pool
 from torchrl_sglang.weights.sender import SGLangWeightSender
 from torchrl_sglang.weights.sync import WeightSync
 from torchrl_sglang.weights.update.report import SyncReport
@@ -46,7 +45,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
 
     def __init__(self, servers: Any, *, model: Any = None, config: SyncConfig | None = None) -> None:
         super().__init__("tensordict")
-        self.pool = _pool_of(servers)
+        self.pool = resolve_pool(servers)
         self.config = config or SyncConfig()
         self._restart = getattr(servers, "restart", None)
         self._initial_weights = model
@@ -237,19 +236,6 @@ def _refuse_adapters_elsewhere(config: SyncConfig) -> None:
             "they would go on with the base model. Use a collector in this process, or transport='broadcast', which "
             "merges the adapter into the weights"
         )
-
-
-def _pool_of(servers: Any) -> SGLangPool:
-    if isinstance(servers, SGLangPool):
-        return servers
-    pool = getattr(servers, "pool", None)
-    if isinstance(pool, SGLangPool):
-        return pool
-    if isinstance(servers, str):
-        return SGLangPool([SGLangClient(servers)])
-    if isinstance(servers, (list, tuple)) and all(isinstance(each, str) for each in servers):
-        return SGLangPool([SGLangClient(each) for each in servers])
-    raise ConfigError(f"servers must be an AsyncSGLang, an SGLangPool or URLs, got {type(servers).__name__}")
 
 
 # torchrl 0.12 has no registry of schemes by name.

@@ -6,24 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.recipes.setup.devices import trainer_device
 
-__all__ = ["load_model", "load_tokenizer", "save_model"]
-
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a checkpoint.
-
-    Raises:
-        ConfigError: there is none at ``path``.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"there is no tokenizer in model={path}: {error}") from error
+__all__ = ["load_model", "save_model"]
 
 
 def load_model(path: str, device: str = "auto") -> Any:

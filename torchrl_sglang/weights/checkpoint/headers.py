@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.model_files import require_model_folder
 
 __all__ = ["Checkpoint", "TensorSpec", "read_safetensors_header"]
 
@@ -109,7 +110,7 @@ class Checkpoint:
         Raises:
             ConfigError: nothing readable is there, or it has no safetensors files.
         """
-        folder = _locate(str(model_path))
+        folder = require_model_folder(model_path, hint=_NO_CHECKPOINT)
         config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         specs: dict[str, TensorSpec] = {}
         for file in _weight_files(folder):
@@ -194,24 +195,6 @@ def read_safetensors_header(file: Path) -> dict[str, TensorSpec]:
             raise ConfigError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, which this torch can't represent")
         specs[name] = TensorSpec(name=name, shape=tuple(entry["shape"]), dtype=dtype)
     return specs
-
-
-def _locate(model_path: str) -> Path:
-    folder = Path(model_path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or model_path.startswith((".", "~")) or model_path.count("/") > 1:
-        raise ConfigError(f"{model_path} is not a folder on this machine. {_NO_CHECKPOINT}")
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(model_path, "config.json")
-    except HFValidationError as error:
-        raise ConfigError(f"{model_path!r} is neither a folder nor a hub name ({error}). {_NO_CHECKPOINT}") from None
-    if not isinstance(cached, str):
-        raise ConfigError(f"{model_path!r} is neither a folder nor in the local Hugging Face cache. {_NO_CHECKPOINT}")
-    return Path(cached).parent
 
 
 _NO_CHECKPOINT = (

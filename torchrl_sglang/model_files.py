@@ -1,0 +1,92 @@
+"""Files of a checkpoint on this machine: hub name or folder in, folder out. Nothing is downloaded.
+
+Also loads the tokenizer that a server was told to use. Every other module that reads a checkpoint's files asks here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchrl_sglang.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["find_model_file", "load_tokenizer", "read_model_json", "require_model_folder"]
+
+
+def find_model_file(model: str | Path, name: str) -> Path | None:
+    """One file of a checkpoint.
+
+    Args:
+        model: a folder, or a hub name that is in the local Hugging Face cache.
+        name: file name, such as ``"config.json"``.
+
+    Returns:
+        Its path; ``None`` if the checkpoint has no such file or is not on this machine.
+
+    Examples:
+        >>> find_model_file("/no/such/folder", "config.json") is None
+        True
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    from huggingface_hub import try_to_load_from_cache  # slow to import, and not needed for folders
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(str(model), name)
+    except HFValidationError:  # a path that exists on the server's machine only
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def require_model_folder(model: str | Path, *, hint: str) -> Path:
+    """The folder that holds a checkpoint.
+
+    Args:
+        model: a folder, or a hub name that is in the local Hugging Face cache.
+        hint: what to do without it; the error ends with this.
+
+    Raises:
+        ConfigError: the checkpoint is not on this machine.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    config = find_model_file(model, "config.json")
+    if config is None:
+        raise ConfigError(f"{model} is neither a folder on this machine nor in the local Hugging Face cache. {hint}")
+    return config.parent
+
+
+def read_model_json(model: str | Path, name: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint, such as ``"generation_config.json"``; empty if it is absent or not readable."""
+    file = find_model_file(model, name)
+    if file is None:
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Args:
+        path: a folder or hub name; for a server's own tokenizer ``pool.info.tokenizer_path``.
+
+    Raises:
+        ConfigError: it can't be read from this machine.
+    """
+    from transformers import AutoTokenizer  # slow to import, and not needed for token-only use
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer {path!r} can't be loaded here ({error}); pass tokenizer=") from error
