@@ -17,7 +17,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "comma
 exclude_patterns = ["_build", "requirements.txt"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 
-# Markdown: definition lists and admonitions for troubleshooting; heading anchors, so that Sphinx can check links to them.
+# Markdown: definition lists and admonitions for troubleshooting; heading anchors, so that links to them are checked.
 myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 3
 

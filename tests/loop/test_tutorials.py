@@ -53,7 +53,7 @@ def test_rollouts(run_tutorial: Any, server: SGLangServer) -> None:
 def test_weight_sync(run_tutorial: Any, pristine_server: SGLangServer) -> None:
     printed = run_tutorial("weight_sync", pristine_server.url)
     assert max(gaps("between servers and trainer after a sync:", printed)) < 1e-4
-    assert max(gaps("in the proof:", printed)) < 1e-3
+    assert max(gaps("in the verification:", printed)) < 1e-3
     assert "model.layers.1.mlp.up_proj.weight: 1 of " in printed
     assert "Did you mean 'model.layers.0.mlp.up_proj.weight'?" in printed
     assert "what the servers hold: {'old'}" in printed
@@ -75,4 +75,4 @@ def test_weight_sync_with_two_servers_of_its_own_of_which_one_is_killed(run_tuto
     printed = run_tutorial("weight_sync")
     assert "6 responses; in routing: 1 of 2 servers" in printed
     assert "in routing: 2 of 2 servers" in printed
-    assert "requests in flight were handled by: retract" in printed
+    assert "pause mode for requests in flight: retract" in printed
