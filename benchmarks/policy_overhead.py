@@ -9,8 +9,8 @@ They run alternately, so that other programs on the machine slow all alike:
     tokens   the policy on token ids: TensorDict in, TensorDict with tokens, masks, log-probs and Generation out
     history  the policy on chats: the same, plus chat template, tokenizer, decoding and the extended conversation
 
-Each line is the median over the pairs of policy / raw. Target: 1.03 or less. If runs vary, `cpu` is more reliable: the CPU
-time of this process beyond that of bare requests, in percent of the time of a call. The last line compares 16
+Each line is the median over the pairs of policy / raw. Target: 1.03 or less. If runs vary, `cpu` is more reliable: the
+CPU time of this process beyond that of bare requests, in percent of the time of a call. The last line compares 16
 threads that call the policy with one prompt each, with ``batching=True``, with one call of 16 prompts. Target: 1.
 
 The wrapper's own work grows with the number of sequences, not with their length: real responses are longer than those

@@ -9,8 +9,8 @@ The two run alternately, so that other programs on the machine slow both alike:
     raw    gloo sends the model's bytes, already in one tensor, to an otherwise idle process: the lower bound
     sync   WeightSync.push(model): check values, pause servers, pack, announce and send buckets, continue, verify
 
-Each line is the median over the pairs. Seconds depend on the machine, so ratios are printed. Target on 2 idle cores: 1.8
-or less for 64 MB buckets, and less than 2.2 times as long for 3 servers as for 1.
+Each line is the median over the pairs. Seconds depend on the machine, so ratios are printed. Target on 2 idle cores:
+1.8 or less for 64 MB buckets, and less than 2.2 times as long for 3 servers as for 1.
 
 This script does not measure NCCL: use `torchrl-sglang doctor --self-test` on a GPU machine.
 """
