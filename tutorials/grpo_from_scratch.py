@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import AsyncSGLang, SGLangWrapper, smollm2_checkpoint
 
-set_list_to_stack(True).set()  # TorchRL's LLM components need it
+set_list_to_stack(True).set()  # TorchRL's language model parts rely on it
 random.seed(0)
 torch.manual_seed(0)
 
@@ -50,7 +50,7 @@ policy = SGLangWrapper(
     servers,
     input_mode="history",
     num_samples=ANSWERS,
-    generate_kwargs={"max_new_tokens": 12, "skip_special_tokens": True},  # only in the text; the ids keep them
+    generate_kwargs={"max_new_tokens": 12, "skip_special_tokens": True},  # in the text; the ids keep them
 )
 trainer = AutoModelForCausalLM.from_pretrained(servers.pool.info.model_path, dtype=torch.float32).eval()
 optimizer = torch.optim.AdamW(trainer.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -63,11 +63,11 @@ optimizer = torch.optim.AdamW(trainer.parameters(), lr=1e-5, betas=(0.9, 0.95), 
 # and for ending the answer. Before training, "What is 5 + 2?" gets these answers:
 
 
-def make_prompts(sums):
+def ask(sums):
     """The questions as a TensorDict of conversations."""
     chats = [
         [
-            {"role": "system", "content": ""},  # otherwise the chat template inserts its default
+            {"role": "system", "content": ""},  # or the model's chat template would put in its own
             {"role": "user", "content": f"What is {a} + {b}? Answer with only the number."},
         ]
         for a, b in sums
@@ -76,14 +76,14 @@ def make_prompts(sums):
 
 
 def reward(answer, total, ended):
-    """0.7 if the last number is right, 0.2 times the share of digits, 0.1 if the answer ended before the limit."""
+    """0.7 for the right number at the end, 0.2 times the share of digits, 0.1 for ending by itself."""
     numbers = re.findall(r"\d+", answer)
     if not numbers:
         return 0.0
     return 0.7 * (numbers[-1] == str(total)) + 0.2 * sum(map(len, numbers)) / len(answer) + 0.1 * ended
 
 
-for answer in policy(make_prompts([(5, 2)]))["text", "response"][0]:
+for answer in policy(ask([(5, 2)]))["text", "response"][0]:
     print(repr(answer))
 
 # %%
@@ -119,7 +119,7 @@ def response_log_probs(sequences, prompt_lengths):
 def grpo_step(step):
     sums = [(random.randint(1, 9), random.randint(1, 9)) for _ in range(QUESTIONS)]
     start = time.perf_counter()
-    rollout = policy(make_prompts(sums))  # batch shape (QUESTIONS, ANSWERS)
+    rollout = policy(ask(sums))  # batch shape (QUESTIONS, ANSWERS)
     generated = time.perf_counter()
 
     ended = ~rollout["generation"].truncated
@@ -135,13 +135,13 @@ def grpo_step(step):
     recorded = flat.get(("log_probs", "response"), as_list=True)
     num_tokens, gap = sum(map(len, recorded)), 0.0
     for part in torch.arange(len(sequences)).split(8):  # a forward and backward pass for 8 answers at a time
-        computed = torch.cat(response_log_probs([sequences[i] for i in part], [prompt_lengths[i] for i in part]))
-        sampled = torch.cat([recorded[i] for i in part])
+        said = torch.cat(response_log_probs([sequences[i] for i in part], [prompt_lengths[i] for i in part]))
+        drawn = torch.cat([recorded[i] for i in part])
         advantage = torch.cat([advantages[i].expand(len(recorded[i])) for i in part])
-        ratio = (computed - sampled).exp()
+        ratio = (said - drawn).exp()
         gain = torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
         (-gain.sum() / num_tokens).backward()
-        gap = max(gap, (computed - sampled).abs().max().item())
+        gap = max(gap, (said - drawn).abs().max().item())
     torch.nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -182,7 +182,7 @@ bottom.set(xlabel="step", ylabel="largest\nlog-prob gap", ylim=(1e-7, 1))
 bottom.xaxis.get_major_locator().set_params(integer=True)
 plt.show()
 
-for answer in policy(make_prompts([(5, 2)]))["text", "response"][0]:
+for answer in policy(ask([(5, 2)]))["text", "response"][0]:
     print(repr(answer))
 
 # %%
@@ -190,7 +190,7 @@ for answer in policy(make_prompts([(5, 2)]))["text", "response"][0]:
 # ----------
 # ``examples/grpo_minimal.py`` and ``examples/grpo.py`` do the same with TorchRL's own components
 # (``ChatEnv``, ``Collector``, ``GRPOLoss``): the collector calls the policy, and
-# ``collector.update_policy_weights_(actor)`` sends the weights. For a task of your own, change the
-# questions and ``reward``; for a larger model on GPUs, the name in ``from_pretrained``.
+# ``collector.update_policy_weights_(actor)`` sends the weights. For a task of your own, change
+# ``ask`` and ``reward``; for a larger model on GPUs, the name in ``from_pretrained``.
 
 servers.shutdown()
