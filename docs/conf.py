@@ -38,7 +38,8 @@ default_role = "code"
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"torchrl_sglang\.\w+\..*"),
-    (r"py:.*", r"(?!torchrl_sglang\b|SGLang|AsyncSG|Weight(?!State|Source|Transport)|Sync|Server|Client|Sampling|Generation$|Reward).*"),
+    (r"py:.*", r"Weight(State|Source|Transport)"),  # internal classes
+    (r"py:.*", r"(?!torchrl_sglang\b|SGLang|AsyncSG|Weight|Sync|Server|Client|Sampling|Generation$|Reward).*"),
 ]
 
 html_theme = "furo"
