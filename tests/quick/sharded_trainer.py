@@ -24,7 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torchrl_sglang.errors import ConfigError, WeightCoverageError
 from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.source.opening import WeightSource, open_source
+from torchrl_sglang.weights.source.factory import open_source
+from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.transports.lora import find_adapter
 
 Made = tuple[nn.Module, Checkpoint]

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, travel_units, unit_key
+from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, transfer_units, unit_key
 from torchrl_sglang.weights.buckets.packing import BucketPacker
-from torchrl_sglang.weights.checkpoint.headers import TensorSpec
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.float8_e4m3fn]
 MODULES = [
@@ -89,7 +89,7 @@ def test_what_a_server_loads_in_one_request_is_in_one_bucket(specs: list[TensorS
         for index, bucket in enumerate(plan_buckets(specs, bucket_bytes=bucket_bytes))
         for name in bucket.names
     }
-    for unit in travel_units(specs):
+    for unit in transfer_units(specs):
         assert len({bucket_of[spec.name] for spec in unit}) == 1
     for name, index in bucket_of.items():
         sister = name.replace("q_a_proj", "kv_a_proj_with_mqa")
@@ -187,7 +187,7 @@ def test_a_stream_in_any_order_is_packed_whole_and_its_fused_tensors_together(
         assert bucket.nbytes <= bucket_bytes or len({unit_key(name) for name in bucket.names}) == 1
     assert received.keys() == by_name.keys()
     assert all(same_bytes(received[name], tensor) for name, tensor in by_name.items())
-    for unit in travel_units(specs) if known else []:
+    for unit in transfer_units(specs) if known else []:
         assert len({bucket_of[spec.name] for spec in unit}) == 1
 
 
@@ -297,9 +297,10 @@ import peft
 from tensordict import TensorDict
 from torch import nn
 from torchrl_sglang.weights.buckets.layout import plan_buckets
-from torchrl_sglang.weights.checkpoint.headers import Checkpoint, TensorSpec
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 from torchrl_sglang.weights.buckets.packing import BucketPacker
-from torchrl_sglang.weights.source.opening import open_source
+from torchrl_sglang.weights.source.factory import open_source
 
 torch.set_num_threads(1)
 MIB = 2**20

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from torchrl_sglang.errors import ConfigError, WeightCoverageError
-from torchrl_sglang.weights.checkpoint.coverage import check_coverage, check_finite, wire_dtype
-from torchrl_sglang.weights.checkpoint.headers import Checkpoint, TensorSpec
-from torchrl_sglang.weights.checkpoint.values import finite_probe, non_finite_names
+from torchrl_sglang.weights.checkpoint.coverage import check_coverage
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
+from torchrl_sglang.weights.checkpoint.values import check_finite, find_non_finite, finite_probe
+from torchrl_sglang.weights.checkpoint.wire_dtype import wire_dtype
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -254,7 +256,7 @@ def test_finite_values_are_never_refused_however_large(values: list[float], dtyp
     tensor = torch.tensor(values).to(dtype)
     if torch.isfinite(tensor).all():
         check_finite("w", tensor)
-        assert non_finite_names([("w", tensor)]) == []
+        assert find_non_finite([("w", tensor)]) == {}
 
 
 def test_squares_that_overflow_are_not_mistaken_for_infinity() -> None:
@@ -279,5 +281,5 @@ def test_a_value_the_servers_dtype_cannot_hold_is_refused() -> None:
 
 def test_bad_tensors_are_all_named_in_order_and_good_ones_are_not() -> None:
     bad = torch.tensor([0.0, torch.nan])
-    lines = non_finite_names([("a", bad), ("b", torch.ones(2)), ("c", bad.half()), ("d", torch.full((9,), 1e30))])
-    assert [line.split(":")[0] for line in lines] == ["a", "c"]
+    problems = find_non_finite([("a", bad), ("b", torch.ones(2)), ("c", bad.half()), ("d", torch.full((9,), 1e30))])
+    assert list(problems) == ["a", "c"]

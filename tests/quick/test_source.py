@@ -23,7 +23,7 @@ from torchrl.weight_update.weight_sync_schemes import WeightStrategy
 from torchrl_sglang.errors import ConfigError, WeightCoverageError
 from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.source.opening import open_source
+from torchrl_sglang.weights.source.factory import open_source
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "qwen2"])
@@ -255,7 +255,7 @@ def test_a_custom_model_is_sent_by_its_name_map() -> None:
 def test_two_tensors_for_one_name_are_refused() -> None:
     checkpoint = Checkpoint.from_specs({"w": ((2,), torch.float32), "v": ((2,), torch.float32)})
     weights = {"w": torch.zeros(2), "v": torch.zeros(2), "other": torch.ones(2)}
-    with pytest.raises(ConfigError, match="both stand for 'w'"):
+    with pytest.raises(ConfigError, match="both map to 'w'"):
         open_source(weights, checkpoint, name_map={"other": "w"})
 
 
@@ -335,11 +335,11 @@ def test_layers_that_the_model_class_leaves_out_by_design_are_said(model: nn.Mod
     checkpoint = Checkpoint.from_specs(
         {**{n: (s.shape, s.dtype) for n, s in held.specs.items()}, **extra}, tied=held.tied
     )
-    assert open_source(model, checkpoint).not_held == ()
+    assert open_source(model, checkpoint).omitted_names == ()
     model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.2.*"]
     source = open_source(model, checkpoint)
-    assert source.not_held == tuple(extra)
-    check_coverage(source.specs(), checkpoint, ignore=source.not_held)
+    assert source.omitted_names == tuple(extra)
+    check_coverage(source.specs(), checkpoint, ignore=source.omitted_names)
 
 
 WITHOUT_PEFT = """
@@ -347,7 +347,7 @@ import sys
 sys.modules["peft"] = None                    # as if it weren't installed
 import torch
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.source.opening import open_source
+from torchrl_sglang.weights.source.factory import open_source
 
 model = torch.nn.Linear(2, 3)
 checkpoint = Checkpoint.from_specs({n: (p.shape, p.dtype) for n, p in model.named_parameters()})

@@ -18,7 +18,7 @@ from torchrl_sglang.weights.buckets.packing import BucketPacker
 from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.source import conversion
-from torchrl_sglang.weights.source.opening import open_source
+from torchrl_sglang.weights.source.factory import open_source
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch import nn
 from torchrl_sglang.errors import ConfigError, WeightCoverageError
 from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.source.opening import open_source
+from torchrl_sglang.weights.source.factory import open_source
 
 peft = pytest.importorskip("peft")
 

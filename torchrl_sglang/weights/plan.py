@@ -9,9 +9,10 @@ import torch
 
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, trainable_specs
-from torchrl_sglang.weights.checkpoint.coverage import check_coverage, wire_dtype
+from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.source.opening import WeightSource
+from torchrl_sglang.weights.checkpoint.wire_dtype import wire_dtype
+from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.transports.base import Packing
 
 __all__ = ["gather_only", "make_packing", "make_plan"]
@@ -49,7 +50,7 @@ def make_plan(
             source.check_values(target=served_dtype)  # each tensor, when it comes
         return []
     specs = source.specs()
-    ignore = (*config.ignore, *source.not_held)
+    ignore = (*config.ignore, *source.omitted_names)
     if partial:
         ignore += tuple(name for name in checkpoint.specs if name not in specs)
     check_coverage(specs, checkpoint, ignore=ignore, server=server)

@@ -29,7 +29,8 @@ from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.pending import PendingSync
 from torchrl_sglang.weights.plan import gather_only, make_packing, make_plan
-from torchrl_sglang.weights.source.opening import WeightSource, open_source
+from torchrl_sglang.weights.source.factory import open_source
+from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import is_sharded, ranks_of
 from torchrl_sglang.weights.transports.base import WeightTransport
 from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
