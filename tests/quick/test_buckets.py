@@ -312,7 +312,7 @@ checkpoint = Checkpoint.from_specs({n: (p.shape, p.dtype) for n, p in model.name
 adapted = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=r"layer.*", init_lora_weights=False), model)
 plain = nn.ModuleDict({n: getattr(m, "base_layer", m) for n, m in adapted.items()})
 
-def gathered():                                                                         # copies each tensor as it is read
+def gathered():                                                                         # copies every tensor it reads
     return ((n, p.detach() + 0) for n, p in plain.named_parameters())
 
 forms = {

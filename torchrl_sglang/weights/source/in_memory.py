@@ -55,16 +55,16 @@ class InMemorySource(WeightSource):
         If the iterator is closed early, a sharded source gathers the remaining tensors nevertheless: the other ranks
         would wait for ever in the next gather.
         """
-        wanted = self._require_known(names)
+        names = self._require_known(names)
         position = 0
         try:
-            for pair in self._read(wanted):
+            for pair in self._read(names):
                 position += 1
                 yield pair
                 del pair
         except GeneratorExit:
             if self._ranks is not None:
-                for _ in self._read(wanted[position:]):
+                for _ in self._read(names[position:]):
                     pass
             raise
 
@@ -94,14 +94,14 @@ class InMemorySource(WeightSource):
                 raise ConfigError(f"the weights have no tensor {name!r}.{nearest_name(name, list(self._specs))}")
         return list(names)
 
-    def _read(self, wanted: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Read in the order of ``wanted``. A mapping with several outputs is computed once and its outputs kept.
+    def _read(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read in the order of ``names``.
 
-        The outputs are dropped with the last of them that is wanted.
+        Computes a mapping once, and holds its outputs until those among ``names`` are read.
         """
-        remaining = Counter(self._mapping_of[name] for name in wanted)
+        remaining = Counter(self._mapping_of[name] for name in names)
         computed: dict[TensorMapping, dict[str, torch.Tensor]] = {}
-        for name in wanted:
+        for name in names:
             mapping = self._mapping_of[name]
             if mapping not in computed:
                 computed[mapping] = mapping.values()
