@@ -64,9 +64,7 @@ def test_control_calls_get_through_when_generation_holds_every_connection(tiny_l
         while times_received(fake, "/generate") < 2:
             time.sleep(0.01)
         client.send(build_ready())
-        assert all(thread.is_alive() for thread in threads), (
-            "generation was over: a connection was free"
-        )
+        assert all(thread.is_alive() for thread in threads), "generation was over: a connection was free"
         for thread in threads:
             thread.join(timeout=60)
         client.close()
