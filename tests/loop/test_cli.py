@@ -51,7 +51,7 @@ def test_generate_prints_what_the_engine_gives(server: SGLangServer) -> None:
     assert "deterministic" in refused.stderr
 
 
-def test_chat_keeps_and_deletes_the_conversation_and_ends(server: SGLangServer) -> None:
+def test_chat_remembers_forgets_and_leaves(server: SGLangServer) -> None:
     chat = SGLangChat(server.url, temperature=0, max_new_tokens=8)
     first = chat.chat("a", system="s")[0]
     talk = [{"role": "user", "content": "a"}, first.message, {"role": "user", "content": "b"}]
@@ -63,17 +63,12 @@ def test_chat_keeps_and_deletes_the_conversation_and_ends(server: SGLangServer) 
     done = run("chat", *words, stdin=lines)
     assert done.returncode == 0
     assert done.stdout == f"{first.text}\n{second.text}\n{alone.text}\n"
-    for said in (
-        "unknown command /nonsense",
-        "the path is missing",
-        "'no-such.png' can't be read",
-        "deleted",
-        server.url,
-    ):
-        assert said in done.stderr
+    messages = ("unknown command /nonsense", "the path is missing", "'no-such.png' can't be read", "deleted")
+    for message in (*messages, server.url):
+        assert message in done.stderr
 
 
-def test_ctrl_c_interrupts_an_answer_and_the_chat_continues(tiny_llama: Path) -> None:
+def test_ctrl_c_cuts_an_answer_short_and_the_chat_goes_on(tiny_llama: Path) -> None:
     """Runs in a pseudo-terminal; the fake server is slow enough to be interrupted."""
     terminal, other_end = pty.openpty()
     with FakeServer(FakeSettings(model_path=tiny_llama, step_s=0.2)) as fake:
@@ -120,7 +115,7 @@ def read_until(terminal: int, mark: bytes, *, more: int = 0, timeout_s: float = 
 @pytest.mark.slow
 @pytest.mark.usefixtures("needs_sglang")
 @pytest.mark.timeout(400)
-def test_serve_runs_until_ctrl_c_and_leaves_no_process(tiny_llama: Path, tmp_path: Path) -> None:
+def test_serve_serves_until_ctrl_c_and_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     reserved = reserve_port("127.0.0.1")
     assert reserved is not None
     port = reserved.port

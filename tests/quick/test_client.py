@@ -37,7 +37,7 @@ def times_received(fake: FakeServer, path: str) -> int:
         (build_ready(), ServerTimeoutError(""), False),  # the server is overloaded: a second request makes it worse
     ],
 )
-def test_only_requests_that_cannot_have_run_or_only_read_are_retried(request_, error, retried: bool) -> None:  # type: ignore[no-untyped-def]
+def test_only_what_cannot_have_run_or_only_reads_is_sent_again(request_, error, retried: bool) -> None:  # type: ignore[no-untyped-def]
     assert may_retry(request_, error) is retried
 
 
@@ -92,7 +92,7 @@ def test_retries_can_be_switched_off_and_are_limited() -> None:
     assert time.monotonic() - start < 30
 
 
-def test_vllms_argument_names_launch_the_same_servers() -> None:
+def test_the_names_of_other_ecosystems_launch_the_same_servers() -> None:
     given = {"max_model_len": 512, "gpu_memory_utilization": 0.5, "tensor_parallel_size": 1, "num_replicas": 2}
     first, second = server_configs("m", tp_size=1, dp_size=1, gpus=None, given={**given, "device": "cpu"})
     assert (first.context_length, first.mem_fraction_static, first.tp_size) == (512, 0.5, 1)

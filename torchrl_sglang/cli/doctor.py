@@ -59,8 +59,6 @@ class _Steps:
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
             print(f"\r{line[:width]:<{width}}", end="\r", file=sys.stderr, flush=True)
-        elif (
-            ": " not in line and line != self._shown
-        ):  # leaves out the server's loading lines, which change every second
+        elif ": " not in line and line != self._shown:  # without the server's own lines, one per second
             print(line, file=sys.stderr, flush=True)
         self._shown = line

@@ -150,7 +150,7 @@ def _test_syncs(
 
 
 def placed_server(config: ServerConfig) -> ServerConfig:
-    """Settings with the server on the first GPUs; the trainer gets the last: NCCL can't connect two processes on one."""
+    """Settings with the server on the first GPUs; the last is the trainer's (NCCL needs one GPU per process)."""
     if torch.cuda.device_count() > config.tp_size and config.device != "cpu":
         return replace(config, dtype="bfloat16", gpus=config.gpus or tuple(range(config.tp_size)))
     return replace(config, dtype="float32", device="cpu" if config.device == "auto" else config.device)
