@@ -6,12 +6,12 @@
     ├── ConfigError(ValueError)                    an argument can't be honoured
     ├── ProtocolError                              the answer is not what this SGLang version promises
     ├── ServerError(RuntimeError)
-    │   ├── ServerStartError                       the process did not become ready; carries the log's tail
+    │   ├── ServerStartError                       the process did not become ready; has the log's tail
     │   ├── ServerUnreachableError(ConnectionError)   no connection was made: nothing ran, safe to send again
     │   ├── ServerLostError(ConnectionError)       the connection broke after sending: the request may have run
     │   ├── ServerTimeoutError(TimeoutError)       no answer in time: the request may still be running
     │   └── RequestRejectedError                   the server answered with an error status
-    └── WeightSyncError(RuntimeError)              carries the state of every server's weights
+    └── WeightSyncError(RuntimeError)              has the state of every server's weights
         ├── WeightCoverageError                    names, shapes, dtypes or values don't match, listed
         └── WeightUpdateError                      refused, timed out, or failed verification
 

@@ -104,19 +104,11 @@ def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_lo
         prompt_T = [entry[0] for entry in meta["input_token_logprobs"]] if prompt_logprobs else None
         support_R_K = meta.get("output_token_sampling_mask")
         support_logprobs_R = meta.get("output_token_sampling_logprobs")
-        version = str(meta.get("weight_version", "default"))
-        spans = tuple(
-            WeightSpan(version=str(span["version"]), start=span["start"], end=span["end"])
-            for span in meta.get("weight_versions") or ()
-        )
+        spans = _weight_spans(meta, len(ids_T))
     except (KeyError, TypeError, IndexError) as error:
         raise ProtocolError(
             f"{server} answered /generate without the field {error}: not the reply SGLang promises", server=server
         ) from error
-    # In a stream, only the last event has spans. The version in earlier events is the server's version at that moment,
-    # which may be the dirty mark of an update that began after the tokens were generated.
-    if not spans and meta["finish_reason"] is not None:
-        spans = (WeightSpan(version=version, start=0, end=len(ids_T)),)
     if logprobs_T is not None and not ids_T:
         # For max_new_tokens=0 beside running requests, SGLang (0.5.23) may return the log-prob of a discarded token.
         logprobs_T = []
@@ -138,9 +130,26 @@ def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_lo
         prompt_tokens=meta.get("prompt_tokens", 0),
         completion_tokens=meta.get("completion_tokens", len(ids_T)),
         cached_tokens=meta.get("cached_tokens", 0),
-        weight_version=version,
+        weight_version=_weight_version(meta),
         weight_spans=spans,
         request_id=str(meta.get("id", "")),
         latency_s=float(meta.get("e2e_latency") or 0.0),
         server=server,
     )
+
+
+def _weight_version(meta: Mapping[str, Any]) -> str:
+    return str(meta.get("weight_version", "default"))
+
+
+def _weight_spans(meta: Mapping[str, Any], num_tokens: int) -> tuple[WeightSpan, ...]:
+    """Which weights generated which tokens; empty for all events of a stream but the last."""
+    spans = tuple(
+        WeightSpan(version=str(span["version"]), start=span["start"], end=span["end"])
+        for span in meta.get("weight_versions") or ()
+    )
+    # The version in an earlier event of a stream is the server's version at that moment, which may be the dirty mark of
+    # an update that began after the tokens were generated.
+    if spans or meta["finish_reason"] is None:
+        return spans
+    return (WeightSpan(version=_weight_version(meta), start=0, end=num_tokens),)

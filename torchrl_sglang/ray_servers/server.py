@@ -108,7 +108,7 @@ class RayServer:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process lives."""
+        """Whether the process runs."""
         return bool(self._call("is_running", False))
 
     @property

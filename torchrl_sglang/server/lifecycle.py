@@ -21,11 +21,11 @@ from torchrl_sglang.server.managed_process import LaunchSpec, ManagedProcess, re
 __all__ = ["ProcessLifecycle"]
 
 _POLL_S = 0.2
-_LAUNCH_TRIES = 3  # each with a new port, if another program takes the port that we picked
+_LAUNCH_TRIES = 3  # with a new port each, when another program takes the port that was picked
 
 
 class ProcessLifecycle:
-    """Runs one program as a child process, again and again at the same address.
+    """Runs one program as a child process, and after each end again at the same address.
 
     All its processes end with :meth:`stop`, when this object is collected, and at the exit of this process. A copy in a
     forked process is *attached*: it knows the address, and its :meth:`stop` does nothing.
@@ -111,7 +111,7 @@ class ProcessLifecycle:
                     taken = ADDRESS_IN_USE.search(error.log_tail) is not None
                     if last_try or not taken or not self._may_change_port or self._prepare is None:
                         raise
-                # Another program took the port that we picked, before ours could bind it.
+                # Another program took the picked port before this one could bind it.
                 self._kill_and_keep_log()
                 self.port = None
                 self.launch(self._prepare)
@@ -177,7 +177,7 @@ class ProcessLifecycle:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process lives (on an attached copy: whether the program answers)."""
+        """Whether the process runs (on an attached copy: whether the program answers)."""
         if self.is_owner:
             return self._process is not None and self._process.is_alive
         return self.port is not None and self._probe(self.port) is not None

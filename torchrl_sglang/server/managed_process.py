@@ -54,7 +54,7 @@ class ManagedProcess:
     """Started by :meth:`launch`, over after :meth:`kill`.
 
     Attributes:
-        supervisor: the process between us and the program; its pid is the session id of all of the program's processes.
+        supervisor: the process between owner and program; its pid is the session id of all the program's processes.
         pid: the program's main process.
         port: HTTP port.
         log_path: what the program writes, keys blacked out.
@@ -115,7 +115,7 @@ class ManagedProcess:
         main = supervisor.process_row(self.pid)
         if main is not None and main.parent == process.pid and main.state != "Z":
             return True
-        # The supervisor is cleaning up, or was killed itself. Its pid can't be reused before we take its exit status:
+        # The supervisor is cleaning up, or was killed itself. Its pid can't be reused until its exit status is taken:
         # kill its descendants before that.
         deadline = time.monotonic() + _REAP_TIMEOUT_S
         while not _has_ended(process.pid) and time.monotonic() < deadline:

@@ -63,7 +63,7 @@ class SGLangRouter:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process lives."""
+        """Whether the process runs."""
         return self._lifecycle.is_running
 
     @property

@@ -123,7 +123,7 @@ class SGLangServer:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process lives (on an attached copy: whether the server answers at all)."""
+        """Whether the process runs (on an attached copy: whether the server answers at all)."""
         return self._lifecycle.is_running
 
     @property

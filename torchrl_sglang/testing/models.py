@@ -108,11 +108,7 @@ def make_tiny_model(
         raise ConfigError(f"unknown arch {arch!r}.{nearest_name(arch, get_args(TinyArch))}")
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
-    if min(hidden, layers, heads, kv_heads, context_length) < 1 or hidden % heads or heads % kv_heads:
-        raise ConfigError(
-            "sizes must be positive, hidden a multiple of heads, heads a multiple of kv_heads; got "
-            f"hidden={hidden}, layers={layers}, heads={heads}, kv_heads={kv_heads}, context_length={context_length}"
-        )
+    _check_sizes(hidden, layers, heads, kv_heads, context_length)
     sizes: dict[str, Any] = {
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
@@ -138,6 +134,14 @@ def make_tiny_model(
         _model(arch, seed, sizes, tokenizer).to(getattr(torch, dtype)).save_pretrained(folder)
 
     return cached_folder(Path(path), recipe, build)
+
+
+def _check_sizes(hidden: int, layers: int, heads: int, kv_heads: int, context_length: int) -> None:
+    if min(hidden, layers, heads, kv_heads, context_length) < 1 or hidden % heads or heads % kv_heads:
+        raise ConfigError(
+            "sizes must be positive, hidden a multiple of heads, heads a multiple of kv_heads; got "
+            f"hidden={hidden}, layers={layers}, heads={heads}, kv_heads={kv_heads}, context_length={context_length}"
+        )
 
 
 def _tokenizer() -> Any:
