@@ -159,13 +159,17 @@ class SGLangClient:
             if not finished:
                 raise stream_cut_short(request, url=self.url)
 
-    def held_version(self) -> WeightVersion:
-        """Which weights the server holds at this moment.
+    def weight_version(self) -> str:
+        """Version string of the weights that the server holds at this moment.
 
         Raises:
             ServerError: it does not answer.
         """
-        return WeightVersion.parse(str(self.send(MODEL_INFO)["weight_version"]))
+        return str(self.send(MODEL_INFO)["weight_version"])
+
+    def held_version(self) -> WeightVersion:
+        """:meth:`weight_version`, parsed."""
+        return WeightVersion.parse(self.weight_version())
 
     def _send_with_retries(self, request: HttpRequest, timeout_s: float | None, *, stream: bool) -> requests.Response:
         tries = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,16 +35,13 @@ def test_the_self_test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert any("NCCL" in check["name"] and check["status"] == "pass" for check in said["checks"]), said
 
 
-@pytest.mark.parametrize("packing", ["flattened", "tensors"])
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_two_servers_answer_as_the_model_on_the_last_gpu(
-    tiny_llama: Path, tiny_llama_b: Path, packing: Any, tp_size: int
-) -> None:
+def test_two_servers_answer_as_the_model_on_the_last_gpu(tiny_llama: Path, tiny_llama_b: Path, tp_size: int) -> None:
     need_gpus(2 * tp_size + 1)
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     with (
         AsyncSGLang.from_pretrained(str(tiny_llama), dp_size=2, tp_size=tp_size, dtype="bfloat16") as engine,
-        closing(WeightSync(engine.pool, SyncConfig(packing=packing))) as sync,
+        closing(WeightSync(engine.pool, SyncConfig())) as sync,
     ):
         for version, folder in enumerate((tiny_llama_b, tiny_llama), start=1):
             model = load(folder).to(device, torch.bfloat16)
