@@ -1,6 +1,7 @@
-"""The life of a child process from launch to stop, which :class:`SGLangServer` and :class:`SGLangRouter` share.
+"""Life cycle of a child process: launch, wait until ready, crash report, launch again at the same address, stop.
 
-Launch, wait until ready, watch, report a crash, launch again at the same address, stop at the owner's exit.
+:class:`SGLangServer` and :class:`SGLangRouter` each have one :class:`ProcessLifecycle`, and add only what is their own:
+the command, the environment and the readiness check.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ class ProcessLifecycle:
     The callables must not refer to this object or to its owner, so that reference counting alone collects them.
 
     Args:
-        noun: what error messages call the program, such as ``"server"``.
+        name: what error messages call the program, such as ``"server"``.
         port: port to listen on; ``None`` picks a free one at the first launch.
         url: the base URL for a port.
-        probe: asks the program on a port whether it is ready: ``True`` or ``False``; ``None`` when nothing answers.
+        probe: readiness check of the program on a port: ``True``, ``False``, or ``None`` when nothing answers.
         start_timeout_s: from launch to ready.
         attached: another process launched the program.
     """
 
     def __init__(
         self,
-        noun: str,
+        name: str,
         *,
         port: int | None,
         url: Callable[[int], str],
@@ -52,7 +53,7 @@ class ProcessLifecycle:
         attached: bool = False,
     ) -> None:
         self.port = port
-        self._noun = noun
+        self._name = name
         self._url = url
         self._probe = probe
         self._start_timeout_s = start_timeout_s
@@ -79,11 +80,11 @@ class ProcessLifecycle:
         with self._lock:
             if not self.is_owner:
                 raise ConfigError(
-                    f"this is an attached copy: the process that launched the {self._noun} starts and stops it"
+                    f"this is an attached copy: the process that launched the {self._name} starts and stops it"
                 )
             if self.is_running:
                 raise ConfigError(
-                    f"the {self._noun} at {self.url} is already running: stop() it first, or restart() it"
+                    f"the {self._name} at {self.url} is already running: stop() it first, or restart() it"
                 )
             self._release()
             self._prepare = prepare
@@ -124,7 +125,7 @@ class ProcessLifecycle:
         while True:
             process = self._process
             if process is None:
-                raise ServerStartError(f"the {self._noun} was stopped while it was starting")
+                raise ServerStartError(f"the {self._name} was stopped while it was starting")
             if not process.is_alive:
                 raise self._start_error(process.crash_report())
             if self._probe(process.port) and process.is_listening:
@@ -142,7 +143,7 @@ class ProcessLifecycle:
             time.sleep(_POLL_S)
 
     def _start_error(self, what: str) -> ServerStartError:
-        return ServerStartError(f"the {self._noun} {what}", server=self.url, log_tail=self.log_tail())
+        return ServerStartError(f"the {self._name} {what}", server=self.url, log_tail=self.log_tail())
 
     # ------------------------------------------------------------------ state
 
@@ -155,7 +156,7 @@ class ProcessLifecycle:
         """
         if self.port is None:
             raise ConfigError(
-                f"the {self._noun}'s address is known once it is launched: call start() first, or set a port"
+                f"the {self._name}'s address is known once it is launched: call start() first, or set a port"
             )
         return self._url(self.port)
 
@@ -208,8 +209,8 @@ class ProcessLifecycle:
             return
         url = self.url if self.port is not None else None
         if self._process is None or not self.is_owner:
-            raise ServerError(f"the {self._noun}{f' at {url}' if url else ''} is not running", server=url)
-        raise ServerError(f"the {self._noun} at {url} {self._process.crash_report()}", server=url)
+            raise ServerError(f"the {self._name}{f' at {url}' if url else ''} is not running", server=url)
+        raise ServerError(f"the {self._name} at {url} {self._process.crash_report()}", server=url)
 
     # ------------------------------------------------------------------ stop
 
