@@ -22,6 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"config", "model_files", "parallel", "tls"}),
     frozenset({"protocol"}),
+    frozenset({"http_errors"}),
     frozenset({"client"}),
     frozenset({"pool", "server"}),
     frozenset({"rollout", "weights", "engine", "chat", "scores"}),

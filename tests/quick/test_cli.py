@@ -1,4 +1,4 @@
-"""The command line as typed, without a server: what it prints, and how it ends."""
+"""The command line without a server: output and exit codes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from torchrl_sglang.cli import main
 from torchrl_sglang.cli.main import COMMANDS
 
-NOBODY = "http://127.0.0.1:9"
+NO_SERVER = "http://127.0.0.1:9"
 
 
 def run(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -30,7 +30,7 @@ def test_version_names_every_package_that_matters() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_a_help_that_says_what_it_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
@@ -45,8 +45,8 @@ def test_every_command_has_a_help_that_says_what_it_does(command: str, capsys: p
         (["serve"], 2, "the following arguments are required: MODEL"),
         (["generate", "hi", "--url", "a", "--model", "b"], 2, "not allowed with argument"),
         (["generate"], 2, "no prompt: standard input is empty"),
-        (["generate", "hi", "--url", NOBODY], 1, "nothing accepts connections at http://127.0.0.1:9"),
-        (["chat", "--url", NOBODY], 1, "nothing accepts connections"),
+        (["generate", "hi", "--url", NO_SERVER], 1, "nothing accepts connections at http://127.0.0.1:9"),
+        (["chat", "--url", NO_SERVER], 1, "nothing accepts connections"),
         (["generate", "hi", "--url", "ftp://x"], 2, "is not the URL of a server"),
         (["generate", "hi", "--api-key-file", "/no/such/file"], 2, "can't be read"),
         (["serve", "./no-such-model"], 2, "there is no such file or folder"),
@@ -56,7 +56,7 @@ def test_every_command_has_a_help_that_says_what_it_does(command: str, capsys: p
         (["install-cpu-server", "--venv", "{folder}/new", "--python", "/no/python"], 2, "is no Python that runs"),
     ],
 )
-def test_what_is_wrong_is_one_message_with_its_exit_code(
+def test_an_error_is_one_message_with_its_exit_code(
     words: list[str],
     code: int,
     message: str,
@@ -70,22 +70,22 @@ def test_what_is_wrong_is_one_message_with_its_exit_code(
         found = main([word.format(folder=tmp_path) for word in words])
     except SystemExit as end:  # argparse's own
         found = end.code
-    said = capsys.readouterr()
-    assert (found, said.out) == (code, "")
-    assert message in said.err
+    output = capsys.readouterr()
+    assert (found, output.out) == (code, "")
+    assert message in output.err
     assert [file.name for file in tmp_path.iterdir()] == ["something.txt"]
 
 
 def test_the_exit_code_is_that_of_the_process_and_no_traceback_is_shown() -> None:
-    done = run("generate", "hi", "--url", NOBODY)
+    done = run("generate", "hi", "--url", NO_SERVER)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("torchrl-sglang: nothing accepts connections at http://127.0.0.1:9")
     assert done.stderr.count("\n") == 1
 
 
 def test_the_server_environment_gets_torch_first_and_the_rest_without_dependencies(tmp_path: Path) -> None:
-    """A Python that writes down what it is asked, in place of one that would download gigabytes."""
-    log = tmp_path / "asked.txt"
+    """Uses a script as Python that records its arguments, in place of downloading gigabytes."""
+    log = tmp_path / "commands.txt"
     fake = tmp_path / "python"
     fake.write_text(
         f"""#!/bin/sh
@@ -112,9 +112,9 @@ esac
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"ready {folder}/bin/python\n"
     assert f"serve MODEL --python {folder}/bin/python" in done.stderr
-    asked = log.read_text().splitlines()
-    assert not any(line.startswith("-m venv") for line in asked), "the environment was there already"
-    torch, rest = (line for line in asked if " install " in line)
+    commands = log.read_text().splitlines()
+    assert not any(line.startswith("-m venv") for line in commands), "the environment existed already"
+    torch, rest = (line for line in commands if " install " in line)
     assert torch.endswith(" torch")
     assert "--no-deps" not in torch
     assert "--constraint" in torch

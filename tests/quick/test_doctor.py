@@ -1,4 +1,4 @@
-"""What the doctor says, and that it can say no."""
+"""What the doctor reports, for good and for faulty environments and servers."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from torchrl_sglang.doctor import Check, Diagnosis, check_environment, check_ser
 from torchrl_sglang.doctor.self_test import placed_server
 
 
-def test_the_table_shows_the_next_step_under_what_needs_one() -> None:
+def test_the_table_shows_the_next_step_below_a_failed_check() -> None:
     diagnosis = Diagnosis()
     diagnosis.add(
         Check(name="one", status="pass", detail="fine"),
-        Check(name="another", status="fail", detail="broken", next_step="mend it"),
+        Check(name="another", status="fail", detail="broken", next_step="repair it"),
     )
     lines = diagnosis.table(width=80).splitlines()
     assert [line.split() for line in lines] == [
         ["ok", "one", "fine"],
         ["FAIL", "another", "broken"],
-        ["->", "mend", "it"],
+        ["->", "repair", "it"],
     ]
     assert not diagnosis.ok
 
 
-def test_this_environment_is_described_with_both_pythons() -> None:
+def test_the_environment_check_reports_both_pythons() -> None:
     checks = {check.name: check for check in check_environment(sys.executable)}
     assert "torchrl 0." in checks["trainer's Python"].detail
     assert checks["server's Python"].status == "pass"
@@ -48,7 +48,7 @@ def test_a_python_without_sglang_fails_with_what_to_install(tmp_path: Path) -> N
     assert "install-cpu-server" in check.next_step
 
 
-def test_a_half_updated_server_fails_and_names_the_cure(tiny_llama: Path) -> None:
+def test_a_server_with_mixed_weights_fails_and_the_next_step_says_what_to_do(tiny_llama: Path) -> None:
     with FakeServer(FakeSettings(model_path=tiny_llama, weight_version="dirty-3@abcd")) as server:
         checks = {check.name: check for check in check_server(server.url)}
     assert checks["server"].status == "pass"
@@ -60,9 +60,9 @@ def test_a_half_updated_server_fails_and_names_the_cure(tiny_llama: Path) -> Non
     ("num_gpus", "tp_size", "gpus", "device", "dtype"),
     [
         (0, 1, None, "cpu", "float32"),
-        (1, 1, None, "cpu", "float32"),  # NCCL joins no two processes on one
+        (1, 1, None, "cpu", "float32"),  # NCCL can't connect two processes on one GPU
         (2, 1, (0,), "auto", "bfloat16"),
-        (2, 2, None, "cpu", "float32"),  # none would be left for the trainer
+        (2, 2, None, "cpu", "float32"),  # no GPU would be left for the trainer
         (4, 2, (0, 1), "auto", "bfloat16"),
     ],
 )
@@ -84,4 +84,4 @@ def test_nothing_listening_is_a_failure_and_exit_code_one(capsys: pytest.Capture
 def test_a_good_server_is_exit_code_zero(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with FakeServer(FakeSettings(model_path=tiny_llama)) as server:
         assert main(["doctor", server.url]) == 0
-    assert "all is well" in capsys.readouterr().out
+    assert "all checks passed" in capsys.readouterr().out
