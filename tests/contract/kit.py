@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from tests.fake_sglang import FakeServer, FakeServerProcess
+
 PROMPT = [1, 72, 101, 108, 108, 111]
 NORM = "model.norm.weight"
 """A small tensor of every Llama, ``[hidden]``."""
@@ -69,6 +71,11 @@ class Subject:
     def checksums(self) -> dict[str, str]:
         found: dict[str, str] = self.post("/weights_checker", action="checksum").json()["ranks"][0]["checksums"]
         return found
+
+
+def subject_of(server: FakeServer | FakeServerProcess) -> Subject:
+    """A running fake server as a subject."""
+    return Subject(server.url, "fake", Path(server.settings.model_path))
 
 
 class Background:

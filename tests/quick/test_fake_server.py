@@ -17,25 +17,15 @@ import requests
 import torch
 from safetensors.torch import save_file
 
-from tests.contract.kit import NORM, PROMPT, Background, LongRequest, Subject, Trainer, session, weights_of
-from tests.fake_sglang import FakeServer, FakeServerProcess, FakeSettings, logprobs, signature
+from tests.contract.kit import NORM, PROMPT, Background, LongRequest, Trainer, session, subject_of, weights_of
+from tests.fake_sglang import FakeServer, FakeSettings, logprobs, signature
 from tests.fake_sglang.state import ControlState
-
-
-@pytest.fixture
-def fake(tiny_llama: Path) -> Iterator[FakeServer]:
-    with FakeServer(FakeSettings(model_path=tiny_llama)) as server:
-        yield server
 
 
 @pytest.fixture
 def old_fake(tiny_llama: Path) -> Iterator[FakeServer]:
     with FakeServer(FakeSettings(model_path=tiny_llama, version="0.5.20")) as server:
         yield server
-
-
-def subject_of(server: FakeServer | FakeServerProcess) -> Subject:
-    return Subject(server.url, "fake", Path(server.settings.model_path))
 
 
 # ----------------------------------------------------------------------------------------------------- state machine
@@ -262,17 +252,3 @@ def test_before_0_5_21_an_unaligned_bucket_is_joined_and_fails_when_taken_apart(
     trainer.broadcast(bucket)
     assert "must be divisible by 4" in announced.result().json()["message"]
     trainer.leave()
-
-
-@pytest.mark.parametrize("why", ["unknown group", "refused flush"])
-def test_before_0_5_21_some_updates_end_the_server(tiny_llama: Path, why: str) -> None:
-    with FakeServerProcess(FakeSettings(model_path=tiny_llama, version="0.5.20")) as server:
-        subject = subject_of(server)
-        body = {"names": [], "dtypes": [], "shapes": [], "group_name": "nobody"}
-        if why == "refused flush":
-            LongRequest(subject).running()
-            subject.post("/pause_generation", mode="in_place")
-            body["group_name"] = Trainer(subject).group
-        with pytest.raises(requests.ConnectionError):
-            subject.post("/update_weights_from_distributed", **body)
-        assert server.wait(10) == 1

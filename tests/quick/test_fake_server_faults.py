@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import http.client
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import requests
 import torch
@@ -19,35 +14,18 @@ from tests.contract.kit import (
     NORM,
     PROMPT,
     Background,
-    Subject,
     Trainer,
     hosted_store,
     join_body,
     session,
     subject_is_stuck,
+    subject_of,
 )
-from tests.fake_sglang import FakeServer, FakeServerProcess, FakeSettings, Fault
+from tests.fake_sglang import FakeServer, FakeSettings, Fault
 from tests.fake_sglang.faults import FaultBook
-from tests.fake_sglang.process import ROOT
 
 UPDATE = "/update_weights_from_distributed"
 BUCKET = {NORM: torch.full((64,), 2.0)}
-
-
-@pytest.fixture
-def fake(tiny_llama: Path) -> Iterator[FakeServer]:
-    with FakeServer(FakeSettings(model_path=tiny_llama)) as server:
-        yield server
-
-
-@pytest.fixture
-def process(tiny_llama: Path) -> Iterator[FakeServerProcess]:
-    with FakeServerProcess(FakeSettings(model_path=tiny_llama)) as server:
-        yield server
-
-
-def subject_of(server: FakeServer | FakeServerProcess) -> Subject:
-    return Subject(server.url, "fake", Path(server.settings.model_path))
 
 
 # --------------------------------------------------------------------------------------------------------- the records
@@ -226,45 +204,3 @@ def test_a_group_can_be_reported_formed_that_is_not(fake: FakeServer) -> None:
     announced = Background(lambda: subject.post(UPDATE, **body))
     assert not announced.is_done(0.5)
     assert subject_is_stuck(subject)
-
-
-def test_a_server_that_dies_in_a_broadcast_breaks_the_trainers_end(process: FakeServerProcess) -> None:
-    subject = subject_of(process)
-    trainer = Trainer(subject)
-    subject.post("/begin_weight_update")
-    process.arm(Fault(path=UPDATE, action="die", at="joined", exit_code=7))
-    announced = trainer.announce(BUCKET)
-    assert process.wait(30) == 7
-    with pytest.raises(RuntimeError, match=r"[Cc]onnection"):
-        for _ in range(50):  # a small payload may still fit the kernel's buffers
-            trainer.broadcast({NORM: torch.ones(100_000)})
-    with pytest.raises(requests.ConnectionError):
-        announced.result()
-
-
-def test_a_process_is_stopped_and_goes_on(process: FakeServerProcess) -> None:
-    subject = subject_of(process)
-    process.freeze()
-    with pytest.raises(requests.Timeout):
-        subject.get("/ready", timeout_s=0.5)
-    process.thaw()
-    assert subject.get("/ready").status_code == 200
-    assert [event["path"] for event in process.events][-1] == "/ready"
-    process.set_state(session_open=True)
-    assert subject.post("/end_weight_update").status_code == 200
-    process.disarm()
-
-
-def test_the_process_ends_with_whoever_started_it(tiny_llama: Path) -> None:
-    program = (
-        "import os, sys; from tests.fake_sglang import *;"
-        "s = FakeServerProcess(FakeSettings(model_path=sys.argv[1])).start(); print(s.pid, flush=True); os._exit(0)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tiny_llama)], capture_output=True, text=True, timeout=120, cwd=ROOT
-    )
-    pid = int(done.stdout)
-    deadline = time.monotonic() + 20
-    while psutil.pid_exists(pid):
-        assert time.monotonic() < deadline, "it outlives its owner"
-        time.sleep(0.1)
