@@ -1,4 +1,4 @@
-"""From the body of a ``/generate`` request to the sequences it asks for, with SGLang's refusals."""
+"""Parses the body of a ``/generate`` request into sequences; refuses invalid ones with SGLang's messages."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def _bad(message: str) -> BadRequest:
 def parse_sequences(
     call: Call, vocabulary: Vocabulary, adapters: Adapters, *, checks_names: bool = True
 ) -> tuple[list[Sequence], bool]:
-    """The sequences a request asks for, prompt-major, and whether the answer is a list.
+    """The sequences to generate, prompt-major, and whether the reply is a list.
 
     Args:
         call: the request.
         vocabulary: the model's tokens and context length.
         adapters: the LoRA adapters a request may name.
-        checks_names: whether an unknown sampling parameter is refused by name; up to 0.5.20 it is a bare 500.
+        checks_names: whether the refusal of an unknown sampling parameter names it; up to 0.5.20 it is a bare 500.
 
     Raises:
-        BadRequest: the request can't be honoured.
+        BadRequest: the request is invalid.
     """
     if not isinstance(call.body, Mapping):
         call.value("input_ids", list)
@@ -54,8 +54,8 @@ def parse_sequences(
     n = copies.pop() if copies else 1
     rids = _rids(body.get("rid"), len(prompts), n)
     names = _adapter_names(body.get("lora_path"), len(prompts), adapters)
-    wants = body.get("return_logprob") or False
-    wanted = wants if isinstance(wants, list) else [wants] * len(prompts)
+    logprobs = body.get("return_logprob") or False
+    with_logprobs = logprobs if isinstance(logprobs, list) else [logprobs] * len(prompts)
     start = int(body.get("logprob_start_len", -1))
     out = []
     for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
@@ -66,9 +66,9 @@ def parse_sequences(
                     prompt=prompt,
                     sampling=sampling,
                     rid=rids[i * n + copy],
-                    logprobs=bool(wanted[i]),
-                    logprob_start=start if wanted[i] and start >= 0 else None,
-                    top_logprobs=int(body.get("top_logprobs_num") or 0) if wanted[i] else 0,
+                    logprobs=bool(with_logprobs[i]),
+                    logprob_start=start if with_logprobs[i] and start >= 0 else None,
+                    top_logprobs=int(body.get("top_logprobs_num") or 0) if with_logprobs[i] else 0,
                     adapter=names[i],
                 )
             )
@@ -123,7 +123,7 @@ def _sampling(params: Mapping[str, Any], checks_names: bool) -> Sampling:
 
 
 def _rids(given: Any, num_prompts: int, n: int) -> list[str]:
-    if given is None or n > 1:  # with n > 1 SGLang makes its own
+    if given is None or n > 1:  # with n > 1 SGLang generates new ids
         return [uuid.uuid4().hex for _ in range(num_prompts * n)]
     if isinstance(given, list):
         return [str(rid) for rid in given]
@@ -134,7 +134,7 @@ def _adapter_names(given: Any, num_prompts: int, adapters: Adapters) -> list[str
     names = given if isinstance(given, list) else [given] * num_prompts
     for name in names:
         if name is not None:
-            adapters.need(name)
+            adapters.require(name)
     return names
 
 

@@ -26,7 +26,7 @@ def process(tiny_llama: Path) -> Iterator[FakeServerProcess]:
         yield server
 
 
-def test_a_server_that_dies_in_a_broadcast_breaks_the_trainers_end(process: FakeServerProcess) -> None:
+def test_a_server_that_dies_in_a_broadcast_breaks_the_trainers_connection(process: FakeServerProcess) -> None:
     subject = subject_of(process)
     trainer = Trainer(subject)
     subject.post("/begin_weight_update")
@@ -40,12 +40,12 @@ def test_a_server_that_dies_in_a_broadcast_breaks_the_trainers_end(process: Fake
         announced.result()
 
 
-def test_a_process_is_stopped_and_goes_on(process: FakeServerProcess) -> None:
+def test_a_suspended_process_continues(process: FakeServerProcess) -> None:
     subject = subject_of(process)
-    process.freeze()
+    process.suspend()
     with pytest.raises(requests.Timeout):
         subject.get("/ready", timeout_s=0.5)
-    process.thaw()
+    process.resume()
     assert subject.get("/ready").status_code == 200
     assert [event["path"] for event in process.events][-1] == "/ready"
     process.set_state(session_open=True)
@@ -53,7 +53,7 @@ def test_a_process_is_stopped_and_goes_on(process: FakeServerProcess) -> None:
     process.disarm()
 
 
-def test_the_process_ends_with_whoever_started_it(tiny_llama: Path) -> None:
+def test_the_process_ends_with_the_process_that_started_it(tiny_llama: Path) -> None:
     program = (
         "import os, sys; from tests.fake_sglang import *;"
         "s = FakeServerProcess(FakeSettings(model_path=sys.argv[1])).start(); print(s.pid, flush=True); os._exit(0)"
@@ -64,7 +64,7 @@ def test_the_process_ends_with_whoever_started_it(tiny_llama: Path) -> None:
     pid = int(done.stdout)
     deadline = time.monotonic() + 20
     while psutil.pid_exists(pid):
-        assert time.monotonic() < deadline, "it outlives its owner"
+        assert time.monotonic() < deadline, "it outlives the process that started it"
         time.sleep(0.1)
 
 
