@@ -72,7 +72,7 @@ class RequestLocks:
 
     @contextmanager
     def for_update(self) -> Iterator[None]:
-        """Hold the update lock alone: once all requests have ended, or at once during a pause, which then cannot end."""
+        """Hold the update lock alone: once all requests have ended, or at once in a pause, which then cannot end."""
         with self._guard():
             if self.paused:
                 yield
