@@ -190,7 +190,7 @@ def wait_until(condition: Callable[[], object], complaint: str, timeout_s: float
 
 
 def _serve(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
-    report(FakeServer(FakeSettings(**settings | {"faults": ()}), exits=True).start().url)
+    report(FakeServer(FakeSettings(**settings | {"faults": ()}), exit_on_death=True).start().url)
     threading.Event().wait()
 
 
