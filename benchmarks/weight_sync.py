@@ -188,7 +188,6 @@ def make_cases(num_servers: list[int], bucket_bytes: int) -> list[Case]:
         cases.append(Case(name=servers, num_servers=count, config=SyncConfig(bucket_bytes=bucket_bytes)))
         if count == num_servers[0]:
             for what, settings in (
-                ("tensor by tensor", {"packing": "tensors"}),
                 ("no proof", {"verify": "off"}),
                 ("no proof, values unchecked", {"verify": "off", "check_values": False}),
             ):

@@ -173,13 +173,17 @@ class SGLangClient:
             if not finished:
                 raise self._cut_short(request)
 
-    def held_version(self) -> WeightVersion:
-        """Which weights the server holds at this moment.
+    def weight_version(self) -> str:
+        """Version string of the weights that the server holds at this moment.
 
         Raises:
             ServerError: it does not answer.
         """
-        return WeightVersion.parse(str(self.send(MODEL_INFO)["weight_version"]))
+        return str(self.send(MODEL_INFO)["weight_version"])
+
+    def held_version(self) -> WeightVersion:
+        """:meth:`weight_version`, parsed."""
+        return WeightVersion.parse(self.weight_version())
 
     def _cut_short(self, request: HttpRequest) -> ServerLostError:
         return ServerLostError(f"{self.url} ended the stream of {request.path} half-way", server=self.url)

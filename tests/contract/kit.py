@@ -275,7 +275,7 @@ def subject_is_stuck(subject: Subject) -> bool:
 
 
 def trainer_that_dies(subject: Subject, group: str, when: str) -> None:
-    """Run a trainer process that forms a group and exits: after it has ``"joined"``, or with a bucket ``"announced"``."""
+    """Run a trainer process that forms a group and exits, when it has ``"joined"`` or has ``"announced"`` a bucket."""
     arguments = [subject.url, subject.kind, str(subject.model), group, when]
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", _DYING_TRAINER, *arguments], check=True, timeout=TIMEOUT_S, cwd=root)

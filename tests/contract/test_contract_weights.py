@@ -15,7 +15,7 @@ NO_SESSION = "update_weights_from_distributed must run between begin_weight_upda
 PARTIALLY_UPDATED = "The full weights of the ModelRunner are partially updated. Please discard the whole weights."
 
 
-# ------------------------------------------------------------------------------------------------------ invalid orders
+# ----------------------------------------------------------------------------------------------------- invalid orders
 
 
 def test_a_session_is_begun_once_and_ended_once(subject: Subject) -> None:
@@ -75,9 +75,7 @@ def test_during_a_pause_a_session_opens_at_once_although_requests_are_unfinished
 
 
 @pytest.mark.parametrize("flattened", [True, False], ids=["flattened", "tensor by tensor"])
-def test_a_full_update_changes_the_replies_and_the_checksums(
-    subject: Subject, tiny_llama_b: Path, flattened: bool
-) -> None:
+def test_a_full_update_changes_replies_and_checksums(subject: Subject, tiny_llama_b: Path, flattened: bool) -> None:
     before, checksums = subject.generate(tokens=8)["output_ids"], subject.checksums()
     trainer = Trainer(subject)
     with session(subject):
@@ -168,7 +166,7 @@ def test_without_a_flush_cached_prefixes_are_those_of_the_old_weights(subject: S
     assert abs(stale - fresh) > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------- invalid updates
+# ---------------------------------------------------------------------------------------------------- invalid updates
 
 
 def test_a_wrong_shape_is_refused_after_the_tensors_before_it_were_loaded(subject: Subject) -> None:

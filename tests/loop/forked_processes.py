@@ -223,9 +223,7 @@ def _announce(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
     for request in (build_pause("abort"), build_set_version("dirty-1@somebody"), build_begin_update()):
         client.send(request)
     name, tensor = next(iter(read_checkpoint(settings["weights"]).items()))
-    bucket = build_update_bucket(
-        names=[name], dtypes=["float32"], shapes=[list(tensor.shape)], group=group.name, flattened=True
-    )
+    bucket = build_update_bucket(names=[name], dtypes=["float32"], shapes=[list(tensor.shape)], group=group.name)
     threading.Thread(target=client.send, args=(bucket,), daemon=True).start()
     with contextlib.suppress(ServerTimeoutError):  # the time-out shows that the scheduler waits in the broadcast
         while True:

@@ -62,7 +62,7 @@ def gaps(reply: GenerateReply, prompt: Sequence[int], model: nn.Module) -> torch
 def group_names(client: SGLangClient) -> list[str]:
     """The weight groups of a server, read from its refusal of a group it does not have."""
     client.send(build_begin_update())
-    request = build_update_bucket(names=[], dtypes=[], shapes=[], group="no-such-group", flattened=False)
+    request = build_update_bucket(names=[], dtypes=[], shapes=[], group="no-such-group")
     try:
         client.send(request)
     except RequestRejectedError as error:

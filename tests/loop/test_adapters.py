@@ -122,7 +122,7 @@ def test_a_refused_adapter_leaves_requests_with_the_one_before(lora_pool: SGLang
     sync = WeightSync(lora_pool, SyncConfig(transport="lora"))
     good = adapted(tiny_llama, 4)
     sync.push(good)
-    before = lora_pool.adapter
+    before = lora_pool.state.weights.adapter
 
     spoiled = adapted(tiny_llama, 5)
     next(p for n, p in spoiled.named_parameters() if "lora_A" in n).data[0, 0] = float("nan")
@@ -131,7 +131,7 @@ def test_a_refused_adapter_leaves_requests_with_the_one_before(lora_pool: SGLang
     with pytest.raises(ConfigError, match="PEFT"):
         sync.push(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
 
-    assert lora_pool.adapter == before
+    assert lora_pool.state.weights.adapter == before
     (reply,) = lora_pool.generate([PROMPT], SamplingParams(max_new_tokens=4, temperature=0, ignore_eos=True))
     assert reply.output_ids == greedy(good, 4, min_new_tokens=4)
     sync.close()
@@ -144,8 +144,8 @@ def test_an_adapter_that_fails_its_proof_is_forgotten_and_its_number_not_used_ag
         for _ in range(2):
             with pytest.raises(WeightUpdateError, match="differs from the trainer"):
                 sync.push(adapted(tiny_llama, 6))
-            assert pool.adapter is None
-        assert pool.highest_version == 2
+            assert pool.state.weights.adapter is None
+        assert pool.state.weights.highest_version == 2
         sync.close()
 
 

@@ -193,7 +193,7 @@ def kill(server: SGLangServer) -> None:
 
 def await_restarts(engine: AsyncSGLang, count: int) -> None:
     url = engine.pool.clients[0].url
-    wait_until(lambda: engine.pool.restarts.get(url, 0) == count, "it did not come back", 150)
+    wait_until(lambda: engine.pool.state.server(url).restarts == count, "it did not come back", 150)
     with engine.pool.update_lock:  # the monitor has finished with it
         pass
 

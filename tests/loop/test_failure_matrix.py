@@ -108,7 +108,6 @@ def make_rows() -> Iterator[Row]:
     yield Row(name="nothing goes wrong")
     yield Row(name="nothing goes wrong, three servers", servers=3)
     yield Row(name="nothing goes wrong, three groups", servers=3, sync=PER_SERVER)
-    yield Row(name="nothing goes wrong, tensor by tensor", servers=3, sync=replace(SYNC, packing="tensors"))
     yield Row(name="nothing goes wrong, before there were sessions", version="0.5.20")
     for phase in PHASES:
         for how in ("refuse", "die", "stop"):

@@ -61,7 +61,7 @@ def await_new_process(server: SGLangServer, old_pid: int) -> None:
 
 def await_answer(engine: AsyncSGLang, index: int, count: int = 1) -> None:
     client = engine.pool.clients[index]
-    wait_until(lambda: engine.pool.restarts.get(client.url, 0) >= count, "it did not come up again", PATIENCE_S)
+    wait_until(lambda: engine.pool.state.server(client.url).restarts >= count, "it did not come up again", PATIENCE_S)
     with engine.pool.update_lock:  # the monitor has finished with it
         pass
 
@@ -130,7 +130,7 @@ def test_a_crashed_server_is_back_with_the_weights_the_others_hold(
 
     # A fourth time within minutes is no accident.
     kill(victim)
-    wait_until(lambda: "is not started again" in engine.pool.quarantined.get(url, ""), "it was started again", 30)
+    wait_until(lambda: "is not restarted" in engine.pool.quarantined.get(url, ""), "it was started again", 30)
     assert not victim.is_running
     assert len(engine.pool.generate(PROMPTS, SAMPLING)) == len(PROMPTS)
     with_disk.heal()
@@ -143,7 +143,7 @@ def pool_answers(client: Any) -> list[list[int]]:
 
     pool = SGLangPool([client])
     pool.connect()
-    pool.restore(client.url)
+    pool.restore(client.url, based_on=pool.state.server(client.url))
     return [reply.output_ids for reply in pool.generate(PROMPTS, SAMPLING)]
 
 

@@ -108,7 +108,7 @@ def test_servers_leave_and_come_back_with_quarantine(
     with pytest.raises(ServerError, match=r"no server is left behind the router .*8 of 8 prompts have no answer"):
         pool.generate(PROMPTS, SAMPLING)
     for fake in fakes:
-        pool.restore(fake.url)
+        pool.restore(fake.url, based_on=pool.state.server(fake.url))
     assert front.workers().keys() == {fake.url for fake in fakes}
     assert len(pool.generate(PROMPTS, SAMPLING)) == len(PROMPTS)
 

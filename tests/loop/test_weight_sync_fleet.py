@@ -64,15 +64,14 @@ def mixed_fleet(pristine_server: SGLangServer, special_server: Callable[..., SGL
 @pytest.mark.slow
 @two_cores
 @pytest.mark.parametrize("groups", ["shared", "per_server"])
-@pytest.mark.parametrize("packing", ["flattened", "tensors"])
 def test_servers_with_one_and_two_ranks_are_updated_together(
-    mixed_fleet: list[str], tiny_llama: Path, tiny_llama_b: Path, groups: Any, packing: Any
+    mixed_fleet: list[str], tiny_llama: Path, tiny_llama_b: Path, groups: Any
 ) -> None:
     pool = SGLangPool([SGLangClient(url) for url in mixed_fleet])
     pool.connect()
     start = pool.weight_version
     # The checksums of a split server differ from a whole one's, so the probe has to do.
-    config = SyncConfig(bucket_bytes=60_000, groups=groups, packing=packing)
+    config = SyncConfig(bucket_bytes=60_000, groups=groups)
     with closing(WeightSync(pool, config)) as sync:
         for index, folder in enumerate((tiny_llama_b, tiny_llama), start=1):
             report = sync.push(load(folder))

@@ -140,20 +140,23 @@ def test_in_place_goes_on_at_once_and_new_requests_see_no_stale_prefix(
     assert_log_probs(again, prompt, models[1])
 
 
-def test_a_cache_that_is_kept_serves_stale_prefixes_so_the_others_do_flush(
+def test_a_flush_empties_the_prefix_cache_and_a_salt_hides_it_from_this_pool_alone(
     pool: SGLangPool, models: tuple[Any, Any]
 ) -> None:
-    """The control of the test above: the same prompt, the same update, no flush."""
+    """A pool without the salt is the control of the test above: the same prompt, the same update, a stale prefix."""
     prompt = [(index * 11) % 300 + 5 for index in range(64)]
     short = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
-    for cache, is_stale in (("keep", True), ("flush", False), ("salt", False)):
+    unsalted = SGLangPool([SGLangClient(client.url) for client in pool.clients])
+    for cache in ("flush", "salt"):
         with closing(WeightSync(pool, SyncConfig(cache=cache))) as sync:
             sync.push(models[0])
+            unsalted.generate([prompt], short)
             pool.generate([prompt], short)
             sync.push(models[1])
-        (reply,) = pool.generate([prompt], short)
-        assert (reply.cached_tokens > 0) == is_stale
-        assert (gaps(reply, prompt, models[1]).max() > ATOL) == is_stale, cache
+        for asking, is_stale in ((pool, False), (unsalted, cache == "salt")):
+            (reply,) = asking.generate([prompt], short)
+            assert (reply.cached_tokens > 0) == is_stale
+            assert (gaps(reply, prompt, models[1]).max() > ATOL) == is_stale, cache
 
 
 def test_requests_that_come_during_an_update_wait_and_get_the_new_weights(

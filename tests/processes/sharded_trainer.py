@@ -24,8 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torchrl_sglang.errors import ConfigError, WeightCoverageError
 from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.source.adapter import AdapterSource
 from torchrl_sglang.weights.source.opening import WeightSource, open_source
-from torchrl_sglang.weights.transports.lora import find_adapter
 
 Made = tuple[nn.Module, Checkpoint]
 
@@ -104,7 +104,7 @@ class Trainer:
         source = open_source(model, checkpoint)
         trainable = [name for name, spec in source.specs().items() if spec.trainable]
         try:
-            find_adapter(model)
+            AdapterSource(model)
         except ConfigError as error:
             alone = str(error)
         return {**self.result(source, checkpoint, wanted), "trainable": trainable, "alone": alone}

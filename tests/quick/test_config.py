@@ -294,7 +294,7 @@ def test_a_server_config_keeps_words_and_paths_in_their_own_types():
     [
         ("transport", "pigeon"),
         ("backend", "mpi"),
-        ("packing", "zip"),
+        ("cache", "keep"),
         ("groups", "many"),
         ("pause", "no"),
         ("cache", "forget"),

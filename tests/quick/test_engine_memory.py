@@ -1,4 +1,4 @@
-"""GPU memory lent to the trainer, against a stand-in that, like SGLang, dies of a wrong order instead of refusing it.
+"""Offloaded GPU memory, against a stand-in that, like SGLang, dies of calls in a wrong order instead of refusing them.
 
 No CPU server can release memory; that it says so is shown at a real one in ``tests/loop/test_engine.py``.
 """
@@ -104,9 +104,9 @@ def test_memory_is_released_by_paused_idle_servers_and_comes_back_with_the_block
     with AsyncSGLang.connect(server.url) as engine:
         with engine.offloaded():
             assert server.released == {"cuda_graph", "kv_cache", "weights"}
-            with pytest.raises(ServerError, match="its memory is lent out: resume_memory"):
+            with pytest.raises(ServerError, match="its GPU memory is offloaded: resume_memory"):
                 engine.generate(input_ids=[3, 4])
-            with pytest.raises(ConfigError, match="is lent out: resume_memory"):
+            with pytest.raises(ConfigError, match="is offloaded: resume_memory"):
                 engine.update_weights({})
         assert server.calls == [
             "/pause_generation",
@@ -130,7 +130,7 @@ def test_the_block_ends_with_the_memory_back_when_the_trainer_fails(make: Callab
 def test_a_part_at_a_time_and_nothing_twice(make: Callable[..., GpuServer]) -> None:
     server = make(**WITH_BACKUP)
     with AsyncSGLang.connect(server.url) as engine:
-        engine.resume_memory()  # nothing is lent: nothing is asked of the server
+        engine.resume_memory()  # nothing is offloaded: no call reaches the server
         assert server.calls == []
         engine.release_memory(["kv_cache"])
         with pytest.raises(ConfigError, match=r"released \['kv_cache'\] already"):
@@ -170,7 +170,7 @@ def test_a_busy_or_refusing_server_goes_on_serving_and_the_others_too(make: Call
             assert not server.released
             assert not server.paused
         assert not engine.pool.quarantined
-        assert not engine.pool.offloaded_tags
+        assert not any(known.offloaded_tags for known in engine.pool.state.servers.values())
 
 
 @pytest.mark.parametrize(

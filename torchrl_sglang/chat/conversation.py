@@ -258,7 +258,7 @@ class SGLangChat:
             return_logprobs=turn.return_log_probs,
             stream=True,
             lora=lora,
-            cache_salt=self.pool.cache_salt,
+            cache_salt=self.pool.state.weights.cache_salt,
             media=[turn.media] if turn.media else None,
         )
         while True:
@@ -274,7 +274,7 @@ class SGLangChat:
                     finished = event["meta_info"].get("finish_reason") is not None
                     yield labelled(parse_one(event, server=client.url, return_logprobs=turn.return_log_probs))
             except ServerUnreachableError as error:
-                self.pool.note_death(client.url, error)
+                self.pool.record_death(client.url, error)
                 if not self.pool.healthy:
                     raise
                 continue
@@ -283,7 +283,7 @@ class SGLangChat:
             return
 
     def _pick(self) -> SGLangClient:
-        self.pool.look_for_the_dead()
+        self.pool.poll_dead_servers()
         clients = self.pool.healthy
         if not clients:
             raise ServerError(f"no server is left to answer: {dict(self.pool.quarantined)}")

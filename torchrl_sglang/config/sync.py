@@ -17,11 +17,10 @@ class SyncConfig:
     """How weights reach the servers."""
 
     transport: Literal["auto", "broadcast", "disk", "lora"] = "auto"
-    """``broadcast``: a process group over all servers; ``disk``: a folder all can read; ``lora``: the adapter only."""
+    """``broadcast``: a process group of trainer and servers; ``disk``: a folder that all can read; ``lora``: the
+    adapter only; ``auto``: ``broadcast``, or ``disk`` where a server has replicas inside and ``disk_dir`` is set."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Collective library: ``auto`` is NCCL when the servers run on GPUs, else gloo."""
-    packing: Literal["flattened", "tensors"] = "flattened"
-    """One collective per bucket of concatenated bytes, or one per tensor."""
     groups: Literal["shared", "per_server"] = "shared"
     """One process group for all servers, or one each: isolates faults at N times the trainer's egress."""
     bucket_bytes: int = 64 * 2**20
@@ -29,14 +28,14 @@ class SyncConfig:
     pause: Literal["auto", "abort", "retract", "in_place"] = "auto"
     """What happens to requests in flight: ``auto`` is ``abort`` when there are none, else ``retract``; SGLang before
     0.5.21 ends when its cache is flushed over retracted requests, so there ``auto`` is always ``abort``."""
-    cache: Literal["flush", "salt", "keep"] = "flush"
-    """``flush`` empties the prefix caches; ``salt`` leaves them and gives requests made through this pool a name-space
-    per version (what ``flush`` becomes under ``in_place``): requests of other processes, a collector's workers among
-    them, may still meet prefixes of the old weights; ``keep`` serves stale KV to all, to study staleness only."""
+    cache: Literal["flush", "salt"] = "flush"
+    """``flush`` empties the prefix caches; ``salt`` leaves them and gives requests made through this pool a name space
+    per version (what ``flush`` becomes under ``in_place``): requests of other processes, such as a collector's workers,
+    may still use prefixes of the old weights."""
     verify: Literal["off", "probe", "full"] = "probe"
     """``probe`` scores one fixed prompt on every server after a sync; ``full`` compares the servers' checksums too."""
     verify_atol: float | None = None
-    """Largest log-prob difference the proof accepts; ``None`` is 1e-3 for float32 and 0.5 for half precision."""
+    """Largest log-prob difference that verification accepts; ``None`` is 1e-3 for float32, 0.5 for half precision."""
     name_map: Mapping[str, str] = field(default_factory=dict)
     """Trainer's tensor name to checkpoint name, for custom models; applied before every check."""
     ignore: tuple[str, ...] = ()
@@ -51,12 +50,12 @@ class SyncConfig:
     master_address: str | None = None
     """Address of the trainer as the servers reach it; ``None`` is the address of the interface that reaches them."""
     master_port: int | None = None
-    """Port of the rendezvous store; ``None`` picks a free one. With ``groups="per_server"`` one port per server, from
+    """Port of the rendezvous store; ``None`` picks a free one. ``groups="per_server"`` uses one port per server, from
     this one on."""
     group_timeout_s: float = 60.0
-    """To form the process group, and for the first bucket (NCCL makes its communicator there)."""
+    """To form the process group, and for the first bucket (NCCL makes its communicator then)."""
     bucket_timeout_s: float = 60.0
-    """Longest one bucket may take on its way. A collective that hangs can be given up only after this time (gloo)."""
+    """Longest time for one bucket. A gloo collective that hangs can be ended only after this time."""
     fixed_timeout_s: float = 60.0
     """Fixed part of a sync's deadline."""
     assumed_bytes_per_s: float = 100e6
@@ -89,9 +88,8 @@ class SyncConfig:
 _SYNC_CHOICES: dict[str, tuple[str, ...]] = {
     "transport": ("auto", "broadcast", "disk", "lora"),
     "backend": ("auto", "gloo", "nccl"),
-    "packing": ("flattened", "tensors"),
     "groups": ("shared", "per_server"),
     "pause": ("auto", "abort", "retract", "in_place"),
-    "cache": ("flush", "salt", "keep"),
+    "cache": ("flush", "salt"),
     "verify": ("off", "probe", "full"),
 }

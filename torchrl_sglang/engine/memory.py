@@ -1,4 +1,4 @@
-"""GPU memory lent to the trainer: servers give it back while they are not needed, for both on one GPU."""
+"""Offloads the servers' GPU memory while the trainer needs it, for both on one GPU."""
 
 from __future__ import annotations
 
@@ -15,139 +15,143 @@ from torchrl_sglang.protocol import control
 from torchrl_sglang.protocol.messages import HttpRequest
 from torchrl_sglang.protocol.version import WeightVersion
 
-__all__ = ["MemoryMethods", "MemoryTag"]
+__all__ = ["ALL_TAGS", "EngineMemory", "MemoryTag"]
 
 MemoryTag = Literal["kv_cache", "weights", "cuda_graph"]
 """What a server holds on its GPU."""
 
-_ALL: tuple[MemoryTag, ...] = get_args(MemoryTag)
+ALL_TAGS: tuple[MemoryTag, ...] = get_args(MemoryTag)
 
 
-class MemoryMethods:
-    """The part of :class:`AsyncSGLang` that lends GPU memory to the trainer."""
+class EngineMemory:
+    """Releases and resumes the GPU memory of an engine's servers.
 
-    pool: SGLangPool
+    Args:
+        pool: the servers.
+    """
+
+    def __init__(self, pool: SGLangPool) -> None:
+        self._pool = pool
 
     @contextmanager
-    def offloaded(self, tags: Sequence[MemoryTag] = _ALL) -> Iterator[None]:
-        """The servers hold no GPU memory during this block: for a training step on the GPU they run on.
+    def offloaded(self, tags: Sequence[MemoryTag] = ALL_TAGS) -> Iterator[None]:
+        """The servers hold no GPU memory during this block: for a training step on the GPU that they run on.
 
         Args:
-            tags: what they give back.
+            tags: what they release.
 
         Raises:
-            The errors of :meth:`release_memory` and :meth:`resume_memory`.
+            The errors of :meth:`release` and :meth:`resume`.
 
         Examples:
             >>> with engine.offloaded():                                  # doctest: +SKIP
             ...     loss.backward(); optimizer.step()
             >>> sync.push(model)  # WeightSync(engine.pool, SyncConfig(transport="disk", ...))       # doctest: +SKIP
         """
-        self.release_memory(tags)
+        self.release(tags)
         try:
             yield
         finally:
-            self.resume_memory(tags)
+            self.resume(tags)
 
-    def release_memory(self, tags: Sequence[MemoryTag] = _ALL) -> None:
-        """Have all servers give GPU memory back. They serve nothing until :meth:`resume_memory`.
+    def release(self, tags: Sequence[MemoryTag] = ALL_TAGS) -> None:
+        """Make all servers release GPU memory. They serve nothing until :meth:`resume`.
 
-        Requests under way are put back into the servers' queues and go on afterwards.
+        Requests under way return to the servers' queues and continue afterwards.
 
         Args:
-            tags: ``"kv_cache"``, ``"weights"``, ``"cuda_graph"``. Weights come back as they were only when the servers
+            tags: ``"kv_cache"``, ``"weights"``, ``"cuda_graph"``. Weights come back as they were only if the servers
                 were launched with ``--enable-weights-cpu-backup``; otherwise the next weight update brings them.
 
         Raises:
             ConfigError: an unknown tag, memory that is released already, or a server that can't: one without a GPU, or
                 launched without ``--enable-memory-saver``. Nothing was changed.
-            RequestRejectedError: a server does not get idle; the others have resumed.
+            RequestRejectedError: a server does not become idle; the others have resumed.
             ServerError: a server did not answer; the others have resumed.
         """
         wanted = _checked(tags)
-        for client in self.pool.clients:
-            _refuse_what_it_cannot_do(client)
-            twice = self.pool.offloaded_tags.get(client.url, set()) & wanted
+        for client in self._pool.clients:
+            _require_memory_saver(client)
+            twice = self._pool.state.server(client.url).offloaded_tags & wanted
             if twice:
                 raise ConfigError(f"{client.url} has released {sorted(twice)} already: resume_memory() first")
-        with self.pool.update_lock:
+        with self._pool.update_lock:
             try:
                 self._on_all(self._release, wanted)
             except SGLangError:
                 self._on_all(self._resume, wanted)
                 raise
 
-    def resume_memory(self, tags: Sequence[MemoryTag] = _ALL) -> None:
-        """Have all servers take their GPU memory again, as far as they have released it.
+    def resume(self, tags: Sequence[MemoryTag] = ALL_TAGS) -> None:
+        """Make all servers allocate again what they have released.
 
-        With the last of it they go on serving; after a release of weights without a backup on the CPU, only the next
-        weight update puts them to use.
+        With the last of it they continue to serve. After a release of weights without a backup on the CPU, they serve
+        again after the next weight update.
 
         Args:
-            tags: as in :meth:`release_memory`.
+            tags: as in :meth:`release`.
 
         Raises:
             ConfigError: an unknown tag.
             ServerError: a server did not do it: is the memory free again?
         """
         wanted = _checked(tags)
-        with self.pool.update_lock:
+        with self._pool.update_lock:
             self._on_all(self._resume, wanted)
 
-    def _on_all(self, do: Callable[[SGLangClient, set[str]], None], tags: set[str]) -> None:
-        for outcome in side_by_side({client.url: partial(do, client, tags) for client in self.pool.clients}).values():
+    def _on_all(self, call: Callable[[SGLangClient, set[str]], None], tags: set[str]) -> None:
+        calls = {client.url: partial(call, client, tags) for client in self._pool.clients}
+        for outcome in side_by_side(calls).values():
             outcome.unwrap()
 
     def _release(self, client: SGLangClient, tags: set[str]) -> None:
-        url, first = client.url, client.url not in self.pool.offloaded_tags
+        is_first = self._pool.state.server(client.url).phase != "offloaded"
         try:
-            if first:
-                self.pool.quarantine(url, "its memory is lent out: resume_memory() takes it back")
-                # Before 0.5.21 SGLang can't flush over retracted requests: it ends.
-                _ask(client, control.build_pause("retract" if client.dialect.weight_session else "abort"))
-                # Only an idle server flushes. One that is not would not refuse the release: it would die of it.
-                _ask(client, control.build_flush())
+            if is_first:
+                self._pool.offload(client.url)
+                # Before 0.5.21 SGLang ends when its cache is flushed over retracted requests.
+                _call(client, control.build_pause("retract" if client.dialect.weight_session else "abort"))
+                # A busy server refuses the flush. It would not refuse the release: it would end.
+                _call(client, control.build_flush())
             if "weights" in tags and not client.info.raw.get("enable_weights_cpu_backup"):
-                lost = WeightVersion(number=self.pool.weight_version + 1, dirty=True)
-                _ask(client, control.build_set_version(str(lost)))
-            _ask(client, control.build_release_memory(sorted(tags)))
+                lost = WeightVersion(number=self._pool.weight_version + 1, dirty=True)
+                _call(client, control.build_set_version(str(lost)))
+            _call(client, control.build_release_memory(sorted(tags)))
         except SGLangError:
-            if first:
+            if is_first:
                 self._serve(client)
             raise
-        self.pool.offloaded_tags.setdefault(url, set()).update(tags)
+        self._pool.offload(client.url, tags)
 
     def _resume(self, client: SGLangClient, tags: set[str]) -> None:
-        lent = self.pool.offloaded_tags.get(client.url, set())
-        back = lent & tags
-        if not back:  # SGLang (0.5.23) dies of resuming what was not released
+        released = self._pool.state.server(client.url).offloaded_tags & tags
+        if not released:  # SGLang (0.5.23) ends when it resumes what was not released
             return
-        _ask(client, control.build_resume_memory(sorted(back)))
-        lent -= back
-        if not lent:
-            del self.pool.offloaded_tags[client.url]
+        _call(client, control.build_resume_memory(sorted(released)))
+        if not self._pool.state.memory_resumed(client.url, released).offloaded_tags:
             self._serve(client)
 
     def _serve(self, client: SGLangClient) -> None:
-        """Back to work, unless the weights are gone."""
+        """Let a server continue, unless its weights are gone."""
+        known = self._pool.state.server(client.url)
         if client.held_version().dirty:
-            self.pool.quarantine(client.url, "its weights were released; the next weight update brings new ones")
+            self._pool.quarantine(client.url, "its weights were released; the next weight update brings new ones")
             return
-        _ask(client, control.build_continue())
-        self.pool.restore(client.url)
+        _call(client, control.build_continue())
+        self._pool.restore(client.url, based_on=known)
 
 
 def _checked(tags: Sequence[MemoryTag]) -> set[str]:
-    if isinstance(tags, str) or not set(tags) <= set(_ALL) or not tags:
-        raise ConfigError(f"tags are some of {list(_ALL)}, got {tags!r}")
+    if isinstance(tags, str) or not set(tags) <= set(ALL_TAGS) or not tags:
+        raise ConfigError(f"tags are some of {list(ALL_TAGS)}, got {tags!r}")
     return set(tags)
 
 
-def _refuse_what_it_cannot_do(client: SGLangClient) -> None:
-    """SGLang itself answers 200 and frees nothing.
+def _require_memory_saver(client: SGLangClient) -> None:
+    """Require that a server can release memory. One that can't answers 200 and frees nothing.
 
     Raises:
-        ConfigError: the server has no GPU, or was not prepared for it at launch.
+        ConfigError: the server has no GPU, or was launched without the memory saver.
     """
     if client.info.device == "cpu":
         raise ConfigError(f"{client.url} runs on the CPU: it holds no GPU memory that it could release")
@@ -159,5 +163,5 @@ def _refuse_what_it_cannot_do(client: SGLangClient) -> None:
         )
 
 
-def _ask(client: SGLangClient, request: HttpRequest) -> None:
+def _call(client: SGLangClient, request: HttpRequest) -> None:
     control.check_success(client.send(request), server=client.url, what=request.path)

@@ -1,4 +1,4 @@
-"""Crashed servers are started again: noticed within a second, and back in routing once their weights are right."""
+"""Restarts crashed servers: within a second of the crash, and back in routing once their weights are right."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from torchrl_sglang.protocol.control import build_pause, build_update_from_disk,
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.server import SGLangRouter, SGLangServer
 
-__all__ = ["CrashMonitor", "start_again"]
+__all__ = ["CrashMonitor", "restart_server"]
 
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-_MOST_RESTARTS = 3
+_MAX_RESTARTS = 3
 _WINDOW_S = 600.0
-"""A server that crashes once more within this time after three restarts crashes for a reason: it is left alone."""
+"""A server that crashes a fourth time within this time has a lasting fault: it is not restarted."""
 _JOIN_TIMEOUT_S = 30.0
 
 
 class Watched(Protocol):
-    """What is watched: an engine. Only weakly held, so that one nobody uses any more still ends its servers."""
+    """The engine whose servers are watched. Referenced weakly: an unused engine ends its servers."""
 
     pool: SGLangPool
     router: SGLangRouter | None
 
     @property
     def servers(self) -> Sequence[SGLangServer]:
-        """Its own servers, in the order of the pool's clients."""
+        """The servers it launched, in the order of the pool's clients."""
 
 
 class CrashMonitor:
-    """A thread that starts crashed servers again, until :meth:`stop` or the end of the engine.
+    """A thread that restarts crashed servers until the engine ends.
 
     Args:
-        engine: whose servers; those that somebody stopped are left alone.
+        engine: owns the servers. A server that was stopped on purpose is not restarted.
     """
 
     def __init__(self, engine: Watched) -> None:
@@ -54,11 +54,11 @@ class CrashMonitor:
         arguments = (weakref.ref(engine), self._ending)
         self._thread = threading.Thread(target=_watch, args=arguments, name="sglang-monitor", daemon=True)
         self._thread.start()
-        # At exit servers are ended by their finalizers, which were registered before this: no restart may follow.
+        # At exit the servers' finalizers, registered earlier, kill the servers: no restart may follow.
         atexit.register(self._ending.set)
 
     def announce_end(self) -> None:
-        """From now on nothing is started; a start under way is given up within about a second."""
+        """Start nothing from now on; a start under way is abandoned within about a second."""
         self._ending.set()
         atexit.unregister(self._ending.set)
 
@@ -68,41 +68,40 @@ class CrashMonitor:
             self._thread.join(_JOIN_TIMEOUT_S)
 
 
-def start_again(
+def restart_server(
     pool: SGLangPool, client: SGLangClient, server: SGLangServer, *, ending: threading.Event | None = None
 ) -> bool:
-    """Start an ended server at its address, with the checkpoint it was launched from.
+    """Start a server that has ended, at its address, with the checkpoint that it was launched from.
 
-    Where synced weights have replaced those, the new process is marked as holding half-updated ones from its first
-    moment on: no reply of it counts, in whatever process it arrives, until it has been updated.
+    Where synced weights have replaced the checkpoint's, the new process starts with a dirty weight version: replies of
+    it are refused, in whatever process they arrive, until it has been updated.
 
     Returns:
         Whether the checkpoint's weights are the current ones (below an adapter, if there is one).
 
     Raises:
-        ServerStartError: it did not come up, or ``ending`` was set.
+        ServerStartError: it did not become ready, or ``ending`` was set.
     """
 
-    def give_up_when_ending(_line: str) -> None:
+    def abort_when_ending(_line: str) -> None:
         if ending is not None and ending.is_set():
             raise ServerStartError("the engine was shut down while this server was starting", server=client.url)
 
     current = _current_version(pool, client)
     # An unfinished update counts as one to the next number, see SGLangPool.connect.
     mark = str(WeightVersion(number=current + 1, dirty=True)) if current > 0 else None
-    server.start(progress=give_up_when_ending, weight_version=mark)
-    pool.note_restart(client.url)
-    client.connect()
+    server.start(progress=abort_when_ending, weight_version=mark)
+    pool.state.restarted(client.url, client.connect().weight_version)
     return mark is None
 
 
 def _current_version(pool: SGLangPool, but: SGLangClient) -> int:
-    """The version this pool last synced, or a later one that another trainer put on the servers.
+    """The version that this pool last synced, or a later one that another trainer put on the servers.
 
-    An adapter's version says nothing here: below it are the weights the servers were started with.
+    An adapter's version does not count: below it are the weights that the servers were started with.
     """
-    ours = pool.weight_version if pool.adapter is None else 0
-    others = [client for client in pool.clients if client is not but and client.url not in pool.quarantined]
+    ours = pool.weight_version if pool.state.weights.adapter is None else 0
+    others = [client for client in pool.healthy if client is not but]
     answers = side_by_side({client.url: client.held_version for client in others}).values()
     held = [answer.value for answer in answers if answer.value is not None]
     return max([ours, *(version.number - version.dirty for version in held)])
@@ -119,78 +118,78 @@ def _watch(engine_ref: weakref.ref[Watched], ending: threading.Event) -> None:
             return
         for client, server in zip(engine.pool.clients, engine.servers, strict=True):
             if server.has_crashed:
-                _bring_back(engine.pool, client, server, crashes[client.url], ending)
+                _restart_crashed(engine.pool, client, server, crashes[client.url], ending)
         if engine.router is not None and engine.router.has_crashed and not ending.is_set():
-            _bring_router_back(engine.pool, engine.router, crashes[engine.router.url])
+            _restart_router(engine.pool, engine.router, crashes[engine.router.url])
         del engine
 
 
-def _bring_back(
+def _restart_crashed(
     pool: SGLangPool, client: SGLangClient, server: SGLangServer, crashes: list[float], ending: threading.Event
 ) -> None:
     with _no_update_under_way(pool, ending) as may_start:
         crash_report = server.reap() if may_start else None
-        if crash_report is None:  # an update, or its user, was faster
+        if crash_report is None:  # an update or the user has restarted it already
             return
-        if not _may_start_again(crashes):
-            reason = f"it crashed {len(crashes)} times in {_WINDOW_S / 60:.0f} minutes and is not started again"
+        if not _may_restart(crashes):
+            reason = f"it crashed {len(crashes)} times in {_WINDOW_S / 60:.0f} minutes and is not restarted"
             _log.error("the server at %s %s\n%s", client.url, crash_report, reason)
             pool.quarantine(client.url, f"{reason}; the next weight update, or restart(), tries once more")
             return
-        pool.quarantine(client.url, "it crashed and is being started again")
-        _log.warning("the server at %s %s\nIt is being started again", client.url, crash_report)
+        pool.quarantine(client.url, "it crashed and is being restarted")
+        _log.warning("the server at %s %s\nIt is being restarted", client.url, crash_report)
         try:
-            holds_base = start_again(pool, client, server, ending=ending) or _load_saved(pool, client)
-            if not holds_base:
-                # Requests from processes that do not know of the crash wait here for the weights.
+            is_current = restart_server(pool, client, server, ending=ending) or _load_saved(pool, client)
+            if not is_current:
+                # Requests from processes that don't know of the crash wait in the paused server for the weights.
                 check_success(client.send(build_pause("abort")), server=client.url, what="pausing")
-            if holds_base and pool.adapter is None:
-                pool.restore(client.url)
-                _log.warning("the server at %s is back, with the weights the others hold", client.url)
+            if is_current and pool.state.weights.adapter is None:
+                pool.restore(client.url, based_on=pool.state.server(client.url))
+                _log.warning("the server at %s is back, with the weights that the others hold", client.url)
             else:
-                pool.quarantine(client.url, "it crashed and was started again; the next weight update puts it to use")
+                pool.quarantine(client.url, "it crashed and was restarted; the next weight update puts it to use")
         except (SGLangError, OSError) as error:
             if not ending.is_set():
-                _log.error("the server at %s could not be started again: %s", client.url, error)
-                pool.quarantine(client.url, f"it crashed and could not be started again ({error})")
+                _log.error("the server at %s could not be restarted: %s", client.url, error)
+                pool.quarantine(client.url, f"it crashed and could not be restarted ({error})")
 
 
-def _bring_router_back(pool: SGLangPool, router: SGLangRouter, crashes: list[float]) -> None:
-    if not _may_start_again(crashes):
+def _restart_router(pool: SGLangPool, router: SGLangRouter, crashes: list[float]) -> None:
+    if not _may_restart(crashes):
         router.stop()
-        _log.error("the router at %s crashed %d times and is not started again", router.url, len(crashes))
+        _log.error("the router at %s crashed %d times and is not restarted", router.url, len(crashes))
         return
-    _log.warning(
-        "the router at %s crashed and is being started again. Its log ends:\n%s", router.url, router.log_tail(15)
-    )
+    _log.warning("the router at %s crashed and is being restarted. Its log ends:\n%s", router.url, router.log_tail(15))
     try:
         router.start()
         if pool.router is not None:
             pool.router.join([client.url for client in pool.healthy])
     except (SGLangError, OSError) as error:
-        _log.error("the router at %s could not be started again: %s", router.url, error)
+        _log.error("the router at %s could not be restarted: %s", router.url, error)
 
 
-def _may_start_again(crashes: list[float]) -> bool:
-    """Note one crash more; whether they are few enough to be accidents."""
+def _may_restart(crashes: list[float]) -> bool:
+    """Count one more crash, and decide whether to restart after it."""
     now = time.monotonic()
     crashes[:] = [*(at for at in crashes if now - at < _WINDOW_S), now]
-    return len(crashes) <= _MOST_RESTARTS
+    return len(crashes) <= _MAX_RESTARTS
 
 
 def _load_saved(pool: SGLangPool, client: SGLangClient) -> bool:
-    """Have a restarted server load the current weights from a shared folder; whether that folder has them."""
-    saved = pool.saved
-    if saved is None or saved.version.number != pool.weight_version or pool.adapter is not None:
+    """Make a restarted server load the current weights from a shared folder; ``False`` if no folder has them."""
+    weights = pool.state.weights
+    saved = weights.saved
+    if saved is None or saved.version.number != weights.version or weights.adapter is not None:
         return False
     request = build_update_from_disk(saved.path, version=str(saved.version))
     check_success(client.send(request), server=client.url, what="loading the current weights")
+    pool.state.weights_found(client.url, str(saved.version))
     return True
 
 
 @contextmanager
 def _no_update_under_way(pool: SGLangPool, ending: threading.Event) -> Iterator[bool]:
-    """Hold the pool's update lock, unless the end comes first (``False``)."""
+    """Hold the pool's update lock and yield ``True``, or ``False`` if the engine ends first."""
     held = False
     while not held and not ending.is_set():
         held = pool.update_lock.acquire(timeout=_POLL_S)

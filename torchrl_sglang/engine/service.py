@@ -1,33 +1,38 @@
-"""``AsyncSGLang``: servers and pool behind the one class people know from TorchRL."""
+"""``AsyncSGLang``: launches or attaches to servers, generates, and sends weights."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams
 from torchrl_sglang.engine.launching import client_config, refuse_unknown, server_configs
-from torchrl_sglang.engine.memory import MemoryMethods
-from torchrl_sglang.engine.monitor import CrashMonitor, start_again
-from torchrl_sglang.engine.updating import WeightMethods
+from torchrl_sglang.engine.memory import ALL_TAGS, EngineMemory, MemoryTag
+from torchrl_sglang.engine.monitor import CrashMonitor, restart_server
+from torchrl_sglang.engine.weights import EngineWeights
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import load_tokenizer
+from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import RouterClient, SGLangPool
 from torchrl_sglang.protocol.control import build_flush
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.server import SGLangRouter, SGLangServer, start_fleet, stop_fleet
+from torchrl_sglang.weights.update.report import SyncReport
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["AsyncSGLang"]
 
 
-class AsyncSGLang(WeightMethods, MemoryMethods):
+class AsyncSGLang:
     """One or more SGLang servers of one model: launched here, or running elsewhere.
 
     Use :meth:`from_pretrained` to launch servers and :meth:`connect` to attach to running ones. A launched engine
@@ -38,6 +43,8 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
         pool: the servers as one (:class:`~torchrl_sglang.SGLangPool`).
         servers: the processes this engine launched; empty when attached.
         router: the router process this engine launched, if any.
+        weights: sends weights to the servers (:class:`~torchrl_sglang.engine.weights.EngineWeights`).
+        memory: releases and resumes their GPU memory (:class:`~torchrl_sglang.engine.memory.EngineMemory`).
 
     Examples:
         Ask a running server::
@@ -64,10 +71,11 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
         router: SGLangRouter | None = None,
         restart: Literal["on-update", "on-failure", "never"] = "on-update",
     ) -> None:
-        super().__init__()
         self.pool = pool
         self.servers = tuple(servers)
         self.router = router
+        self.weights = EngineWeights(pool, self.restart)
+        self.memory = EngineMemory(pool)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._restart = restart
         self._monitor = CrashMonitor(self) if restart == "on-failure" and servers else None
@@ -92,8 +100,8 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
         refuse_unknown(client, [f.name for f in fields(ClientConfig)])
         config = ClientConfig(**client)
         urls = [url] if isinstance(url, str) else list(url)
-        front = RouterClient(router, config) if router is not None else None
-        pool = SGLangPool([SGLangClient(each, config) for each in urls], router=front)
+        router_client = RouterClient(router, config) if router is not None else None
+        pool = SGLangPool([SGLangClient(each, config) for each in urls], router=router_client)
         pool.connect()
         return cls(pool)
 
@@ -140,14 +148,14 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
         configs = server_configs(model, tp_size=tp_size, dp_size=dp_size, gpus=gpus, given=server)
         config = client_config(client, configs[0])
         with contextlib.ExitStack() as on_failure:
-            process = front = None
+            process = router_client = None
             if router:
                 process = SGLangRouter(router if isinstance(router, RouterConfig) else RouterConfig()).start()
                 on_failure.callback(process.stop)
-                front = RouterClient(process.url, config)
+                router_client = RouterClient(process.url, config)
             servers = start_fleet(configs, progress=progress)
             on_failure.callback(stop_fleet, servers, kill=True)
-            pool = SGLangPool([SGLangClient(each.url, config) for each in servers], router=front)
+            pool = SGLangPool([SGLangClient(each.url, config) for each in servers], router=router_client)
             pool.connect()
             on_failure.pop_all()
         return cls(pool, servers, router=process, restart=restart)
@@ -267,13 +275,54 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
         Raises:
             RequestRejectedError: a server has requests running.
         """
-        for outcome in self.pool.fan_out(lambda client: build_flush()).values():
+        calls = {client.url: partial(client.send, build_flush()) for client in self.pool.clients}
+        for outcome in side_by_side(calls).values():
             outcome.unwrap()
+
+    # ------------------------------------------------------------------ weights and memory, under the names people know
+
+    def update_weights(self, weights: Any) -> SyncReport | None:
+        """Send weights to all servers: see :meth:`EngineWeights.update_weights`."""
+        return self.weights.update_weights(weights)
+
+    def update_weights_from_distributed(
+        self, name: str, dtype: torch.dtype, shape: Sequence[int], tensor: torch.Tensor
+    ) -> SyncReport | None:
+        """Send one tensor: see :meth:`EngineWeights.update_weights_from_distributed`."""
+        return self.weights.update_weights_from_distributed(name, dtype, shape, tensor)
+
+    def init_weight_update_group(self, master_address: str | None = None, master_port: int | None = None) -> None:
+        """Make the process group now: see :meth:`EngineWeights.init_weight_update_group`."""
+        self.weights.init_weight_update_group(master_address, master_port)
+
+    def get_model_metadata(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Names, dtypes and shapes that :meth:`update_weights` expects."""
+        return self.weights.get_model_metadata()
+
+    def get_master_address(self) -> str:
+        """The trainer's address that the servers are told to join at."""
+        return self.weights.get_master_address()
+
+    def get_master_port(self) -> int | None:
+        """The port that they are told; ``None`` when a free one is chosen."""
+        return self.weights.get_master_port()
+
+    def offloaded(self, tags: Sequence[MemoryTag] = ALL_TAGS) -> AbstractContextManager[None]:
+        """The servers hold no GPU memory during this block: see :meth:`EngineMemory.offloaded`."""
+        return self.memory.offloaded(tags)
+
+    def release_memory(self, tags: Sequence[MemoryTag] = ALL_TAGS) -> None:
+        """Make all servers release GPU memory: see :meth:`EngineMemory.release`."""
+        self.memory.release(tags)
+
+    def resume_memory(self, tags: Sequence[MemoryTag] = ALL_TAGS) -> None:
+        """Make all servers allocate again what they have released: see :meth:`EngineMemory.resume`."""
+        self.memory.resume(tags)
 
     # ------------------------------------------------------------------ life
 
     def restart(self, url: str) -> bool:
-        """End and start again the server at ``url``, at the same address and with the checkpoint it was launched from.
+        """Restart the server at ``url``, at the same address and with the checkpoint that it was launched from.
 
         Where synced weights have replaced the checkpoint's, it serves nothing until the next weight update.
 
@@ -281,15 +330,15 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
             ``False`` if this engine did not launch it, or was told never to restart: then nothing is done.
 
         Raises:
-            ServerStartError: it did not come up again.
+            ServerStartError: it did not become ready again.
         """
         for client, server in zip(self.pool.clients, self.servers, strict=False):
             if client.url == url and self._restart != "never":
                 server.kill()
-                if start_again(self.pool, client, server) and self.pool.adapter is None:
-                    self.pool.restore(url)
+                if restart_server(self.pool, client, server) and self.pool.state.weights.adapter is None:
+                    self.pool.restore(url, based_on=self.pool.state.server(url))
                 else:
-                    self.pool.quarantine(url, "it was started again; the next weight update puts it to use")
+                    self.pool.quarantine(url, "it was restarted; the next weight update puts it to use")
                 return True
         return False
 
@@ -297,14 +346,14 @@ class AsyncSGLang(WeightMethods, MemoryMethods):
         """Close connections and end the servers this engine launched. Safe to call twice."""
         if self._monitor is not None:
             self._monitor.announce_end()
-        self._close_sync()
+        self.weights.close()
         self.pool.close()
         if self.router is not None:
             self.router.stop()
-        stop_fleet(self.servers, kill=True)  # nothing of a server outlives it, and asking nicely takes up to 10 s
+        stop_fleet(self.servers, kill=True)  # a server has nothing to save, and SIGTERM takes up to 10 s
         if self._monitor is not None:
             self._monitor.join()
-            stop_fleet(self.servers, kill=True)  # one that was just being started again
+            stop_fleet(self.servers, kill=True)  # one that was just being restarted
             if self.router is not None:
                 self.router.stop()
 

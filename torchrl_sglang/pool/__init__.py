@@ -1,8 +1,18 @@
-"""All servers as one: :class:`SGLangPool`."""
+"""All servers as one pool. May import: client, protocol, config; rollout, weights, engine and chat import from here."""
 
 from torchrl_sglang.pool.pool import SGLangPool
 from torchrl_sglang.pool.resolve import Servers, resolve_pool
 from torchrl_sglang.pool.router_client import RouterClient
-from torchrl_sglang.pool.state import Adapter, SavedWeights
+from torchrl_sglang.pool.state import Adapter, PoolState, SavedWeights, ServerState, WeightState
 
-__all__ = ["Adapter", "RouterClient", "SGLangPool", "SavedWeights", "Servers", "resolve_pool"]
+__all__ = [
+    "Adapter",
+    "PoolState",
+    "RouterClient",
+    "SGLangPool",
+    "SavedWeights",
+    "ServerState",
+    "Servers",
+    "WeightState",
+    "resolve_pool",
+]

@@ -1,4 +1,4 @@
-"""Who gets how much of a batch: shares by load, and the count of what is under way."""
+"""Divides a batch over servers by the number of sequences that each has under way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Share = tuple[SGLangClient, list[int]]
 
 
 class LoadTracker:
-    """How many sequences this process has under way at each server. Thread-safe."""
+    """Counts the sequences that this process has under way on each server. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -26,7 +26,7 @@ class LoadTracker:
     def assign(
         self, clients: Sequence[SGLangClient], ids_B_T: Sequence[Sequence[int]], waiting: Sequence[int], n: int
     ) -> Iterator[list[Share]]:
-        """Split the ``waiting`` prompts over the servers and count them for the time of the block.
+        """Divide the ``waiting`` prompts over the servers, and count them until the block ends.
 
         Args:
             clients: the servers.
@@ -49,7 +49,7 @@ class LoadTracker:
 
     @contextmanager
     def assign_one(self, clients: Sequence[SGLangClient]) -> Iterator[SGLangClient]:
-        """The least busy server, with one sequence more for the time of the block."""
+        """Choose the server with the least load, and count one sequence on it until the block ends."""
         with self._lock:
             client = min(clients, key=lambda each: self._load.get(each.url, 0))
             self._add([(client, [0])], 1)

@@ -1,4 +1,8 @@
-"""Servers that were seen to die are looked at retry: somebody may have started them anew."""
+"""Looks whether servers that died are back: somebody may have started them again.
+
+A process that restarts servers learns of their return in other ways (:class:`CrashMonitor`, a weight update). Pools in
+other processes, and pools attached to servers that a cluster restarts, have only this.
+"""
 
 from __future__ import annotations
 
@@ -9,69 +13,60 @@ from collections.abc import Callable, Sequence
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import SGLangError
 from torchrl_sglang.parallel import Task
-from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.protocol.version import WeightVersion
 
 __all__ = ["DeadServerTracker"]
 
-_LOOK_EVERY_S = 5.0
+_POLL_INTERVAL_S = 5.0
 
 
 class DeadServerTracker:
-    """Who died while generating for this pool, and which weights it has seen since.
+    """Polls the servers whose phase is ``dead``.
 
-    A process that restarts servers has other ways to know of them (:class:`CrashMonitor`, a weight update); the pools
-    of its workers, and those attached to servers that a cluster restarts, have only this.
+    Args:
+        state: the pool's records.
+        on_return: called for a server that answers again and holds weights at least as new as any that this pool has
+            seen, with its record from before the poll and with the version string that it reports.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state: PoolState, on_return: Callable[[ServerState, str], None]) -> None:
+        self._state = state
+        self._on_return = on_return
         self._lock = threading.Lock()
-        self._died: set[str] = set()
-        self._newest = 0
-        self._looked_at = 0.0
-        self._look: Task[None] | None = None
+        self._polled_at = time.monotonic()
+        self._running: Task[None] | None = None
 
-    def note(self, url: str) -> None:
-        """A request failed with the death of this server."""
+    def postpone(self) -> None:
+        """A server has just died: don't poll it at once."""
         with self._lock:
-            self._died.add(url)
-            self._looked_at = time.monotonic()
+            self._polled_at = time.monotonic()
 
-    def forget(self, url: str) -> None:
-        """Somebody else decides about this server now."""
-        with self._lock:
-            self._died.discard(url)
-
-    def record_versions(self, replies: Sequence[GenerateReply]) -> None:
-        """Take note of the newest weights that answer."""
-        self._newest = max([self._newest, *(WeightVersion.parse(reply.weight_version).number for reply in replies)])
-
-    def poll(self, clients: Sequence[SGLangClient], version: int, restore: Callable[[str], None]) -> None:
-        """Every few seconds, in the background, ask those that died whether they are back; at once if all have died.
+    def poll(self, clients: Sequence[SGLangClient]) -> None:
+        """Ask the dead servers in the background, at most every few seconds. If all are dead, ask now and wait.
 
         Args:
             clients: all servers of the pool.
-            version: the version this pool has synced.
-            restore: called for a server that holds weights as new as any this pool has seen.
         """
+        dead = [client for client in clients if self._state.server(client.url).phase == "dead"]
+        none_left = len(dead) == len(clients)
         with self._lock:
-            died = [client for client in clients if client.url in self._died]
-            none_left = len(died) == len(clients)
-            due = time.monotonic() - self._looked_at > _LOOK_EVERY_S and (self._look is None or self._look.done)
-            if not died or not (due or none_left):
+            is_idle = self._running is None or self._running.done
+            is_due = is_idle and time.monotonic() - self._polled_at > _POLL_INTERVAL_S
+            if not dead or not (is_due or none_left):
                 return
-            self._looked_at = time.monotonic()
-            self._look = Task(lambda: _ask(died, max(version, self._newest), restore), name="sglang-look")
-            look = self._look
+            self._polled_at = time.monotonic()
+            self._running = running = Task(lambda: self._ask(dead), name="sglang-poll-dead-servers")
         if none_left:
-            look.wait()
+            running.wait()
 
-
-def _ask(died: Sequence[SGLangClient], wanted: int, restore: Callable[[str], None]) -> None:
-    for client in died:
-        try:
-            version = client.held_version()
-            if not version.dirty and version.number >= wanted:
-                restore(client.url)
-        except SGLangError:  # still dead
-            continue
+    def _ask(self, dead: Sequence[SGLangClient]) -> None:
+        for client in dead:
+            before = self._state.server(client.url)
+            try:
+                held = client.weight_version()
+                version, weights = WeightVersion.parse(held), self._state.weights
+                if not version.dirty and version.number >= max(weights.version, weights.newest_seen):
+                    self._on_return(before, held)
+            except SGLangError:  # still dead, or the router does not take it in yet
+                continue

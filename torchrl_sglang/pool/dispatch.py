@@ -1,4 +1,4 @@
-"""One round of a batch: all shares side by side, and what became of each; only a dead server's share may go again."""
+"""Sends the shares of a batch to servers side by side, and decides which prompts may be sent again."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["DispatchResult", "dead_server", "dispatch_shares", "is_gone"]
 
 @dataclass(slots=True, kw_only=True)
 class DispatchResult:
-    """What became of the shares of one round.
+    """What became of the shares.
 
     Attributes:
-        replies: per prompt that was answered, its ``n`` replies.
-        retry: prompts whose server is known dead, ascending: no answer to them can exist any more.
-        deaths: per URL of those servers, the error they left.
-        failure: an error that leaves open whether requests ran.
+        replies: per answered prompt, its ``n`` replies.
+        retry: prompts whose server is known to be dead, ascending: no reply to them can exist any more.
+        deaths: per URL of those servers, the error that they left.
+        failure: an error after which requests may or may not have run.
     """
 
     replies: dict[int, list[GenerateReply]] = field(default_factory=dict)
@@ -36,37 +36,37 @@ class DispatchResult:
 def dispatch_shares(
     shares: Sequence[Share],
     n: int,
-    run: Callable[[SGLangClient, Sequence[int]], list[GenerateReply]],
+    send: Callable[[SGLangClient, Sequence[int]], list[GenerateReply]],
     find_dead: Callable[[SGLangClient, SGLangError], SGLangClient | None],
 ) -> DispatchResult:
-    """Send every share and sort out the outcomes.
+    """Send every share and sort the outcomes.
 
     Args:
         shares: servers and prompt indices.
         n: sequences per prompt.
-        run: sends one share, returns its replies prompt-major.
-        find_dead: the server a failed request was on, when that is known to be dead.
+        send: sends one share and returns its replies, prompt-major.
+        find_dead: returns the server that a failed request was on, if it is known to be dead.
     """
-    outcomes = side_by_side({str(i): partial(run, client, share) for i, (client, share) in enumerate(shares)})
-    done = DispatchResult()
+    outcomes = side_by_side({str(i): partial(send, client, share) for i, (client, share) in enumerate(shares)})
+    result = DispatchResult()
     for outcome, (client, share) in zip(outcomes.values(), shares, strict=True):
         if outcome.error is None:
-            answers = outcome.unwrap()
-            done.replies.update((index, answers[i * n : (i + 1) * n]) for i, index in enumerate(share))
+            replies = outcome.unwrap()
+            result.replies.update((index, replies[i * n : (i + 1) * n]) for i, index in enumerate(share))
         elif dead := find_dead(client, outcome.error):
-            done.deaths[dead.url] = outcome.error
-            done.retry.extend(share)
+            result.deaths[dead.url] = outcome.error
+            result.retry.extend(share)
         else:
-            done.failure = done.failure or outcome.error
-    done.retry.sort()
-    return done
+            result.failure = result.failure or outcome.error
+    result.retry.sort()
+    return result
 
 
 def dead_server(client: SGLangClient, error: SGLangError) -> SGLangClient | None:
-    """``client`` if the request failed with the death of its server: then no answer to it can exist."""
+    """Return ``client`` if its server is dead after ``error``: then no reply to the request can exist."""
     if isinstance(error, ServerUnreachableError):
         return client
-    # Ended before its reply, or in the middle of it?
+    # A lost connection or half a reply leaves open whether the server still runs.
     return client if isinstance(error, (ServerLostError, ProtocolError)) and is_gone(client) else None
 
 

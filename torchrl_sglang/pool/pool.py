@@ -1,57 +1,233 @@
-"""All servers as one: splits batches over those that may serve, and sends again only what cannot have run."""
+"""Several servers behind one ``generate``: divides batches over them and retries only what cannot have run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
-from torchrl_sglang.pool.answers import refuse_mixed_weights
+from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool.balancing import LoadTracker
 from torchrl_sglang.pool.batch import Batch
+from torchrl_sglang.pool.checks import label_with_version, refuse_different_models, refuse_mixed_weights
+from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.pool.dispatch import dead_server, dispatch_shares, is_gone
-from torchrl_sglang.pool.router_client import MOST_REQUESTS, nobody_left
-from torchrl_sglang.pool.state import Members
+from torchrl_sglang.pool.router_client import MAX_REQUESTS, RouterClient
+from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.protocol.generate import build_generate, parse_one
 from torchrl_sglang.protocol.limits import check_prompts
 from torchrl_sglang.protocol.media import Media
-from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.protocol.messages import GenerateReply, ServerInfo
 from torchrl_sglang.protocol.router import has_no_workers, router_forwards, worker_in_error
+from torchrl_sglang.protocol.version import version_number
 
 __all__ = ["SGLangPool"]
 
 
-class SGLangPool(Members):
+class SGLangPool:
     """One or more servers of the same model behind one ``generate``.
 
-    Thread-safe. Pickles as its clients; a copy connects where it lands and keeps its own view of who is quarantined.
+    Thread-safe. Pickles as its clients; a copy connects where it lands and keeps a state of its own.
 
     Args:
         clients: one client per server.
-        router: an sglang-router before them, for generation. Control calls go to the servers themselves, and so do
-            requests with a field that the router would leave out, and those with ``progress``.
+        router: an sglang-router before the servers, for generation. Control calls go to the servers themselves, and so
+            do requests with a field that the router would drop, and those with ``progress``.
+
+    Raises:
+        ConfigError: no client, or two for the same server.
 
     Attributes:
         clients: all servers, also quarantined ones.
         router: as given.
-        weight_version: version number of the weights that the last finished sync put on the routed servers; after
-            :meth:`connect` the highest version found. This is where rollout and weight sync meet.
-        highest_version: highest version number that any server was ever told; it names no other weights again.
-        adapter: the trainer's LoRA adapter, for requests that name no other; set by a sync on the LoRA transport.
-        cache_salt: name-space of the prefix caches that new requests use; set by a sync that could not flush.
-        saved: the last weights that were synced over a shared folder.
-        lent: per server whose GPU memory is lent to the trainer, what of it (see :meth:`AsyncSGLang.release_memory`).
-        update_lock: held while weights are synced and while a crashed server is started again, so that no update goes
-            to a server that is just coming up.
+        state: what the pool knows of each server and of the weights on them (:class:`~torchrl_sglang.pool.PoolState`);
+            rollout and weight sync share nothing else.
+        update_lock: held while weights are synced and while a crashed server is restarted, so that no update goes to a
+            server that is still loading.
     """
 
+    def __init__(self, clients: Sequence[SGLangClient], *, router: RouterClient | None = None) -> None:
+        if not clients:
+            raise ConfigError("a pool needs at least one server")
+        self.clients = tuple(clients)
+        urls = [client.url for client in self.clients]
+        if len(set(urls)) != len(urls):
+            raise ConfigError(f"the same server is named twice: {urls}")
+        self.router = router
+        self._init_runtime()
+
     def _init_runtime(self) -> None:
-        super()._init_runtime()
+        self.state = PoolState(client.url for client in self.clients)
+        self.update_lock = threading.RLock()
+        self._weight_sync: weakref.ref[Any] | None = None
+        self._connected = False
         self._load = LoadTracker()
+        self._dead_servers = DeadServerTracker(self.state, self._server_returned)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"clients": self.clients, "router": self.router}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._init_runtime()
 
     def __repr__(self) -> str:
         return f"SGLangPool({[client.url for client in self.clients]})"
+
+    # ------------------------------------------------------------------ the servers
+
+    def connect(self) -> None:
+        """Ask every server what it serves, once.
+
+        A server whose weights are half-updated (its version is marked dirty) is quarantined until a full sync.
+
+        Raises:
+            ServerUnreachableError: a server (or the router) does not listen.
+            ConfigError: the servers serve different models, or one that does not generate.
+            ServerTimeoutError: the router does not admit a server.
+        """
+        if self._connected:
+            return
+        outcomes = side_by_side({client.url: client.connect for client in self.clients})
+        infos = [outcomes[client.url].unwrap() for client in self.clients]
+        refuse_different_models(infos)
+        for info in infos:
+            if info.weight_version.startswith("dirty-"):
+                held = info.weight_version
+                self.quarantine(info.url, f"it holds half-updated weights ({held}); a full sync heals it")
+        self.state.connected({info.url: info.weight_version for info in infos})
+        if self.router is not None:
+            self.router.join([client.url for client in self.healthy])
+        self._connected = True
+
+    @property
+    def info(self) -> ServerInfo:
+        """What the first server reports of itself; connects on first use."""
+        self.connect()
+        return self.clients[0].info
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of valid token ids: the smallest over the servers."""
+        return self._smallest("vocab_size")
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """Longest prompt that every server takes."""
+        return self._smallest("max_prompt_tokens")
+
+    @property
+    def context_length(self) -> int | None:
+        """Prompt plus response limit that holds on every server."""
+        return self._smallest("context_length")
+
+    def _smallest(self, name: str) -> int | None:
+        self.connect()
+        values = [getattr(client.info, name) for client in self.clients]
+        return min((value for value in values if value is not None), default=None)
+
+    @property
+    def weight_version(self) -> int:
+        """Version number of the weights that the last finished sync put on the servers (:class:`WeightState`)."""
+        return self.state.weights.version
+
+    @property
+    def weight_sync(self) -> Any:
+        """The :class:`~torchrl_sglang.WeightSync` that all who send weights to these servers share, or ``None``.
+
+        The pool keeps a weak reference: the object lives as long as its users.
+        """
+        return None if self._weight_sync is None else self._weight_sync()
+
+    @weight_sync.setter
+    def weight_sync(self, sync: Any) -> None:
+        self._weight_sync = None if sync is None else weakref.ref(sync)
+
+    # ------------------------------------------------------------------ routing
+
+    @property
+    def healthy(self) -> tuple[SGLangClient, ...]:
+        """The servers that requests are routed to."""
+        return tuple(client for client in self.clients if self.state.server(client.url).is_routed)
+
+    @property
+    def quarantined(self) -> Mapping[str, str]:
+        """Servers that get no requests, with the reason."""
+        return {url: server.reason for url, server in self.state.servers.items() if not server.is_routed}
+
+    def quarantine(self, url: str, reason: str) -> ServerState:
+        """Take a server out of routing until a weight update or :meth:`restore`.
+
+        Returns:
+            Its new state, for a later :meth:`restore`.
+        """
+        known = self.state.quarantined(url, reason)
+        self._leave_router(url)
+        return known
+
+    def restore(self, url: str, *, based_on: ServerState) -> bool:
+        """Put a server back into routing.
+
+        Args:
+            url: the server.
+            based_on: its state when the caller found it fit to serve. If anything has happened to it since (an update
+                has quarantined it, say), the finding is out of date and the server stays out of routing.
+
+        Returns:
+            Whether it is routed now.
+
+        Raises:
+            ServerTimeoutError: the router does not admit it.
+        """
+        return self._restore(url, based_on)
+
+    def _restore(self, url: str, based_on: ServerState, new_process_with: str | None = None) -> bool:
+        if self.router is not None and self.state.server(url).revision == based_on.revision:
+            self.router.join([url])
+        restored = self.state.restored(url, based_on=based_on, new_process_with=new_process_with)
+        if not restored and not self.state.server(url).is_routed:
+            self._leave_router(url)
+        return restored
+
+    def _leave_router(self, url: str) -> None:
+        if self.router is not None:
+            self.router.leave(url)
+
+    def record_death(self, url: str, error: SGLangError) -> None:
+        """Take a server that a request found gone out of routing; later requests look whether it is back."""
+        self.state.died(url, f"it died while generating ({error})")
+        self._dead_servers.postpone()
+        self._leave_router(url)
+
+    def poll_dead_servers(self) -> None:
+        """Put servers that died back into routing if they answer with the current weights; asks every few seconds."""
+        if self.state.weights.adapter is None:  # a new process has no adapter
+            self._dead_servers.poll(self.clients)
+
+    def _server_returned(self, before: ServerState, version: str) -> None:
+        self._restore(before.url, before, new_process_with=version)
+
+    def offload(self, url: str, tags: Iterable[str] = ()) -> None:
+        """Take a server out of routing because it is about to release GPU memory, or has released ``tags`` of it."""
+        self.state.memory_released(url, tags, "its GPU memory is offloaded: resume_memory() takes it back")
+        self._leave_router(url)
+
+    def refuse_while_offloaded(self) -> None:
+        """Weights can't be sent to memory that is released.
+
+        Raises:
+            ConfigError: a server's memory is offloaded.
+        """
+        offloaded = [url for url, server in self.state.servers.items() if server.phase == "offloaded"]
+        if offloaded:
+            raise ConfigError(f"the GPU memory of {', '.join(offloaded)} is offloaded: resume_memory() first")
+
+    # ------------------------------------------------------------------ generating
 
     def generate(
         self,
@@ -67,7 +243,7 @@ class SGLangPool(Members):
     ) -> list[GenerateReply]:
         """Generate ``sampling.n`` sequences for each of ``B`` prompts.
 
-        Each server gets its share of the batch in one request; shares run side by side and equal prompts go to the
+        Each server gets its share of the batch in one request; shares run side by side, and equal prompts go to the
         same server. A share whose server turns out to be dead is generated by the others.
 
         Args:
@@ -84,13 +260,13 @@ class SGLangPool(Members):
             ``B * n`` replies, prompt-major, in the order of the prompts.
 
         Raises:
-            ConfigError: a prompt the servers could not serve; names its index and the limit.
+            ConfigError: a prompt that the servers can't serve; names its index and the limit.
             ServerError: a server failed in a way that leaves open whether requests ran, or no server is left.
         """
         if len(ids_B_T) == 0:
             return []
         self.check(ids_B_T, sampling)
-        lora, labelled = self.resolve_adapter(lora)
+        lora, label = self.resolve_adapter(lora)
         batch = Batch(
             ids_B_T=ids_B_T,
             sampling=sampling,
@@ -99,109 +275,71 @@ class SGLangPool(Members):
             timeout_s=timeout_s,
             progress=progress,
             lora=lora,
-            cache_salt=self.cache_salt,
+            cache_salt=self.state.weights.cache_salt,
             media=media,
         )
-        ordered = self._answer(batch)
-        refuse_mixed_weights(ordered)
-        self._deaths.record_versions(ordered)
-        return [labelled(reply) for reply in ordered]
+        replies = self._dispatch(batch)
+        refuse_mixed_weights(replies)
+        self.state.replies_seen(version_number(reply.weight_version) for reply in replies)
+        return [label(reply) for reply in replies]
 
-    def _answer(self, batch: Batch) -> list[GenerateReply]:
-        """Send a batch in rounds until every prompt has its answer."""
-        self.look_for_the_dead()
+    def _dispatch(self, batch: Batch) -> list[GenerateReply]:
+        """Send a batch, and what a dead server left unanswered again, until every prompt has its replies."""
+        self.poll_dead_servers()
         num_prompts, n = len(batch.ids_B_T), batch.sampling.n
         replies: dict[int, list[GenerateReply]] = {}
         waiting = list(range(num_prompts))
         through_router = self.router is not None and batch.progress is None and router_forwards(batch.build(waiting))
         while waiting:
-            at_stake = f"{len(waiting)} of {num_prompts} prompts have no answer: {_shorten(waiting)}"
-            clients = self._router_slots(len(waiting)) if through_router else self._routed(at_stake)
+            unanswered = f"{len(waiting)} of {num_prompts} prompts have no answer: {_shorten(waiting)}"
+            clients = self._router_slots(len(waiting)) if through_router else self.require_healthy(unanswered)
             with self._load.assign(clients, batch.ids_B_T, waiting, n) as shares:
-                done = dispatch_shares(shares, n, batch.send, self._find_dead)
-            replies.update(done.replies)
-            for url, death in done.deaths.items():
-                self.note_death(url, death)
+                result = dispatch_shares(shares, n, batch.send, self._find_dead)
+            replies.update(result.replies)
+            for url, death in result.deaths.items():
+                self.record_death(url, death)
                 if len(self.clients) == 1:
                     raise death
-            if self.router is not None and done.failure is not None and has_no_workers(done.failure):
-                raise nobody_left(self.router, at_stake, done.failure)
-            if done.failure is not None:
-                raise done.failure
-            waiting = done.retry
+            if result.failure is not None:
+                if self.router is not None and has_no_workers(result.failure):
+                    message = f"no server is left behind the router at {self.router.url}, {unanswered}"
+                    raise ServerError(f"{message}. {result.failure}", server=self.router.url)
+                raise result.failure
+            waiting = result.retry
         return [reply for index in range(num_prompts) for reply in replies[index]]
-
-    def note_death(self, url: str, error: SGLangError) -> None:
-        """Take a server that a request found dead out of routing; it is looked at again by later requests."""
-        self.quarantine(url, f"it died while generating ({error})")
-        self._deaths.note(url)
-
-    def look_for_the_dead(self) -> None:
-        """Put servers back into routing that are there again with the current weights, if any are due to be asked."""
-        if self.adapter is None:  # a server that is back has none
-            self._deaths.poll(self.clients, self.weight_version, self._is_back)
-
-    def _is_back(self, url: str) -> None:
-        self.note_restart(url)
-        self.restore(url)
-
-    def _router_slots(self, num_requests: int) -> Sequence[SGLangClient]:
-        """The router, once per request that it may have of a batch."""
-        assert self.router is not None
-        return [self.router.client] * min(num_requests, MOST_REQUESTS)
-
-    def _routed(self, at_stake: str) -> Sequence[SGLangClient]:
-        """The servers to send to.
-
-        Raises:
-            ServerError: none is left; says what that means (``at_stake``) and why each one is out.
-        """
-        clients = self.healthy
-        if not clients:
-            reasons = "; ".join(f"{url}: {reason}" for url, reason in self._quarantined.items())
-            raise ServerError(f"no server is left, {at_stake}. {reasons}")
-        return clients
-
-    def _find_dead(self, client: SGLangClient, error: SGLangError) -> SGLangClient | None:
-        """The server a failed request was on, if it is known dead: only then it is sent once more."""
-        if self.router is None or client is not self.router.client:
-            return dead_server(client, error)
-        url = worker_in_error(error, [each.url for each in self.clients])
-        worker = next((each for each in self.clients if each.url == url), None)
-        return worker if worker is not None and is_gone(worker) else None
 
     def stream(
         self, ids_T: Sequence[int], sampling: SamplingParams, *, return_logprobs: bool = True, lora: str | None = None
     ) -> Iterator[GenerateReply]:
-        """Generate one sequence on the least busy server and yield it as it grows, all tokens so far each time.
+        """Generate one sequence on the server with the least load; yield it as it grows, all tokens so far each time.
 
         Args:
             ids_T: prompt token ids.
             sampling: how tokens are drawn; ``n`` is 1.
             return_logprobs: report the log-prob of every response token.
-            lora: name of a loaded adapter instead of the trainer's (:attr:`adapter`).
+            lora: name of a loaded adapter instead of the trainer's.
 
         Raises:
-            ConfigError: a prompt the servers could not serve.
+            ConfigError: a prompt that the servers can't serve.
             ServerError: no server is left, or the stream broke.
         """
         self.check([ids_T], sampling)
-        lora, labelled = self.resolve_adapter(lora)
+        lora, label = self.resolve_adapter(lora)
         request = build_generate(
             [ids_T],
             sampling,
             return_logprobs=return_logprobs,
             stream=True,
             lora=lora,
-            cache_salt=self.cache_salt,
+            cache_salt=self.state.weights.cache_salt,
         )
         through_router = self.router is not None and router_forwards(request)
-        clients = self._router_slots(1) if through_router else self._routed("the stream was not begun")
+        clients = self._router_slots(1) if through_router else self.require_healthy("the stream was not begun")
         with self._load.assign_one(clients) as client:
             for event in client.stream(request):
                 reply = parse_one(event, server=client.url, return_logprobs=return_logprobs)
                 refuse_mixed_weights([reply])
-                yield labelled(reply)
+                yield label(reply)
 
     def score(self, ids_B_T: Sequence[Sequence[int]], *, timeout_s: float | None = None) -> list[GenerateReply]:
         """Log-probs of given sequences: ``prompt_logprobs`` of each reply, the first entry ``None``."""
@@ -227,6 +365,48 @@ class SGLangPool(Members):
             max_prompt_tokens=self.max_prompt_tokens,
             context_length=self.context_length,
         )
+
+    def resolve_adapter(self, lora: str | None) -> tuple[str | None, Callable[[GenerateReply], GenerateReply]]:
+        """Decide which adapter a request uses.
+
+        Args:
+            lora: the adapter that the request names; one that names none uses the trainer's, if there is one.
+
+        Returns:
+            The adapter's name, and a function that labels a reply with the weight version that the adapter stands for.
+        """
+        adapter = self.state.weights.adapter
+        if lora is not None or adapter is None:
+            return lora, lambda reply: reply
+        return adapter.name, partial(label_with_version, adapter.version)
+
+    def require_healthy(self, consequence: str) -> Sequence[SGLangClient]:
+        """The servers to send to.
+
+        Args:
+            consequence: what it means that none is left, for the error.
+
+        Raises:
+            ServerError: none is left; says why for each one.
+        """
+        clients = self.healthy
+        if not clients:
+            reasons = "; ".join(f"{url}: {reason}" for url, reason in self.quarantined.items())
+            raise ServerError(f"no server is left, {consequence}. {reasons}")
+        return clients
+
+    def _router_slots(self, num_requests: int) -> Sequence[SGLangClient]:
+        """The router's client, once per request that a batch is divided into."""
+        assert self.router is not None
+        return [self.router.client] * min(num_requests, MAX_REQUESTS)
+
+    def _find_dead(self, client: SGLangClient, error: SGLangError) -> SGLangClient | None:
+        """The server that a failed request was on, if it is known to be dead: only then the request is sent again."""
+        if self.router is None or client is not self.router.client:
+            return dead_server(client, error)
+        url = worker_in_error(error, [each.url for each in self.clients])
+        worker = next((each for each in self.clients if each.url == url), None)
+        return worker if worker is not None and is_gone(worker) else None
 
     def close(self) -> None:
         """Close all idle connections."""

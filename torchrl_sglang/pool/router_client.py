@@ -1,4 +1,4 @@
-"""An sglang-router before the servers: generation goes through it, and it is told who may serve."""
+"""HTTP client of an sglang-router: generation goes through it, and it is told which servers may serve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig
-from torchrl_sglang.errors import RequestRejectedError, ServerError, ServerTimeoutError, SGLangError
+from torchrl_sglang.errors import RequestRejectedError, ServerTimeoutError, SGLangError
 from torchrl_sglang.protocol.router import (
     build_add_worker,
     build_list_workers,
@@ -18,30 +18,30 @@ from torchrl_sglang.protocol.router import (
     parse_workers,
 )
 
-__all__ = ["MOST_REQUESTS", "RouterClient"]
+__all__ = ["MAX_REQUESTS", "RouterClient"]
 
 _log = logging.getLogger(__name__)
 
-MOST_REQUESTS = 256
-"""Pieces that a batch is cut into at most. The router balances requests, whatever they hold, so it gets many."""
+MAX_REQUESTS = 256
+"""Most requests that a batch is divided into. The router balances requests, not sequences, so it gets many."""
 _POLL_S = 0.05
 _JOIN_TIMEOUT_S = 30.0
-"""It looks at a new worker's health and model before it takes it in: milliseconds, unless the worker is busy."""
+"""The router checks a new worker's health and model before it admits it: milliseconds, unless the worker is busy."""
 
 
 class RouterClient:
-    """The HTTP side of a router. Thread-safe, and picklable like a client.
+    """Talks to a running router. Thread-safe; pickles like a client.
 
     Args:
         url: its base URL.
-        config: how to talk to it; requests for generation carry the servers' key, which the router hands on.
+        config: time-outs and keys; the router passes the servers' key of a generate request on to them.
 
     Attributes:
-        client: what requests for generation are sent with.
+        client: the client for generate requests.
     """
 
     def __init__(self, url: str, config: ClientConfig) -> None:
-        self.client = SGLangClient(url, replace(config, max_connections=MOST_REQUESTS))
+        self.client = SGLangClient(url, replace(config, max_connections=MAX_REQUESTS))
 
     @property
     def url(self) -> str:
@@ -58,10 +58,10 @@ class RouterClient:
         return parse_workers(self.client.send(build_list_workers()), router=self.url)
 
     def join(self, urls: Collection[str]) -> None:
-        """Have it send requests to these servers, and wait until it does.
+        """Make these servers its workers, and wait until it has admitted them.
 
         Raises:
-            ServerTimeoutError: it did not take them in.
+            ServerTimeoutError: it did not admit them.
         """
         new = set(urls) - self.workers().keys()
         if not new:
@@ -72,7 +72,7 @@ class RouterClient:
         while missing := set(urls) - self.workers().keys():
             if time.monotonic() > deadline:
                 raise ServerTimeoutError(
-                    f"the router at {self.url} did not take in {', '.join(sorted(missing))} within "
+                    f"the router at {self.url} did not admit {', '.join(sorted(missing))} within "
                     f"{_JOIN_TIMEOUT_S:.0f} s; can it reach them? Its log says more",
                     server=self.url,
                 )
@@ -83,9 +83,9 @@ class RouterClient:
             time.sleep(_POLL_S)
 
     def leave(self, url: str) -> None:
-        """Have it send nothing more to a server.
+        """Remove a server from its workers.
 
-        A router that can't be told is no reason to fail what found the server unfit: the next request will.
+        A router that does not answer is logged and is no error here: the next request through it fails.
         """
         try:
             worker = self.workers().get(url)
@@ -96,7 +96,7 @@ class RouterClient:
             while url in self.workers() and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
         except SGLangError as error:
-            _log.warning("the router at %s could not be told that %s is out: %s", self.url, url, error)
+            _log.warning("the router at %s could not be told to remove %s: %s", self.url, url, error)
 
     def _is_ready(self) -> bool:
         try:
@@ -108,8 +108,3 @@ class RouterClient:
     def close(self) -> None:
         """Close idle connections."""
         self.client.close()
-
-
-def nobody_left(front: RouterClient, at_stake: str, error: SGLangError) -> ServerError:
-    """The error when the router has no server to send to."""
-    return ServerError(f"no server is left behind the router at {front.url}, {at_stake}. {error}", server=front.url)

@@ -1,26 +1,31 @@
-"""The servers of a pool: what they serve, who may serve now, and what is done to them."""
+"""What a pool knows of its servers and of the weights on them: one record per server, one for all, one lock.
+
+Everything else asks here and keeps no copy. Records are immutable; each change replaces one and counts its
+``revision`` up. A method is named after the event that it records.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.parallel import Outcome, side_by_side
-from torchrl_sglang.pool.answers import made_by, refuse_different_models
-from torchrl_sglang.pool.dead_servers import DeadServerTracker
-from torchrl_sglang.pool.router_client import RouterClient
-from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest, ServerInfo
+from torchrl_sglang.errors import ServerWeights
 from torchrl_sglang.protocol.version import WeightVersion
 
-__all__ = ["Adapter", "Members", "SavedWeights"]
+__all__ = ["Adapter", "Phase", "PoolState", "SavedWeights", "ServerState", "WeightState"]
 
 _log = logging.getLogger(__name__)
+
+Phase = Literal["serving", "updating", "quarantined", "dead", "offloaded"]
+"""What a server does for this pool.
+
+``serving``: it gets requests; ``updating``: it gets requests, which wait while it is paused for a weight update;
+``quarantined``: it gets none until a weight update or :meth:`SGLangPool.restore`; ``dead``: a request found it gone,
+and later requests look whether it is back; ``offloaded``: its GPU memory is released.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,173 +54,292 @@ class SavedWeights:
     path: str
 
 
-class Members:
-    """The part of :class:`SGLangPool` that knows the servers; its attributes are described there."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerState:
+    """What the pool knows of one server.
 
-    def __init__(self, clients: Sequence[SGLangClient], *, router: RouterClient | None = None) -> None:
-        if not clients:
-            raise ConfigError("a pool needs at least one server")
-        self.clients = tuple(clients)
-        urls = [client.url for client in self.clients]
-        if len(set(urls)) != len(urls):
-            raise ConfigError(f"the same server is named twice: {urls}")
-        self.router = router
-        self._init_runtime()
+    Attributes:
+        url: its base URL.
+        phase: what it does for this pool.
+        reason: why it gets no requests; empty while it does.
+        version: version string of the weights it held when last looked at or updated.
+        weights: compared with the last update that it took part in: ``old``, ``new``, ``mixed`` or ``stuck``.
+        session_open: an update session of ours is open on it.
+        marked_dirty: this update has marked its version dirty, or is about to.
+        complete_from: owner id of the trainer that has sent it every tensor; empty when it holds others.
+        restarts: how often its process was replaced. A new process is in no process group and has no adapter loaded.
+        offloaded_tags: what of its GPU memory is released.
+        revision: number of changes to this record.
+    """
 
-    def _init_runtime(self) -> None:
+    url: str
+    phase: Phase = "serving"
+    reason: str = ""
+    version: str = "default"
+    weights: ServerWeights = "old"
+    session_open: bool = False
+    marked_dirty: bool = False
+    complete_from: str = ""
+    restarts: int = 0
+    offloaded_tags: frozenset[str] = frozenset()
+    revision: int = 0
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether requests go to it."""
+        return self.phase in ("serving", "updating")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightState:
+    """What the pool knows of the weights that its servers share.
+
+    Attributes:
+        version: number of the weights that the last finished update put on the servers; before the first one the
+            highest number found on them.
+        highest_version: highest number that any server was ever told; it never names other weights again.
+        newest_seen: highest number among the replies so far: of use to pools whose weights another process updates.
+        cache_salt: name space of the prefix caches that new requests use; ``None`` after an update that flushed them.
+        adapter: the trainer's LoRA adapter, for requests that name no other.
+        saved: the last weights that were synced through a shared folder.
+    """
+
+    version: int = 0
+    highest_version: int = 0
+    newest_seen: int = 0
+    cache_salt: str | None = None
+    adapter: Adapter | None = None
+    saved: SavedWeights | None = None
+
+    @property
+    def next_version(self) -> int:
+        """A number that has named no weights yet, not even those of an update that failed."""
+        return max(self.version, self.highest_version) + 1
+
+
+class PoolState:
+    """The records of one pool. Thread-safe.
+
+    Args:
+        urls: the servers.
+
+    Examples:
+        >>> state = PoolState(["http://a:30000"])
+        >>> before = state.quarantined("http://a:30000", "it does not answer")
+        >>> state.quarantined("http://a:30000", "its weights are mixed").reason
+        'its weights are mixed'
+        >>> state.restored("http://a:30000", based_on=before)  # decided before the second event: refused
+        False
+    """
+
+    def __init__(self, urls: Iterable[str]) -> None:
         self._lock = threading.Lock()
-        self._quarantined: dict[str, str] = {}
-        self._restarts: dict[str, int] = {}
-        self._deaths = DeadServerTracker()
-        self._connected = False
-        self.weight_version = 0
-        self.highest_version = 0
-        self.cache_salt: str | None = None
-        self.adapter: Adapter | None = None
-        self.saved: SavedWeights | None = None
-        self.offloaded_tags: dict[str, set[str]] = {}
-        self.update_lock = threading.RLock()
+        self._servers = {url: ServerState(url=url) for url in urls}
+        self._weights = WeightState()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"clients": self.clients, "router": self.router}
+    # ------------------------------------------------------------------ reading
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._init_runtime()
-
-    # ------------------------------------------------------------------ who is there
-
-    def connect(self) -> None:
-        """Ask every server what it is, once.
-
-        A server that holds half-updated weights (its version is marked dirty) is quarantined until a full sync.
-
-        Raises:
-            ServerUnreachableError: a server (or the router) does not listen.
-            ConfigError: the servers don't serve the same model, or serve none that generates.
-            ServerTimeoutError: the router does not take a server in.
-        """
-        if self._connected:
-            return
-        outcomes = side_by_side({client.url: client.connect for client in self.clients})
-        infos = [outcomes[client.url].unwrap() for client in self.clients]
-        refuse_different_models(infos)
-        versions = {info.url: WeightVersion.parse(info.weight_version) for info in infos}
-        for url, version in versions.items():
-            if version.dirty:
-                self.quarantine(url, f"it holds half-updated weights ({version}); a full sync heals it")
-        # What an unfinished update was to replace was one lower: a new trainer counts on from there.
-        self.weight_version = max(0, *(v.number - v.dirty for v in versions.values()))
-        if self.router is not None:
-            self.router.join([client.url for client in self.healthy])
-        self._connected = True
+    def server(self, url: str) -> ServerState:
+        """The record of one server."""
+        return self._servers[url]
 
     @property
-    def info(self) -> ServerInfo:
-        """What the first server said of itself; connects on first use."""
-        self.connect()
-        return self.clients[0].info
-
-    def resolve_adapter(self, lora: str | None) -> tuple[str | None, Callable[[GenerateReply], GenerateReply]]:
-        """Which adapter answers a request that names ``lora``, and what makes the replies say so.
-
-        One that names none is answered with the trainer's, where it has sent one.
-        """
-        adapter = self.adapter  # an update may change it meanwhile
-        if lora is not None or adapter is None:
-            return lora, lambda reply: reply
-        return adapter.name, partial(made_by, adapter.version)
+    def servers(self) -> Mapping[str, ServerState]:
+        """The record of every server, by URL."""
+        return dict(self._servers)
 
     @property
-    def vocab_size(self) -> int | None:
-        """Number of valid token ids: the smallest over the servers."""
-        return self._smallest("vocab_size")
+    def weights(self) -> WeightState:
+        """The record of the weights."""
+        return self._weights
 
-    @property
-    def max_prompt_tokens(self) -> int | None:
-        """Longest prompt every server takes."""
-        return self._smallest("max_prompt_tokens")
+    # ------------------------------------------------------------------ events: routing
 
-    @property
-    def context_length(self) -> int | None:
-        """Prompt plus response limit that holds on every server."""
-        return self._smallest("context_length")
-
-    def _smallest(self, name: str) -> int | None:
-        self.connect()
-        values = [getattr(client.info, name) for client in self.clients]
-        return min((value for value in values if value is not None), default=None)
-
-    @property
-    def healthy(self) -> tuple[SGLangClient, ...]:
-        """The servers that requests are routed to."""
-        return tuple(client for client in self.clients if client.url not in self._quarantined)
-
-    @property
-    def quarantined(self) -> Mapping[str, str]:
-        """Servers taken out of routing, with the reason."""
-        return dict(self._quarantined)
-
-    def quarantine(self, url: str, reason: str) -> None:
-        """Take a server out of routing until :meth:`restore`."""
+    def connected(self, versions: Mapping[str, str]) -> None:
+        """Every server has said which weights it holds."""
+        parsed = [WeightVersion.parse(version) for version in versions.values()]
         with self._lock:
-            if self._quarantined.get(url) != reason:
+            for url, version in versions.items():
+                self._change(url, version=version)
+            # An unfinished update was to replace the version one lower: a new trainer counts on from there.
+            found = max(0, *(version.number - version.dirty for version in parsed))
+            self._weights = replace(self._weights, version=found)
+
+    def quarantined(self, url: str, reason: str, *, weights: ServerWeights | None = None) -> ServerState:
+        """A server was found unfit to serve.
+
+        Args:
+            url: the server.
+            reason: why; ends up in errors that say that no server is left.
+            weights: what it holds, if that is known.
+        """
+        with self._lock:
+            known = self._servers[url]
+            if known.reason != reason:
                 _log.warning("%s is taken out of routing: %s", url, reason)
-            self._quarantined[url] = reason
-        self._deaths.forget(url)
-        if self.router is not None:
-            self.router.leave(url)
+            return self._change(url, phase="quarantined", reason=reason, weights=weights or known.weights)
 
-    def restore(self, url: str) -> None:
-        """Put a server back into routing.
-
-        Raises:
-            ServerTimeoutError: the router does not take it in.
-        """
-        if self.router is not None:
-            self.router.join([url])
+    def died(self, url: str, reason: str) -> ServerState:
+        """A request found that a server is gone. One that gets no requests for another reason stays as it is."""
         with self._lock:
-            if self._quarantined.pop(url, None) is not None:
-                _log.info("%s is back in routing", url)
-        self._deaths.forget(url)
+            if not self._servers[url].is_routed:
+                return self._servers[url]
+            _log.warning("%s is taken out of routing: %s", url, reason)
+            return self._change(url, phase="dead", reason=reason)
 
-    @property
-    def restarts(self) -> Mapping[str, int]:
-        """How often each server was started retry: a new process is in no weight group and has no adapter loaded."""
-        return dict(self._restarts)
-
-    def note_restart(self, url: str) -> None:
-        """Say that the server at ``url`` is a new process."""
+    def restarted(self, url: str, version: str) -> ServerState:
+        """A server's process was replaced by a new one, which holds ``version``."""
         with self._lock:
-            self._restarts[url] = self._restarts.get(url, 0) + 1
-            self.offloaded_tags.pop(url, None)
+            return self._new_process(self._servers[url], version)
 
-    def refuse_while_offloaded(self) -> None:
-        """Weights can't be sent to memory that is not there.
+    def restored(self, url: str, *, based_on: ServerState, new_process_with: str | None = None) -> bool:
+        """A server was found fit to serve.
 
-        Raises:
-            ConfigError: a server's memory is lent out.
-        """
-        if self.offloaded_tags:
-            raise ConfigError(f"the GPU memory of {', '.join(self.offloaded_tags)} is lent out: resume_memory() first")
-
-    # ------------------------------------------------------------------ control
-
-    def fan_out(
-        self,
-        build: Callable[[SGLangClient], HttpRequest],
-        *,
-        clients: Sequence[SGLangClient] | None = None,
-        timeout_s: float | None = None,
-    ) -> dict[str, Outcome[Any]]:
-        """Send one control call to every server (or to ``clients``) at the same time.
+        Args:
+            url: the server.
+            based_on: its record when that was found out. If anything has happened to the server since, the finding is
+                out of date, and it stays as it is.
+            new_process_with: the version it holds, if it was found to be a new process.
 
         Returns:
-            Per URL the outcome; nothing is raised, since what a failure means depends on the call.
+            Whether it gets requests now.
         """
-        targets = self.clients if clients is None else clients
+        with self._lock:
+            known = self._servers[url]
+            if known.revision != based_on.revision:
+                _log.info("%s stays %s: its state has changed since it was looked at", url, known.phase)
+                return False
+            if not known.is_routed:
+                _log.info("%s is back in routing", url)
+            known = self._change(url, phase="serving", reason="")
+            if new_process_with is not None:
+                self._new_process(known, new_process_with)
+            return True
 
-        def call(client: SGLangClient) -> Callable[[], Any]:
-            return lambda: client.send(build(client), timeout_s=timeout_s)
+    def replies_seen(self, versions: Iterable[int]) -> None:
+        """Replies came, made with weights of these version numbers."""
+        with self._lock:
+            newest = max([self._weights.newest_seen, *versions])
+            self._weights = replace(self._weights, newest_seen=newest)
 
-        return side_by_side({client.url: call(client) for client in targets})
+    # ------------------------------------------------------------------ events: a weight update
+
+    def update_started(self, url: str) -> None:
+        """A weight update is about to reach a server."""
+        with self._lock:
+            phase: Phase = "updating" if self._servers[url].phase == "serving" else self._servers[url].phase
+            self._change(url, phase=phase, weights="old", session_open=False, marked_dirty=False)
+
+    def update_version_read(self, url: str, version: str) -> None:
+        """A server holds ``version`` and is about to be marked dirty."""
+        # A mark that is there already is that of an update that never finished: there are no old weights to return to.
+        weights: ServerWeights = "mixed" if WeightVersion.parse(version).dirty else "old"
+        self._record(url, version=version, weights=weights, marked_dirty=True)
+
+    def update_abandoned(self, url: str) -> None:
+        """An update failed before it changed anything on a server, which continues with its old weights."""
+        with self._lock:
+            self._change(url, phase=self._phase_after_update(url), weights="old", marked_dirty=False)
+
+    def session_opened(self, url: str) -> None:
+        """A server has opened an update session for us."""
+        self._record(url, session_open=True)
+
+    def session_closed(self, url: str) -> None:
+        """A server has closed our update session."""
+        self._record(url, session_open=False)
+
+    def weights_changed(self, url: str, weights: ServerWeights) -> None:
+        """From now on a server holds ``weights``, as far as this update knows."""
+        complete_from = {} if weights == "old" else {"complete_from": ""}
+        self._record(url, weights=weights, **complete_from)
+
+    def weights_found(self, url: str, version: str) -> None:
+        """A server was seen to hold a version that this pool did not put there."""
+        self._record(url, version=version, complete_from="")
+
+    def version_claimed(self, number: int) -> None:
+        """A server has been told version ``number``: from now on it names these weights and no others."""
+        with self._lock:
+            highest = max(self._weights.highest_version, number)
+            self._weights = replace(self._weights, highest_version=highest)
+
+    def update_finished(self, url: str, version: str, *, complete_from: str) -> ServerState:
+        """A server has taken over a whole update and generates again.
+
+        Args:
+            url: the server.
+            version: version string it reports.
+            complete_from: owner id of the trainer that sent the update.
+        """
+        with self._lock:
+            phase = self._phase_after_update(url)
+            return self._change(
+                url, phase=phase, version=version, weights="new", complete_from=complete_from, marked_dirty=False
+            )
+
+    def adapter_loaded(self, url: str) -> None:
+        """A server has loaded the trainer's adapter; its own weights stay as they are."""
+        with self._lock:
+            self._change(url, phase=self._phase_after_update(url), weights="new")
+
+    def weights_served(self, number: int) -> None:
+        """Routed servers serve version ``number``."""
+        with self._lock:
+            self._weights = replace(self._weights, version=number)
+
+    def caches_salted(self, cache_salt: str | None) -> None:
+        """New requests use another name space of the prefix caches; ``None`` when the caches were flushed."""
+        with self._lock:
+            self._weights = replace(self._weights, cache_salt=cache_salt)
+
+    def adapter_switched(self, adapter: Adapter | None) -> None:
+        """Requests that name no adapter are answered with this one; ``None`` is the base model."""
+        with self._lock:
+            self._weights = replace(self._weights, adapter=adapter)
+
+    def weights_saved(self, saved: SavedWeights | None) -> None:
+        """The current weights lie in a shared folder; ``None`` when they no longer do as a whole."""
+        with self._lock:
+            self._weights = replace(self._weights, saved=saved)
+
+    # ------------------------------------------------------------------ events: GPU memory
+
+    def memory_released(self, url: str, tags: Iterable[str], reason: str) -> None:
+        """A server is about to give back, or has given back, GPU memory (``tags`` may be empty)."""
+        with self._lock:
+            released = self._servers[url].offloaded_tags | set(tags)
+            self._change(url, phase="offloaded", reason=reason, offloaded_tags=released)
+
+    def memory_resumed(self, url: str, tags: Iterable[str]) -> ServerState:
+        """A server has taken GPU memory again."""
+        with self._lock:
+            return self._change(url, offloaded_tags=self._servers[url].offloaded_tags - set(tags))
+
+    # ------------------------------------------------------------------ changes
+
+    def _new_process(self, known: ServerState, version: str) -> ServerState:
+        self._servers[known.url] = ServerState(
+            url=known.url,
+            phase=known.phase,
+            reason=known.reason,
+            version=version,
+            restarts=known.restarts + 1,
+            revision=known.revision + 1,
+        )
+        return self._servers[known.url]
+
+    def _phase_after_update(self, url: str) -> Phase:
+        """A server that was out of routing before an update stays out until it is restored."""
+        phase = self._servers[url].phase
+        return "serving" if phase == "updating" else phase
+
+    def _record(self, url: str, **changes: Any) -> None:
+        with self._lock:
+            self._change(url, **changes)
+
+    def _change(self, url: str, **changes: Any) -> ServerState:
+        """Replace a record; the lock is held."""
+        known = self._servers[url]
+        self._servers[url] = replace(known, **changes, revision=known.revision + 1)
+        return self._servers[url]

@@ -122,9 +122,7 @@ def build_update_bucket(
     dtypes: Sequence[str],
     shapes: Sequence[Sequence[int]],
     group: str,
-    flattened: bool,
     flush_cache: bool = False,
-    version: str | None = None,
 ) -> HttpRequest:
     """Announce one bucket; the server then receives it over the group, loads it and answers.
 
@@ -133,23 +131,17 @@ def build_update_bucket(
         dtypes: ``"float32"`` and the like (not ``"torch.float32"``).
         shapes: one shape per name.
         group: name of the process group.
-        flattened: the bucket travels as one tensor of bytes, else tensor by tensor.
         flush_cache: empty the prefix cache after loading. SGLang's default is true on *every* call, so this is
             always sent.
-        version: new weight version; only with the last bucket, since it splits the version spans of running
-            requests.
     """
-    body: dict[str, Any] = {
+    body = {
         "names": list(names),
         "dtypes": list(dtypes),
         "shapes": [list(shape) for shape in shapes],
         "group_name": group,
         "flush_cache": flush_cache,
+        "load_format": "flattened_bucket",  # one uint8 tensor with the bytes of all
     }
-    if flattened:
-        body["load_format"] = "flattened_bucket"
-    if version is not None:
-        body["weight_version"] = version
     return _post("/update_weights_from_distributed", body, timeout="update")
 
 

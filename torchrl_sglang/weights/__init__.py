@@ -1,7 +1,10 @@
-"""From a trainer's weights to bytes on the wire: sources, coverage, buckets, group, session, scheme, proof."""
+"""A trainer's weights on their way to the servers. May import: pool, client, protocol, config; never rollout or engine.
 
-from torchrl_sglang.weights.scheme import SGLangWeightSyncScheme
-from torchrl_sglang.weights.sender import SGLangWeightSender
+Inside, each folder imports only those before it: ``checkpoint``, ``source``, ``buckets``, ``group``, ``update``,
+``transports``; then ``sync.py`` and ``scheme.py``.
+"""
+
+from torchrl_sglang.weights.scheme import SGLangWeightSender, SGLangWeightSyncScheme
 from torchrl_sglang.weights.sync import WeightSync
 from torchrl_sglang.weights.update.report import SyncReport
 

@@ -13,12 +13,11 @@ from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.pool import resolve_pool
-from torchrl_sglang.weights.sender import SGLangWeightSender
+from torchrl_sglang.pool import Servers, resolve_pool
 from torchrl_sglang.weights.sync import WeightSync
 from torchrl_sglang.weights.update.report import SyncReport
 
-__all__ = ["SGLangWeightSyncScheme"]
+__all__ = ["SGLangWeightSender", "SGLangWeightSyncScheme"]
 
 
 class SGLangWeightSyncScheme(WeightSyncScheme):
@@ -29,7 +28,8 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             running servers.
         model: when given, its weights are sent as soon as the collector connects, so that the first rollout already
             uses them; otherwise the servers serve what they were started with until the first update.
-        config: how weights travel; see :class:`~torchrl_sglang.SyncConfig`.
+        config: how weights travel; see :class:`~torchrl_sglang.SyncConfig`. ``None`` takes what the servers' engine or
+            another scheme uses already, or the defaults.
 
     Raises:
         ConfigError: ``servers`` is none of these.
@@ -43,21 +43,28 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         >>> collector.update_policy_weights_(actor)                                                 # doctest: +SKIP
     """
 
-    def __init__(self, servers: Any, *, model: Any = None, config: SyncConfig | None = None) -> None:
+    def __init__(self, servers: Servers, *, model: Any = None, config: SyncConfig | None = None) -> None:
         super().__init__("tensordict")
         self.pool = resolve_pool(servers)
-        self.config = config or SyncConfig()
+        self._config = config
         self._restart = getattr(servers, "restart", None)
         self._initial_weights = model
         self._sync: WeightSync | None = None
-        self._is_receiver = False
 
     @property
     def sync(self) -> WeightSync:
-        """The machinery behind the scheme; made on first use, so that a pickled copy carries no socket."""
-        if self._sync is None:
-            self._sync = WeightSync(self.pool, self.config, restart=self._restart)
+        """The pool's weight sync, shared with the engine and other schemes; made on first use.
+
+        Raises:
+            ConfigError: others use it with another config.
+        """
+        self._sync = WeightSync.of(self.pool, self._config, user=self, restart=self._restart)
         return self._sync
+
+    @property
+    def config(self) -> SyncConfig:
+        """How weights travel."""
+        return self._config or self.sync.config
 
     @property
     def last_report(self) -> SyncReport | None:
@@ -182,12 +189,80 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         return state
 
     def shutdown(self) -> None:
-        """Take the process group down. The servers go on serving."""
+        """Destroy the process group, unless the engine or another scheme uses it. The servers go on serving."""
         super().shutdown()
-        sync = getattr(self, "_sync", None)
+        sync = getattr(self, "_sync", None)  # torchrl's finalizer comes here even after a constructor that failed
         if sync is not None:
-            sync.close()
             self._sync = None
+            sync.release(self)
+
+
+class SGLangWeightSender:
+    """Sends one model's weights to SGLang servers whenever :meth:`update_weights` is called.
+
+    The object for TorchRL's ``GRPOTrainer(weight_sync_sender=...)`` and ``UpdateWeights(sender=...)``, with the methods
+    of the senders of TorchRL's SGLang and vLLM backends. :meth:`SGLangWeightSyncScheme.create_sender` makes it.
+
+    Args:
+        scheme: knows the servers and how weights travel.
+
+    Examples:
+        >>> sender = SGLangWeightSyncScheme(engine).create_sender()                               # doctest: +SKIP
+        >>> sender.register_model(actor)                                                          # doctest: +SKIP
+        >>> trainer = GRPOTrainer(collector=collector, weight_sync_sender=sender, ...)            # doctest: +SKIP
+    """
+
+    def __init__(self, scheme: SGLangWeightSyncScheme) -> None:
+        self._scheme = scheme
+        self._model: Any = None
+        self._collectors: list[Any] = []
+
+    def register_model(self, model: Any) -> None:
+        """Set the model that :meth:`update_weights` sends: whatever :meth:`WeightSync.push` can read repeatedly."""
+        self._model = model
+
+    def register_collector(self, collector: Any) -> None:
+        """Increment a collector's policy version with each update, if it tracks one (``PolicyVersion``)."""
+        self._collectors.append(collector)
+
+    def init_all_workers_group(self, model_metadata: Any = None) -> None:
+        """Make the process group now; otherwise the first update does.
+
+        Args:
+            model_metadata: not needed: names and shapes come from the servers' checkpoint. TorchRL's backends need it.
+
+        Raises:
+            ConfigError: the servers can't take weights by this transport.
+            WeightUpdateError: a server did not join.
+        """
+        self._scheme.sync.connect()
+
+    def update_weights(self, weights: Any = None) -> SyncReport | None:
+        """Send the weights. The servers serve them when this returns, unless ``SyncConfig(blocking=False)``.
+
+        Args:
+            weights: what to send instead of the registered model.
+
+        Returns:
+            What was done; ``None`` when it continues in the background.
+
+        Raises:
+            ConfigError: no model was registered and no weights given.
+            SGLangError: as :meth:`WeightSync.push`.
+        """
+        given = self._model if weights is None else weights
+        if given is None:
+            raise ConfigError("no weights to send: register_model(model) first, or update_weights(model)")
+        self._scheme.create_transport().send_weights(given)
+        for collector in self._collectors:
+            collector.increment_version()
+        return self._scheme.last_report if self._scheme.config.blocking else None
+
+    def shutdown(self) -> None:
+        """Take the process group down and forget model and collectors. The servers go on serving."""
+        self._scheme.shutdown()
+        self._model = None
+        self._collectors.clear()
 
 
 class _Transport:

@@ -1,4 +1,4 @@
-"""Weights to all servers, from whatever the trainer has: open, check, send, prove. The two flows meet in the pool."""
+"""Sends a trainer's weights to all servers: open, check, pack, send, verify."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,49 +15,82 @@ from torch import nn
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
-from torchrl_sglang.errors import (
-    ConfigError,
-    ServerTimeoutError,
-    SGLangError,
-    WeightSyncError,
-    WeightUpdateError,
-)
+from torchrl_sglang.errors import ConfigError, ServerTimeoutError, SGLangError, WeightSyncError, WeightUpdateError
 from torchrl_sglang.parallel import Task
-from torchrl_sglang.pool import SGLangPool
-from torchrl_sglang.protocol.dialect import MODEL_INFO
+from torchrl_sglang.pool import ServerState, SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
-from torchrl_sglang.weights.buckets.layout import Bucket
+from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, trainable_specs
+from torchrl_sglang.weights.checkpoint.coverage import check_coverage, wire_dtype
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.pending import PendingSync
-from torchrl_sglang.weights.plan import gather_only, make_packing, make_plan
+from torchrl_sglang.weights.source.adapter import AdapterSource
 from torchrl_sglang.weights.source.opening import WeightSource, open_source
 from torchrl_sglang.weights.source.shards import is_sharded, ranks_of
-from torchrl_sglang.weights.transports.base import WeightTransport
-from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
-from torchrl_sglang.weights.transports.disk import DiskTransport
-from torchrl_sglang.weights.transports.lora import LoraTransport
+from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
+from torchrl_sglang.weights.transports.choice import make_transport
 from torchrl_sglang.weights.update.liveness import LivenessCheck
 from torchrl_sglang.weights.update.report import SyncReport
-from torchrl_sglang.weights.update.session import UpdateSession
-from torchrl_sglang.weights.update.verification import compare_checksums, prove
+from torchrl_sglang.weights.update.verification import compare_checksums, verify_servers
 
-__all__ = ["WeightSync"]
+__all__ = ["PendingSync", "WeightSync"]
 
 _log = logging.getLogger(__name__)
 
 
+class PendingSync:
+    """Handle of a push that runs in the background (:meth:`WeightSync.push_in_background`).
+
+    Attributes:
+        retrieved: somebody has called :meth:`result`, so a failure does not go unseen.
+    """
+
+    def __init__(self, task: Task[SyncReport | None]) -> None:
+        self.retrieved = False
+        self._task = task
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, with success or not."""
+        return self._task.done
+
+    def join(self) -> None:
+        """Wait until it has ended; a failure is not raised."""
+        self._task.wait()
+
+    def result(self, timeout_s: float | None = None) -> SyncReport | None:
+        """Wait for the push.
+
+        Args:
+            timeout_s: seconds to wait; ``None`` waits as long as the push's own deadline lets it run.
+
+        Returns:
+            What it did.
+
+        Raises:
+            ServerTimeoutError: it is still running.
+            SGLangError: it failed; the error that :meth:`WeightSync.push` would have raised.
+        """
+        if not self._task.wait(timeout_s):
+            raise ServerTimeoutError(f"the weight sync is still under way after {timeout_s} s; ask again")
+        self.retrieved = True
+        return self._task.outcome().unwrap()
+
+
 class WeightSync:
-    """Keeps servers at a trainer's weights. One object per trainer; its process group lives from sync to sync.
+    """Sends a trainer's weights to the servers of one pool. Process groups are kept from sync to sync.
+
+    Engine, scheme and sender share the pool's one object (:meth:`of`). The first object made for a pool by hand becomes
+    that one.
 
     Args:
         pool: the servers.
         config: how weights travel.
         checkpoint: what the servers were started from; read from the served path when not given.
-        restart: restarts the server at a URL and returns whether it is ours to restart
+        restart: restarts the server at a URL and returns whether its engine launched it
             (:meth:`AsyncSGLang.restart`); called for servers that are gone or stuck in a collective.
 
     Attributes:
         owner: id that this trainer writes into the servers' weight version.
+        config: as given.
         last_report: what the last successful sync did.
     """
 
@@ -69,64 +103,108 @@ class WeightSync:
         restart: Callable[[str], bool] | None = None,
     ) -> None:
         self.owner = uuid.uuid4().hex[:8]
+        self.config = config or SyncConfig()
         self.last_report: SyncReport | None = None
+        self._has_own_config = config is not None
         self._pool = pool
-        self._config = config or SyncConfig()
         self._checkpoint = checkpoint
-        self._transport: WeightTransport | None = None
-        self._lora_transport = LoraTransport(pool, self.owner)
-        self._full_sync_done = False
         self._liveness = LivenessCheck(pool, restart)
-        self._sent_versions: dict[str, str] = {}
+        self._transport: WeightTransport[Any] | None = None
         self._last_weights: Any = None
         self._pending: PendingSync | None = None
+        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
+        if pool.weight_sync is None:
+            pool.weight_sync = self
 
-    def connect(self) -> None:
-        """Make ready what the first push would otherwise have to: read the checkpoint, make the process group.
+    @classmethod
+    def of(
+        cls,
+        pool: SGLangPool,
+        config: SyncConfig | None = None,
+        *,
+        user: object,
+        restart: Callable[[str], bool] | None = None,
+    ) -> WeightSync:
+        """The pool's one weight sync, made when it is first needed.
+
+        Args:
+            pool: the servers.
+            config: how weights travel; ``None`` takes what the pool's sync has, or the defaults.
+            user: who uses it; :meth:`release` by the last user closes it.
+            restart: see the class; used if the pool's sync has none yet.
 
         Raises:
-            ConfigError: the servers can't take weights on this transport.
+            ConfigError: the pool's sync was given other settings: two trainers' settings can't hold for one group.
+        """
+        sync: WeightSync | None = pool.weight_sync
+        if sync is not None and config is not None and config != sync.config:
+            if sync._has_own_config:
+                raise ConfigError(
+                    "these servers' weights are already sent with another SyncConfig, and engine, scheme and sender "
+                    "share one process group: give the same config to all, or shutdown() the scheme that has the other"
+                )
+            sync.close()
+            sync = None
+        if sync is None:
+            sync = cls(pool, config)
+        sync._liveness.restart = sync._liveness.restart or restart
+        sync._users.add(user)
+        return sync
+
+    def release(self, user: object) -> None:
+        """Close if nobody but ``user`` uses this object (see :meth:`of`)."""
+        self._users.discard(user)
+        if not self._users:
+            self.close()
+
+    # ------------------------------------------------------------------ what callers use
+
+    def connect(self) -> None:
+        """Prepare what the first push would otherwise prepare: read the checkpoint, make the process group.
+
+        Raises:
+            ConfigError: the servers can't take weights by this transport.
             WeightUpdateError: a server did not join.
         """
         with self._pool.update_lock:
             self.reach()
-            self._choose_transport(self._read_checkpoint()).connect(self._reachable())
+            self._choose_transport().connect(self._liveness.reachable())
 
     def reach(self) -> None:
-        """Ask the servers what they are, once; those that hang in an update whose trainer died are freed for it.
+        """Ask the servers what they serve, once; those that hang in an update whose trainer died are freed for it.
 
         Raises:
             ServerError: a server can't be reached, or hangs for another reason.
             ConfigError: the servers don't serve the same model.
         """
-        deadline = time.monotonic() + self._config.group_timeout_s
+        deadline = time.monotonic() + self.config.group_timeout_s
         while True:
             try:
                 self._pool.connect()
                 return
             except ServerTimeoutError:
-                freed = self._liveness.free_left_behind(self._pool.clients)
+                freed = self._liveness.destroy_groups_of_dead_trainers(self._pool.clients)
                 if not freed or time.monotonic() > deadline:
                     raise
 
     def push(self, weights: Any, *, version: int | None = None, partial: bool = False) -> SyncReport | None:
-        """Send weights to every server that can be reached, and return when they serve them.
+        """Send weights to every server that can be reached, and return when the servers serve them.
 
         Under FSDP2 every rank calls this; the first one sends. A push under way in the background is waited for.
 
         Args:
             weights: a module, nested TensorDict, flat dict or iterator (see :func:`open_source`).
-            version: number of the new version; ``None`` counts one up.
+            version: number of the new version; ``None`` takes the next one.
             partial: names that are not among ``weights`` keep what they have; otherwise a missing name is an error.
 
         Returns:
             What was done; ``None`` on ranks that only help to gather.
 
         Raises:
-            ConfigError: weights nobody can read, or servers that can't take any.
+            ConfigError: weights of an unknown kind, or servers that can't take any.
             WeightCoverageError: names, shapes or values don't match; nothing was sent.
-            WeightUpdateError: a server refused, died, hung or failed its proof; ``server_weights`` says what each
-                server holds. The next push, with everything sent again, heals what can be healed.
+            WeightUpdateError: a server refused, died, hung or failed verification; ``server_weights`` says what each
+                server holds. The next push sends everything again and heals what can be healed.
         """
         self.wait()
         return self._push(weights, version, partial)
@@ -135,15 +213,16 @@ class WeightSync:
         """Like :meth:`push`, but return at once: the next rollout may start while the weights travel.
 
         Requests that arrive meanwhile wait in the paused servers and are answered with the new weights. The trainer
-        must leave its parameters alone until the push is done, and with a proof (``SyncConfig.verify``) not call the
-        model either: it is asked for log-probs in evaluation mode.
+        must leave its parameters alone until the push is done; with verification (``SyncConfig.verify``) it must not
+        call the model either, since verification calls it in evaluation mode.
 
         Returns:
-            A handle; its :meth:`~PendingSync.result` raises what :meth:`push` would have raised. So does the next
-            push, if nobody has asked the handle by then.
+            A handle. Its :meth:`~PendingSync.result` raises what :meth:`push` would have raised; so does the next push
+            if the result has not been retrieved by then.
 
         Raises:
-            ConfigError: the model is sharded; gathering it in a thread could cross the training's own collectives.
+            ConfigError: the model is sharded; gathering it in a thread could interleave with the training's own
+                collectives.
         """
         self.wait()
         if isinstance(weights, nn.Module) and is_sharded(weights):
@@ -155,112 +234,14 @@ class WeightSync:
         """Wait for a push under way in the background.
 
         Raises:
-            SGLangError: it failed, and nobody has asked its handle.
+            SGLangError: it failed, and nobody has retrieved its result.
         """
         pending, self._pending = self._pending, None
-        if pending is not None and not pending.asked:
+        if pending is not None and not pending.retrieved:
             pending.result()
 
-    def _push(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
-        with self._pool.update_lock:  # a server that is just being started again is waited for
-            report = self._push_now(weights, version, partial)
-            if partial:
-                self._pool.saved = None  # what a shared folder now holds of this version is not the whole of it
-            return report
-
-    def _push_now(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
-        start = time.monotonic()
-        checkpoint = self._connect_all_ranks(weights)
-        if self._config.transport == "lora":
-            return self._push_adapter(weights, version, start)
-        source = open_source(weights, checkpoint, name_map=self._config.name_map, ignore=self._config.ignore)
-        if not source.is_sender:
-            gather_only(source, self._plan(source, checkpoint, partial))
-            return None
-        try:
-            clients = self._reachable()
-            if partial or self._config.only_trainable:
-                self._require_ours(clients, partial)
-            transport = self._choose_transport(checkpoint)
-            transport.connect(clients)
-        except SGLangError as error:
-            if isinstance(error, WeightSyncError):
-                self._liveness.remember_stuck(error)
-                self._liveness.describe_the_others(error)
-            if source.is_sharded:  # the other ranks wait for us to gather with them
-                gather_only(source, self._plan(source, checkpoint, partial))
-            raise
-        plan = self._plan(source, checkpoint, partial)
-        number = self._next_number() if version is None else version
-        deadline = time.monotonic() + self._config.deadline_s(
-            sum(bucket.nbytes for bucket in plan) or checkpoint.nbytes
-        )
-        packing = make_packing(source, checkpoint, self._config, plan, served_dtype=self._served_dtype(checkpoint))
-        self._last_weights = None if source.one_shot else weights
-        try:
-            session = transport.send(
-                clients,
-                packing,
-                WeightVersion(number=number, owner=self.owner),
-                deadline,
-                num_buckets=None if source.one_shot else len(plan),
-            )
-            gap = self._prove(transport, clients, source, session)
-        except WeightSyncError as error:
-            self._liveness.remember_stuck(error)
-            self._full_sync_done = False
-            self._put_to_use([url for url, state in error.server_weights.items() if state == "new"], number)
-            raise
-        self._put_to_use([client.url for client in clients], number)
-        self._full_sync_done = True
-        self.last_report = SyncReport(
-            version=number,
-            transport=transport.name,
-            num_bytes=session.num_bytes,
-            num_tensors=session.num_tensors,
-            num_buckets=session.num_buckets,
-            pause=session.pause_mode,
-            seconds=dict(session.seconds),
-            generation_paused_s=session.generation_paused_s,
-            total_s=time.monotonic() - start,
-            max_logprob_gap=gap,
-            server_weights=dict(session.server_weights),
-        )
-        _log.info("weights %d on %d servers in %.3f s", number, len(clients), self.last_report.total_s)
-        return self.last_report
-
-    def _next_number(self) -> int:
-        """No number names two different weights, not even one whose update failed."""
-        return max(self._pool.weight_version, self._pool.highest_version) + 1
-
-    def _connect_all_ranks(self, weights: Any) -> Checkpoint:
-        """Reach the servers and read their checkpoint. Ranks of a sharded model fail alike: none is left gathering."""
-        ranks = ranks_of(weights.parameters()) if isinstance(weights, nn.Module) else None
-        try:
-            self.reach()
-            self._pool.refuse_while_offloaded()
-            checkpoint = self._read_checkpoint()
-            _refuse_quantised_online(self._pool.clients, checkpoint)
-        except SGLangError:
-            if ranks is not None:
-                ranks.any([True])
-            raise
-        if ranks is not None and ranks.any([False])[0]:
-            raise WeightUpdateError("another rank could not reach the servers or read their checkpoint; it says why")
-        return checkpoint
-
-    def _push_adapter(self, weights: Any, version: int | None, start: float) -> SyncReport:
-        clients = self._reachable()
-        number = self._next_number() if version is None else version
-        self.last_report = self._lora_transport.push(
-            clients, weights, WeightVersion(number=number, owner=self.owner), self._config, start
-        )
-        self._last_weights = weights
-        self._put_to_use([client.url for client in clients], number)
-        return self.last_report
-
     def heal(self) -> SyncReport | None:
-        """Send the weights of the last push again, to every server: for after a failure, or a server's return.
+        """Send the weights of the last push again, to every server: after a failure, or when a server has returned.
 
         Raises:
             ConfigError: nothing was pushed yet, or it came as an iterator that can't be read twice.
@@ -271,138 +252,250 @@ class WeightSync:
         return self.push(self._last_weights)
 
     def close(self) -> None:
-        """Take the process group down, after a push under way has ended; the servers go on serving."""
+        """Wait for a push under way, then destroy the process group. The servers go on serving."""
         if self._pending is not None:
             self._pending.join()
         if self._transport is not None:
             self._transport.close()
         self._last_weights = None
+        if self._pool.weight_sync is self:
+            self._pool.weight_sync = None
 
-    # ------------------------------------------------------------------ what goes over
+    # ------------------------------------------------------------------ one push
+
+    def _push(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
+        with self._pool.update_lock:  # waits for a server that is being restarted
+            report = self._push_now(weights, version, partial)
+            if partial:
+                self._pool.state.weights_saved(None)  # a shared folder no longer holds the whole of this version
+            return report
+
+    def _push_now(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
+        start = time.monotonic()
+        self._reach_on_all_ranks(weights)
+        transport = self._choose_transport()
+        source = self._open_source(weights)
+        if not source.is_sender:
+            _gather_only(source, self._plan(source, partial))
+            return None
+        number = self._pool.state.weights.next_version if version is None else version
+        target = WeightVersion(number=number, owner=self.owner)
+        report = SyncReport(version=number, transport=transport.name)
+        with report.phase("prepare"):
+            clients = self._prepare(transport, source, partial)
+            plan = self._plan(source, partial)
+        self._last_weights = None if source.one_shot else weights
+        packed = self._pack(source, plan, transport, report)
+        num_bytes = sum(bucket.nbytes for bucket in plan) or self._read_checkpoint().nbytes
+        deadline = time.monotonic() + self.config.deadline_s(num_bytes)
+        try:
+            with report.phase("prepare"):
+                transport.stage(packed, target, report)
+            with transport.open_session(clients, target, deadline, report) as session:
+                transport.send(session, packed, deadline)
+        except BaseException as error:
+            transport.close()  # servers that have received everything are still in a group
+            if isinstance(error, WeightSyncError):
+                self._serve([client for client in clients if error.server_weights.get(client.url) == "new"], number)
+            raise
+        finally:
+            packed.close()  # however this ended, the other ranks of a sharded source go on
+        updated = {client.url: self._pool.state.server(client.url) for client in clients}
+        self._verify(transport, clients, source, session, report)
+        self._serve(clients, number, updated)
+        report.server_weights = {url: state.weights for url, state in updated.items()}
+        report.total_s = time.monotonic() - start
+        self.last_report = report
+        _log.info("weights %d on %d servers in %.3f s", number, len(clients), report.total_s)
+        return report
+
+    def _reach_on_all_ranks(self, weights: Any) -> None:
+        """Reach the servers and read their checkpoint. Ranks of a sharded model fail together: none is left gathering.
+
+        Raises:
+            ConfigError: the servers can't take weights, or their checkpoint can't be read.
+            ServerError: a server can't be reached.
+            WeightUpdateError: another rank has failed.
+        """
+        ranks = ranks_of(weights.parameters()) if isinstance(weights, nn.Module) else None
+        try:
+            self.reach()
+            self._pool.refuse_while_offloaded()
+            _refuse_online_quantization(self._pool.clients, self._read_checkpoint())
+        except SGLangError:
+            if ranks is not None:
+                ranks.any([True])
+            raise
+        if ranks is not None and ranks.any([False])[0]:
+            raise WeightUpdateError("another rank could not reach the servers or read their checkpoint; it says why")
+
+    def _prepare(self, transport: WeightTransport[Any], source: WeightSource, partial: bool) -> list[SGLangClient]:
+        """The servers that this push goes to, connected by the transport."""
+        try:
+            clients = self._liveness.reachable()
+            if partial or self.config.only_trainable:
+                self._require_own_weights(clients, partial)
+            transport.connect(clients)
+        except SGLangError as error:
+            if isinstance(error, WeightSyncError):
+                self._liveness.record_failure(error)
+            if source.is_sharded:  # the other ranks wait for this one to gather with them
+                _gather_only(source, self._plan(source, partial))
+            raise
+        return clients
+
+    def _require_own_weights(self, clients: Sequence[SGLangClient], partial: bool) -> None:
+        """Before only some tensors are sent: every server must hold the others, as this trainer knows them.
+
+        Raises:
+            ConfigError: a server does not, and the caller has no other tensors to send.
+        """
+        for client in clients:
+            held = client.weight_version()
+            if held == self._pool.state.server(client.url).version and not WeightVersion.parse(held).dirty:
+                continue
+            if partial:
+                raise ConfigError(
+                    f"{client.url} holds version {held!r}, which this trainer did not send: push all weights first"
+                )
+            self._pool.state.weights_found(client.url, held)
+
+    def _serve(
+        self, clients: Sequence[SGLangClient], number: int, found: Mapping[str, ServerState] | None = None
+    ) -> None:
+        """Route requests to servers that hold all of version ``number``."""
+        for client in clients:
+            based_on = (found or self._pool.state.servers)[client.url]
+            self._pool.restore(client.url, based_on=based_on)
+        if clients:
+            self._pool.state.weights_served(number)
+
+    def _verify(
+        self,
+        transport: WeightTransport[Any],
+        clients: Sequence[SGLangClient],
+        source: WeightSource,
+        session: TransportSession,
+        report: SyncReport,
+    ) -> None:
+        """Require that every server answers as the trainer's model.
+
+        Raises:
+            WeightUpdateError: one does not; the session has put it back or taken it out of service.
+        """
+        vocab_size = self._pool.vocab_size
+        if self.config.verify == "off" or vocab_size is None:
+            return
+        model = source.module if source.module is not None and not is_sharded(source.module) else None
+        exact = self._served_dtype == torch.float32
+        if model is not None:
+            exact = exact and {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        try:
+            with report.phase("verify"):
+                report.max_logprob_gap = verify_servers(
+                    clients, vocab_size=vocab_size, model=model, config=self.config, exact=exact, lora=session.adapter
+                )
+                if self.config.verify == "full":
+                    compare_checksums(clients)
+        except WeightUpdateError as error:
+            session.reject(error)
+            transport.close()
+            raise
+
+    # ------------------------------------------------------------------ what is sent
+
+    def _open_source(self, weights: Any) -> WeightSource:
+        if self.config.transport == "lora":
+            return AdapterSource(weights)
+        return open_source(weights, self._read_checkpoint(), name_map=self.config.name_map, ignore=self.config.ignore)
+
+    def _plan(self, source: WeightSource, partial: bool) -> list[Bucket]:
+        """Which tensors travel in which bucket. Everything that can be wrong with them is found here.
+
+        Returns:
+            The buckets; none for a source that can be read only once, whose tensors are checked while they are packed.
+
+        Raises:
+            WeightCoverageError: names, shapes or values don't match.
+        """
+        config, checkpoint = self.config, self._read_checkpoint()
+        if source.one_shot:
+            if config.check_values:
+                source.check_values(target=self._served_dtype)
+            return []
+        specs = source.specs()
+        if isinstance(source, AdapterSource):
+            source.check_values()
+            return [Bucket.of(specs.values())]
+        ignore = (*config.ignore, *source.not_held)
+        if partial:
+            ignore += tuple(name for name in checkpoint.specs if name not in specs)
+        check_coverage(specs, checkpoint, ignore=ignore, server=self._pool.clients[0].url)
+        wire = [replace(spec, dtype=wire_dtype(spec, checkpoint, self._served_dtype)) for spec in specs.values()]
+        if self._may_skip_frozen(source):
+            wire = trainable_specs(wire)
+        if config.check_values:
+            source.check_values([spec.name for spec in wire], self._served_dtype)
+        return plan_buckets(wire, bucket_bytes=config.bucket_bytes)
+
+    def _may_skip_frozen(self, source: WeightSource) -> bool:
+        """Whether every server is known to hold this trainer's frozen tensors.
+
+        Never for a sharded model: the ranks that help to gather don't learn of a server's failure, and all ranks must
+        gather the same tensors. Never by disk, where checkpoints are complete.
+        """
+        by_disk = self._transport is not None and self._transport.name == "disk"
+        if not self.config.only_trainable or source.is_sharded or by_disk:
+            return False
+        servers = self._pool.state.servers.values()
+        return all(server.is_routed and server.complete_from == self.owner for server in servers)
+
+    def _pack(
+        self, source: WeightSource, plan: Sequence[Bucket], transport: WeightTransport[Any], report: SyncReport
+    ) -> PackedWeights:
+        """Buckets with their bytes, each packed when the transport asks for it."""
+        if not source.one_shot:
+            packed = transport.packer.packed(plan, source.tensors)
+            return PackedWeights(packed, report, num_buckets=len(plan), peft_config=source.peft_config)
+        checkpoint = self._read_checkpoint()
+        stream = transport.packer.packed_stream(
+            source.tensors(),
+            bucket_bytes=self.config.bucket_bytes,
+            dtype_of=lambda spec: wire_dtype(spec, checkpoint, self._served_dtype),
+            expected=checkpoint.specs,
+        )
+        return PackedWeights(stream, report, num_buckets=None)
+
+    # ------------------------------------------------------------------ where it goes
 
     def _read_checkpoint(self) -> Checkpoint:
         if self._checkpoint is None:
             self._checkpoint = Checkpoint.read(self._pool.info.model_path)
         return self._checkpoint
 
-    def _plan(self, source: WeightSource, checkpoint: Checkpoint, partial: bool) -> list[Bucket]:
-        return make_plan(
-            source,
-            checkpoint,
-            self._config,
-            served_dtype=self._served_dtype(checkpoint),
-            server=self._pool.clients[0].url,
-            partial=partial,
-            skip_frozen=self._may_skip_frozen(source),
-        )
-
-    def _may_skip_frozen(self, source: WeightSource) -> bool:
-        """Only where every server is known to hold this trainer's frozen tensors.
-
-        Never for a sharded model: the ranks that help to gather don't learn of a server's failure, and all ranks have
-        to gather the same tensors. Never on the disk transport, whose checkpoints are whole.
-        """
-        wanted = (
-            self._config.only_trainable and not source.is_sharded and not isinstance(self._transport, DiskTransport)
-        )
-        return wanted and self._full_sync_done and not self._pool.quarantined
-
-    def _served_dtype(self, checkpoint: Checkpoint) -> torch.dtype | None:
+    @property
+    def _served_dtype(self) -> torch.dtype | None:
         dtype = getattr(torch, self._pool.info.dtype, None)
-        return dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
+        return dtype if isinstance(dtype, torch.dtype) else self._read_checkpoint().dtype
 
-    # ------------------------------------------------------------------ where it goes
-
-    def _choose_transport(self, checkpoint: Checkpoint) -> WeightTransport:
+    def _choose_transport(self) -> WeightTransport[Any]:
         if self._transport is None:
-            several_inside = any(client.info.dp_size * client.info.pp_size > 1 for client in self._pool.clients)
-            by_disk = self._config.transport == "disk" or (several_inside and self._config.disk_dir is not None)
-            if by_disk and self._config.transport != "broadcast":
-                self._transport = DiskTransport(self._pool, self._config, checkpoint.path)
-            else:
-                self._transport = BroadcastTransport(self._pool, self._config, self.owner)
-                # Also runs at exit, while sockets and threads still work: a scheme held by a collector is only
-                # collected after that.
-                weakref.finalize(self, self._transport.close)
+            self._transport = make_transport(self._pool, self.config, self.owner, self._read_checkpoint())
+            # Also runs at exit, while sockets and threads still work: a scheme held by a collector is collected later.
+            weakref.finalize(self, self._transport.close)
         return self._transport
 
-    def _reachable(self) -> list[SGLangClient]:
-        clients = self._liveness.reachable()
-        if self._liveness.restarted:
-            self._full_sync_done = False  # they need the frozen tensors too
-            if self._transport is not None:
-                self._transport.drop()  # at the same address, but no longer in the group
-        return clients
 
-    def _require_ours(self, clients: Sequence[SGLangClient], partial: bool) -> None:
-        """Some tensors only are to be sent: the others must be on every server, and as this trainer knows them.
-
-        Raises:
-            ConfigError: they aren't, and the caller has no others to send.
-        """
-        for client in clients:
-            held = str(client.send(MODEL_INFO)["weight_version"])
-            if (
-                held == self._sent_versions.get(client.url, client.info.weight_version)
-                and not WeightVersion.parse(held).dirty
-            ):
-                continue
-            self._full_sync_done = False
-            if partial:
-                raise ConfigError(
-                    f"{client.url} holds version {held!r}, which this trainer did not send: push all weights first"
-                )
-
-    # ------------------------------------------------------------------ what came out
-
-    def _put_to_use(self, urls: Sequence[str], number: int) -> None:
-        """Servers that hold all of version ``number``; in a failed sync these may be some of them only."""
-        for url in urls:
-            self._pool.restore(url)
-            self._sent_versions[url] = str(WeightVersion(number=number, owner=self.owner))
-        if urls:
-            self._pool.weight_version = number
-
-    def _prove(
-        self, transport: WeightTransport, clients: Sequence[SGLangClient], source: WeightSource, session: UpdateSession
-    ) -> float | None:
-        vocab_size = self._pool.vocab_size
-        if self._config.verify == "off" or vocab_size is None:
-            return None
-        start = time.monotonic()
-        served = self._served_dtype(self._read_checkpoint())
-        model = source.module if _can_be_asked(source) else None
-        exact = served == torch.float32 and (model is None or next(model.parameters()).dtype == torch.float32)
-        try:
-            gap = prove(clients, vocab_size=vocab_size, model=model, config=self._config, exact=exact)
-            if self._config.verify == "full":
-                compare_checksums(clients)
-        except WeightUpdateError as error:
-            self._withdraw(clients, error, session)
-            transport.close()
-            raise
-        session.seconds["prove"] = time.monotonic() - start
-        return gap
-
-    def _withdraw(self, clients: Sequence[SGLangClient], error: WeightUpdateError, session: UpdateSession) -> None:
-        """Take servers that failed their proof out of service again."""
-        failed = set(error.server_weights)
-        for client in clients:
-            if client.url in failed:
-                self._pool.quarantine(client.url, f"it failed its proof ({error})")
-                session.withdraw(client)
-        error.server_weights.update(session.server_weights)
+def _gather_only(source: WeightSource, plan: Sequence[Bucket]) -> None:
+    """Take part in gathering what the sending rank gathers, in the same order."""
+    for _ in source.tensors([name for bucket in plan for name in bucket.names]):
+        pass
 
 
-def _refuse_quantised_online(clients: Sequence[SGLangClient], checkpoint: Checkpoint) -> None:
+def _refuse_online_quantization(clients: Sequence[SGLangClient], checkpoint: Checkpoint) -> None:
     for client in clients:
         if client.info.quantization is not None and checkpoint.quantization is None:
             raise ConfigError(
                 f"{client.url} quantises its weights while loading (--quantization {client.info.quantization}): what "
                 "it would make of new ones can't be checked. Serve a checkpoint that is quantised already, or none"
             )
-
-
-def _can_be_asked(source: WeightSource) -> bool:
-    """A sharded model computes only when all ranks call it, which they don't do here."""
-    return source.module is not None and not is_sharded(source.module)

@@ -1,11 +1,11 @@
-"""The bucket loop: announce over HTTP, broadcast, pack the next one meanwhile, watch every reply."""
+"""Sends buckets over process groups: announce over HTTP, broadcast, pack the next one meanwhile, read every reply."""
 
 from __future__ import annotations
 
 import queue
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,165 +15,127 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import RequestRejectedError, SGLangError, WeightUpdateError
 from torchrl_sglang.parallel import Task
+from torchrl_sglang.pool import PoolState
 from torchrl_sglang.protocol.control import build_update_bucket, check_success
 from torchrl_sglang.protocol.messages import HttpRequest
 from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.group.process_group import WeightGroup
 
-__all__ = ["Transfer"]
+__all__ = ["BucketLoop"]
 
 
 _NOTHING_LOADED = ("Failed to receive weights", "must run between begin_weight_update")
-"""SGLang's words for a refusal before anything of the bucket was loaded; any other may come from the middle of it."""
+"""SGLang's messages for a refusal before it loads anything of a bucket; other refusals may come from the middle."""
 
-_REPLY_PATIENCE_S = 1.0
-"""How long a server's own account of a broken broadcast is waited for."""
+_REPLY_TIMEOUT_S = 1.0
+"""How long to wait for a server's own reply about a broken broadcast."""
 
 
-class Transfer:
-    """Sends packed buckets to all servers of some groups.
+class BucketLoop:
+    """Sends packed buckets to all servers of some process groups.
 
-    A bucket is announced to a server only after the server has taken up the one before it: two announcements under way
-    could arrive in either order, and then a rank would receive what it was not told of. For some servers the broadcast
-    itself shows that (:attr:`WeightGroup.in_step`), the reply of the others is waited for. While a bucket is broadcast
-    the next is packed, and the servers load the one before.
+    A bucket is announced to a server only after the server has received the one before it: two announcements under way
+    could arrive in either order, and then a rank would receive what it was not told of. For some servers the end of the
+    broadcast shows that (:attr:`WeightGroup.synchronous_urls`); for the others the loop waits for their reply. While a
+    bucket is broadcast, the next one is packed and the servers load the one before.
 
-    With a group per server, a server that fails drops out (:attr:`failed`) and the others go on.
+    With a group per server, a server that fails drops out and the others go on.
 
     Args:
         groups: one group over all servers, or one per server.
-        config: packing, cache handling and time-outs.
+        state: the pool's state: from its first announcement on a server holds mixed weights.
+        config: time-outs.
         deadline: ``time.monotonic()`` value by which everything has to have arrived.
-
-    Attributes:
-        announced: servers that were told of at least one bucket.
-        untouched: announced servers known to have refused before they received anything.
-        failed: servers that dropped out, and why.
-        num_bytes: bytes broadcast so far, counted once.
-        num_buckets: buckets broadcast so far.
-        num_tensors: tensors in them.
-        flushed: the last bucket told the servers to empty their prefix caches.
     """
 
-    def __init__(self, groups: Sequence[WeightGroup], config: SyncConfig, deadline: float) -> None:
-        self.announced: set[str] = set()
-        self.untouched: set[str] = set()
-        self.failed: dict[str, SGLangError] = {}
-        self.num_bytes = 0
-        self.num_buckets = 0
-        self.num_tensors = 0
-        self.flushed = False
+    def __init__(self, groups: Sequence[WeightGroup], state: PoolState, config: SyncConfig, deadline: float) -> None:
         self._groups = list(groups)
-        self._all_groups = tuple(groups)
+        self._state = state
         self._config = config
         self._deadline = deadline
+        self._failed: dict[str, SGLangError] = {}
         self._done: queue.SimpleQueue[Task[Any]] = queue.SimpleQueue()
         self._replies: dict[Task[Any], str] = {}
-        self._held_back: defaultdict[str, deque[Callable[[], None]]] = defaultdict(deque)
+        self._postponed: defaultdict[str, deque[Callable[[], None]]] = defaultdict(deque)
         self._group_of: dict[Task[Any], WeightGroup] = {}
         self._first_arrived = False
 
-    def run(self, packed: Iterable[tuple[Bucket, torch.Tensor]], *, num_buckets: int | None, flush_cache: bool) -> None:
+    def run(
+        self, packed: Iterator[tuple[Bucket, torch.Tensor]], *, num_buckets: int | None, flush_cache: bool
+    ) -> Mapping[str, SGLangError]:
         """Send every bucket.
 
         Args:
-            packed: pairs of a bucket and its bytes (uint8, ``(bucket.nbytes,)``). A bucket's memory is free again
-                when the iterator is asked for the bucket after the next.
+            packed: pairs of a bucket and its bytes (uint8, ``(bucket.nbytes,)``). The loop reads a bucket's bytes until
+                it asks for the bucket after the next.
             num_buckets: how many will come, if that is known.
-            flush_cache: empty the prefix caches with the last bucket, if it is known which one that is.
+            flush_cache: empty the prefix caches with the last bucket (needs ``num_buckets``).
+
+        Returns:
+            Servers that dropped out while others went on, and why.
 
         Raises:
             WeightUpdateError: a server refused, died or hung, and no group is left without such a server; names it.
         """
-        buckets = iter(packed)
-        item = next(buckets, None)
+        sent = 0
+        item = next(packed, None)
         while item is not None:
             bucket, flat = item
-            is_last = num_buckets is not None and self.num_buckets == num_buckets - 1
-            self.flushed = is_last and flush_cache
-            self._announce(bucket)
-            flights = self._launch(bucket, flat)
-            item = next(buckets, None)
-            self._await(flights)
+            sent += 1
+            self._announce(bucket, flush_cache=flush_cache and sent == num_buckets)
+            broadcasts = self._broadcast(flat)
+            item = next(packed, None)
+            self._await(broadcasts)
             self._first_arrived = True
-            self.num_bytes += flat.nbytes
-            self.num_buckets += 1
-            self.num_tensors += len(bucket.slots)
         while self._replies:
             self._await(set(self._replies))
+        return self._failed
 
-    def let_go(self) -> None:
-        """After a failure: close the trainer's connections, so that servers that wait for its bytes are freed."""
-        for group in self._all_groups:
-            group.drop()
-
-    def leave(self, client: SGLangClient, timeout_s: float) -> None:
-        """Let a server leave its group after a failure; peers that wait for it in a collective are freed.
-
-        Raises:
-            ServerError: it did not answer in time, or did not know the group.
-        """
-        for group in self._all_groups:
-            if client in group.clients:
-                group.leave(client, timeout_s)
-
-    def _announce(self, bucket: Bucket) -> None:
-        """Tell every server at once, or as soon as it has answered for the bucket before."""
-        waited_for = {*self._replies.values(), *(url for url, held_back in self._held_back.items() if held_back)}
+    def _announce(self, bucket: Bucket, *, flush_cache: bool) -> None:
+        """Announce a bucket to every server, to some only after their reply to the bucket before."""
+        owes_reply = {*self._replies.values(), *(url for url, postponed in self._postponed.items() if postponed)}
         for group in self._groups:
             request = build_update_bucket(
                 names=bucket.names,
                 dtypes=[str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
                 shapes=bucket.shapes,
                 group=group.name,
-                flattened=self._config.packing == "flattened",
-                flush_cache=self.flushed,
+                flush_cache=flush_cache,
             )
             for client in group.clients:
-                tell = partial(self._tell, group, client, request)
-                if client.url in waited_for and client.url not in group.in_step:
-                    self._held_back[client.url].append(tell)
+                announce = partial(self._announce_to, client, group, request)
+                if client.url in owes_reply and client.url not in group.synchronous_urls:
+                    self._postponed[client.url].append(announce)
                 else:
-                    tell()
+                    announce()
 
-    def _tell_next(self, url: str) -> None:
-        """A server has answered: tell it of the bucket after, if that one was held back."""
-        if held_back := self._held_back[url]:
-            held_back.popleft()()
-
-    def _tell(self, group: WeightGroup, client: SGLangClient, request: HttpRequest) -> None:
-        self.announced.add(client.url)
-        task = Task(_announcing(client, request, self._remaining()), name=client.url, on_done=self._done.put)
+    def _announce_to(self, client: SGLangClient, group: WeightGroup, request: HttpRequest) -> None:
+        self._state.weights_changed(client.url, "mixed")
+        call = partial(_send_announcement, client, request, self._remaining())
+        task = Task(call, name=client.url, on_done=self._done.put)
         self._replies[task] = client.url
         self._group_of[task] = group
 
-    def _launch(self, bucket: Bucket, flat: torch.Tensor) -> set[Task[Any]]:
-        limit = self._config.bucket_timeout_s if self._first_arrived else self._config.group_timeout_s
-        timeout_s = min(limit, self._remaining())
-        parts = [flat] if self._config.packing == "flattened" else bucket.views(flat)
-
-        def sending(group: WeightGroup) -> Any:
-            def send() -> None:
-                for part in parts:
-                    group.broadcast(part, timeout_s=timeout_s)
-
-            return send
-
-        flights = set()
+    def _broadcast(self, flat: torch.Tensor) -> set[Task[Any]]:
+        """Start the broadcast of a bucket's bytes in every group."""
+        limit_s = self._config.bucket_timeout_s if self._first_arrived else self._config.group_timeout_s
+        timeout_s = min(limit_s, self._remaining())
+        started = set()
         for group in self._groups:
-            task = Task(sending(group), name=f"broadcast-{group.name}", on_done=self._done.put)
+            call = partial(group.broadcast, flat, timeout_s=timeout_s)
+            task: Task[Any] = Task(call, name=f"broadcast-{group.name}", on_done=self._done.put)
             self._group_of[task] = group
-            flights.add(task)
-        return flights
+            started.add(task)
+        return started
 
     def _await(self, tasks: set[Task[Any]]) -> None:
-        """Wait until ``tasks`` have ended, reading every reply that comes in meanwhile."""
+        """Wait until ``tasks`` have ended, and read every reply that comes in meanwhile."""
         waiting = set(tasks)
         while waiting:
             try:
                 task = self._done.get(timeout=max(0.0, self._remaining()))
             except queue.Empty:
-                raise self._late() from None
+                raise self._timed_out() from None
             waiting.discard(task)
             group = self._group_of.pop(task, None)
             if group is None:  # of a group that has dropped out
@@ -183,8 +145,8 @@ class Transfer:
             if outcome.error is not None:
                 self._drop_out(group, self._failure(group, url, outcome.error))
                 waiting &= self._group_of.keys()
-            elif url is not None:
-                self._tell_next(url)
+            elif url is not None and (postponed := self._postponed[url]):
+                postponed.popleft()()
 
     def _drop_out(self, group: WeightGroup, error: SGLangError) -> None:
         """Go on without a group that failed, unless it is the last."""
@@ -192,28 +154,28 @@ class Transfer:
         if not self._groups:
             raise error
         for client in group.clients:
-            self.failed[client.url] = error
-            self._held_back.pop(client.url, None)
+            self._failed[client.url] = error
+            self._postponed.pop(client.url, None)
         for task in [task for task, its_group in self._group_of.items() if its_group is group]:
             del self._group_of[task]
             self._replies.pop(task, None)
 
     def _failure(self, group: WeightGroup, url: str | None, error: SGLangError) -> SGLangError:
         if url is None:
-            # A broken broadcast says that some peer is gone, a server's own reply says which and why: wait for it.
-            patience = time.monotonic() + _REPLY_PATIENCE_S
+            # A broken broadcast says that some peer is gone, a server's own reply says which one and why: wait for it.
+            end = time.monotonic() + _REPLY_TIMEOUT_S
             replies = {task: url for task, url in self._replies.items() if self._group_of[task] is group}
             for task, suspect in replies.items():
-                if task.wait(max(0.0, patience - time.monotonic())) and (reason := task.outcome().error) is not None:
+                if task.wait(max(0.0, end - time.monotonic())) and (reason := task.outcome().error) is not None:
                     return self._failure(group, suspect, reason)
             silent = sorted({suspect for task, suspect in replies.items() if not task.done})
             return WeightUpdateError(f"{error}; no reply from {', '.join(silent) or 'any server'}")
-        refused = error.detail if isinstance(error, RequestRejectedError) else ""
-        if not self._first_arrived and any(words in refused for words in _NOTHING_LOADED):
-            self.untouched.add(url)
+        refusal = error.detail if isinstance(error, RequestRejectedError) else ""
+        if not self._first_arrived and any(words in refusal for words in _NOTHING_LOADED):
+            self._state.weights_changed(url, "old")
         return WeightUpdateError(f"{url} failed while receiving weights: {error}")
 
-    def _late(self) -> SGLangError:
+    def _timed_out(self) -> SGLangError:
         silent = sorted({url for task, url in self._replies.items() if not task.done})
         return WeightUpdateError(
             f"the weights did not arrive in time; no reply from {', '.join(silent) or 'the process group'}. A frozen "
@@ -224,8 +186,5 @@ class Transfer:
         return max(0.05, self._deadline - time.monotonic())
 
 
-def _announcing(client: SGLangClient, request: HttpRequest, timeout_s: float) -> Any:
-    def call() -> None:
-        check_success(client.send(request, timeout_s=timeout_s), server=client.url, what="a bucket of weights")
-
-    return call
+def _send_announcement(client: SGLangClient, request: HttpRequest, timeout_s: float) -> None:
+    check_success(client.send(request, timeout_s=timeout_s), server=client.url, what="a bucket of weights")

@@ -1,17 +1,17 @@
-"""The trainer's side of the weight group: rank 0 of a process group whose other ranks live inside the servers.
+"""The trainer's side of the weight group: rank 0 of a process group whose other ranks are inside the servers.
 
 Server ``i`` holds ranks ``offset_i .. offset_i + tp_size_i - 1``. The group is made from torch's public classes, with
 the store prefixes that SGLang's own helper uses, and never touches the trainer's default process group.
 
-This is the one place that knows where NCCL differs from gloo (read in SGLang's source, not yet run on GPUs):
+Only this module knows how NCCL differs from gloo (read in SGLang's source, not yet run on GPUs):
 
-* gloo connects when the group is made, so a 200 from every server proves the ranks meet; NCCL connects at the first
-  broadcast, so the first bucket has the group's own deadline;
-* NCCL's communicator belongs to the GPU of the first tensor, so that all tensors must be on it: the trainer's;
-* a gloo broadcast that returned has been sent; an NCCL broadcast is only enqueued, and its work handle says when the
-  buffer is free again;
-* gloo can't abort an operation under way, it ends at the operation's own time-out; NCCL aborts at once, but its
-  watchdog would kill the trainer's process first if the group's time-out were shorter than ours.
+* gloo connects when the group is made, so a 200 from every server shows that all ranks are connected; NCCL connects at
+  the first broadcast, so the first bucket has the group's own deadline;
+* NCCL's communicator belongs to the GPU of the first tensor, so all tensors must be on that GPU: the trainer's;
+* a gloo broadcast that has returned has been sent; an NCCL broadcast is only enqueued, and its work handle tells when
+  the buffer is free again;
+* gloo can't abort an operation under way, which ends at the operation's own time-out; NCCL aborts at once, but its
+  watchdog kills the trainer's process first if the group's time-out is shorter than ours.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class WeightGroup:
         Args:
             clients: the servers; each contributes ``tp_size`` ranks.
             config: address, port, backend and time-outs.
-            name: what the servers will call it; none of them may have a group of that name.
+            name: the group's name on the servers; none of them may have a group of that name.
 
         Raises:
             ConfigError: the address can't be listened on, or the servers could not reach it.
@@ -91,11 +91,11 @@ class WeightGroup:
         return group
 
     @property
-    def in_step(self) -> frozenset[str]:
-        """Servers that have taken part in a broadcast for certain when it is over at the trainer.
+    def synchronous_urls(self) -> frozenset[str]:
+        """Servers that have received a broadcast for certain when it has ended at the trainer.
 
-        gloo's broadcast is a binomial tree: the trainer sends to ranks 1, 2, 4, ... and waits for these to take it;
-        the others get it from them later. NCCL waits for nobody.
+        gloo's broadcast is a binomial tree: the trainer sends to ranks 1, 2, 4, ... and waits until they have received;
+        the other ranks get the data from them later. NCCL waits for no rank.
         """
         if self.backend == "nccl":
             return frozenset()
@@ -110,15 +110,15 @@ class WeightGroup:
 
     @property
     def device(self) -> torch.device:
-        """Where tensors have to be to be broadcast: on one and the same GPU for NCCL, on the CPU for gloo."""
+        """Where tensors must be to be broadcast: on one GPU for NCCL, on the CPU for gloo."""
         return torch.device("cuda" if self.backend == "nccl" else "cpu")
 
     def broadcast(self, tensor: torch.Tensor, *, timeout_s: float) -> None:
         """Send a tensor from rank 0 to all others and wait until its memory may be written again.
 
         Args:
-            tensor: contiguous, on :attr:`device`, and finished: a broadcast runs in a thread and stream of its own.
-            timeout_s: seconds after which the operation is given up.
+            tensor: contiguous, on :attr:`device`, with all work on it finished: the broadcast uses a stream of its own.
+            timeout_s: seconds after which the operation fails.
 
         Raises:
             WeightUpdateError: a peer is gone or did not take part in time.
@@ -144,7 +144,7 @@ class WeightGroup:
             message = f"the {self.backend} broadcast of {tensor.nbytes} bytes failed: {error}{advice}"
             raise WeightUpdateError(message) from error
         finally:
-            # It holds the group's connections and store, and a traceback holds this frame: peers would wait on.
+            # The work handle keeps the group's connections open, and a traceback keeps this frame: peers would wait.
             work = None
 
     def _await_enqueued(self, work: Any, timeout_s: float) -> None:
@@ -156,9 +156,9 @@ class WeightGroup:
             time.sleep(_POLL_S / 10)
 
     def close(self) -> None:
-        """Take the group down on both sides; a server that can't answer is left to its own time-out.
+        """Destroy the group on both sides. A server that does not answer keeps it until its own time-out.
 
-        One server after the other, in this thread: it is also called at exit, when no thread can be started any more.
+        Runs in this thread, one server after the other: it is also called at exit, when no thread can be started.
         """
         deadline = time.monotonic() + _CLOSE_PATIENCE_S
         for client in self.clients:
@@ -167,32 +167,32 @@ class WeightGroup:
         if self._group is not None:
             release = _Release(self._group, self.backend)
             self._group = None
-            release()  # nothing is under way, so it is quick; a thread could be cut off inside it by the exit
+            release()  # quick, since nothing is under way; at exit a thread could be stopped in the middle of it
 
     def leave(self, client: SGLangClient, timeout_s: float = _CLOSE_PATIENCE_S) -> None:
-        """Let one server leave the group. Its connections close, and with them every wait of a peer for it ends.
+        """Make one server leave the group. Its connections close, which ends every wait of a peer for it.
 
         Raises:
-            ServerError: it did not answer in time, or did not know the group.
+            ServerError: it did not answer in time, or is not in the group.
         """
         client.send(build_destroy_group(self.name), timeout_s=timeout_s)
 
     def drop(self) -> None:
-        """Let go of the trainer's side only, without blocking.
+        """Destroy the trainer's side only, without blocking. Safe to call twice.
 
-        gloo waits for an operation under way when it is destroyed, so the last reference is given up in a thread.
+        gloo waits for an operation under way when it is destroyed, so a thread deletes the last reference.
         """
         if self._group is not None:
             release = _Release(self._group, self.backend)
-            self._group = None  # no name in this thread may hold it any more: the last one to let go waits
+            self._group = None  # no name in this thread may refer to it: deleting the last reference waits
             if sys.is_finalizing():
-                return  # the process takes the group with it, and a thread started now would never run
-            with suppress(RuntimeError):  # Python 3.12 starts none at exit either, and says so
+                return  # the group ends with the process, and a thread started now would never run
+            with suppress(RuntimeError):  # Python 3.12 refuses to start a thread at exit
                 Task(release, name="drop-weight-group")
 
 
 class _Release:
-    """Holds the last reference to a group until its thread has ended it."""
+    """Holds the last reference to a group, and deletes it when called."""
 
     def __init__(self, group: Any, backend: str) -> None:
         self._group = group
@@ -230,4 +230,4 @@ def _join(rendezvous: Rendezvous, world_size: int, backend: str, config: SyncCon
     except RuntimeError as error:
         raise WeightUpdateError(f"the trainer could not join the weight group: {error}") from error
     finally:
-        store = None  # see Rendezvous
+        store = None  # a traceback keeps this frame, and the frame would keep the store: see Rendezvous

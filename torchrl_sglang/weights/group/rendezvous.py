@@ -1,4 +1,4 @@
-"""Where a weight group is formed: the trainer's store, the servers on their way to it, and who did not come."""
+"""Forms a weight group: hosts the store, tells the servers to join, and names those that did not arrive."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ __all__ = ["JoinCall", "Rendezvous", "ask_to_join", "await_ranks", "check_join",
 
 _POLL_S = 0.005
 _MARGIN_S = 2.0
-_PORT_PATIENCE_S = 5.0
+_PORT_TIMEOUT_S = 5.0
 
 
 def group_name(mark: str) -> str:
-    """Name of the group that a server marked dirty by ``mark`` was updated over (:attr:`WeightVersion.owner`)."""
+    """Name of the group over which a server marked dirty by ``mark`` was updated (:attr:`WeightVersion.owner`)."""
     return f"torchrl-sglang-{mark}"
 
 
 class Rendezvous:
-    """The store at which trainer and servers meet, on an address and port that nobody can take in between.
+    """Hosts the store that trainer and servers join, on an address and port that stay bound throughout.
 
-    After a failure, servers that wait there for others are released when the store goes away; one that comes even later
-    would knock at the closed port until torch's own time-out (30 minutes). So the store stays until all have come that
-    will, and nothing else may keep it: the frames of a traceback live as long as somebody holds the error.
+    After a failure, servers that wait at the store are released when it is closed, but one that arrives even later
+    retries the closed port until torch's own time-out (30 minutes). So the store stays open until every server that
+    will arrive has arrived. Nothing else may keep it open: the frames of a traceback live as long as the error does.
 
     Args:
         name: the group's name.
@@ -75,15 +75,15 @@ class Rendezvous:
         return c10d.PrefixStore(kind, c10d.PrefixStore(f"{self.name}/", c10d.PrefixStore(self.name, self.store)))
 
     def end(self) -> None:
-        """Let go of the store."""
+        """Close the store, unless a process group uses it."""
         self.store = None
 
     def abandon(self, joins: Sequence[JoinCall], backend: str, deadline: float) -> None:
-        """Let go of the store as soon as every server that will still come has come; returns at once."""
+        """Close the store as soon as every server that will still arrive has arrived; returns at once."""
 
         def wait_and_end() -> None:
-            patience = deadline if backend == "gloo" else time.monotonic() + _MARGIN_S
-            while time.monotonic() < patience:
+            end = deadline if backend == "gloo" else time.monotonic() + _MARGIN_S
+            while time.monotonic() < end:
                 if backend == "gloo" and all(join.task.done or self.has(join) for join in joins):
                     break
                 time.sleep(_POLL_S)
@@ -92,14 +92,14 @@ class Rendezvous:
         Task(wait_and_end, name=f"end-rendezvous-{self.name}")
 
     def has(self, join: JoinCall) -> bool:
-        """Whether all ranks of a server have left their keys here (gloo only)."""
+        """Whether all ranks of a server have written their keys (gloo only)."""
         return bool(self.prefixed("gloo").check([f"0/{rank}" for rank in join.ranks]))
 
 
 def _listen(address: str, port: int | None) -> socket.socket:
-    """Listen on one address only. A port that an earlier group of ours is about to give up is waited for."""
+    """Listen on one address only. Waits for a port that an earlier group of this trainer is about to release."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    deadline = time.monotonic() + _PORT_PATIENCE_S
+    deadline = time.monotonic() + _PORT_TIMEOUT_S
     while True:
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -119,7 +119,7 @@ def _listen(address: str, port: int | None) -> socket.socket:
 
 @dataclass(frozen=True, slots=True)
 class JoinCall:
-    """A server on its way into the group."""
+    """A server that was told to join, its ranks, and the call that tells it."""
 
     client: SGLangClient
     ranks: range
@@ -129,7 +129,7 @@ class JoinCall:
 def ask_to_join(
     clients: Sequence[SGLangClient], rendezvous: Rendezvous, world_size: int, backend: str, config: SyncConfig
 ) -> list[JoinCall]:
-    """Tell every server where to go; they come while we wait in :func:`await_ranks`."""
+    """Tell every server to join; they arrive while :func:`await_ranks` waits."""
     joins: list[JoinCall] = []
     first = 1
     for client in clients:
@@ -141,7 +141,7 @@ def ask_to_join(
             name=rendezvous.name,
             backend=backend,
         )
-        # Longer than we wait ourselves: our own account of who is missing says more than a time-out of one call.
+        # Longer than await_ranks: its error names the missing servers, a time-out of one call does not.
         call = partial(client.send, request, timeout_s=config.group_timeout_s + _MARGIN_S)
         ranks = range(first, first + client.info.tp_size)
         joins.append(JoinCall(client, ranks, Task(call, name=f"join-{client.url}")))
@@ -152,13 +152,13 @@ def ask_to_join(
 def await_ranks(
     rendezvous: Rendezvous, joins: Sequence[JoinCall], world_size: int, backend: str, deadline: float
 ) -> None:
-    """Wait until every rank stands at the store, so that joining can't block on one that never comes.
+    """Wait until every rank has arrived at the store, so that joining can't block on one that never arrives.
 
-    Each gloo rank leaves one key there, and all together the store's own counter of clients: ``world_size`` keys. NCCL
-    ranks leave none, they answer the HTTP call instead.
+    Each gloo rank writes one key, and all ranks together the store's own counter of clients: ``world_size`` keys. NCCL
+    ranks write none; they answer the HTTP call instead.
 
     Raises:
-        WeightUpdateError: a server refused, died, or did not come by ``deadline`` (``time.monotonic()``).
+        WeightUpdateError: a server refused, died, or did not arrive by ``deadline`` (``time.monotonic()``).
     """
     while True:
         if backend == "gloo":
@@ -171,11 +171,11 @@ def await_ranks(
         if arrived:
             return
         if time.monotonic() > deadline:
-            raise _nobody_came(rendezvous, joins, backend)
+            raise _not_arrived(rendezvous, joins, backend)
         time.sleep(_POLL_S)
 
 
-def _nobody_came(rendezvous: Rendezvous, joins: Sequence[JoinCall], backend: str) -> WeightUpdateError:
+def _not_arrived(rendezvous: Rendezvous, joins: Sequence[JoinCall], backend: str) -> WeightUpdateError:
     absent = [join.client.url for join in joins if not join.task.done]
     if backend == "gloo":
         absent = [join.client.url for join in joins if not rendezvous.has(join)]
@@ -192,7 +192,7 @@ def check_join(join: JoinCall, deadline: float, rendezvous: Rendezvous) -> None:
     """Wait for a server's answer to the call that told it to join.
 
     Raises:
-        WeightUpdateError: it said no, or nothing.
+        WeightUpdateError: it refused, or did not answer.
     """
     url = join.client.url
     if not join.task.wait(max(0.0, deadline - time.monotonic())):

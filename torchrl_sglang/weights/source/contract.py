@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ class WeightSource(ABC):
         one_shot: values can be read once only, so they are not known before they are sent.
         not_held: names of the checkpoint that the trainer's model class leaves out by design (layers for speculative
             decoding): to be ignored in the coverage check.
+        peft_config: configuration of the adapter that the tensors belong to; ``None`` for a model's own tensors.
     """
 
     is_sender: bool = True
@@ -31,6 +33,7 @@ class WeightSource(ABC):
     module: nn.Module | None = None
     one_shot: bool = False
     not_held: tuple[str, ...] = ()
+    peft_config: Any = None
 
     @abstractmethod
     def specs(self) -> dict[str, TensorSpec]:

@@ -1,65 +1,142 @@
-"""What every transport to the servers offers: one small interface, one class per transport."""
+"""The interface of a transport: how weights get from the trainer to the servers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from typing import Protocol
+from collections.abc import Generator, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.errors import WeightUpdateError
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.buckets.packing import BucketPacker
-from torchrl_sglang.weights.update.session import UpdateSession
+from torchrl_sglang.weights.update.report import SyncReport
 
-__all__ = ["PackedBuckets", "Packing", "WeightTransport"]
+__all__ = ["PackedWeights", "TransportSession", "WeightTransport"]
 
-PackedBuckets = Generator[tuple[Bucket, torch.Tensor], None, None]
-Packing = Callable[[BucketPacker], PackedBuckets]
-"""Turns a packer's buffers into buckets with their bytes, each made when it is asked for."""
+PackedBucket = tuple[Bucket, torch.Tensor]
+"""A bucket and its bytes: uint8, ``(bucket.nbytes,)``."""
 
 
-class WeightTransport(Protocol):
-    """How weights get from the trainer to the servers."""
+class PackedWeights(Iterator[PackedBucket]):
+    """Buckets with their bytes, each packed when it is asked for and counted in the report.
+
+    The bytes of a bucket stay valid until the bucket after the next is asked for.
+
+    Args:
+        buckets: packs the buckets (:meth:`BucketPacker.packed`).
+        report: counts buckets, tensors and bytes.
+        num_buckets: how many will come, if that is known.
+        peft_config: the adapter's configuration, when the weights are an adapter.
+    """
+
+    def __init__(
+        self,
+        buckets: Generator[PackedBucket, None, None],
+        report: SyncReport,
+        *,
+        num_buckets: int | None,
+        peft_config: Any = None,
+    ) -> None:
+        self.num_buckets = num_buckets
+        self.peft_config = peft_config
+        self._buckets = buckets
+        self._report = report
+        self._first: PackedBucket | None = None
+
+    def pack_first(self) -> None:
+        """Pack the first bucket now, while the servers still generate."""
+        self._first = self._first or next(self._buckets, None)
+
+    def __next__(self) -> PackedBucket:
+        packed, self._first = self._first or next(self._buckets), None
+        self._report.num_buckets += 1
+        self._report.num_tensors += len(packed[0].slots)
+        self._report.num_bytes += packed[0].nbytes
+        return packed
+
+    def close(self) -> None:
+        """Pack nothing more. The other ranks of a sharded source go on."""
+        self._buckets.close()
+
+
+class TransportSession(Protocol):
+    """A ``with`` block around one update, used once. Without an error its end finishes the update on every server."""
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the adapter that verification has to use."""
+
+    def __enter__(self) -> TransportSession: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def reject(self, error: WeightUpdateError) -> None:
+        """Verification failed after the update: undo it, or take the servers named by ``error`` out of service."""
+
+
+Session = TypeVar("Session", bound=TransportSession)
+
+
+class WeightTransport(Protocol[Session]):
+    """How weights get from the trainer to the servers.
+
+    The steps of one update, in order::
+
+        transport.connect(clients)
+        packed = PackedWeights(transport.packer.packed(plan, source.tensors), report, ...)
+        transport.stage(packed, version, report)
+        with transport.open_session(clients, version, deadline, report) as session:
+            transport.send(session, packed, deadline)
+    """
 
     name: str
 
+    @property
+    def packer(self) -> BucketPacker:
+        """Packs buckets where this transport needs them; there after :meth:`connect`."""
+
     def connect(self, clients: Sequence[SGLangClient]) -> None:
-        """Make ready what can be made ready before anything is sent.
+        """Prepare what can be prepared before weights are there.
 
         Raises:
-            ConfigError: a server can't be reached on this transport.
-            WeightUpdateError: a server did not play along.
+            ConfigError: a server can't take weights by this transport.
+            WeightUpdateError: a server did not take part.
         """
 
-    def send(
-        self,
-        clients: Sequence[SGLangClient],
-        packing: Packing,
-        version: WeightVersion,
-        deadline: float,
-        *,
-        num_buckets: int | None,
-    ) -> UpdateSession:
-        """Put the weights on the servers.
+    def stage(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> None:
+        """Do what can be done while the servers still generate.
+
+        Raises:
+            WeightCoverageError: a tensor holds values that no server should get.
+        """
+
+    def open_session(
+        self, clients: Sequence[SGLangClient], version: WeightVersion, deadline: float, report: SyncReport
+    ) -> Session:
+        """The ``with`` block in which :meth:`send` runs.
 
         Args:
             clients: the servers.
-            packing: makes the packed buckets, given the buffers to use.
-            version: what the weights will be called.
+            version: what the weights are called.
             deadline: ``time.monotonic()`` value by which everything has to be done.
-            num_buckets: how many buckets will come, if that is known.
-
-        Returns:
-            The finished session, which knows how long each phase took.
+            report: records phases and pauses.
 
         Raises:
-            WeightUpdateError: what went wrong, and what each server holds now.
+            ConfigError: a server can't take part.
         """
 
-    def drop(self) -> None:
-        """Let go of everything without asking the servers, which may be stuck."""
+    def send(self, session: Session, packed: PackedWeights, deadline: float) -> None:
+        """Put the weights on the servers.
+
+        Raises:
+            WeightUpdateError: a server refused, died or hung.
+        """
 
     def close(self) -> None:
-        """Take down what was made."""
+        """Take down what :meth:`connect` made."""

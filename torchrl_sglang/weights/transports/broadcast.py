@@ -1,127 +1,128 @@
-"""The default transport: one process group over trainer and servers, buckets broadcast inside one update session."""
+"""Transport ``broadcast``, the default: buckets go over a process group of trainer and servers."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
-from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.buckets.packing import BucketPacker
-from torchrl_sglang.weights.group.bucket_loop import Transfer
+from torchrl_sglang.weights.group.bucket_loop import BucketLoop
 from torchrl_sglang.weights.group.process_group import WeightGroup
 from torchrl_sglang.weights.group.rendezvous import group_name
-from torchrl_sglang.weights.transports.base import PackedBuckets, Packing
+from torchrl_sglang.weights.transports.base import PackedWeights
+from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.session import UpdateSession
 
 __all__ = ["BroadcastTransport"]
 
 
 class BroadcastTransport:
-    """Sends weights over a process group that is kept from one sync to the next.
+    """Sends weights over process groups that are kept from one sync to the next.
 
-    After a failure the group is dropped, since some rank may be lost in a collective; the next send makes a new one.
+    After a failure the groups are dropped, since some rank may wait in a collective; the next :meth:`connect` makes new
+    ones.
 
     Args:
         pool: the servers.
-        config: how weights travel.
-        owner: id of this trainer. Groups are named after it and counted, and a half-updated server is marked with that,
-            so that the next trainer can free servers that a dead one left in its group.
+        config: address, backend, groups and time-outs.
+        owner: id of this trainer. Groups are named after it and counted, and a server with mixed weights is marked with
+            that name, so that the next trainer can destroy groups in which a dead trainer left servers waiting.
     """
 
     name = "broadcast"
 
     def __init__(self, pool: SGLangPool, config: SyncConfig, owner: str) -> None:
         self._pool = pool
+        self._config = config
         self._owner = owner
         self._count = 0
-        self._config = config
+        self._members: list[tuple[str, int]] = []
         self._groups: list[WeightGroup] = []
         self._packer: BucketPacker | None = None
 
+    @property
+    def packer(self) -> BucketPacker:
+        """Packs buckets on the device that the group broadcasts from."""
+        if self._packer is None:
+            self._packer = BucketPacker(self._groups[0].device)
+        return self._packer
+
     def connect(self, clients: Sequence[SGLangClient]) -> None:
-        """Make the process group, if it is not there yet for exactly these servers.
+        """Make the process groups, unless they are there for exactly these server processes.
 
         Raises:
             ConfigError: a server can't take part in a weight group.
             WeightUpdateError: a server did not join.
         """
-        _refuse_impossible(clients)
-        members = [client.url for group in self._groups for client in group.clients]
-        if members == [client.url for client in clients]:
+        _require_one_replica(clients)
+        members = [(client.url, self._pool.state.server(client.url).restarts) for client in clients]
+        if self._groups and members == self._members:
             return
-        self.close()
+        if any(self._pool.state.server(url).restarts != restarts for url, restarts in self._members):
+            self._drop()  # a restarted server is in no group, and the others may still wait for its old process
+        else:
+            self.close()
         self._count += 1
         if self._config.groups == "shared":
             self._groups = [WeightGroup.form(clients, self._config, group_name(self._mark))]
-            return
-        port = self._config.master_port
-        for index, client in enumerate(clients):
-            config = self._config if port is None else replace(self._config, master_port=port + index)
-            self._groups.append(WeightGroup.form([client], config, group_name(self._mark)))
+        else:
+            for index, client in enumerate(clients):
+                port = self._config.master_port
+                config = self._config if port is None else replace(self._config, master_port=port + index)
+                self._groups.append(WeightGroup.form([client], config, group_name(self._mark)))
+        self._members = members
 
     @property
     def _mark(self) -> str:
         return f"{self._owner}.{self._count}"
 
-    def send(
-        self,
-        clients: Sequence[SGLangClient],
-        packing: Packing,
-        version: WeightVersion,
-        deadline: float,
-        *,
-        num_buckets: int | None,
-    ) -> UpdateSession:
-        """Make the group if need be, open a session, transfer. See :meth:`WeightTransport.send`."""
-        start = time.monotonic()
-        self.connect(clients)
-        if self._packer is None:
-            self._packer = BucketPacker(self._groups[0].device)
-        packed = packing(self._packer)
-        try:
-            first = next(packed, None)  # gathered, checked and flattened while the servers still generate
-            session = UpdateSession(
-                self._pool, clients, version=version, config=self._config, deadline=deadline, mark=self._mark
-            )
-            session.seconds["prepare"] = time.monotonic() - start
-            transfer = Transfer(self._groups, self._config, deadline)
-            with session:
-                session.transfer(transfer, _chain(first, packed), num_buckets=num_buckets)
-        except BaseException:
-            self.close()  # servers that got everything are still in it
-            raise
-        finally:
-            packed.close()  # lets a sharded source's other ranks go, however this ended
-        return session
+    def stage(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> None:
+        """Gather, check and pack the first bucket."""
+        packed.pack_first()
 
-    def drop(self) -> None:
-        """Let go of the groups without asking the servers, which may be stuck in them."""
-        for group in self._groups:
-            group.drop()
-        self._groups = []
+    def open_session(
+        self, clients: Sequence[SGLangClient], version: WeightVersion, deadline: float, report: SyncReport
+    ) -> UpdateSession:
+        """Pauses the servers; after a failure they leave the groups first. See :meth:`WeightTransport.open_session`."""
+        return UpdateSession(
+            self._pool,
+            clients,
+            version=version,
+            config=self._config,
+            deadline=deadline,
+            report=report,
+            mark=self._mark,
+            groups=self._groups,
+        )
+
+    def send(self, session: UpdateSession, packed: PackedWeights, deadline: float) -> None:
+        """Broadcast the buckets. See :meth:`WeightTransport.send`."""
+        session.begin()
+        loop = BucketLoop(self._groups, self._pool.state, self._config, deadline)
+        flush = session.flushes and packed.num_buckets is not None
+        with session.report.phase("transfer"):
+            failed = loop.run(packed, num_buckets=packed.num_buckets, flush_cache=flush)
+        session.received(flushed=flush and session.report.num_buckets > 0, failed=failed)
 
     def close(self) -> None:
-        """Take the groups down on both sides."""
+        """Destroy the groups on both sides."""
         for group in self._groups:
             group.close()
         self._groups = []
 
+    def _drop(self) -> None:
+        """Destroy the trainer's side of the groups only."""
+        for group in self._groups:
+            group.drop()
+        self._groups = []
 
-def _chain(first: tuple[Bucket, torch.Tensor] | None, rest: PackedBuckets) -> PackedBuckets:
-    if first is not None:
-        yield first
-        yield from rest
 
-
-def _refuse_impossible(clients: Sequence[SGLangClient]) -> None:
+def _require_one_replica(clients: Sequence[SGLangClient]) -> None:
     for client in clients:
         info = client.info
         if info.dp_size > 1:

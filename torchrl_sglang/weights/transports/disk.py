@@ -1,8 +1,7 @@
-"""The transport over a shared folder: a checkpoint is written atomically, and all servers are told to load it.
+"""Transport ``disk``: a whole checkpoint is written to a shared folder, and all servers load it.
 
-Slower than a broadcast, but it needs no process group: for servers behind a network that collectives can't cross, for a
-trainer and a server on one GPU, and for ``dp_size > 1`` inside one server. What is written is a whole checkpoint that
-transformers can load too.
+Slower than a broadcast, but it needs no process group: for servers behind a network that collectives can't cross, for
+trainer and server on one GPU, and for ``dp_size > 1`` inside one server. transformers can load the checkpoint too.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +20,8 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SavedWeights, SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.packing import BucketPacker
-from torchrl_sglang.weights.transports.base import PackedBuckets, Packing
+from torchrl_sglang.weights.transports.base import PackedWeights
+from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.session import UpdateSession
 
 __all__ = ["DiskTransport"]
@@ -31,28 +30,37 @@ _KEPT_VERSIONS = 2
 """A server that restarts while a sync runs may still be reading the version before."""
 
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-"""What lies beside the weights in a checkpoint: configuration and tokenizer."""
+"""Configuration and tokenizer files, which lie beside the weights in a checkpoint."""
 
 
 class DiskTransport:
-    """Writes ``disk_dir/version-N`` and has every server load it.
+    """Writes ``disk_dir/version-N`` and makes every server load it.
 
     Args:
         pool: the servers.
         config: ``disk_dir`` is the folder, under the same path on every machine.
-        checkpoint_path: folder whose configuration and tokenizer files are put beside the weights; ``None`` if the
+        checkpoint_path: folder whose configuration and tokenizer files are copied beside the weights; ``None`` if the
             servers' checkpoint is no local folder: then only weights are written.
+
+    Raises:
+        ConfigError: ``config`` names no folder.
     """
 
     name = "disk"
 
     def __init__(self, pool: SGLangPool, config: SyncConfig, checkpoint_path: Path | None) -> None:
         if config.disk_dir is None:
-            raise ConfigError("the disk transport needs SyncConfig.disk_dir, a folder that trainer and servers share")
+            raise ConfigError("transport='disk' needs SyncConfig.disk_dir, a folder that trainer and servers share")
         self._folder = config.disk_dir
         self._pool = pool
         self._config = config
         self._checkpoint_path = checkpoint_path
+        self._staged: SavedWeights | None = None
+
+    @property
+    def packer(self) -> BucketPacker:
+        """Packs buckets in main memory."""
+        return BucketPacker("cpu")
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
         """Make the folder.
@@ -65,55 +73,43 @@ class DiskTransport:
         except OSError as error:
             raise ConfigError(f"can't write to SyncConfig.disk_dir {self._folder}: {error.strerror}") from error
 
-    def send(
-        self,
-        clients: Sequence[SGLangClient],
-        packing: Packing,
-        version: WeightVersion,
-        deadline: float,
-        *,
-        num_buckets: int | None,
-    ) -> UpdateSession:
-        """Write, tell, prune. See :meth:`WeightTransport.send`."""
-        start = time.monotonic()
-        self.connect(clients)
-        packed = packing(BucketPacker("cpu"))
-        session = UpdateSession(self._pool, clients, version=version, config=self._config, deadline=deadline)
-        try:
-            target = self._write(packed, version, session)
-        finally:
-            packed.close()
-        session.seconds["prepare"] = time.monotonic() - start
-        with session:
-            session.load_from_disk(str(target))
-        self._pool.saved = SavedWeights(version=version, path=str(target))
-        self._prune(target)
-        return session
+    def stage(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> None:
+        """Write the checkpoint."""
+        self._staged = SavedWeights(version=version, path=str(self._write(packed, version, report)))
 
-    def drop(self) -> None:
-        """Nothing is held."""
+    def open_session(
+        self, clients: Sequence[SGLangClient], version: WeightVersion, deadline: float, report: SyncReport
+    ) -> UpdateSession:
+        """Pauses the servers. See :meth:`WeightTransport.open_session`."""
+        return UpdateSession(
+            self._pool, clients, version=version, config=self._config, deadline=deadline, report=report
+        )
+
+    def send(self, session: UpdateSession, packed: PackedWeights, deadline: float) -> None:
+        """Make the servers load what :meth:`stage` has written, then delete older versions."""
+        assert self._staged is not None, "stage() comes first"
+        session.load_from_disk(self._staged.path)
+        self._pool.state.weights_saved(self._staged)
+        self._prune(Path(self._staged.path))
 
     def close(self) -> None:
-        """Nothing is held; the checkpoints stay."""
+        """The checkpoints stay."""
 
-    def _write(self, packed: PackedBuckets, version: WeightVersion, session: UpdateSession) -> Path:
-        """Write under another name first: a folder called ``version-N`` is whole."""
+    def _write(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> Path:
+        """Write under another name first: a folder called ``version-N`` is complete."""
         target = (self._folder / f"version-{version.number}").resolve()
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            places: dict[str, str] = {}
+            files: dict[str, str] = {}
             for index, (bucket, flat) in enumerate(packed, start=1):
                 file = f"model-{index:05d}.safetensors"
                 views = zip(bucket.names, bucket.views(flat), strict=True)
                 # safetensors refuses tensors that share memory, as the views of a bucket do.
                 save_file({name: view.clone() for name, view in views}, partial / file, metadata={"format": "pt"})
-                places |= dict.fromkeys(bucket.names, file)
-                session.num_bytes += flat.nbytes
-                session.num_buckets += 1
-            session.num_tensors = len(places)
-            index_file = {"metadata": {"total_size": session.num_bytes}, "weight_map": places}
+                files |= dict.fromkeys(bucket.names, file)
+            index_file = {"metadata": {"total_size": report.num_bytes}, "weight_map": files}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1))
             self._add_companions(partial)
             shutil.rmtree(target, ignore_errors=True)

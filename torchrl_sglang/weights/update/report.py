@@ -1,8 +1,10 @@
-"""What a sync did: version, bytes, seconds per phase, state of every server."""
+"""What a weight sync did: version, bytes, seconds per phase, state of every server."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torchrl_sglang.errors import ServerWeights
@@ -10,33 +12,43 @@ from torchrl_sglang.errors import ServerWeights
 __all__ = ["SyncReport"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SyncReport:
-    """The outcome of one successful sync.
+    """The record of one sync, filled in while it runs.
 
     Attributes:
-        version: version number the servers hold now.
+        version: version number of the weights sent.
         transport: how the weights went: ``"broadcast"``, ``"disk"`` or ``"lora"``.
         num_bytes: bytes of all tensors sent, counted once however many servers received them.
         num_tensors: number of tensors sent.
         num_buckets: number of buckets they travelled in.
-        pause: pause mode used.
-        seconds: seconds per phase: ``prepare`` (checks, group), ``pause``, ``begin``, ``transfer``, ``end``, ``prove``.
-        generation_paused_s: seconds from the pause to the continue, in which nothing was generated.
+        pause: pause mode used; ``"none"`` for adapters.
+        seconds: seconds per phase: ``prepare`` (checks, group, first bucket or folder), ``pause``, ``begin``,
+            ``transfer``, ``end``, ``verify``.
+        generation_paused_s: seconds from the pause until generation continued.
         total_s: seconds of the whole call.
-        max_logprob_gap: largest log-prob difference the proof saw between servers, and to the trainer's model when it
-            could be asked; ``None`` without a proof.
+        max_logprob_gap: largest log-prob difference that verification saw between servers, and to the trainer's model
+            where it can be called; ``None`` without verification.
         server_weights: per server URL what it holds.
     """
 
     version: int
     transport: str
-    num_bytes: int
-    num_tensors: int
-    num_buckets: int
-    pause: str
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    num_bytes: int = 0
+    num_tensors: int = 0
+    num_buckets: int = 0
+    pause: str = "none"
+    seconds: dict[str, float] = field(default_factory=dict)
     generation_paused_s: float = 0.0
     total_s: float = 0.0
     max_logprob_gap: float | None = None
     server_weights: Mapping[str, ServerWeights] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds of this block to a phase."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start

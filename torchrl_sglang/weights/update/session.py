@@ -1,25 +1,24 @@
-"""One weight update as the servers live it: pause, mark dirty, begin, (transfer), end, flush, new version, continue.
+"""One weight update on the servers: pause, mark dirty, begin, send, end, flush, new version, continue.
 
 ::
 
-    with UpdateSession(pool, clients, version=..., config=...) as session:
-        session.transfer(transfer, packed_buckets)
+    with UpdateSession(pool, clients, version=..., config=..., deadline=..., report=...) as session:
+        session.begin()
+        ...                       # a transport sends the buckets
 
-Leaving the block without an error finishes the update on every server. Leaving it with one takes the failure exit: a
-server that received nothing goes on with its old weights; one that may have received something stays paused, marked
-dirty and out of routing until a full sync succeeds; one that does not answer is reported as stuck.
+Leaving the block without an error finishes the update on every server. After an error, a server that received nothing
+continues with its old weights; one that may have received something stays paused, marked dirty and quarantined until a
+full sync succeeds; one that does not answer is reported as stuck.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn
-
-import torch
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
@@ -34,19 +33,17 @@ from torchrl_sglang.errors import (
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol import control
-from torchrl_sglang.protocol.dialect import MODEL_INFO
 from torchrl_sglang.protocol.messages import HttpRequest
 from torchrl_sglang.protocol.version import WeightVersion
-from torchrl_sglang.weights.buckets.layout import Bucket
-from torchrl_sglang.weights.group.bucket_loop import Transfer
+from torchrl_sglang.weights.group.process_group import WeightGroup
+from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["UpdateSession"]
 
 _CLEANUP_TIMEOUT_S = 5.0
-"""For control calls on the failure exit: a server that needs longer is waiting inside a collective."""
+"""For control calls after a failure: a server that needs longer is waiting inside a collective."""
 
-
-_STATE_IN_WORDS: dict[ServerWeights, str] = {
+_WEIGHTS_IN_WORDS: dict[ServerWeights, str] = {
     "old": "serves its old weights",
     "new": "serves the new weights",
     "mixed": "holds mixed weights and serves nothing until all weights are sent again",
@@ -57,27 +54,27 @@ _STATE_IN_WORDS: dict[ServerWeights, str] = {
 class UpdateSession:
     """A ``with`` block around one update; used once.
 
+    What it learns of each server goes into the pool's state; it keeps nothing of its own about a server.
+
     Args:
-        pool: the servers; its quarantine list is kept up to date.
-        clients: the servers this update goes to.
-        version: what the weights will be called.
+        pool: the servers.
+        clients: the servers that this update goes to.
+        version: what the weights are called.
         config: pause mode and cache handling.
         deadline: ``time.monotonic()`` value by which everything has to be done.
-
-    Without a transfer (:meth:`load_from_disk`) no update session is opened on the servers: they open their own.
+        report: records phases, pause mode and the time without generation.
+        mark: names the process groups of this update in the servers' dirty version, so that another trainer can
+            destroy them; ``None`` is the version's owner.
+        groups: process groups that the update goes over; after a failure they are left before anything else.
 
     Raises:
         ConfigError: these servers can't do what ``config`` asks for.
 
     Attributes:
-        server_weights: per server URL what it holds at this moment.
-        seconds: seconds per phase so far.
-        pause_mode: the pause mode that was used.
-        generation_paused_s: seconds between the pause and the continue.
-        num_bytes: bytes broadcast, counted once.
-        num_buckets: number of buckets they travelled in.
-        num_tensors: number of tensors.
+        adapter: ``None``: requests go on to use the adapter they used before.
     """
+
+    adapter: str | None = None
 
     def __init__(
         self,
@@ -87,26 +84,23 @@ class UpdateSession:
         version: WeightVersion,
         config: SyncConfig,
         deadline: float,
+        report: SyncReport,
         mark: str | None = None,
+        groups: Sequence[WeightGroup] = (),
     ) -> None:
-        self.server_weights: dict[str, ServerWeights] = {client.url: "old" for client in clients}
-        self.seconds: dict[str, float] = {}
-        self.pause_mode: Literal["abort", "retract", "in_place"] = "abort"
-        self.generation_paused_s = 0.0
-        self.num_bytes = 0
-        self.num_buckets = 0
-        self.num_tensors = 0
+        self.report = report
         self._pool = pool
+        self._state = pool.state
         self._clients = tuple(clients)
         self._version = version
         self._dirty = str(WeightVersion(number=version.number, owner=mark or version.owner, dirty=True))
         self._config = config
         self._deadline = deadline
-        self._previous: dict[str, str] = {}
-        self._begun: set[str] = set()
+        self._groups = tuple(groups)
+        self._failed: dict[str, SGLangError] = {}
+        self._pause_mode: Literal["abort", "retract", "in_place"] = "abort"
         self._paused_at = 0.0
         self._flushed = False
-        self._transfer: Transfer | None = None
         self._legacy = not all(client.dialect.weight_session for client in clients)
         if self._legacy and config.pause == "retract" and config.cache == "flush":
             raise ConfigError(
@@ -114,10 +108,23 @@ class UpdateSession:
                 "use SyncConfig(pause='abort')"
             )
 
+    @property
+    def server_weights(self) -> dict[str, ServerWeights]:
+        """Per server URL what it holds at this moment."""
+        return {client.url: self._state.server(client.url).weights for client in self._clients}
+
+    @property
+    def flushes(self) -> bool:
+        """Whether the prefix caches are to be emptied.
+
+        Requests frozen in place keep their KV cache, and a flush is refused because of them: new requests get a salt.
+        """
+        return self._config.cache == "flush" and self._pause_mode != "in_place"
+
     def __enter__(self) -> UpdateSession:
         try:
             self._open()
-        except BaseException as error:  # noqa: BLE001  also on Ctrl-C servers are left in a good state; raised below
+        except BaseException as error:  # noqa: BLE001  servers are left in a good state on Ctrl-C too; raised below
             self._fail(error)
             self._raise(error)
         return self
@@ -133,56 +140,52 @@ class UpdateSession:
             self._fail(failure)
             self._raise(failure)
 
-    def transfer(
-        self, transfer: Transfer, packed: Iterable[tuple[Bucket, torch.Tensor]], *, num_buckets: int | None
-    ) -> None:
-        """Send the buckets; from the first announcement on a server counts as mixed.
+    # ------------------------------------------------------------------ what a transport calls
 
-        Args:
-            transfer: over the groups to use.
-            packed: see :meth:`Transfer.run`.
-            num_buckets: how many will come, if that is known.
+    def begin(self) -> None:
+        """Open the update session on every server, for transports that send buckets.
 
         Raises:
-            WeightUpdateError: a server refused, died or hung.
+            WeightUpdateError: a server refused or did not answer.
         """
-        with self._phase("begin"):
+        with self.report.phase("begin"):
             self._run({client.url: self._beginning(client) for client in self._clients})
-        self._transfer = transfer
-        with self._phase("transfer"):
-            try:
-                transfer.run(packed, num_buckets=num_buckets, flush_cache=self._cache == "flush")
-                self._flushed = transfer.flushed
-                self.num_bytes, self.num_buckets = transfer.num_bytes, transfer.num_buckets
-                self.num_tensors = transfer.num_tensors
-            finally:
-                for url in transfer.announced - transfer.untouched:
-                    self.server_weights[url] = "mixed"
+
+    def received(self, *, flushed: bool, failed: Mapping[str, SGLangError] | None = None) -> None:
+        """All weights have been sent.
+
+        Args:
+            flushed: the servers emptied their prefix caches with the last of them.
+            failed: servers that dropped out on the way, while the others went on.
+        """
+        self._flushed = flushed
+        self._failed = dict(failed or {})
 
     def load_from_disk(self, path: str) -> None:
-        """Have every server load a checkpoint folder.
+        """Make every server load a checkpoint folder. It needs no update session: servers open their own.
 
         Raises:
             WeightUpdateError: a server can't read it.
         """
-        flush = self._cache == "flush"
-        with self._phase("transfer"):
+        with self.report.phase("transfer"):
             for client in self._clients:
-                self.server_weights[client.url] = "mixed"
-            self._each(
-                "loading a checkpoint", control.build_update_from_disk(path, version=self._dirty, flush_cache=flush)
-            )
-            self._flushed = flush
+                self._state.weights_changed(client.url, "mixed")
+            request = control.build_update_from_disk(path, version=self._dirty, flush_cache=self.flushes)
+            self._each("loading a checkpoint", request)
+        self.received(flushed=self.flushes)
 
     # ------------------------------------------------------------------ opening
 
     def _open(self) -> None:
-        with self._phase("pause"):
-            self.pause_mode = self._choose_pause()
+        with self.report.phase("pause"):
+            for client in self._clients:
+                self._state.update_started(client.url)
+            self._pause_mode = self._choose_pause()
+            self.report.pause = self._pause_mode
             self._paused_at = time.monotonic()
-            self._each("pausing", control.build_pause(self.pause_mode))
-        with self._phase("begin"):
-            self._remember_versions()
+            self._each("pausing", control.build_pause(self._pause_mode))
+        with self.report.phase("begin"):
+            self._run({client.url: self._recording_version(client) for client in self._clients})
             self._each("marking its weights dirty", control.build_set_version(self._dirty))
 
     def _choose_pause(self) -> Literal["abort", "retract", "in_place"]:
@@ -191,27 +194,16 @@ class UpdateSession:
         for client in self._clients:
             if not self._legacy and control.parse_loads(client.send(control.build_loads())) > 0:
                 return "retract"
-        return "abort"  # at once when nothing runs, and unlike the other modes it lets an idle scheduler sleep
+        return "abort"  # immediate when nothing runs, and unlike the other modes it lets an idle scheduler sleep
 
-    @property
-    def _cache(self) -> str:
-        """Requests frozen in place keep their KV, and a flush is refused because of them: new requests get a salt."""
-        if self._config.cache == "flush" and self.pause_mode == "in_place":
-            return "salt"
-        return self._config.cache
+    def _recording_version(self, client: SGLangClient) -> Callable[[], None]:
+        def record() -> None:
+            self._state.update_version_read(client.url, client.weight_version())
 
-    def _remember_versions(self) -> None:
-        answers = self._run(
-            {client.url: partial(self._call, client, MODEL_INFO, "saying what it holds") for client in self._clients}
-        )
-        for url, answer in answers.items():
-            version = WeightVersion.parse(str(answer["weight_version"]))
-            if version.dirty:  # an earlier update never finished: there is no old state to go back to
-                self.server_weights[url] = "mixed"
-            self._previous[url] = str(answer["weight_version"])
+        return record
 
     def _beginning(self, client: SGLangClient) -> Callable[[], None]:
-        """Open the update session; a left-over one of a trainer that died is closed first."""
+        """Open the update session; one that a dead trainer left open is closed first."""
 
         def begin() -> None:
             if not client.dialect.weight_session:
@@ -222,64 +214,74 @@ class UpdateSession:
             except RequestRejectedError as error:
                 if "already open" not in error.detail:
                     raise
-                self.server_weights[client.url] = "mixed"  # nobody knows what the dead trainer had sent
+                self._state.weights_changed(client.url, "mixed")  # what the dead trainer had sent is unknown
                 self._call(client, control.build_end_update(), "closing a left-over update session")
                 self._call(client, request, "opening the update session")
-            self._begun.add(client.url)
+            self._state.session_opened(client.url)
 
         return begin
 
     # ------------------------------------------------------------------ finishing
 
     def _finish(self) -> None:
-        """Each server by itself: that one fails in the last step is no reason for another to serve nothing."""
-        lost = self._transfer.failed if self._transfer is not None else {}
-        self._pool.cache_salt = str(self._version) if self._cache == "salt" else None
-        with self._phase("end"):
-            self._run({client.url: self._ending(client) for client in self._clients if client.url not in lost})
-        self.generation_paused_s = time.monotonic() - self._paused_at
-        for error in lost.values():
+        """Finish each server by itself: if one fails in the last step, the others still serve."""
+        self._state.caches_salted(None if self.flushes else str(self._version))
+        finishing = [client for client in self._clients if client.url not in self._failed]
+        with self.report.phase("end"):
+            self._run({client.url: self._ending(client) for client in finishing})
+        self.report.generation_paused_s = time.monotonic() - self._paused_at
+        for error in self._failed.values():
             raise error
 
     def _ending(self, client: SGLangClient) -> Callable[[], None]:
         def end() -> None:
-            if client.url in self._begun:
+            if self._state.server(client.url).session_open:
                 self._call(client, control.build_end_update(), "closing the update session")
-                self._begun.discard(client.url)
-            if self._cache == "flush" and not self._flushed:
+                self._state.session_closed(client.url)
+            if self.flushes and not self._flushed:
                 # Costs a garbage collection on the server that flushing with the last bucket doesn't.
                 self._call(client, control.build_flush(), "flushing its prefix cache")
-            self._pool.highest_version = max(self._pool.highest_version, self._version.number)
-            self._call(client, control.build_set_version(str(self._version)), "taking the new version")
+            version = str(self._version)
+            self._state.version_claimed(self._version.number)
+            self._call(client, control.build_set_version(version), "taking the new version")
             self._call(client, control.build_continue(), "continuing")
-            self.server_weights[client.url] = "new"
+            self._state.update_finished(client.url, version, complete_from=self._version.owner or "")
 
         return end
 
-    def withdraw(self, client: SGLangClient) -> None:
-        """Stop a finished server and mark it dirty again: its proof failed."""
-        self.server_weights[client.url] = "mixed"
-        patience_s = min(_CLEANUP_TIMEOUT_S, client.config.control_timeout_s)
-        try:
-            client.send(control.build_pause("abort"), timeout_s=patience_s)
-            client.send(control.build_set_version(self._dirty), timeout_s=patience_s)
-        except SGLangError:
-            self.server_weights[client.url] = "stuck"
+    def reject(self, error: WeightUpdateError) -> None:
+        """Verification failed after the update: pause the servers named by ``error`` and mark them dirty again."""
+        for client in self._clients:
+            if client.url in error.server_weights:
+                self._pool.quarantine(client.url, f"its verification failed ({error})")
+                self._state.weights_changed(client.url, self._withdraw(client))
+        error.server_weights.update(self.server_weights)
 
-    # ------------------------------------------------------------------ the failure exit
+    def _withdraw(self, client: SGLangClient) -> ServerWeights:
+        timeout_s = min(_CLEANUP_TIMEOUT_S, client.config.control_timeout_s)
+        try:
+            client.send(control.build_pause("abort"), timeout_s=timeout_s)
+            client.send(control.build_set_version(self._dirty), timeout_s=timeout_s)
+        except SGLangError:
+            return "stuck"
+        return "mixed"
+
+    # ------------------------------------------------------------------ after a failure
 
     def _fail(self, error: BaseException) -> None:
-        """Bring every server into the best state it can still reach, and note that state."""
-        if self._transfer is not None:
-            self._transfer.let_go()
-        self._take_out("mixed", error=error)  # before requests that they answer now as aborted look for a server again
+        """Bring every server into the best state that it can still reach, and record that state."""
+        for group in self._groups:
+            group.drop()  # closes the trainer's connections: servers that wait for its bytes are freed
+        # Quarantined before their requests are aborted: a request that is answered as aborted is routed again.
+        self._quarantine("mixed", error=error)
         side_by_side({client.url: self._leaving(client) for client in self._clients})
-        self._take_out("mixed", "stuck", error=error)
+        self._quarantine("mixed", "stuck", error=error)
 
-    def _take_out(self, *states: str, error: BaseException) -> None:
-        for url, state in self.server_weights.items():
-            if state in states:
-                self._pool.quarantine(url, f"its weights are {state} after a failed update ({error})")
+    def _quarantine(self, *states: ServerWeights, error: BaseException) -> None:
+        for url, weights in self.server_weights.items():
+            reason = f"its weights are {weights} after a failed update ({error})"
+            if weights in states and self._state.server(url).reason != reason:
+                self._pool.quarantine(url, reason)
 
     def _raise(self, error: BaseException) -> NoReturn:
         """Raise an error of ours with what each server holds now and what to do; any other as it is."""
@@ -287,44 +289,40 @@ class UpdateSession:
             error.server_weights.update(self.server_weights)
         if isinstance(error, WeightCoverageError) or not isinstance(error, SGLangError):
             raise error
-        states = "; ".join(f"{url} {_STATE_IN_WORDS[state]}" for url, state in self.server_weights.items())
+        states = "; ".join(f"{url} {_WEIGHTS_IN_WORDS[weights]}" for url, weights in self.server_weights.items())
         raise WeightUpdateError(f"{error}.\nNow {states}", server_weights=self.server_weights) from error
 
     def _leaving(self, client: SGLangClient) -> Callable[[], None]:
         def leave() -> None:
-            if self.server_weights[client.url] == "new":
+            known = self._state.server(client.url)
+            if known.weights == "new":
                 return
-            patience_s = min(_CLEANUP_TIMEOUT_S, client.config.control_timeout_s)
+            timeout_s = min(_CLEANUP_TIMEOUT_S, client.config.control_timeout_s)
             try:
-                if self._transfer is not None:
+                for group in self._groups:
                     # Before all else: a healthy peer may be waiting for this server in a broadcast.
-                    with suppress(RequestRejectedError):
-                        self._transfer.leave(client, patience_s)
-                if client.url in self._begun:
-                    client.send(control.build_end_update(), timeout_s=patience_s)
-                if self.server_weights[client.url] == "old":
-                    if client.url in self._previous:
-                        client.send(control.build_set_version(self._previous[client.url]), timeout_s=patience_s)
-                    client.send(control.build_continue(), timeout_s=patience_s)
+                    if client in group.clients:
+                        with suppress(RequestRejectedError):
+                            group.leave(client, timeout_s)
+                if known.session_open:
+                    client.send(control.build_end_update(), timeout_s=timeout_s)
+                    self._state.session_closed(client.url)
+                if known.weights == "old":
+                    if known.marked_dirty:
+                        client.send(control.build_set_version(known.version), timeout_s=timeout_s)
+                    client.send(control.build_continue(), timeout_s=timeout_s)
+                    self._state.update_abandoned(client.url)
                 else:
-                    # Requests it holds answer with what they have instead of waiting for weights that don't come.
-                    client.send(control.build_abort(), timeout_s=patience_s)
+                    # Its requests answer with the tokens they have instead of waiting for weights that don't come.
+                    client.send(control.build_abort(), timeout_s=timeout_s)
             except RequestRejectedError:
-                self.server_weights[client.url] = "mixed"
+                self._state.weights_changed(client.url, "mixed")
             except SGLangError:
-                self.server_weights[client.url] = "stuck"
+                self._state.weights_changed(client.url, "stuck")
 
         return leave
 
     # ------------------------------------------------------------------ calls
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
     def _each(self, what: str, request: HttpRequest) -> None:
         self._run({client.url: partial(self._call, client, request, what) for client in self._clients})
@@ -335,16 +333,13 @@ class UpdateSession:
         control.check_success(answer, server=client.url, what=what)
         return answer
 
-    def _run(self, calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-        if not calls:
-            return {}
-        outcomes = side_by_side(calls)
+    def _run(self, calls: dict[str, Callable[[], Any]]) -> None:
+        outcomes = side_by_side(calls) if calls else {}
         failed = {url: outcome.error for url, outcome in outcomes.items() if outcome.error is not None}
         if failed:
             url, error = next(iter(failed.items()))
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             raise WeightUpdateError(f"{url}{others} failed during a weight update: {error}") from error
-        return {url: outcome.unwrap() for url, outcome in outcomes.items()}
 
     def _remaining(self) -> float:
         return max(0.05, self._deadline - time.monotonic())

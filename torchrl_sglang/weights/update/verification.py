@@ -1,7 +1,7 @@
-"""Proof that a sync arrived: one fixed prompt scored on every server, and by the trainer's model if it can be called.
+"""Verifies a sync: every server scores one fixed prompt, and the trainer's model too if it can be called.
 
 A server answers 200 to names it does not know, and over NCCL even before the data is there: only an answer made with
-the new weights proves anything.
+the new weights shows that they have arrived.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torchrl_sglang.parallel import Outcome, Task, side_by_side
 from torchrl_sglang.protocol.control import build_checksum, parse_checksum
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
 
-__all__ = ["compare_checksums", "probe_ids", "prove", "trainer_logprobs"]
+__all__ = ["compare_checksums", "probe_ids", "trainer_logprobs", "verify_servers"]
 
 _one_at_a_time = threading.Lock()
 _PROBE_TOKENS = 12
@@ -31,7 +31,7 @@ _PROBE_TOKENS_ON_CPU = 4
 
 
 def probe_ids(vocab_size: int, num_tokens: int = _PROBE_TOKENS) -> list[int]:
-    """The fixed prompt: token ids spread over the vocabulary, so that rows all over the embedding take part.
+    """The fixed prompt: token ids spread over the vocabulary, so that many rows of the embedding take part.
 
     Examples:
         >>> probe_ids(320, 4)
@@ -40,7 +40,7 @@ def probe_ids(vocab_size: int, num_tokens: int = _PROBE_TOKENS) -> list[int]:
     return [1 + (index * 7919) % (vocab_size - 1) for index in range(num_tokens)]
 
 
-def prove(
+def verify_servers(
     clients: Sequence[SGLangClient],
     *,
     vocab_size: int,
@@ -49,7 +49,7 @@ def prove(
     exact: bool,
     lora: str | None = None,
 ) -> float:
-    """Score the fixed prompt everywhere and compare.
+    """Score the fixed prompt on every server and compare.
 
     Args:
         clients: the servers that were updated.
@@ -63,21 +63,21 @@ def prove(
         The largest log-prob difference seen (natural log).
 
     Raises:
-        WeightUpdateError: a server did not answer, or answers as another model; ``server_weights`` names it.
+        WeightUpdateError: a server did not answer, or scores as another model; ``server_weights`` names it.
     """
-    # A GPU takes no longer for more tokens, and more experts of a mixture get to see one. A CPU does: of SmolLM2-135M,
-    # which has none, 4 tokens took 0.11 s on a server's one core and 12 took 0.15.
+    # On a GPU more tokens cost nothing, and more experts of a mixture take part. On a CPU they cost time: for
+    # SmolLM2-135M, 4 tokens took 0.11 s on a server's one core and 12 took 0.15.
     on_cpu = all(client.info.device == "cpu" for client in clients)
     ids = probe_ids(vocab_size, _PROBE_TOKENS_ON_CPU if on_cpu else _PROBE_TOKENS)
     scoring = {client.url: Task(_Scoring(client, ids, lora), name=f"score-{client.url}") for client in clients}
-    asked = None if model is None else _asked(model, ids, on_cpu=on_cpu)  # meanwhile
+    expected = None if model is None else _expected_logprobs(model, ids, on_cpu=on_cpu)  # meanwhile
     outcomes = {url: task.outcome() for url, task in scoring.items()}
     scores = {url: torch.tensor(o.value, dtype=torch.float64) for url, o in outcomes.items() if o.value is not None}
-    complaints = _silent(outcomes)
+    complaints = _unanswered(outcomes)
     gaps: dict[str, float] = {}
     if scores:
         first = next(iter(scores))
-        reference, whose = (asked, "the trainer") if asked is not None else (scores[first], first)
+        reference, whose = (expected, "the trainer") if expected is not None else (scores[first], first)
         atol = config.verify_atol if config.verify_atol is not None else (1e-3 if exact else 0.5)
         gaps = {url: _gap(score, reference) for url, score in scores.items()}
         for url, gap in gaps.items():
@@ -87,27 +87,27 @@ def prove(
                     "model compute what the served checkpoint's architecture does? SyncConfig.verify_atol widens the "
                     "tolerance"
                 )
-    _refuse(complaints)
+    _raise_if_any(complaints)
     return max(gaps.values())
 
 
-def _asked(model: nn.Module, ids: Sequence[int], *, on_cpu: bool) -> torch.Tensor:
+def _expected_logprobs(model: nn.Module, ids: Sequence[int], *, on_cpu: bool) -> torch.Tensor:
     try:
         with _half_of_the_cores() if on_cpu else nullcontext():
             return trainer_logprobs(model, ids)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise WeightUpdateError(
-            "the weights were sent, but the trainer's model can't be asked for the proof, as "
-            f"model(input_ids=...).logits ({error}): SyncConfig(verify='off') goes without"
+            "the weights were sent, but they can't be verified: the trainer's model can't be called as "
+            f"model(input_ids=...).logits ({error}). SyncConfig(verify='off') switches verification off"
         ) from error
 
 
 @contextmanager
 def _half_of_the_cores() -> Iterator[None]:
-    """For what torch computes on the CPU beside a server that computes there too.
+    """Halve torch's threads for a computation on the CPU beside a server that computes there too.
 
-    Threads that wait for one that shares its core spin on theirs: on 2 cores both were done after 0.17 to 0.29 s with
-    two threads here, after 0.11 to 0.14 s with one.
+    A thread that waits for another one, which shares its core with the server, spins: on 2 cores both were done after
+    0.17 to 0.29 s with two threads here, after 0.11 to 0.14 s with one.
     """
     with _one_at_a_time:
         threads = torch.get_num_threads()
@@ -122,13 +122,13 @@ def _gap(score: torch.Tensor, reference: torch.Tensor) -> float:
     return float((score - reference).abs().max()) if score.shape == reference.shape else math.nan
 
 
-def _silent(outcomes: Mapping[str, Outcome[Any]]) -> dict[str, str]:
-    """A complaint for every server that gave no proof."""
+def _unanswered(outcomes: Mapping[str, Outcome[Any]]) -> dict[str, str]:
+    """An error text for every server that did not answer."""
     errors = {url: outcome.error for url, outcome in outcomes.items() if outcome.error is not None}
-    return {url: f"{url} could not prove its new weights: {error}" for url, error in errors.items()}
+    return {url: f"{url} could not be verified: {error}" for url, error in errors.items()}
 
 
-def _refuse(complaints: Mapping[str, str]) -> None:
+def _raise_if_any(complaints: Mapping[str, str]) -> None:
     if complaints:
         raise WeightUpdateError(
             "after the update: " + "; ".join(complaints.values()), server_weights=dict.fromkeys(complaints, "mixed")
@@ -136,7 +136,7 @@ def _refuse(complaints: Mapping[str, str]) -> None:
 
 
 class _Scoring:
-    """Asks one server for the log-probs of the fixed prompt, past the pool: the server is not in routing yet."""
+    """Scores the fixed prompt on one server, past the pool: the server may not be routed yet."""
 
     def __init__(self, client: SGLangClient, ids: list[int], lora: str | None) -> None:
         self._client = client
@@ -147,7 +147,7 @@ class _Scoring:
         request = build_generate([self._ids], SamplingParams(max_new_tokens=0), prompt_logprobs=True, lora=self._lora)
         answer = self._client.send(request, timeout_s=self._client.config.update_timeout_s)
         (reply,) = parse_generate(answer, num_expected=1, server=self._client.url, prompt_logprobs=True)
-        # The first token has none. A server whose weights hold NaN says null for the others too.
+        # The first token has none. A server whose weights hold NaN returns null for the others.
         return [math.nan if value is None else value for value in (reply.prompt_logprobs or [])[1:]]
 
 
@@ -164,7 +164,7 @@ def trainer_logprobs(model: nn.Module, ids: Sequence[int]) -> torch.Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off for the probe; every submodule's own mode is put back."""
+    """Switch dropout off, and afterwards restore the mode of every submodule."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -175,17 +175,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def compare_checksums(clients: Sequence[SGLangClient]) -> None:
-    """Compare the hashes of every tensor that the servers hold with those of the first server.
+    """Compare the checksums of all tensors on every server with those of the first server.
 
     Raises:
         WeightUpdateError: a server holds other tensors than the first, or did not answer.
     """
     outcomes = side_by_side({client.url: partial(client.send, build_checksum()) for client in clients})
-    complaints = _silent(outcomes)
+    complaints = _unanswered(outcomes)
     sums = {url: parse_checksum(outcome.value) for url, outcome in outcomes.items() if outcome.error is None}
     first = next(iter(sums), "")
     for url, tensors in sums.items():
         different = sorted(name for name in sums[first].keys() | tensors if sums[first].get(name) != tensors.get(name))
         if different:
             complaints[url] = f"{url} holds other weights than {first}: {', '.join(different[:5])}"
-    _refuse(complaints)
+    _raise_if_any(complaints)

@@ -1,4 +1,4 @@
-"""What is checked of servers and of their answers before anybody uses them."""
+"""Checks of servers and replies: one model in a pool, and no token from half-updated weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torchrl_sglang.errors import ConfigError, WeightSyncError
 from torchrl_sglang.protocol.messages import GenerateReply, ServerInfo, WeightSpan
 from torchrl_sglang.protocol.version import WeightVersion
 
-__all__ = ["made_by", "refuse_different_models", "refuse_mixed_weights"]
+__all__ = ["label_with_version", "refuse_different_models", "refuse_mixed_weights"]
 
 
 def refuse_different_models(infos: Sequence[ServerInfo]) -> None:
-    """Servers of one pool serve one model.
+    """Require that all servers serve the same generating model.
 
     Raises:
-        ConfigError: they don't, or one generates no text.
+        ConfigError: they serve different models, or one that generates no text.
     """
     first = infos[0]
     for info in infos:
@@ -29,17 +29,17 @@ def refuse_different_models(infos: Sequence[ServerInfo]) -> None:
             )
 
 
-def made_by(version: str, reply: GenerateReply) -> GenerateReply:
-    """The reply with an adapter's version: servers don't count adapters as weight versions.
+def label_with_version(version: str, reply: GenerateReply) -> GenerateReply:
+    """Give a reply an adapter's version, since servers don't count adapters as weight versions.
 
-    A request keeps the adapter it began with, so one version holds for all its tokens.
+    A request keeps the adapter that it began with, so all its tokens have one version.
     """
     span = WeightSpan(version=version, start=0, end=len(reply.output_ids))
     return replace(reply, weight_version=version, weight_spans=(span,))
 
 
 def refuse_mixed_weights(replies: Sequence[GenerateReply]) -> None:
-    """No token of a half-updated model is ever handed out.
+    """Require that no token was generated with half-updated weights.
 
     Raises:
         WeightSyncError: a server generated with weights that are marked dirty.

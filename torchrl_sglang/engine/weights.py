@@ -1,0 +1,130 @@
+"""Sends weights through the engine, without a collector, under the method names of TorchRL's own service."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.group.process_group import reachable_address
+from torchrl_sglang.weights.sync import WeightSync
+from torchrl_sglang.weights.update.report import SyncReport
+
+__all__ = ["EngineWeights"]
+
+
+class EngineWeights:
+    """Sends weights to an engine's servers with the pool's one :class:`WeightSync`, made when it is first needed.
+
+    Args:
+        pool: the servers.
+        restart: restarts the server at a URL and returns whether the engine launched it.
+    """
+
+    def __init__(self, pool: SGLangPool, restart: Callable[[str], bool]) -> None:
+        self._pool = pool
+        self._restart = weakref.WeakMethod(restart)  # an engine that nobody uses any more must end
+        self._config: SyncConfig | None = None
+        self._sync: WeightSync | None = None
+
+    @property
+    def sync(self) -> WeightSync:
+        """The pool's weight sync, shared with schemes."""
+        self._sync = WeightSync.of(self._pool, self._config, user=self, restart=self._restart_server)
+        return self._sync
+
+    def close(self) -> None:
+        """Destroy the process group, unless a scheme uses it."""
+        if self._sync is not None:
+            self._sync.release(self)
+            self._sync = None
+
+    def get_model_metadata(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Names, dtypes and shapes of the tensors that :meth:`update_weights` expects: the served checkpoint's.
+
+        Raises:
+            ConfigError: the checkpoint can't be read from this machine.
+        """
+        specs = Checkpoint.read(self._pool.info.model_path).specs
+        return {name: (spec.dtype, torch.Size(spec.shape)) for name, spec in specs.items()}
+
+    def get_master_address(self) -> str:
+        """The trainer's address that the servers are told to join at."""
+        return self._settings.master_address or reachable_address([client.url for client in self._pool.clients])
+
+    def get_master_port(self) -> int | None:
+        """The port that they are told; ``None`` when a free one is chosen with each group."""
+        return self._settings.master_port
+
+    def init_weight_update_group(self, master_address: str | None = None, master_port: int | None = None) -> None:
+        """Make the process group that weights travel over; otherwise the first update makes it.
+
+        Args:
+            master_address: address of this process as the servers reach it; by default that of the interface that
+                leads to them.
+            master_port: port to listen on; by default a free one.
+
+        Raises:
+            ConfigError: the address can't be listened on, or the servers can't take weights.
+            WeightUpdateError: a server did not join.
+        """
+        given: dict[str, Any] = {"master_address": master_address, "master_port": master_port}
+        config = replace(self._settings, **{name: value for name, value in given.items() if value is not None})
+        if config != self._settings:
+            self.close()
+            self._config = config
+        self.sync.connect()
+
+    def update_weights(self, weights: Any) -> SyncReport | None:
+        """Send weights to all servers, as :class:`~torchrl_sglang.SGLangWeightSyncScheme` does.
+
+        Args:
+            weights: a module, TensorDict, dict, or an iterator of ``(name, tensor)``.
+
+        Returns:
+            What was done.
+
+        Raises:
+            WeightSyncError: see :meth:`WeightSync.push`.
+        """
+        return self.sync.push(weights)
+
+    def update_weights_from_distributed(
+        self, name: str, dtype: torch.dtype, shape: Sequence[int], tensor: torch.Tensor
+    ) -> SyncReport | None:
+        """Send one tensor; the others stay as they are.
+
+        TorchRL's in-tree method of this name only announces the tensor and leaves the broadcast to its caller, which is
+        blocked because the announcement waits for the broadcast. So this method takes the tensor itself.
+
+        Args:
+            name: name in the checkpoint.
+            dtype: dtype of ``tensor``.
+            shape: shape of ``tensor``.
+            tensor: the values.
+
+        Raises:
+            ConfigError: ``tensor`` is not what ``dtype`` and ``shape`` say.
+            WeightSyncError: see :meth:`WeightSync.push`.
+        """
+        if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+            raise ConfigError(
+                f"{name} was announced as {dtype} {tuple(shape)}, but is {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        return self.sync.push({name: tensor}, partial=True)
+
+    @property
+    def _settings(self) -> SyncConfig:
+        sync: WeightSync | None = self._pool.weight_sync
+        return self._config or (sync.config if sync is not None else SyncConfig())
+
+    def _restart_server(self, url: str) -> bool:
+        restart = self._restart()
+        return restart is not None and restart(url)

@@ -1,0 +1,33 @@
+"""Chooses the transport for a pool's servers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.transports.base import WeightTransport
+from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
+from torchrl_sglang.weights.transports.disk import DiskTransport
+from torchrl_sglang.weights.transports.lora import LoraTransport
+
+__all__ = ["make_transport"]
+
+
+def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint: Checkpoint) -> WeightTransport[Any]:
+    """Make the transport that ``config`` names; ``auto`` is ``broadcast`` wherever a broadcast reaches all replicas.
+
+    Args:
+        pool: the servers, connected.
+        config: names the transport.
+        owner: id of this trainer.
+        checkpoint: what the servers were started from.
+    """
+    if config.transport == "lora":
+        return LoraTransport(pool, owner)
+    has_replicas_inside = any(client.info.dp_size * client.info.pp_size > 1 for client in pool.clients)
+    auto_disk = config.transport == "auto" and has_replicas_inside and config.disk_dir is not None
+    if config.transport == "disk" or auto_disk:
+        return DiskTransport(pool, config, checkpoint.path)
+    return BroadcastTransport(pool, config, owner)
