@@ -27,7 +27,8 @@ Servers. A start costs about 20 seconds and 1.4 GB, so tests share them:
 
 Without SGLang installed the tests that need it are skipped, except in CI (``CI=true``), where they fail.
 
-Models. ``tiny_llama`` and ``tiny_llama_b`` (same shapes, other weights); ``make_model(arch=..., ...)`` for any other.
+Models. ``tiny_llama`` and ``tiny_llama_b`` (same shapes, other weights); ``make_model(arch=..., ...)`` for any other;
+``model`` and ``tokenizer``: ``tiny_llama``, loaded.
 No folder name contains an architecture: TorchRL picks chat templates by words in the path. For the same reason a test
 must not put a tokenizer into ``tmp_path``, which contains the test's name.
 
@@ -61,7 +62,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import psutil  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from tensordict import set_list_to_stack  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from torchrl_sglang.client import SGLangClient  # noqa: E402
 from torchrl_sglang.config import ClientConfig, ServerConfig  # noqa: E402
@@ -118,6 +121,17 @@ def tiny_llama(make_model: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama_b(make_model: Callable[..., Path]) -> Path:
     return make_model(arch="llama", seed=7)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> Any:
+    """``tiny_llama`` as a Hugging Face model in float32; a new copy for each file."""
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_llama)
 
 
 @pytest.fixture

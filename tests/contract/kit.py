@@ -258,9 +258,7 @@ from tests.contract.kit import *
 subject = Subject(sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3]))
 trainer = Trainer(subject, group=sys.argv[4])
 if sys.argv[5] == "announced":
-    announced = trainer.announce({NORM: weights_of(subject.model)[NORM]})
-    while not subject_is_stuck(subject):
-        assert not announced.is_done()
+    announced = announce_until_stuck(trainer, {NORM: weights_of(subject.model)[NORM]})
 os._exit(0)
 """
 
@@ -272,6 +270,14 @@ def subject_is_stuck(subject: Subject) -> bool:
     except requests.Timeout:
         return True
     return False
+
+
+def announce_until_stuck(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> Background:
+    """Announce a bucket and wait until the server's scheduler is blocked in its broadcast."""
+    announced = trainer.announce(tensors)
+    while not subject_is_stuck(trainer.subject):
+        assert not announced.is_done()
+    return announced
 
 
 def trainer_that_dies(subject: Subject, group: str, when: str) -> None:

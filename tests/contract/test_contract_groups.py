@@ -16,6 +16,7 @@ from tests.contract.kit import (
     Background,
     Subject,
     Trainer,
+    announce_until_stuck,
     hosted_store,
     join_body,
     refused,
@@ -75,9 +76,7 @@ def test_during_a_broadcast_the_http_frontend_answers_and_scheduler_calls_queue_
     trainer = Trainer(subject)
     assert subject.post("/begin_weight_update").status_code == 200
     new = {NORM: torch.full((64,), 2.0)}
-    announced = trainer.announce(new)
-    while not subject_is_stuck(subject):
-        assert not announced.is_done()
+    announced = announce_until_stuck(trainer, new)
 
     assert [subject.get(path).status_code for path in ("/health", "/ready", "/model_info", "/v1/loads")] == [200] * 4
     assert subject.post("/abort_request", abort_all=True).status_code == 200
@@ -101,9 +100,7 @@ def test_a_call_whose_client_gave_up_still_happens(subject: Subject) -> None:
     trainer = Trainer(subject)
     assert subject.post("/begin_weight_update").status_code == 200
     new = {NORM: torch.full((64,), 2.0)}
-    announced = trainer.announce(new)
-    while not subject_is_stuck(subject):
-        assert not announced.is_done()
+    announced = announce_until_stuck(trainer, new)
     with pytest.raises(requests.Timeout):
         subject.post("/update_weight_version", new_version="late", abort_all_requests=False, timeout_s=0.5)
     trainer.broadcast(new)

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from tests.fake_sglang.calls import BadRequest, Call, Reply
+from tests.fake_sglang.calls import Call, Reply, bad_request
 
 __all__ = ["Adapters"]
 
@@ -39,19 +39,19 @@ class Adapters:
             BadRequest: the adapter is not loaded.
         """
         if not self.enabled:
-            raise _bad(
+            raise bad_request(
                 f"LoRA adapter '{name}' was requested, but LoRA is not enabled. Please launch the server with "
                 "--enable-lora flag and preload adapters using --lora-paths or /load_lora_adapter endpoint."
             )
         if name in self._loaded:
             return
         if name not in self._ever_loaded:
-            raise _bad(
+            raise bad_request(
                 f"Got LoRA adapter that has never been loaded: {name}\nAll loaded adapters: {self._loaded.keys()}."
             )
         path = self._ever_loaded[name][0]
         if path == _FROM_TENSORS:
-            raise _bad(f"Failed to implicitly load LoRA adapter {name}: {path} is no folder")
+            raise bad_request(f"Failed to implicitly load LoRA adapter {name}: {path} is no folder")
         self._loaded[name] = path
 
     def load(self, call: Call) -> Reply:
@@ -102,7 +102,3 @@ class Adapters:
         body: dict[str, Any] = {"rid": None, "http_worker_ipc": None, "success": not error, "error_message": error}
         body["loaded_adapters"] = dict(self._loaded) if self.enabled else None
         return Reply(status=400 if error else 200, body=body)
-
-
-def _bad(message: str) -> BadRequest:
-    return BadRequest(Reply(status=400, body={"error": {"message": message}}))

@@ -13,7 +13,7 @@ from typing import Any
 from tests.fake_sglang.faults import Fault, FaultPoint
 from tests.fake_sglang.scheduler import ServerStopped
 
-__all__ = ["BadRequest", "Call", "Dropped", "Lifecycle", "Reply", "refusal"]
+__all__ = ["BadRequest", "Call", "Dropped", "Lifecycle", "Reply", "bad_request", "refusal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,11 @@ class BadRequest(Exception):
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply.body)
         self.reply = reply
+
+
+def bad_request(message: str) -> BadRequest:
+    """A refusal with status 400, in SGLang's form for ``/generate``."""
+    return BadRequest(Reply(status=400, body={"error": {"message": message}}))
 
 
 class Dropped(Exception):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.fake_sglang.calls import BadRequest, Call, Reply, refusal
+from tests.fake_sglang.calls import Call, Reply, bad_request, refusal
 from tests.fake_sglang.locks import RequestLocks
 from tests.fake_sglang.model import read_checkpoint
 from tests.fake_sglang.ranks import Announcement, Ranks
@@ -287,7 +287,7 @@ class Control:
         size = call.value("truncate_size", int, 100)
         tensor = self._scheduler.call(lambda: self._ranks.weights[0].tensors.get(name))
         if tensor is None:
-            raise BadRequest(Reply(status=400, body={"error": {"message": "Get parameter by name failed"}}))
+            raise bad_request("Get parameter by name failed")
         return Reply(body=tensor[:size].to(torch.float32).tolist())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.fake_sglang.adapters import Adapters
-from tests.fake_sglang.calls import BadRequest, Call, Reply
+from tests.fake_sglang.calls import BadRequest, Call, Reply, bad_request
 from tests.fake_sglang.sequences import Sampling, Sequence
 from tests.fake_sglang.vocabulary import Vocabulary
 
@@ -19,10 +19,6 @@ _SAMPLING_FIELDS = (
     "ebnf", "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim",
     "stream_interval", "logit_bias", "sampling_seed", "custom_params", "beam_width", "watermark", "choice",
 )  # fmt: skip
-
-
-def _bad(message: str) -> BadRequest:
-    return BadRequest(Reply(status=400, body={"error": {"message": message}}))
 
 
 def parse_sequences(
@@ -46,11 +42,11 @@ def parse_sequences(
     params = body.get("sampling_params") or {}
     per_prompt = params if isinstance(params, list) else [params] * len(prompts)
     if len(per_prompt) != len(prompts):
-        raise _bad("The length of sampling_params should be equal to the batch size.")
+        raise bad_request("The length of sampling_params should be equal to the batch size.")
     samplings = [_sampling(p, checks_names) for p in per_prompt]
     copies = {int(p.get("n", 1)) for p in per_prompt}
     if len(copies) > 1:
-        raise _bad("The parallel_sample_num should be the same for all samples in sample params.")
+        raise bad_request("The parallel_sample_num should be the same for all samples in sample params.")
     n = copies.pop() if copies else 1
     rids = _rids(body.get("rid"), len(prompts), n)
     names = _adapter_names(body.get("lora_path"), len(prompts), adapters)
@@ -80,15 +76,15 @@ def _prompts(call: Call, vocabulary: Vocabulary) -> tuple[list[list[int]], bool]
     if ids is None:
         text = call.value("text", (str, list), None)
         if text is None:
-            raise _bad("Either text, input_ids or input_embeds should be provided.")
+            raise bad_request("Either text, input_ids or input_embeds should be provided.")
         texts = [text] if isinstance(text, str) else text
         return [vocabulary.encode(t) for t in texts], not isinstance(text, str)
     if not ids:
-        raise _bad("input_ids cannot be empty.")
+        raise bad_request("input_ids cannot be empty.")
     is_batch = isinstance(ids[0], list)
     prompts = [list(p) for p in ids] if is_batch else [list(ids)]
     if not all(isinstance(i, int) for prompt in prompts for i in prompt):
-        raise _bad("Value error, elements must be int or list")
+        raise bad_request("Value error, elements must be int or list")
     return prompts, is_batch
 
 
@@ -112,13 +108,13 @@ def _sampling(params: Mapping[str, Any], checks_names: bool) -> Sampling:
         ignore_eos=bool(params.get("ignore_eos", False)),
     )
     if sampling.max_new_tokens < 0:
-        raise _bad(f"max_new_tokens must be at least 0, got {sampling.max_new_tokens}.")
+        raise bad_request(f"max_new_tokens must be at least 0, got {sampling.max_new_tokens}.")
     if not 0 <= sampling.temperature < float("inf"):
         given = params["temperature"]
-        raise _bad(f"temperature must be a non-negative finite number, got {given}.")
+        raise bad_request(f"temperature must be a non-negative finite number, got {given}.")
     if not 0 < sampling.top_p <= 1:
         given = params["top_p"]
-        raise _bad(f"top_p must be in (0, 1], got {given}.")
+        raise bad_request(f"top_p must be in (0, 1], got {given}.")
     return sampling
 
 
@@ -140,9 +136,11 @@ def _adapter_names(given: Any, num_prompts: int, adapters: Adapters) -> list[str
 
 def _check_length(prompt_tokens: int, new_tokens: int, limit: int) -> None:
     if prompt_tokens >= limit:
-        raise _bad(f"The input ({prompt_tokens} tokens) is longer than the model's context length ({limit} tokens).")
+        raise bad_request(
+            f"The input ({prompt_tokens} tokens) is longer than the model's context length ({limit} tokens)."
+        )
     if prompt_tokens + new_tokens > limit:
-        raise _bad(
+        raise bad_request(
             f"Requested token count exceeds the model's maximum context length of {limit} tokens. You requested a "
             f"total of {prompt_tokens + new_tokens} tokens: {prompt_tokens} tokens from the input messages and "
             f"{new_tokens} tokens for the completion. Please reduce the number of tokens in the input messages or "

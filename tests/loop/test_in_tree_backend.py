@@ -14,17 +14,11 @@ import torch
 
 from tests.loop.sync_cases import PROMPTS, assert_serves, load, make_collector
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme
-from torchrl_sglang.server import SGLangServer
 
 backends = pytest.importorskip("torchrl.modules.llm.backends.sglang")
 sglang_nccl = pytest.importorskip("torchrl.weight_update.llm.sglang_nccl")
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def url(pristine_server: SGLangServer) -> str:
-    return pristine_server.url
 
 
 def test_a_collector_accepts_this_packages_scheme_and_not_the_in_tree_one(

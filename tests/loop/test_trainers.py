@@ -18,12 +18,6 @@ from transformers import AutoTokenizer
 
 from tests.loop.sync_cases import assert_serves, load, make_collector
 from torchrl_sglang import ConfigError, SGLangWeightSender, SGLangWeightSyncScheme
-from torchrl_sglang.server import SGLangServer
-
-
-@pytest.fixture
-def url(pristine_server: SGLangServer) -> str:
-    return pristine_server.url
 
 
 @contextmanager

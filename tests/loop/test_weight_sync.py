@@ -54,11 +54,6 @@ def model_b(tiny_llama_b: Path) -> Any:
 
 
 @pytest.fixture
-def url(pristine_server: SGLangServer) -> str:
-    return pristine_server.url
-
-
-@pytest.fixture
 def sync(url: str) -> Iterator[WeightSync]:
     with closing(WeightSync(SGLangPool([SGLangClient(url)]), SMALL_BUCKETS)) as made:
         yield made
