@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.fake_sglang import FakeSettings, Fault
-from tests.loop.forked import ForkedServer, Nursery, wait_until
+from tests.loop.forked_processes import ForkedServer, ProcessFactory, wait_until
 from torchrl_sglang import SamplingParams, ServerError, ServerLostError
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.parallel import Task
@@ -26,9 +26,9 @@ SAMPLING = SamplingParams(max_new_tokens=60, temperature=0, ignore_eos=True)
 
 
 @pytest.fixture
-def serve(nursery: Nursery, tiny_llama: Path) -> Callable[..., list[ForkedServer]]:
+def serve(processes: ProcessFactory, tiny_llama: Path) -> Callable[..., list[ForkedServer]]:
     def start(count: int, *, step_s: float = 0.02) -> list[ForkedServer]:
-        return [nursery.serve(FakeSettings(model_path=tiny_llama, step_s=step_s)) for _ in range(count)]
+        return [processes.start_server(FakeSettings(model_path=tiny_llama, step_s=step_s)) for _ in range(count)]
 
     return start
 
@@ -105,12 +105,12 @@ def test_a_server_that_hangs_is_not_taken_for_dead(serve: Callable[..., list[For
     servers = serve(2)
     pool = pool_of(servers)
     batch = in_the_middle(pool, servers, timeout_s=3.0)
-    servers[0].stop()
+    servers[0].suspend()
     try:
         with pytest.raises(ServerError, match="may still be running"):
             batch.outcome().unwrap()
     finally:
-        servers[0].go_on()
+        servers[0].resume()
     assert servers[1].requests("/generate") == 1
     assert not pool.quarantined
 
@@ -131,7 +131,7 @@ def test_an_interrupted_stream_of_a_dead_server_is_an_error_not_a_short_answer(
     ("count", "versions"), [(1, ["default", "dirty-4", "3@t"]), (2, ["3@t"])], ids=["alone", "beside another"]
 )
 def test_a_server_that_somebody_started_anew_is_used_again_if_its_weights_are_not_older(
-    serve: Callable[..., list[ForkedServer]], nursery: Nursery, count: int, versions: list[str]
+    serve: Callable[..., list[ForkedServer]], processes: ProcessFactory, count: int, versions: list[str]
 ) -> None:
     servers = serve(count, step_s=0)
     pool = pool_of(servers)
@@ -152,7 +152,7 @@ def test_a_server_that_somebody_started_anew_is_used_again_if_its_weights_are_no
         with contextlib.suppress(ServerError):
             pool.generate(PROMPTS, SAMPLING)
         assert victim.url in pool.quarantined
-        victim = nursery.serve(replace(servers[0].settings, port=port, weight_version=version))
+        victim = processes.start_server(replace(servers[0].settings, port=port, weight_version=version))
         wait_until(look, "nobody looked at the new server", 30)
         if version == "3@t":
             wait_until(lambda: not pool.quarantined, "it was not taken back", 10)

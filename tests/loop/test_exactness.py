@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.modules.llm import TransformersWrapper
 from torchrl.objectives.llm import GRPOLoss
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from tests.loop.rollout_cases import make_input, rows
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
@@ -33,11 +33,6 @@ TRUNCATED = {
     "min_p": {"min_p": 0.1},
     "all": {"top_p": 0.8, "top_k": 20, "min_p": 0.05, "temperature": 1.3, "presence_penalty": 0.5},
 }
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
 
 
 def generated(engine: AsyncSGLang, sampling: dict[str, Any], **kwargs: Any) -> tuple[SGLangWrapper, TensorDictBase]:

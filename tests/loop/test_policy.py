@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDictBase
 from torchrl.modules.llm.policies import TransformersWrapper
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.loop.rollout_cases import greedy, make_input, reference_log_probs, rows
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
@@ -17,16 +15,6 @@ from torchrl_sglang import AsyncSGLang, SGLangWrapper
 MAX_NEW = 10
 MODES = ["history", "text", "tokens"]
 PADDED = pytest.mark.parametrize("pad_output", [False, True], ids=["ragged", "padded"])
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llama: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_llama)
 
 
 def keys_of(td: TensorDictBase) -> set[tuple[str, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase, lazy_stack
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from tests.loop.rollout_cases import greedy, make_input, reference_log_probs, rows
 from torchrl_sglang import AsyncSGLang, ConfigError, SGLangWrapper
@@ -20,16 +20,6 @@ from torchrl_sglang.server import SGLangServer
 
 LENGTH = 20
 PROMPT = "The quick brown fox"
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llama: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_llama)
 
 
 @pytest.fixture(scope="module")

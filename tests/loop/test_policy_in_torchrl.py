@@ -20,7 +20,7 @@ from torchrl.envs.llm import ChatEnv
 from torchrl.envs.llm.transforms import IncrementalTokenizer, KLRewardTransform, RetrieveKL, RetrieveLogProb
 from torchrl.modules.llm import ChatHistory, TransformersWrapper
 from torchrl.objectives.llm import GRPOLoss, SFTLoss
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from tests.loop.rollout_cases import ANSWERED, reference_log_probs, rows
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
@@ -30,16 +30,6 @@ pytestmark = pytest.mark.torchrl
 
 QUESTIONS = ["What is 2 + 3?", "Hello world!", "dog", "The quick brown fox"]
 TOOL_REPLY = "result 42"
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llama: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_llama)
 
 
 class EndAfter(Transform):

@@ -18,7 +18,7 @@ from torchrl.collectors.llm import RayLLMCollector
 from transformers import AutoTokenizer
 
 from tests.fake_sglang.fake_python import make_python
-from tests.loop.forked import wait_until
+from tests.loop.forked_processes import wait_until
 from tests.loop.rollout_cases import reference_log_probs
 from tests.loop.sync_cases import assert_serves, load
 from tests.loop.test_recipes import (

@@ -1,7 +1,7 @@
 """Real SGLang servers as child processes: several in parallel, errors with their causes, and no process left behind.
 
 A start takes about 20 s, so each serves several assertions. Tests that need no SGLang are in
-``tests/quick/test_server_life.py``.
+``tests/processes/test_server_life.py``.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import requests
 
+from tests.processes.process_trees import tree, wait_gone
 from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.errors import ServerError, ServerStartError
 from torchrl_sglang.server import SGLangServer, replicate, start_fleet, stop_fleet
-from torchrl_sglang.server.supervisor import process_table, tree_pids
+from torchrl_sglang.server.supervisor import process_table
 
 KEY = "correct-horse-battery"
 pytestmark = [pytest.mark.usefixtures("needs_sglang"), pytest.mark.timeout(400)]
@@ -35,24 +35,11 @@ def logs_of_failures_go_with_the_test(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tempfile, "tempdir", None)  # read TMPDIR anew
 
 
-def tree(server: SGLangServer) -> set[int]:
-    assert server.pid is not None
-    supervisor = process_table()[server.pid].parent
-    return {supervisor, *tree_pids(supervisor)}
-
-
 def generate(server: SGLangServer, key: str | None = KEY) -> list[list[int]]:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     answer = requests.post(f"{server.url}/generate", json=REQUEST, headers=headers, timeout=60)
     answer.raise_for_status()
     return [reply["output_ids"] for reply in answer.json()]
-
-
-def wait_gone(pids: set[int], timeout_s: float = 30.0) -> set[int]:
-    deadline = time.monotonic() + timeout_s
-    while (left := pids & process_table().keys()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from torchrl_sglang.errors import ProtocolError, WeightSyncError
-from torchrl_sglang.pool.answers import refuse_mixed_weights
+from torchrl_sglang.pool.checks import refuse_mixed_weights
 from torchrl_sglang.protocol.generate import parse_generate, parse_one
 
 

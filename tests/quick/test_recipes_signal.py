@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import random
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import ConfigError, recipes
 from torchrl_sglang.recipes.batch.sequences import Sequences
@@ -19,11 +17,6 @@ from torchrl_sglang.recipes.losses.critic import Critic
 from torchrl_sglang.recipes.setup.optimizer import learning_rate_factor
 
 LOG_PROBS = st.lists(st.floats(-30, 0), min_size=1, max_size=20)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
 
 
 def answers(*pairs: tuple[list[int], list[int]]) -> Sequences:

@@ -33,11 +33,6 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llama: Path):
-    return transformers.AutoTokenizer.from_pretrained(tiny_llama)
-
-
 @pytest.mark.parametrize("arch", get_args(TinyArch))
 def test_every_architecture_loads_and_runs(arch: TinyArch, make_model: Callable[..., Path]):
     path = make_model(arch=arch)

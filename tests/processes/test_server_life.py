@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes.process_trees import tree, wait_gone
 from torchrl_sglang.config import RouterConfig, ServerConfig
 from torchrl_sglang.errors import ConfigError, ServerError, ServerStartError
 from torchrl_sglang.server import SGLangRouter, SGLangServer, start_fleet, stop_fleet
@@ -86,24 +87,6 @@ def make(program: Path, tmp_path: Path) -> Iterator[Callable[..., SGLangServer]]
 
     yield make_server
     stop_fleet(servers, kill=True)
-
-
-def tree(server: SGLangServer | SGLangRouter) -> set[int]:
-    """Pids of the supervisor and everything below it, found from the main process's parent."""
-    assert server.pid is not None
-    table = process_table()
-    found = {table[server.pid].parent}
-    while below := {pid for pid, row in table.items() if row.parent in found} - found:
-        found |= below
-    return found
-
-
-def wait_gone(pids: set[int], timeout_s: float = 15.0) -> set[int]:
-    """Those of ``pids`` still there (zombies count) at the deadline; empty as soon as all are gone."""
-    deadline = time.monotonic() + timeout_s
-    while (left := pids & process_table().keys()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
 
 
 @pytest.mark.parametrize("mode", ["good", "old", "stubborn"])

@@ -1,4 +1,4 @@
-"""Who may go on and who waits: the pause that holds new requests back, and the lock between requests and updates."""
+"""The two locks that requests and weight updates pass before the scheduler: the pause and the update lock."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.fake_sglang.scheduler import Gone
+from tests.fake_sglang.scheduler import ServerStopped
 
-__all__ = ["Gate"]
+__all__ = ["RequestLocks"]
 
 
-class Gate:
-    """SGLang's two locks in front of the scheduler.
+class RequestLocks:
+    """SGLang's pause guard and its update lock.
 
-    One guards the pause: whoever changes it, and an update of a paused server, holds it, so those wait for each other.
-    The other lets requests run side by side and an update of a server that is *not* paused run alone.
+    A call that changes the pause, and an update of a paused server, hold the pause guard, so they exclude each other.
+    The update lock lets requests run concurrently, and lets an update of a server that is *not* paused run alone.
     """
 
-    def __init__(self, gone: threading.Event) -> None:
-        self._gone = gone
+    def __init__(self, stopped: threading.Event) -> None:
+        self._stopped = stopped
         self._pause = threading.Condition()
         self._lock = threading.Condition()
         self._requests = 0
@@ -28,34 +28,34 @@ class Gate:
         self.paused = False
 
     @contextmanager
-    def pausing(self) -> Iterator[None]:
-        """Hold the pause guard."""
+    def for_pause(self) -> Iterator[None]:
+        """Hold the pause guard, to change the pause."""
         with self._guard():
             yield
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
         while not self._pause.acquire(timeout=0.2):
-            if self._gone.is_set():
-                raise Gone
+            if self._stopped.is_set():
+                raise ServerStopped
         try:
             yield
         finally:
             self._pause.release()
 
-    def wake(self) -> None:
-        """Let the requests go that wait for the end of the pause; call with the pause guard held."""
+    def notify_resumed(self) -> None:
+        """Wake the requests that wait for the end of the pause; call with the pause guard held."""
         self._pause.notify_all()
 
     @property
-    def busy(self) -> bool:
-        """Whether a request or an update is under way."""
+    def is_busy(self) -> bool:
+        """Whether a request or an update is running."""
         with self._lock:
             return self._requests > 0 or self._updating
 
     @contextmanager
-    def request(self) -> Iterator[None]:
-        """Wait for the end of a pause and of updates, then be a request."""
+    def for_request(self) -> Iterator[None]:
+        """Wait for the end of a pause and of updates, then hold the update lock as one of several requests."""
         with self._guard():
             while self.paused:
                 self._wait(self._pause)
@@ -71,8 +71,8 @@ class Gate:
                 self._lock.notify_all()
 
     @contextmanager
-    def update(self) -> Iterator[None]:
-        """Be an update: at once under a pause (which can't end meanwhile), else when all requests have ended."""
+    def for_update(self) -> Iterator[None]:
+        """Hold the update lock alone: once all requests have ended, or at once in a pause, which then cannot end."""
         with self._guard():
             if self.paused:
                 yield
@@ -94,5 +94,5 @@ class Gate:
 
     def _wait(self, condition: threading.Condition) -> None:
         condition.wait(0.2)
-        if self._gone.is_set():
-            raise Gone
+        if self._stopped.is_set():
+            raise ServerStopped

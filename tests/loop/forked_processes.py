@@ -1,13 +1,13 @@
-"""Fake servers and trainers as processes, forked in 50 ms from one that has imported everything already.
+"""Fake servers and trainers as processes, forked in 50 ms each from a process that has imported everything.
 
 ::
 
-    with Nursery(folder) as nursery:
-        server = nursery.serve(FakeSettings(model_path=...))
-        trainer = nursery.train([server.url], weights_folder, SyncConfig())
+    with ProcessFactory(folder) as processes:
+        server = processes.start_server(FakeSettings(model_path=...))
+        trainer = processes.start_trainer([server.url], weights_folder, SyncConfig())
         trainer.kill()
 
-When the nursery ends, however it ends, so do all its children.
+The children end with the factory, even if it is killed.
 """
 
 from __future__ import annotations
@@ -52,28 +52,28 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Forked:
-    """One child: its process id and the file it reports to."""
+    """One child process: its id, and the file that it writes its report to."""
 
     def __init__(self, pid: int, report: Path) -> None:
         self.pid = pid
         self._report = report
 
     def read(self, timeout_s: float = START_TIMEOUT_S) -> Any:
-        """What the child reported, as soon as it has."""
-        wait_until(lambda: self._report.exists() or not self.is_running, f"{self.pid} reported nothing", timeout_s)
-        assert self._report.exists(), f"process {self.pid} ended without a report; its own words are on stderr"
+        """Wait for the child's report and return it."""
+        wait_until(lambda: self._report.exists() or not self.is_running, f"{self.pid} wrote no report", timeout_s)
+        assert self._report.exists(), f"process {self.pid} ended without a report; its output is on stderr"
         return json.loads(self._report.read_text())
 
-    def stop(self) -> None:
-        """SIGSTOP."""
+    def suspend(self) -> None:
+        """Send SIGSTOP."""
         os.kill(self.pid, signal.SIGSTOP)
 
-    def go_on(self) -> None:
-        """SIGCONT."""
+    def resume(self) -> None:
+        """Send SIGCONT."""
         os.kill(self.pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL, and wait until the process is gone."""
+        """Send SIGKILL and wait for the end of the process."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         wait_until(lambda: not self.is_running, f"process {self.pid} survived SIGKILL", 10)
@@ -84,7 +84,7 @@ class Forked:
 
 
 class ForkedServer(Forked):
-    """A fake server; ``settings`` has the port it got, so that another can take its place."""
+    """A fake server. A second one can replace it at the port in ``url``, with the same ``settings``."""
 
     def __init__(self, pid: int, report: Path, settings: FakeSettings) -> None:
         super().__init__(pid, report)
@@ -101,7 +101,7 @@ class ForkedServer(Forked):
         self._admin("POST", "state", state)
 
     def requests(self, path: str, *, answered: bool = False) -> int:
-        """How many requests to ``path`` have arrived (or been answered)."""
+        """Number of requests to ``path`` that have arrived (or been answered)."""
         events = self._admin("GET", "events")
         return sum(event["path"] == path and (not answered or event["status"] is not None) for event in events)
 
@@ -112,8 +112,8 @@ class ForkedServer(Forked):
             return json.load(reply)
 
 
-class Nursery:
-    """The process that children are forked from; thread-safe."""
+class ProcessFactory:
+    """Starts the process that children are forked from, and forks them; thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -121,8 +121,8 @@ class Nursery:
         self._count = 0
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> Nursery:
-        command = [sys.executable, "-m", "tests.loop.forked"]
+    def __enter__(self) -> ProcessFactory:
+        command = [sys.executable, "-m", "tests.loop.forked_processes"]
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -140,28 +140,28 @@ class Nursery:
             if pipe is not None:
                 pipe.close()
 
-    def serve(self, settings: FakeSettings) -> ForkedServer:
+    def start_server(self, settings: FakeSettings) -> ForkedServer:
         pid, report = self._fork("serve", asdict(settings) | {"model_path": str(settings.model_path)})
         return ForkedServer(pid, report, settings)
 
-    def train(self, urls: list[str], weights: Path, client: ClientConfig, sync: SyncConfig) -> Forked:
-        """A trainer that pushes a folder's tensors once; reports the version, or the error's states."""
+    def start_trainer(self, urls: list[str], weights: Path, client: ClientConfig, sync: SyncConfig) -> Forked:
+        """A trainer that pushes a folder's tensors once; reports the version, or the error and the servers' states."""
         settings = {"urls": urls, "weights": str(weights), "client": asdict(client), "sync": asdict(sync)}
         return Forked(*self._fork("train", settings))
 
-    def stall(self, url: str, weights: Path, *, inside_a_broadcast: bool) -> Forked:
-        """A trainer that reports from the middle of its push and goes no further.
+    def start_stalled_trainer(self, url: str, weights: Path, *, inside_a_broadcast: bool) -> Forked:
+        """A trainer that reports in the middle of its push and then waits forever.
 
         Args:
             url: the server.
             weights: folder of tensors.
-            inside_a_broadcast: the server has been told of a bucket and waits for its bytes; else half of the tensors
-                have arrived, and the next is not announced yet.
+            inside_a_broadcast: whether it stops after it has announced a bucket, for whose bytes the server waits;
+                otherwise it stops between buckets, when half of the tensors have arrived.
         """
         return Forked(*self._fork("announce" if inside_a_broadcast else "stall", {"url": url, "weights": str(weights)}))
 
-    def shard(self, world_size: int, url: str, model: Path) -> list[Forked]:
-        """An FSDP2 trainer of ``world_size`` processes; see :func:`_shard` for what it does and reports."""
+    def start_sharded_trainer(self, world_size: int, url: str, model: Path) -> list[Forked]:
+        """An FSDP2 trainer of ``world_size`` processes; see :func:`_shard`."""
         folder = self._folder / f"shards{self._count}"
         folder.mkdir()
         shared = {"world_size": world_size, "url": url, "model": str(model), "folder": str(folder)}
@@ -190,7 +190,7 @@ def wait_until(condition: Callable[[], object], complaint: str, timeout_s: float
 
 
 def _serve(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
-    report(FakeServer(FakeSettings(**settings | {"faults": ()}), exits=True).start().url)
+    report(FakeServer(FakeSettings(**settings | {"faults": ()}), exit_on_death=True).start().url)
     threading.Event().wait()
 
 
@@ -210,14 +210,14 @@ def _stall(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
     def half() -> Iterator[tuple[str, torch.Tensor]]:
         tensors = list(read_checkpoint(settings["weights"]).items())
         yield from tensors[: len(tensors) // 2]
-        report("half way")
+        report("half of the tensors sent")
         threading.Event().wait()
 
     WeightSync(SGLangPool([SGLangClient(settings["url"])]), SyncConfig(bucket_bytes=10_000)).push(half())
 
 
 def _announce(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
-    """By hand, as a trainer would: group, pause, mark, begin, one bucket announced and never sent."""
+    """Sends a trainer's requests one by one: group, pause, dirty version, begin, one bucket that is never broadcast."""
     client = SGLangClient(settings["url"])
     group = WeightGroup.form([client], SyncConfig(), group_name("somebody"))
     for request in (build_pause("abort"), build_set_version("dirty-1@somebody"), build_begin_update()):
@@ -225,7 +225,7 @@ def _announce(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
     name, tensor = next(iter(read_checkpoint(settings["weights"]).items()))
     bucket = build_update_bucket(names=[name], dtypes=["float32"], shapes=[list(tensor.shape)], group=group.name)
     threading.Thread(target=client.send, args=(bucket,), daemon=True).start()
-    with contextlib.suppress(ServerTimeoutError):  # as soon as the scheduler waits in the broadcast
+    with contextlib.suppress(ServerTimeoutError):  # the time-out shows that the scheduler waits in the broadcast
         while True:
             client.send(SERVER_INFO, timeout_s=1)
     report("announced")
@@ -233,9 +233,9 @@ def _announce(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
 
 
 def _shard(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
-    """Two optimiser steps, a push after each; rank 0 saves the whole model as it was sent last.
+    """Two optimiser steps with a push after each; rank 0 saves the full model as it was sent last.
 
-    Reports the versions pushed, whether the default process group still works, and where the model is.
+    Reports the pushed versions, the size of the default process group (which must still work), and the model's file.
     """
     folder, rank, world_size = Path(settings["folder"]), settings["rank"], settings["world_size"]
     store = dist.FileStore(str(folder / "store"), world_size)
@@ -282,16 +282,16 @@ def _child(order: dict[str, Any], parent: int) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead leave no zombie behind
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children that have ended leave no zombies
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    me = os.getpid()
+    factory_pid = os.getpid()
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
             try:
-                _child(json.loads(line), me)
-            except BaseException:  # noqa: BLE001  printed, where it would otherwise run on as a second nursery
+                _child(json.loads(line), factory_pid)
+            except BaseException:  # noqa: BLE001  printed; the child must not continue in the parent's loop
                 traceback.print_exc()
             os._exit(0)
         sys.stdout.write(f"{pid}\n")
