@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.loop.rollout_cases import make_input, rows
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
-from torchrl_sglang.rollout.exactness import temper, trainer_log_probs
+from torchrl_sglang.rollout.log_probs import temper, trainer_log_probs
 
 SAMPLING = {
     "plain": {},

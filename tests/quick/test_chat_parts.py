@@ -10,12 +10,12 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sglang.chat.deltas import TextDeltas
+from torchrl_sglang.chat.defaults import GenerationDefaults
 from torchrl_sglang.chat.messages import read_conversation
 from torchrl_sglang.chat.response import Response, ToolCall
-from torchrl_sglang.chat.settings import GenerationDefaults
 from torchrl_sglang.chat.template import ChatTemplate
-from torchrl_sglang.chat.tools import find_tool_calls, read_tools
+from torchrl_sglang.chat.text_deltas import TextDeltas
+from torchrl_sglang.chat.tool_calls import find_tool_calls, read_tools
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import read_model_json
 

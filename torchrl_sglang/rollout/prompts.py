@@ -17,7 +17,7 @@ from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.rollout.continuation import continue_tokens
+from torchrl_sglang.rollout.incremental_tokens import continue_tokens
 
 __all__ = ["Prompts", "prefer_given_tokens", "read_history", "read_text", "read_tokens"]
 

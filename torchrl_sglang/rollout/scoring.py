@@ -14,7 +14,7 @@ from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
 from torchrl_sglang.errors import ProtocolError
 from torchrl_sglang.protocol.messages import GenerateReply
-from torchrl_sglang.rollout.outputs import Padding, first_zero, to_rows
+from torchrl_sglang.rollout.tensorclasses import Padding, first_zero, to_rows
 
 __all__ = ["score_rows"]
 

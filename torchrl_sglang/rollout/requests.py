@@ -16,7 +16,7 @@ from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.rollout.batching import Batcher
 from torchrl_sglang.rollout.progress import token_progress
 from torchrl_sglang.rollout.prompts import Prompts
-from torchrl_sglang.rollout.resume import generate_resuming
+from torchrl_sglang.rollout.resuming import generate_resuming
 
 __all__ = ["Answers", "PerPrompt", "RequestBatcher", "generate_prompts", "score_sequences", "truncate_left"]
 

@@ -7,13 +7,13 @@ from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequen
 from dataclasses import dataclass
 from typing import Any
 
-from torchrl_sglang.chat.deltas import TextDeltas
-from torchrl_sglang.chat.in_thread import call_in_thread, iterate_in_thread
+from torchrl_sglang.chat.asyncio_threads import call_in_thread, iterate_in_thread
+from torchrl_sglang.chat.defaults import GenerationDefaults
 from torchrl_sglang.chat.messages import read_conversation
 from torchrl_sglang.chat.response import Response, ToolCall
-from torchrl_sglang.chat.settings import GenerationDefaults
 from torchrl_sglang.chat.template import ChatTemplate
-from torchrl_sglang.chat.tools import find_tool_calls, read_tools
+from torchrl_sglang.chat.text_deltas import TextDeltas
+from torchrl_sglang.chat.tool_calls import find_tool_calls, read_tools
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig, SamplingParams
 from torchrl_sglang.errors import ConfigError, ProtocolError, RequestRejectedError, ServerError, ServerUnreachableError
@@ -59,7 +59,7 @@ class SGLangChat:
         adapter: name of the LoRA adapter to use by default.
         tool_call_parser: how the model writes tool calls, by SGLang's name (``"qwen25"``, ``"llama3"``,
             ``"mistral"``...): the server's own parser then reads them. ``None`` knows the common ways, see
-            :func:`~torchrl_sglang.chat.tools.find_tool_calls`.
+            :func:`~torchrl_sglang.chat.tool_calls.find_tool_calls`.
         client: time-outs and keys, when ``servers`` is an URL.
         **generation: defaults for every call: ``temperature``, ``top_p``, ``top_k``, ``num_return_sequences``,
             ``repetition_penalty``, ``skip_special_tokens``, ``max_length`` (prompt and response), ``max_new_tokens``,

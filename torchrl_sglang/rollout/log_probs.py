@@ -10,8 +10,6 @@ Shapes: ``R`` response tokens, ``V`` vocabulary, ``K`` ids left to choose from.
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +20,7 @@ from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.rollout.generation import NO_ID
 
-__all__ = ["behaviour_log_probs", "temper", "trainer_log_probs", "warn_of_truncation", "with_sampling_mask"]
-
-_MOST_IN_MASK = 4096  # SGLang's own default of --sampling-mask-max-tokens (0.5.23)
+__all__ = ["behaviour_log_probs", "temper", "trainer_log_probs"]
 
 
 def behaviour_log_probs(
@@ -143,32 +139,3 @@ def temper(model: torch.nn.Module, temperature: float) -> RemovableHandle:
         return output
 
     return model.register_forward_hook(divide)
-
-
-def with_sampling_mask(sampling: SamplingParams, vocab_size: int | None) -> SamplingParams:
-    """Ask for the ids that truncation leaves, where it cuts anything.
-
-    Raises:
-        ConfigError: the server could not report it.
-    """
-    if not sampling.truncates:
-        return sampling
-    if sampling.top_k == -1 and vocab_size is not None and vocab_size <= _MOST_IN_MASK:
-        sampling = replace(sampling, top_k=vocab_size)  # cuts nothing, and makes the mask finite
-    if not 1 <= sampling.top_k <= _MOST_IN_MASK:
-        raise ConfigError(
-            f"exact_log_probs needs a finite top_k of at most {_MOST_IN_MASK} beside top_p or min_p, since SGLang "
-            f"lists what is left to choose from; got top_k={sampling.top_k} with a vocabulary of {vocab_size}. "
-            "Add top_k, or record the log-probs before truncation (exact_log_probs=False)"
-        )
-    return replace(sampling, sampling_mask=True)
-
-
-def warn_of_truncation() -> None:
-    """Say that recorded log-probs are those before truncation; Python shows it once per program."""
-    warnings.warn(
-        "top-p, top-k or min-p cut the distribution tokens are drawn from, but the recorded log-probs are those before "
-        "the cut (Generation.exact_log_probs is False): importance ratios against an uncut trainer are consistent, yet "
-        "the data is off-policy. exact_log_probs=True records the exact ones",
-        stacklevel=4,
-    )

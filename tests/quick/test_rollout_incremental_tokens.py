@@ -15,7 +15,7 @@ from torchrl.modules.llm.policies import ChatHistory
 from transformers import AutoTokenizer
 
 from torchrl_sglang import ConfigError, SGLangWrapper
-from torchrl_sglang.rollout.continuation import continue_tokens
+from torchrl_sglang.rollout.incremental_tokens import continue_tokens
 from torchrl_sglang.testing.echo_pool import EchoPool
 
 THINKING = (
