@@ -15,7 +15,8 @@ from torchrl_sglang.chat.messages import read_conversation
 from torchrl_sglang.chat.response import Response, ToolCall
 from torchrl_sglang.chat.template import ChatTemplate
 from torchrl_sglang.chat.text_deltas import TextDeltas
-from torchrl_sglang.chat.tool_calls import find_tool_calls, read_tools
+from torchrl_sglang.chat.tool_calls import find_tool_calls
+from torchrl_sglang.chat.tool_schemas import read_tools
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import read_model_json
 
