@@ -48,9 +48,9 @@ class SGLangChat:
         client: time-outs and keys, when ``servers`` is a URL.
         **generation: defaults for every call: ``temperature``, ``top_p``, ``top_k``, ``num_return_sequences``,
             ``repetition_penalty``, ``skip_special_tokens``, ``max_length`` (prompt and response), ``max_new_tokens``,
-            ``seed``, ``stop`` and all other names of :meth:`SamplingParams.from_kwargs`. A setting given neither here nor
-            in the call comes from the checkpoint (``generation_config.json``), then from SGLang; a response may fill
-            the context. Responses end at the tokens that end a turn in the chat template.
+            ``seed``, ``stop`` and all other names of :meth:`SamplingParams.from_kwargs`. A setting given neither here
+            nor in the call comes from the checkpoint (``generation_config.json``), then from SGLang; a response may
+            fill the context. Responses end at the tokens that end a turn in the chat template.
 
     Raises:
         ConfigError: an unknown or bad setting, or a model that is no chat model.

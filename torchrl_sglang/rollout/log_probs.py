@@ -1,11 +1,11 @@
 """The trainer's log-probs that match those recorded while generating, so that the first importance ratio is 1.
 
 A server records ``log_softmax(logits / temperature)`` of each token, with penalties and biases applied and before
-top-k, top-p and min-p cut the distribution; greedy decoding counts as temperature 1. A trainer's model knows nothing of
-that. :func:`behaviour_log_probs` repeats it on the trainer's logits; :func:`temper` makes a model's logits tempered for
-good, which is all that is needed where no penalties are used.
+top-k, top-p and min-p truncate the distribution; greedy decoding counts as temperature 1. A trainer's model applies
+none of these. :func:`behaviour_log_probs` applies them to the trainer's logits; :func:`temper` divides a model's logits
+by the temperature in every forward pass, which is enough where no penalties are used.
 
-Shapes: ``R`` response tokens, ``V`` vocabulary, ``K`` ids left to choose from.
+Shapes: ``R`` response tokens, ``V`` vocabulary, ``K`` ids left by truncation.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def behaviour_log_probs(
         logits_RV: raw logits that predict each response token.
         response_R: the response's token ids.
         sampling: how tokens were drawn: temperature, penalties and bias are applied as SGLang does.
-        support_RK: ids each token was chosen among (:attr:`Generation.support`); ``None`` for log-probs before
+        support_RK: ids that each token was chosen among (:attr:`Generation.support`); ``None`` for log-probs before
             truncation.
-        last_prompt_token: needed with penalties, for a server in its usual overlapping mode: there a token is penalised
-            one step late, and what is counted first is the last token of the prompt (SGLang 0.5.23). ``None`` is for
-            servers launched with ``--disable-overlap-schedule``, which count as one expects.
+        last_prompt_token: needed with penalties, for a server with its default overlap schedule: it penalises a token
+            one step late, and counts the last token of the prompt first (SGLang 0.5.23). ``None`` is for servers
+            launched with ``--disable-overlap-schedule``, which count the response tokens before each token.
 
     Returns:
         ``(R,)`` log-probs, differentiable in the logits.
@@ -63,7 +63,7 @@ def behaviour_log_probs(
 def _penalised(
     logits_RV: torch.Tensor, response_R: torch.Tensor, sampling: SamplingParams, last_prompt_token: int | None
 ) -> torch.Tensor:
-    """Penalties count earlier tokens of the response, not of the prompt but for the one of the overlapping mode."""
+    """Apply penalties: they count earlier response tokens and, with the overlap schedule, the last prompt token."""
     if not sampling.penalises:
         return logits_RV
     counted_R = response_R
@@ -90,7 +90,7 @@ def trainer_log_probs(
     generation_key: Any = None,
     overlapping: bool = True,
 ) -> list[torch.Tensor]:
-    """What a trainer's model says of recorded responses, in the terms of the recorded log-probs.
+    """A trainer's log-probs of recorded responses, computed as the recorded log-probs were.
 
     Args:
         model: a Hugging Face causal language model.
@@ -98,32 +98,32 @@ def trainer_log_probs(
         sampling: the policy's ``sampling_params``.
         tokens_key: where the tokens are.
         generation_key: where the :class:`Generation` is, if log-probs were recorded with ``exact_log_probs=True``.
-        overlapping: the server runs without ``--disable-overlap-schedule``, see :func:`behaviour_log_probs`.
+        overlapping: the server was launched without ``--disable-overlap-schedule``, see :func:`behaviour_log_probs`.
 
     Returns:
         Per sequence ``(R,)`` log-probs, to compare with ``log_probs.response``.
     """
     flat = td.reshape(-1)
-    found = []
+    log_probs = []
     for row in flat.unbind(0):
         prompt, full = row.get((tokens_key, "prompt")), row.get((tokens_key, "full"))
         support = row.get((generation_key, "support")) if generation_key is not None else None
         logits = model(full[None]).logits[0, len(prompt) - 1 : -1]
         last = int(prompt[-1]) if overlapping else None
         response = full[len(prompt) :]
-        found.append(behaviour_log_probs(logits, response, sampling, support_RK=support, last_prompt_token=last))
-    return found
+        log_probs.append(behaviour_log_probs(logits, response, sampling, support_RK=support, last_prompt_token=last))
+    return log_probs
 
 
 def temper(model: torch.nn.Module, temperature: float) -> RemovableHandle:
     """Divide a model's logits by ``temperature`` from now on, so that a loss sees the distribution that was sampled.
 
-    TorchRL's losses take an actor's logits as they are; at a temperature other than 1 they would compare two different
-    distributions. Parameters and their names stay what they are, so weight syncs don't notice.
+    TorchRL's losses use an actor's logits unchanged; at a temperature other than 1 they would compare two different
+    distributions. Parameters and their names do not change, so weight syncs are not affected.
 
     Args:
         model: a Hugging Face model, or any whose output has ``logits``.
-        temperature: the policy's; 0 (greedy) counts as 1.
+        temperature: the policy's temperature; 0 (greedy) counts as 1.
 
     Returns:
         A handle whose ``remove()`` undoes it, also at the end of a ``with`` block.

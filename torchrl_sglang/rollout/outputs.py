@@ -1,4 +1,4 @@
-"""Replies into the rows a policy returns: decodes, and puts every TensorClass under its key.
+"""The rows that a policy returns: one TensorDict per sequence, with every TensorClass under its key.
 
 Shapes: ``S`` sequences prompt-major, ``P`` prompt tokens.
 """
@@ -13,6 +13,7 @@ from torchrl.modules.llm.policies import ChatHistory, Text
 
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.rollout.decoding import decode_contents, decode_responses
 from torchrl_sglang.rollout.prompts import Prompts
 from torchrl_sglang.rollout.requests import Answers
 from torchrl_sglang.rollout.scoring import score_rows
@@ -48,7 +49,7 @@ def generated_rows(
     ]
     if settings.writes_log_probs:
         columns.append((settings.log_probs_key, [f["log_probs"] for f in fields]))
-    if settings.input_mode != "tokens":
+    if settings.writes_text:
         columns.extend(_text_columns(prompts, prompts_S_P, replies_S, settings, sampling, tokenizer))
     if settings.generation_key is not None:
         generation = generation_rows(
@@ -73,62 +74,22 @@ def _text_columns(
     sampling: SamplingParams,
     tokenizer: Any,
 ) -> list[tuple[Any, Sequence[Any]]]:
-    """``text`` and, in history mode, ``history``. Text is decoded from the ids here: the server trims its own."""
-    responses = _responses(replies_S, settings, tokenizer)
+    """``text`` and, in history mode, ``history``. Decoded from the ids, since the server trims its own text."""
+    responses = decode_responses(replies_S, settings, tokenizer)
     texts_B = prompts.texts_B or tokenizer.batch_decode(prompts.ids_B_T, skip_special_tokens=False)
     texts_S = [text for text in texts_B for _ in range(sampling.n)]
-    if settings.input_mode == "history":
+    if settings.writes_history:
         joint = [[*ids_P, *reply.output_ids] for ids_P, reply in zip(prompts_S_P, replies_S, strict=True)]
         fulls = tokenizer.batch_decode(joint, skip_special_tokens=False)
     else:
         fulls = [text + response for text, response in zip(texts_S, responses, strict=True)]
     columns: list[tuple[Any, Sequence[Any]]] = [(settings.text_key, text_rows(texts_S, responses, fulls))]
-    if settings.input_mode == "history":
+    if settings.writes_history:
         histories_S = [h for h in prompts.histories_B or [] for _ in range(sampling.n)]
         complete = [reply.finish_reason == "stop" for reply in replies_S]
-        contents = _contents(replies_S, responses, settings, tokenizer)
+        contents = decode_contents(replies_S, responses, settings, tokenizer)
         columns.append((settings.history_key, chat_rows(histories_S, contents, complete)))
     return columns
-
-
-def _responses(replies_S: Sequence[GenerateReply], settings: RolloutSettings, tokenizer: Any) -> list[str]:
-    """What the ids spell, special tokens and stop strings included unless they were asked to be left out."""
-    skips = bool(settings.decoding("skip_special_tokens"))
-    trims = False in (settings.decoding("include_stop_str_in_output"), settings.decoding("no_stop_trim"))
-    ids_S_R = [reply.output_ids for reply in replies_S]
-    if trims:
-        ids_S_R = [ids[:-1] if isinstance(r.matched, int) else ids for ids, r in zip(ids_S_R, replies_S, strict=True)]
-    texts: list[str] = tokenizer.batch_decode(ids_S_R, skip_special_tokens=skips)
-    if trims:
-        for index, reply in enumerate(replies_S):
-            if isinstance(reply.matched, str) and reply.matched in texts[index]:  # a matched pattern is not the text
-                texts[index] = texts[index].rpartition(reply.matched)[0]
-    return texts
-
-
-def _contents(
-    replies_S: Sequence[GenerateReply], responses_S: Sequence[str], settings: RolloutSettings, tokenizer: Any
-) -> list[str]:
-    """What the assistant said, without the special token that ended it.
-
-    The chat template writes the end of a message itself: an answer that carried it too would end twice next turn.
-    """
-    special = set(tokenizer.all_special_ids)
-    said_S = [
-        r.output_ids[:-1] if r.output_ids[-1:] == [r.matched] and r.matched in special else r.output_ids
-        for r in replies_S
-    ]
-    as_spelled = all(settings.decoding(n) is None for n in ("skip_special_tokens", "include_stop_str_in_output"))
-    again = [
-        index
-        for index, (said, reply) in enumerate(zip(said_S, replies_S, strict=True))
-        if not as_spelled or len(said) < len(reply.output_ids)
-    ]
-    contents = list(responses_S)
-    if again:  # batch_decode([]) is one empty text
-        for index, text in zip(again, tokenizer.batch_decode([said_S[i] for i in again]), strict=True):
-            contents[index] = text
-    return contents
 
 
 def scored_rows(answers: Answers, settings: RolloutSettings, padding: Padding) -> list[TensorDict]:
@@ -146,9 +107,9 @@ def scored_rows(answers: Answers, settings: RolloutSettings, padding: Padding) -
         (settings.tokens_key, [f["tokens"] for f in fields]),
         (settings.log_probs_key, [f["log_probs"] for f in fields]),
     ]
-    if settings.input_mode != "tokens":
+    if settings.writes_text:
         columns.append((settings.text_key, [Text(full=text) for text in prompts.texts_B or []]))
-    if settings.input_mode == "history":
+    if settings.writes_history:
         columns.append((settings.history_key, [ChatHistory(full=h, batch_size=()) for h in prompts.histories_B or []]))
     return _rows(columns, len(fields))
 

@@ -14,29 +14,29 @@ _MOST_IN_MASK = 4096  # SGLang's own default of --sampling-mask-max-tokens (0.5.
 
 
 def with_sampling_mask(sampling: SamplingParams, vocab_size: int | None) -> SamplingParams:
-    """Ask for the ids that truncation leaves, where it cuts anything.
+    """Request the ids that truncation leaves, if these parameters truncate.
 
     Raises:
-        ConfigError: the server could not report it.
+        ConfigError: SGLang can't report so many ids.
     """
     if not sampling.truncates:
         return sampling
     if sampling.top_k == -1 and vocab_size is not None and vocab_size <= _MOST_IN_MASK:
-        sampling = replace(sampling, top_k=vocab_size)  # cuts nothing, and makes the mask finite
+        sampling = replace(sampling, top_k=vocab_size)  # removes no token, and makes the mask finite
     if not 1 <= sampling.top_k <= _MOST_IN_MASK:
         raise ConfigError(
-            f"exact_log_probs needs a finite top_k of at most {_MOST_IN_MASK} beside top_p or min_p, since SGLang "
-            f"lists what is left to choose from; got top_k={sampling.top_k} with a vocabulary of {vocab_size}. "
+            f"exact_log_probs needs a finite top_k of at most {_MOST_IN_MASK} with top_p or min_p, since SGLang "
+            f"lists the ids that are left; got top_k={sampling.top_k} with a vocabulary of {vocab_size}. "
             "Add top_k, or record the log-probs before truncation (exact_log_probs=False)"
         )
     return replace(sampling, sampling_mask=True)
 
 
 def warn_of_truncation() -> None:
-    """Say that recorded log-probs are those before truncation; Python shows it once per program."""
+    """Warn that recorded log-probs are those before truncation; Python shows it once per program."""
     warnings.warn(
-        "top-p, top-k or min-p cut the distribution tokens are drawn from, but the recorded log-probs are those before "
-        "the cut (Generation.exact_log_probs is False): importance ratios against an uncut trainer are consistent, yet "
-        "the data is off-policy. exact_log_probs=True records the exact ones",
+        "top-p, top-k or min-p truncate the distribution that tokens are drawn from, but the recorded log-probs are "
+        "those before truncation (Generation.exact_log_probs is False): importance ratios against a trainer that does "
+        "not truncate are consistent, but the data is off-policy. exact_log_probs=True records the exact log-probs",
         stacklevel=4,
     )

@@ -1,4 +1,4 @@
-"""Replies as TorchRL's TensorClasses: ragged inside, padded once at the rim.
+"""Replies as TorchRL's TensorClasses, one row per sequence, ragged or padded.
 
 Shapes: ``B`` prompts, ``n`` responses each, ``S = B * n`` sequences prompt-major; ``P`` prompt, ``R`` response tokens.
 Ragged values are one tensor per sequence. Padded ones are dense: prompts padded on the left, responses on the right.
@@ -26,12 +26,12 @@ __all__ = ["Padding", "chat_rows", "first_zero", "generation_rows", "stack_rows"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Padding:
-    """How the tensors of a batch are shaped.
+    """How the tensors of a batch are padded.
 
     Attributes:
-        enabled: dense tensors rather than one per sequence.
-        value: token id put where there is no token; log-probs are 0 there, masks ``False``.
-        prompt_width: least padded width of the prompts, when they came in a wider tensor.
+        enabled: all rows have one width, so that they stack to a dense tensor.
+        value: token id at padding positions; log-probs are 0 there, masks ``False``.
+        prompt_width: smallest padded width of the prompts: that of the tensor they were read from.
     """
 
     enabled: bool
@@ -40,7 +40,7 @@ class Padding:
 
 
 def _ragged(values_S_T: Sequence[Sequence[Any]], dtype: torch.dtype) -> list[torch.Tensor]:
-    """One tensor per sequence, each with storage of its own: a row kept in a buffer must not keep its whole batch."""
+    """One tensor per sequence, each with its own storage: a row in a replay buffer must not keep its batch alive."""
     flat = torch.tensor(list(chain.from_iterable(values_S_T)), dtype=dtype)
     return [row.clone() for row in flat.split([len(v) for v in values_S_T])]  # type: ignore[no-untyped-call]
 
@@ -59,7 +59,7 @@ def _padded(
 def to_rows(
     values_S_T: Sequence[Sequence[Any]], dtype: torch.dtype, padding: Padding, fill: Any, side: str
 ) -> list[torch.Tensor]:
-    """One tensor per sequence: of its own length, or all of one width with ``fill`` on ``side``."""
+    """One tensor per sequence: of its own length, or all of one width, filled with ``fill`` on ``side``."""
     if not padding.enabled:
         return _ragged(values_S_T, dtype)
     return _padded(values_S_T, dtype, fill, side, padding.prompt_width if side == "left" else 0)
@@ -75,12 +75,12 @@ def token_rows(
 ) -> list[dict[str, Any]]:
     """``tokens``, ``masks`` and ``log_probs`` of every generated sequence.
 
-    ``LogProbs.full`` has the length of ``Tokens.full``; where the server was not asked for prompt log-probs its prompt
-    part is NaN (0 would claim certainty), which TorchRL's losses leave out.
+    ``LogProbs.full`` has the length of ``Tokens.full``. Without prompt log-probs in the reply, its prompt part is NaN
+    (0 would mean probability 1), which TorchRL's losses mask.
 
     Args:
         prompts_S_P: prompt ids, one entry per reply.
-        replies_S: what came back.
+        replies_S: the servers' replies.
         padding: dense or ragged.
         log_probs: write ``log_probs``.
         full_log_probs: also write ``LogProbs.full``.
@@ -136,12 +136,12 @@ def _log_prob_rows(
 
 
 def _made(kind: Any, **fields: Any) -> Any:
-    """One row of a TensorClass. Its constructor takes three times as long, a lot with hundreds of rows."""
+    """One row of a TensorClass. Its constructor takes three times as long, which counts with hundreds of rows."""
     return kind._from_tensordict(TensorDict(fields))
 
 
 def first_zero(scores_P: Sequence[float | None]) -> list[float]:
-    """The first token is conditioned on nothing and has no log-prob; TorchRL's wrappers write 0 for it."""
+    """The first token has no log-prob, since it is conditioned on nothing; TorchRL's wrappers write 0 for it."""
     return [0.0 if s is None else s for s in scores_P]
 
 
@@ -158,8 +158,8 @@ def chat_rows(prompts_S: Sequence[History], contents_S: Sequence[str], complete_
 
     Args:
         prompts_S: conversations of shape ``(messages,)``.
-        contents_S: what the assistant said, without the token that ended it.
-        complete_S: whether it ended by itself.
+        contents_S: the assistant's answers, without the token that ended them.
+        complete_S: whether the answer ended by itself.
     """
     rows = []
     for prompt, content, complete in zip(prompts_S, contents_S, complete_S, strict=True):
@@ -191,6 +191,7 @@ def generation_rows(
     versions_S_R = [token_versions(r) for r in replies_S]
     oldest = [min(v, default=version_number(r.weight_version)) for v, r in zip(versions_S_R, replies_S, strict=True)]
     exact = [not sampling.truncates or r.support_ids is not None for r in replies_S]
+    reasons = ["error" if e else r.finish_reason for r, e in zip(replies_S, errors_S, strict=True)]
     columns: dict[str, Sequence[Any]] = {
         "weight_version": to_rows(versions_S_R, torch.long, padding, NO_TOKEN, "right"),
         "policy_version": torch.tensor(oldest).unbind(0),
@@ -201,16 +202,16 @@ def generation_rows(
         "dropped_tokens": torch.tensor(dropped_S).unbind(0),
         "resumes": torch.tensor(resumes_S).unbind(0),
         "latency_s": torch.tensor([r.latency_s for r in replies_S], dtype=torch.float32).unbind(0),
-        # One element each: a shared one would be changed for all rows by whoever changes it in place for one.
+        # One element per row: with a shared tensor, an in-place change of one row would change all rows.
         "temperature": torch.full((count,), float(sampling.temperature)).unbind(0),
         "top_p": torch.full((count,), float(sampling.top_p)).unbind(0),
         "top_k": torch.full((count,), sampling.top_k).unbind(0),
         "min_p": torch.full((count,), float(sampling.min_p)).unbind(0),
         "exact_log_probs": torch.tensor(exact).unbind(0),
-        "finish_reason": _words(["error" if e else r.finish_reason for r, e in zip(replies_S, errors_S, strict=True)]),
-        "matched": _words([r.matched for r in replies_S]),
-        "server": _words([r.server for r in replies_S]),
-        "error": _words(errors_S),
+        "finish_reason": _non_tensors(reasons),
+        "matched": _non_tensors([r.matched for r in replies_S]),
+        "server": _non_tensors([r.server for r in replies_S]),
+        "error": _non_tensors(errors_S),
     }
     if sampling.sampling_mask:
         columns["support"] = _support_rows(replies_S, padding)
@@ -219,7 +220,7 @@ def generation_rows(
 
 
 def _support_rows(replies_S: Sequence[GenerateReply], padding: Padding) -> list[torch.Tensor]:
-    """``(R, K)`` ids per sequence, -1 where a token had fewer to be chosen among."""
+    """``(R, K)`` ids per sequence, filled with -1 where a token was chosen among fewer than ``K``."""
     supports_S = [r.support_ids or [] for r in replies_S]
     widest = max((len(ids_K) for rows in supports_S for ids_K in rows), default=0)
     longest = max(map(len, supports_S), default=0)
@@ -232,10 +233,10 @@ def _support_rows(replies_S: Sequence[GenerateReply], padding: Padding) -> list[
     return made
 
 
-def _words(values_S: Sequence[Any]) -> list[NonTensorData]:
-    """Non-tensor entries; equal ones are one object, since there are few kinds."""
-    kinds = {value: NonTensorData(value) for value in set(values_S)}
-    return [kinds[value] for value in values_S]
+def _non_tensors(values_S: Sequence[Any]) -> list[NonTensorData]:
+    """Non-tensor entries; equal values share one object, since few differ."""
+    shared = {value: NonTensorData(value) for value in set(values_S)}
+    return [shared[value] for value in values_S]
 
 
 def stack_rows(rows: Sequence[TensorDictBase], shape: Sequence[int]) -> TensorDictBase:
