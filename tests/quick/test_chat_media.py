@@ -61,9 +61,9 @@ def test_a_tensor_of_three_rows_and_columns_has_its_channels_first_and_an_array_
     ("item", "kind", "words"),
     [
         ("no/such/file.png", "image", "can't be read"),
-        (b"", "image", "holds nothing"),
-        (b"RIFF....WAVEfmt ", "image", "no image: it holds audio/wav"),
-        (b"\x89PNG\r\n\x1a\n...", "audio", "no audio: it holds image/png"),
+        (b"", "image", "expected image, found nothing"),
+        (b"RIFF....WAVEfmt ", "image", "expected image, found audio/wav"),
+        (b"\x89PNG\r\n\x1a\n...", "audio", "expected audio, found image/png"),
         (np.zeros((2, 2, 2)), "image", "an image is a path"),
         (np.zeros((0, 2, 3)), "image", "an image is a path"),
         (np.full((2, 2, 3), 2.0), "image", r"values in \[0, 1\]"),

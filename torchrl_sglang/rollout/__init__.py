@@ -1,4 +1,7 @@
-"""TensorDict in, TensorDict out: prompts are read, generated or scored by the servers, and written back."""
+"""The policy: reads prompts from a TensorDict, has servers generate or score, and writes the results back.
+
+May be imported from here: the names in ``__all__``; they are also in the package root.
+"""
 
 from torchrl_sglang.rollout.generation import Generation
 from torchrl_sglang.rollout.log_probs import behaviour_log_probs, temper, trainer_log_probs

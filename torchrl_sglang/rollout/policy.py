@@ -155,7 +155,7 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         return given
 
     def _tokenizer_path(self) -> str:
-        # An AttributeError inside a property of an nn.Module would be reported as "no attribute 'tokenizer'".
+        # nn.Module reports an AttributeError raised in a property as "no attribute 'tokenizer'".
         info = getattr(self.pool, "info", None)
         if info is None:
             raise ConfigError(f"a {type(self.pool).__name__} does not say which model it serves: pass tokenizer=")
