@@ -167,7 +167,7 @@ def test_a_second_answer_replaces_the_generation_of_the_first(tokenizer: Any) ->
     assert td["generation"].completion_tokens.tolist() == [2]
     without = ours(tokenizer, generation_key=None)(td)
     assert without is td
-    assert "generation" in td, "it belongs to somebody else then"
+    assert "generation" in td, "a policy without generation_key leaves the entry alone"
 
 
 def test_a_policy_version_key_is_declared_because_it_is_only_written_when_set(tokenizer: Any) -> None:
