@@ -16,9 +16,7 @@ def test_text_stays_text() -> None:
     talk = read_conversation([{"role": "user", "content": parts}], system="be kind")
     assert talk.messages == [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
     assert not talk.media
-    assert read_conversation("a <image> tag").messages[0]["content"] == "a <image> tag", (
-        "no images: the tag is text"
-    )
+    assert read_conversation("a <image> tag").messages[0]["content"] == "a <image> tag", "no images: the tag is text"
 
 
 def test_media_are_found_in_the_order_of_their_mention() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torchrl_sglang.rollout.settings import RolloutSettings
 
-__all__ = ["Setting", "WrapperAttributes"]
+__all__ = ["WrapperAttributes"]
 
 
 class Setting:

@@ -18,7 +18,7 @@ from torchrl_sglang.rollout.progress import token_progress
 from torchrl_sglang.rollout.prompts import Prompts
 from torchrl_sglang.rollout.resuming import generate_resuming
 
-__all__ = ["Answers", "PerPrompt", "RequestBatcher", "generate_prompts", "score_sequences", "truncate_left"]
+__all__ = ["Answers", "RequestBatcher", "generate_prompts", "score_sequences", "truncate_left"]
 
 PerPrompt: TypeAlias = tuple[list[GenerateReply], list[int]]
 """The ``n`` replies of one prompt, and how often each was resumed."""

@@ -15,7 +15,7 @@ from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.rollout.generation import join_spans
 
-__all__ = ["CanGenerate", "generate_resuming", "is_resumable"]
+__all__ = ["generate_resuming"]
 
 _MAX_PARALLEL_REQUESTS = 8
 

@@ -13,7 +13,7 @@ from tensordict import NestedKey
 from torchrl_sglang.config import SamplingParams, nearest_name
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["InputMode", "RolloutSettings"]
+__all__ = ["RolloutSettings"]
 
 InputMode = Literal["history", "text", "tokens"]
 
@@ -65,7 +65,7 @@ class RolloutSettings:
     exact_log_probs: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("generate_kwargs", "tokenizer_kwargs"):  # copies: what the caller does to its own changes nothing
+        for name in ("generate_kwargs", "tokenizer_kwargs"):  # copies: the caller may change its own later
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
         for name, allowed in (
             ("input_mode", get_args(InputMode)),
