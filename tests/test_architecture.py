@@ -38,7 +38,7 @@ LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 # Where private names of libraries that move may be used: one place to mend when they do.
 PRIVATE_NAMES_ALLOWED = {
     ("torch.distributed", "torch._C._distributed_c10d"): {"weights/group/process_group.py"},
-    ("torchrl",): {"rollout/policy.py", "rollout/outputs.py", "weights/scheme.py"},
+    ("torchrl",): {"rollout/tensorclasses.py", "weights/scheme.py"},
 }
 # These are programs: what they print is their answer.
 PRINT = ("cli/", "server/supervisor.py")
