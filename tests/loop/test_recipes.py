@@ -1,7 +1,7 @@
-"""Every recipe for a few steps against the run's shared server; runs that are killed and resumed.
+"""Every recipe for a few steps against the shared server; runs that are killed and resumed.
 
-What only needs steps to be taken runs in this process, which has imported everything already; what is killed is a
-process of its own. ``test_examples.py`` runs the quick start as its user does, and interrupts it.
+Most tests run the recipe in this process, which has imported everything already; a recipe that is killed runs in its
+own process. ``test_examples.py`` runs the quick start from the command line and interrupts it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.usefixtures("needs_sglang"), pytest.mark.timeout(2 * D
 
 @pytest.fixture(autouse=True)
 def rewards_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model never answers right; equal rewards would leave the advantages, and so every step, at nought."""
+    """A random model is never right; with equal rewards the advantages, and so every update, would be 0."""
     monkeypatch.setattr("torchrl_sglang.recipes.data.tasks.score_sum", lambda answer, *_: (len(answer) / 20, False))
 
 
@@ -297,11 +297,11 @@ def gap_to_checkpoint(model_path: Path, kept: recipes.Checkpoint, samples: list[
     return largest_gap(model, samples)
 
 
-def test_what_is_wrong_is_said_in_one_line() -> None:
+def test_a_wrong_setting_ends_the_program_with_one_line() -> None:
     path = EXAMPLES / "grpo_async.py"
     with pytest.raises(SystemExit, match=r"^grpo_async\.py: unknown setting 'train\.learning_rate'\."):
-        recipes.run_program(path, never, arguments=recipes.parse_arguments(path, ["train.learning_rate=1"]))
+        recipes.run_program(path, never, words=["train.learning_rate=1"])
 
 
 def never(config: Any, resume: bool) -> bool:
-    raise AssertionError("nothing may be loaded before the configuration is right")
+    raise AssertionError("nothing may be loaded before the configuration is checked")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensordict import TensorDict, TensorDictBase, lazy_stack
 from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import ConfigError, recipes
@@ -89,6 +91,61 @@ def test_a_critic_starts_at_zero_and_its_gradient_reaches_the_trunk_only_where_i
         head(RAGGED, recipes.score_tokens(model, RAGGED))
 
 
+def as_batch(batch: Sequences) -> TensorDictBase:
+    """The answers as a collector and ``MCAdvantage`` write them."""
+    rows = [
+        TensorDict(
+            {
+                "tokens": {"prompt": prompt, "response": response},
+                "log_probs": {"response": server},
+                "generation": {"weight_version": version, "truncated": torch.tensor(False)},
+                "advantage": advantage.reshape(1, 1),
+                "next": {"reward": torch.zeros(1, 1)},
+            }
+        )
+        for prompt, response, server, version, advantage in zip(
+            batch.prompt_B_T,
+            batch.response_B_R,
+            batch.per_answer(batch.server_N),
+            batch.per_answer(batch.version_N),
+            torch.tensor([1.0, -0.5, 2.0]),
+            strict=True,
+        )
+    ]
+    return lazy_stack(rows)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_torchrls_loss_is_the_clipped_surrogate_at_the_sampling_temperature(
+    model: torch.nn.Module, temperature: float
+) -> None:
+    scores = recipes.score_tokens(model, RAGGED, temperature=temperature)
+    near_N = scores.log_probs_N.detach() + torch.linspace(-0.3, 0.3, RAGGED.num_tokens)  # within and outside the clip
+    batch = replace(RAGGED, server_N=near_N)
+    advantage_N = torch.tensor([1.0, -0.5, 2.0]).repeat_interleave(torch.tensor(batch.lengths_B))
+    expected = recipes.clipped_policy_loss(scores.log_probs_N, near_N, advantage_N, clip_epsilon=0.2).mean()
+    model.zero_grad()
+    expected.backward()
+    gradient = model.get_input_embeddings().weight.grad.clone()
+
+    actor = recipes.GRPOActor(model, temperature=temperature, entropy=True)
+    loss = recipes.make_grpo_loss(actor, clip_epsilon=0.2)(as_batch(batch))
+    model.zero_grad()
+    loss.loss_objective.backward()
+    torch.testing.assert_close(loss.loss_objective.detach(), expected.detach())
+    torch.testing.assert_close(model.get_input_embeddings().weight.grad, gradient)
+    torch.testing.assert_close(actor.scores.log_probs_N, scores.log_probs_N.detach())
+    assert not actor.scores.log_probs_N.requires_grad
+    assert actor.scores.entropy_N is not None
+
+
+def test_the_actor_refuses_other_tokens_than_those_it_scored(model: torch.nn.Module) -> None:
+    loss = recipes.make_grpo_loss(recipes.GRPOActor(model, temperature=1.0))
+    loss.set_keys(action=("tokens", "prompt"))
+    with pytest.raises(ConfigError, match="response tokens only"):
+        loss(as_batch(RAGGED))
+
+
 # ------------------------------------------------------------------------------------------------------ statistics
 
 
@@ -155,17 +212,11 @@ def test_truncated_weights_are_the_ratio_up_to_the_cap(log_probs: list[float], c
     torch.testing.assert_close(weights_N, torch.tensor(expected), rtol=1e-4, atol=1e-6)
 
 
-def test_weights_pass_no_gradient_on_and_bad_bounds_are_refused() -> None:
+def test_weights_pass_no_gradient_and_a_cap_that_is_not_positive_is_refused() -> None:
     log_pi_N = torch.zeros(2, requires_grad=True)
-    for weights_N in (
-        recipes.truncated_importance_weights(log_pi_N, torch.zeros(2)),
-        recipes.masked_importance_weights(log_pi_N, torch.zeros(2)),
-    ):
-        assert not weights_N.requires_grad
+    assert not recipes.truncated_importance_weights(log_pi_N, torch.zeros(2)).requires_grad
     with pytest.raises(ConfigError, match="positive"):
         recipes.truncated_importance_weights(log_pi_N, log_pi_N, cap=0)
-    with pytest.raises(ConfigError, match="enclose 1"):
-        recipes.masked_importance_weights(log_pi_N, log_pi_N, low=1.5, high=2)
 
 
 def test_importance_weights_make_the_gradient_of_old_tokens_that_of_the_current_policy() -> None:
@@ -189,9 +240,9 @@ def test_a_policy_that_has_moved_far_enough_is_pushed_no_further() -> None:
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.0), (0.9, 0.95)])
-def test_advantages_are_the_sums_gae_is_defined_by(gamma: float, lam: float) -> None:
-    lengths = [3, 1, 2]
-    rewards_N, values_N = torch.randn(6), torch.randn(6)
+@pytest.mark.parametrize("lengths", [[3, 1, 2], [1, 1], [1], [40, 7]])
+def test_advantages_are_the_sums_gae_is_defined_by(lengths: list[int], gamma: float, lam: float) -> None:
+    rewards_N, values_N = torch.randn(sum(lengths)), torch.randn(sum(lengths))
     advantages_N, returns_N = recipes.token_advantages(rewards_N, values_N, lengths, gamma=gamma, lam=lam)
     expected = []
     for rewards_R, values_R in zip(rewards_N.split(lengths), values_N.split(lengths), strict=True):
