@@ -74,7 +74,7 @@ class Table:
             self._writer.writeheader()
         different = set(plain) ^ set(self._writer.fieldnames)
         if different:
-            raise ConfigError(f"the columns of {self.path.name} are those of its first row; {sorted(different)} differ")
+            raise ConfigError(f"the columns of {self.path.name} are the first row's; {sorted(different)} differ")
         self._writer.writerow({name: _text(value) for name, value in plain.items()})
         assert self._file is not None
         self._file.flush()
