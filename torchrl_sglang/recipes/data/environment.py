@@ -31,8 +31,8 @@ def make_env(
         start: number of the first question.
 
     Returns:
-        A ``ChatEnv`` of batch size ``(questions * answers,)`` with :class:`RewardTransform`. It writes ``query``,
-        ``answer`` and ``position`` beside the conversation. For an :class:`EnvTask`, that task's own environment.
+        A ``ChatEnv`` of batch size ``(questions * answers,)`` that scores the answers. It writes ``query``, ``answer``
+        and ``position`` beside the conversation. For an :class:`EnvTask`, that task's own environment.
     """
     if isinstance(task, EnvTask):
         return task.make(tokenizer, questions=questions, answers=answers, seed=seed, start=start)
