@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def test_every_preset_of_every_recipe_is_complete(name: str, preset: str) -> Non
     assert config.train.seed == 7, "overrides may follow an option"
     assert OmegaConf.to_container(config, resolve=True)["policy"]["engine"]["model"] == "/some/model"
     recipes.TrainSettings(**config.train)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in PRESETS}))
+def test_every_recipe_sets_the_threads_wait_policy_before_it_imports_torch(name: str) -> None:
+    code = (EXAMPLES / f"{name}.py").read_text()
+    before, _, after = code.partition('os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")')
+    assert "import torch" in after, "the policy is not set"
+    assert not re.search(
+        r"^(import|from) (?!os|__future__|contextlib|functools|pathlib|shutil|time|copy|warnings)", before, re.M
+    )
 
 
 @pytest.mark.parametrize(
