@@ -58,7 +58,7 @@ with AsyncSGLang.from_pretrained(MODEL, extra_args=("--random-seed", "0")) as se
     loss_module = GRPOLoss(actor, entropy_bonus=False, aggregation="prompt_mean")
     start = time.perf_counter()
     for rollout in collector:
-        batch = MCAdvantage(ANSWERS).inv(rollout.to(model.device))  # compares the answers to one question
+        batch = MCAdvantage(ANSWERS).inv(rollout.to(model.device))  # writes "advantage", in groups of one question
         for part in batch.split(8):  # micro-batches, whose gradients add up
             loss = loss_module(part)
             (loss.loss_objective * len(part) / BATCH).backward()
