@@ -28,6 +28,6 @@ def trainer_device(name: str = "auto") -> torch.device:
         raise ConfigError(f"train.device: {error}") from error
     if device.type == "cuda":
         if last < 0:
-            raise ConfigError("train.device=cuda, but torch sees no GPU here")
+            raise ConfigError("train.device=cuda, but torch finds no GPU on this machine")
         return device if device.index is not None else torch.device("cuda", last)
     return device
