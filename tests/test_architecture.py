@@ -38,7 +38,12 @@ LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 # Layers inside a package, lowest first: a subfolder or module imports those to its left, and nothing of the package
 # that is not named here. The package's own __init__ imports any of them.
 SUBLAYERS: dict[str, tuple[str, ...]] = {
+    "pool": (
+        *("state", "checks", "router_client", "balancing", "streaming", "dispatch", "batch", "dead_servers"),
+        *("pool", "resolve"),
+    ),
     "recipes": ("setup", "data", "batch", "losses", "run", "tools"),
+    "weights": ("checkpoint", "source", "buckets", "group", "update", "transports", "sync", "scheme"),
 }
 
 # Where private names of libraries that move may be used: one place to mend when they do.

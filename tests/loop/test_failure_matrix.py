@@ -99,7 +99,7 @@ def orphaned(phase: str, *, servers: int = 1, failing_server: int = 0) -> Row:
         servers=servers,
         failing_server=failing_server,
         dirty=half_way,
-        # It knocks at the dead trainer's store until torch's time-out of 30 minutes.
+        # It retries the dead trainer's store until torch's time-out of 30 minutes.
         repair="restart" if phase == "joining the group" else "",
     )
 
