@@ -283,7 +283,7 @@ def test_the_table_knows_how_many_buckets_there_are(runner: MatrixRunner) -> Non
         with_server.kill()
 
 
-def test_the_bystander_would_notice_other_weights_than_its_label_says(runner: MatrixRunner) -> None:
+def test_the_other_client_detects_weights_other_than_its_label_says(runner: MatrixRunner) -> None:
     server = runner.serve()
     try:
         with BackgroundClients([server]) as clients:

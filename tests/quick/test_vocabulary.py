@@ -19,7 +19,7 @@ INSTEAD_OF = {
     "dispatch, retry, balance": ("run_round", "RoundResult", "LoadBook"),
     "server state, quarantine, restore": ("DeathBook", "death book", "note_death"),
     "offloaded": ("lent", "refuse_while_lent"),
-    "verify": ("proof", "prove", "proves", "proved", "proven", "unproven"),
+    "verify": ("proof", "prove", "proves", "proved", "proven"),
     "kill, reap, crash report": ("make_way", "bury", "obituary"),
     "generation paused": ("standstill", "standstill_s"),
     "router client": ("RouterFront",),
@@ -29,7 +29,9 @@ INSTEAD_OF = {
     "text columns": ("_spoken",),
     "another process": ("bystander", "bystanders"),
 }
-WORDS = re.compile(rf"\b({'|'.join(word for words in INSTEAD_OF.values() for word in words)})\b", re.IGNORECASE)
+WORDS = re.compile(
+    rf"(?<![A-Za-z])({'|'.join(word for words in INSTEAD_OF.values() for word in words)})(?![A-Za-z])", re.IGNORECASE
+)
 
 
 def files() -> list[Path]:
