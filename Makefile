@@ -1,6 +1,6 @@
-# make env | quickstart | test | test-full | check      Needs Python 3.11 or 3.12, pip and make; no GPU.
+# make env | quickstart | test-quick | test | test-full | check      Needs Python 3.11 or 3.12, pip and make; no GPU.
 #
-# The environment is .venv, made anew when a file with pins changes. Another Python: make env PYTHON=/path/to/python3.12
+# The environment is .venv; it is updated when a file with pins changes. Another Python: make env PYTHON=/path/to/python3.12
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -15,16 +15,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help env quickstart test test-full check format clean
+.PHONY: help env quickstart test-quick test test-full test-torchrl-nightly check format clean
 
 help:
 	@echo "make quickstart  environment, then a language model trained with GRPO against a real SGLang server (no GPU)"
+	@echo "make test-quick  the tests to run while editing: no server, no Ray (about a minute on 2 cores)"
 	@echo "make test        environment, checks, tests (about 13 minutes on 2 cores)"
-	@echo "make test-full   make test, then TorchRL 0.13 and the slow tests (another 25)"
+	@echo "make test-full   make test, then TorchRL 0.13 and its nightly build (reported only) and the slow tests (another 25)"
 	@echo "make check       lint, format, types, architecture"
 	@echo "make docs        the documentation site, in site/index.html (under a minute)"
-	@echo "make tutorials   run the tutorials and render their pages anew (about seven minutes)"
-	@echo "make env         the environment alone (.venv, 2 GB)"
+	@echo "make tutorials   run the tutorials and render their pages again (about seven minutes)"
+	@echo "make env         only the environment (.venv, 2 GB)"
 
 env: $(VENV)/.ready
 
@@ -33,8 +34,8 @@ $(BIN)/python:
 	@echo "env 1/4  $(VENV) with $$("$(PYTHON)" --version)"
 	@"$(PYTHON)" -m venv $(VENV)
 
-# torch alone and with its dependencies: pip takes the CPU build where there is one, else the CUDA build, which works
-# too, but not without its libraries. Its version is the server pins'.
+# torch is installed first and with its dependencies: pip takes the CPU build where the index has one, else the CUDA
+# build, which works too but needs its libraries. Its version is the one in the server pins.
 $(VENV)/.torch: $(SERVER_PINS) | $(BIN)/python
 	@echo "env 2/4  $$(grep '^torch==' $(SERVER_PINS)) (minutes on a slow line)"
 	@$(PIP) install --constraint $(SERVER_PINS) torch
@@ -45,7 +46,7 @@ $(VENV)/.pins: requirements.txt $(SERVER_PINS) $(VENV)/.torch
 	@$(PIP) install --no-deps --no-compile --requirement requirements.txt --log $(VENV)/pip.log 2>&1 | awk '\
 		/^Collecting/ && ++n % 20 == 0 { print "         " n " found"; fflush() } \
 		/^Installing/ { print "         installing"; fflush() } \
-		/^ERROR|^error/ { print; print "         (the whole story is in $(VENV)/pip.log)" }'
+		/^ERROR|^error/ { print; print "         (details are in $(VENV)/pip.log)" }'
 	@touch $@
 
 $(VENV)/.ready: pyproject.toml $(VENV)/.pins
@@ -63,16 +64,21 @@ check: env
 	@echo "check 3/4  mypy --strict"; $(BIN)/mypy --no-error-summary
 	@echo "check 4/4  architecture";  $(BIN)/python -m pytest -q tests/test_architecture.py
 
-# The checks come first, so that pytest's summary is the last thing printed. Two files at a time: a server that starts
-# and a test that waits leave half of the machine free.
+# No server, no Ray and no process in tests/quick: what one runs while editing.
+QUICK := tests/test_architecture.py tests/quick torchrl_sglang
+test-quick: env
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(QUICK)
+
+# The checks come first, so that pytest's summary is printed last. Two files run at a time, because a server that
+# starts and a test that waits use only half of the machine.
 test: env
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check docs test-torchrl-0.12
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-full: test test-torchrl-0.13
+test-full: test test-torchrl-0.13 test-torchrl-nightly
 	@$(BIN)/python -m pytest -m slow
 
-# What speaks to TorchRL, with an older release of it laid over .venv's.
+# The tests that call TorchRL, with an older release of it first on the import path.
 test-torchrl-%: $(VENV)/torchrl-%/.ready
 	@echo "test  $$(paste -sd' ' tests/torchrl-$*.txt)"
 	@PYTHONPATH=$(VENV)/torchrl-$* $(BIN)/python -c 'import torchrl; assert torchrl.__version__.startswith("$*."), torchrl'
@@ -84,6 +90,15 @@ $(VENV)/torchrl-%/.ready: tests/torchrl-%.txt $(VENV)/.ready
 	@$(PIP) install --quiet --quiet --no-deps --target $(@D) --requirement $<
 	@touch $@
 
+# The same with TorchRL's nightly build: prints the result, never fails the build. Downloaded again each time.
+NIGHTLY := $(VENV)/torchrl-nightly
+test-torchrl-nightly: $(VENV)/.ready
+	@rm -rf $(NIGHTLY)
+	@if $(PIP) install --quiet --quiet --pre --no-deps --target $(NIGHTLY) torchrl-nightly tensordict-nightly; then \
+		echo "test  $$(cd $(NIGHTLY) && ls -d *_nightly-*.dist-info | sed 's/.dist-info//' | paste -sd' ') (reported, not required to pass)"; \
+		PYTHONPATH=$(NIGHTLY) $(BIN)/python -m pytest -q -m torchrl || echo "TorchRL's nightly build: see the failures above; the build goes on"; \
+	else echo "TorchRL's nightly build cannot be installed from this package index; its tests are left out"; fi
+
 .PHONY: docs tutorials
 
 $(VENV)/.docs: docs/requirements.txt $(VENV)/.ready
@@ -91,7 +106,7 @@ $(VENV)/.docs: docs/requirements.txt $(VENV)/.ready
 	@$(PIP) install --quiet --quiet --no-deps --requirement docs/requirements.txt
 	@touch $@
 
-# Anew each time (-E): what was built before would keep its warnings to itself.
+# Built from scratch (-E): pages that are already built would not repeat their warnings.
 docs: $(VENV)/.docs
 	@$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs site
 	@echo "the site is site/index.html"

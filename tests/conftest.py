@@ -1,34 +1,38 @@
-"""The suite's manual.
+"""How the test suite is laid out and how its tests share servers and models.
 
-Layout, in the order it runs::
+Folders, in the order they run::
 
-    tests/quick/       functions and small objects, no server: seconds
-    torchrl_sglang/   the examples in the package's docstrings
-    tests/contract/   what we believe of SGLang, asked of a real CPU server (and of the fake one, where it plays along)
-    tests/loop/       the whole: TorchRL collectors, losses and syncs against a real server; the README's code
-    tests/gpu/        needs CUDA; marked `gpu`, never part of `make test`
+    tests/quick/        functions and small objects; starts no process (its conftest.py refuses them), no server, no Ray
+    torchrl_sglang/     the examples in the package's docstrings
+    tests/fake_sglang/  the fake SGLang server that tests use, and the examples in its docstrings
+    tests/processes/    tests that start processes of their own; no SGLang needed, except one check of the environment
+    tests/contract/     what SGLang does, tested on a real CPU server and, where the fake one does it too, on that
+    tests/loop/         TorchRL collectors, losses and weight syncs against a real server; the README's code
+    tests/gpu/          needs CUDA; marked `gpu`, never part of `make test`
 
-``make test`` runs all but the tests marked ``slow`` or ``gpu``; ``pytest -k name`` or ``pytest tests/quick`` one part.
-Nothing needs a network. No test may wait for ever: each fails after four minutes (``timeout`` in pyproject.toml).
+``make test-quick`` runs the architecture checks and the first two. ``make test`` runs all but the tests marked ``slow``
+or ``gpu``; ``pytest -k name`` or ``pytest tests/quick`` runs one part. Nothing needs a network. Every test fails after
+four minutes (``timeout`` in pyproject.toml).
 
-Servers. A start costs about 20 seconds and 1.4 GB, so the run shares them:
+Servers. A start costs about 20 seconds and 1.4 GB, so tests share them:
 
-* ``server``: ONE real SGLang server on ``tiny_llama`` for the whole run. Read-only for its users: generate, score, ask.
-* ``pristine_server``: the same server, for tests that change weights, pause it, or break it. Whatever they did is
-  undone afterwards: session closed, generation continued, weights read again from disk; a server that no longer
-  answers is restarted at its address.
+* ``server``: ONE real SGLang server on ``tiny_llama`` for the whole run. Tests may only generate, score and query.
+* ``pristine_server``: the same server, for tests that change weights, pause it, or break it. The fixture undoes that
+  afterwards: it closes the session, continues generation and reloads the weights from disk; it restarts a server that
+  no longer answers, at the same address.
 * ``pool``, ``engine``: a fresh ``SGLangPool`` / ``AsyncSGLang`` connected to ``server``.
-* ``special_server(tp_size=2, ...)``: a server with other settings, started when first asked for, shared by all who ask
-  for the same, at most two alive at a time.
-* ``launch_server(...)``: one that nobody else sees, gone after the test: for tests that kill it.
+* ``special_server(tp_size=2, ...)``: a server with other settings, started on first use, shared by all tests that
+  request the same settings, at most two alive at a time.
+* ``launch_server(...)``: a server for one test, terminated after it: for tests that kill it.
 
 Without SGLang installed the tests that need it are skipped, except in CI (``CI=true``), where they fail.
 
-Models. ``tiny_llama`` and ``tiny_llama_b`` (same shapes, other weights); ``make_model(arch=..., ...)`` for any other.
-No folder has an architecture's name in it: TorchRL picks chat templates by words in the path. For the same reason
-``tmp_path`` is a bad place for a tokenizer, since it carries the test's name.
+Models. ``tiny_llama`` and ``tiny_llama_b`` (same shapes, other weights); ``make_model(arch=..., ...)`` for any other;
+``model`` and ``tokenizer``: ``tiny_llama``, loaded.
+No folder name contains an architecture: TorchRL picks chat templates by words in the path. For the same reason a test
+must not put a tokenizer into ``tmp_path``, which contains the test's name.
 
-When the run ends, no server process may be left; if one is, the run fails and says which.
+When the run ends, no server process may be left; if one is, the run fails and names it.
 """
 
 from __future__ import annotations
@@ -49,16 +53,18 @@ from typing import Any
 
 # Before transformers is imported. Servers inherit it too.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
-# Marks every process that comes from this run, so that the leak check finds those whose parents are gone.
+# Marks every process of this run, so that the leak check finds those whose parents have ended.
 RUN_MARK = f"TORCHRL_SGLANG_TEST_RUN={uuid.uuid4().hex}"
 os.environ.update([RUN_MARK.split("=")])
-# A shell's background jobs ignore Ctrl-C, and so would the programs that tests start and interrupt.
+# A shell's background jobs ignore Ctrl-C, and programs that tests start and interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import psutil  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from tensordict import set_list_to_stack  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from torchrl_sglang.client import SGLangClient  # noqa: E402
 from torchrl_sglang.config import ClientConfig, ServerConfig  # noqa: E402
@@ -72,12 +78,12 @@ from torchrl_sglang.testing import make_tiny_model  # noqa: E402
 
 set_list_to_stack(True).set()
 
-START_VERSION = "default"  # what SGLang calls the weights it was started with
+START_VERSION = "default"  # SGLang's version name for the weights it was started with
 OLD_SGLANG = "0.5.20"
 SPECIAL_SERVERS_ALIVE = 2
 ORDER = (
-    *("tests/test_architecture.py", "tests/quick", "torchrl_sglang", "tests/contract"),
-    *("tests/loop", "tests/test_readme.py", "tests/gpu"),
+    *("tests/test_architecture.py", "tests/quick", "torchrl_sglang", "tests/fake_sglang", "tests/processes"),
+    *("tests/contract", "tests/loop", "tests/test_readme.py", "tests/gpu"),
 )
 
 
@@ -86,7 +92,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         path = item.path.relative_to(config.rootpath).as_posix()
         return next((i for i, folder in enumerate(ORDER) if path.startswith(folder)), len(ORDER))
 
-    items.sort(key=rank)  # stable: within a folder the order stays
+    items.sort(key=rank)  # stable: keeps the order within a folder
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -94,7 +100,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``make_model(arch=..., seed=..., ...)``: a tiny model, each one made once a run."""
+    """``make_model(arch=..., seed=..., ...)``: the folder of a tiny model; each one is written once per run."""
     folder = tmp_path_factory.mktemp("models")
     made: dict[str, Path] = {}
 
@@ -117,11 +123,22 @@ def tiny_llama_b(make_model: Callable[..., Path]) -> Path:
     return make_model(arch="llama", seed=7)
 
 
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> Any:
+    """``tiny_llama`` as a Hugging Face model in float32; a new copy for each file."""
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
 @pytest.fixture
 def logs_go_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logs of servers that failed are kept; here in the test's own folder."""
+    """Puts the logs of failed servers, which are kept, into the test's own folder."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)  # read TMPDIR anew
+    monkeypatch.setattr(tempfile, "tempdir", None)  # read TMPDIR again
 
 
 # ------------------------------------------------------------------------------------------------------------ servers
@@ -129,14 +146,14 @@ def logs_go_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture(scope="session")
 def server(needs_sglang: None, tiny_llama: Path) -> Iterator[SGLangServer]:
-    """The run's shared server. Don't change what it is: that is what ``pristine_server`` is for."""
+    """The run's shared server. Tests must not change it; those that do use ``pristine_server``."""
     with started(SGLangServer(ServerConfig(model=str(tiny_llama), device="cpu", stop_timeout_s=0))) as shared:
         yield shared
 
 
 @pytest.fixture
 def pristine_server(server: SGLangServer, tiny_llama: Path) -> Iterator[SGLangServer]:
-    """The shared server for a test that changes it; brought back before the next test."""
+    """The shared server for a test that changes it; restored afterwards."""
     restore(server, tiny_llama)
     yield server
     restore(server, tiny_llama)
@@ -161,7 +178,7 @@ def engine(server: SGLangServer) -> Iterator[AsyncSGLang]:
 
 @pytest.fixture(scope="session")
 def special_server(needs_sglang: None, tiny_llama: Path) -> Iterator[Callable[..., SGLangServer]]:
-    """``special_server(**fields of ServerConfig)``: shared by everybody who asks for the same fields."""
+    """``special_server(**fields of ServerConfig)``: shared by all tests that pass the same fields."""
     alive: OrderedDict[str, SGLangServer] = OrderedDict()
 
     def get(**fields: Any) -> SGLangServer:
@@ -183,7 +200,7 @@ def special_server(needs_sglang: None, tiny_llama: Path) -> Iterator[Callable[..
 
 @pytest.fixture
 def launch_server(needs_sglang: None, tiny_llama: Path) -> Iterator[Callable[..., SGLangServer]]:
-    """``launch_server(**fields of ServerConfig)``: a server of the test's own."""
+    """``launch_server(**fields of ServerConfig)``: a server for this test alone."""
     launched: list[SGLangServer] = []
 
     def launch(**fields: Any) -> SGLangServer:
@@ -198,21 +215,21 @@ def launch_server(needs_sglang: None, tiny_llama: Path) -> Iterator[Callable[...
 
 @pytest.fixture(scope="session")
 def old_sglang_env() -> dict[str, str]:
-    """``launch_server(env=old_sglang_env)`` runs SGLang 0.5.20, which knows no weight-update session.
+    """``launch_server(env=old_sglang_env)`` runs SGLang 0.5.20, which has no weight-update session.
 
-    It runs in the same environment, its own package first on the server process's import path. It is fetched once
-    (60 MB, the only test that may need a network); where that can't be done, the test is skipped, and fails in CI.
+    It runs in the same environment, with its own package first on the server process's import path. The package is
+    downloaded once (60 MB; no other test needs a network). If that fails, the test is skipped; in CI it fails.
     """
     folder = Path(sys.prefix) / f"sglang-{OLD_SGLANG}"
     if not folder.exists():
-        fresh = Path(tempfile.mkdtemp(dir=sys.prefix))
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(fresh)]
-        fetched = subprocess.run([*install, f"sglang=={OLD_SGLANG}"], capture_output=True, text=True, timeout=200)
-        if fetched.returncode != 0:
-            shutil.rmtree(fresh)
-            complaint = f"sglang {OLD_SGLANG} can't be fetched: {fetched.stderr[-300:]}"
+        target = Path(tempfile.mkdtemp(dir=sys.prefix))
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
+        download = subprocess.run([*install, f"sglang=={OLD_SGLANG}"], capture_output=True, text=True, timeout=200)
+        if download.returncode != 0:
+            shutil.rmtree(target)
+            complaint = f"sglang {OLD_SGLANG} can't be downloaded: {download.stderr[-300:]}"
             pytest.fail(complaint) if os.environ.get("CI") else pytest.skip(complaint)
-        fresh.rename(folder)
+        target.rename(folder)
     return {"PYTHONPATH": f"{folder}:{STAND_INS_PATH}"}
 
 
@@ -226,7 +243,7 @@ def needs_sglang() -> None:
 
 
 def restore(server: SGLangServer, model: Path) -> None:
-    """Bring a server back to ``model``'s weights, unpaused, with no session open; restart it if it doesn't answer."""
+    """Restore a server to ``model``'s weights, unpaused, with no session open; restart it if it doesn't answer."""
     client = SGLangClient(server.url, ClientConfig(control_timeout_s=20, update_timeout_s=20))
     try:
         for undo in (build_end_update(), build_continue()):
@@ -252,7 +269,7 @@ def no_server_is_left() -> Iterator[None]:
 
 
 # Processes of the fixtures' servers, as (pid, start time). SGLang's workers overwrite their environment with a title,
-# so that an orphaned one carries no mark any more.
+# so an orphaned worker no longer has the mark.
 SEEN: set[tuple[int, float]] = set()
 
 
@@ -264,22 +281,22 @@ def started(server: SGLangServer) -> SGLangServer:
 
 
 def leftover_servers() -> list[psutil.Process]:
-    ours = {child.pid for child in psutil.Process().children(recursive=True)}
+    children = {child.pid for child in psutil.Process().children(recursive=True)}
     left = []
     for process in psutil.process_iter(["pid", "cmdline", "status", "create_time"]):
         words = process.info["cmdline"] or [""]
-        # Without the interpreter's path: the folder of a clone has the name, too.
+        # Without the interpreter's path: the repository's folder may contain the name, too.
         command = " ".join(words[Path(words[0]).is_absolute() :])
         if "sglang" not in command or "pytest" in command or process.info["status"] == psutil.STATUS_ZOMBIE:
             continue
         seen = (process.pid, process.info["create_time"]) in SEEN
-        if seen or process.pid in ours or carries_mark(process.pid):
+        if seen or process.pid in children or has_run_mark(process.pid):
             left.append(process)
     return left
 
 
-def carries_mark(pid: int) -> bool:
+def has_run_mark(pid: int) -> bool:
     try:
         return RUN_MARK.encode() in Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:  # it ended meanwhile, or is somebody else's
+    except OSError:  # it has ended, or belongs to another user
         return False

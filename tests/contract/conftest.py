@@ -1,4 +1,4 @@
-"""The servers the contract is asked of: a fake one per test, and the run's real one."""
+"""The servers under test: a fake one per test, and the real one that the run shares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.fake_sglang import FakeServer, FakeServerProcess, FakeSettings
 
 @pytest.fixture(params=["fake", "real"])
 def subject(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Subject]:
-    """A server as if just started. What a test does to the real one is undone after it."""
+    """A server in its initial state. Changes to the real one are undone after the test."""
     if request.param == "fake":
         with FakeServer(FakeSettings(model_path=tiny_llama)) as fake:
             yield Subject(fake.url, "fake", tiny_llama)
@@ -23,8 +23,8 @@ def subject(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Subjec
 
 
 @pytest.fixture(params=["fake", "real"])
-def mortal_subject(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Callable[..., Subject]]:
-    """``mortal_subject(api_key=..., admin_api_key=...)``: a server in processes of its own, for tests that end it."""
+def start_subject(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Callable[..., Subject]]:
+    """``start_subject(api_key=..., admin_api_key=...)``: a server for one test, which may end it."""
     fakes: list[FakeServerProcess] = []
 
     def start(**settings: Any) -> Subject:

@@ -1,4 +1,4 @@
-"""What ``/generate`` promises, asked of the fake and of the real server."""
+"""The contract of ``/generate``, on the fake and on the real server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ META = {
 }  # fmt: skip
 
 
-def test_a_reply_holds_text_ids_and_the_facts_we_read(subject: Subject) -> None:
+def test_a_reply_holds_text_ids_and_the_metadata_that_the_client_reads(subject: Subject) -> None:
     reply = subject.generate(tokens=4)
 
     assert set(reply) == {"text", "output_ids", "meta_info"}
@@ -32,11 +32,11 @@ def test_a_reply_holds_text_ids_and_the_facts_we_read(subject: Subject) -> None:
     assert "output_token_logprobs" not in meta
 
 
-def test_greedy_generation_says_the_same_thing_twice(subject: Subject) -> None:
+def test_greedy_generation_is_repeatable(subject: Subject) -> None:
     assert subject.generate(tokens=8)["output_ids"] == subject.generate(tokens=8)["output_ids"]
 
 
-def test_one_list_of_ids_gets_an_object_and_a_list_of_lists_gets_a_list_in_order(subject: Subject) -> None:
+def test_one_prompt_returns_an_object_and_a_list_of_prompts_returns_a_list_in_order(subject: Subject) -> None:
     alone = [subject.generate(prompt)["output_ids"] for prompt in (PROMPT, [1, 5])]
 
     assert isinstance(subject.generate(PROMPT), dict)
@@ -44,26 +44,26 @@ def test_one_list_of_ids_gets_an_object_and_a_list_of_lists_gets_a_list_in_order
     assert len(subject.generate([PROMPT])) == 1
 
 
-def test_n_gives_a_flat_list_prompt_after_prompt_with_ids_of_the_servers_own(subject: Subject) -> None:
+def test_n_returns_a_flat_prompt_major_list_with_request_ids_made_by_the_server(subject: Subject) -> None:
     replies = subject.generate([PROMPT, [1, 5]], sampling={"n": 2}, rid=["a", "b"])
 
     assert [r["meta_info"]["prompt_tokens"] for r in replies] == [6, 6, 2, 2]
     assert len({r["meta_info"]["id"] for r in replies} - {"a", "b"}) == 4
 
 
-def test_request_ids_come_back(subject: Subject) -> None:
+def test_request_ids_are_returned(subject: Subject) -> None:
     assert subject.generate(PROMPT, rid="mine")["meta_info"]["id"] == "mine"
     assert [r["meta_info"]["id"] for r in subject.generate([PROMPT, [1, 5]], rid=["x", "y"])] == ["x", "y"]
 
 
-def test_sampling_parameters_may_differ_from_prompt_to_prompt(subject: Subject) -> None:
+def test_each_prompt_may_have_its_own_sampling_parameters(subject: Subject) -> None:
     params = [{"max_new_tokens": n, "temperature": 0, "ignore_eos": True} for n in (1, 3)]
     replies = subject.post("/generate", input_ids=[PROMPT, [1, 5]], sampling_params=params).json()
 
     assert [len(r["output_ids"]) for r in replies] == [1, 3]
 
 
-def test_output_logprobs_carry_the_token_and_are_probabilities(subject: Subject) -> None:
+def test_output_logprobs_name_their_token_and_are_negative(subject: Subject) -> None:
     reply = subject.generate(tokens=3, return_logprob=True)
     meta = reply["meta_info"]
 
@@ -72,7 +72,7 @@ def test_output_logprobs_carry_the_token_and_are_probabilities(subject: Subject)
     assert meta["input_token_logprobs"] == []
 
 
-def test_prompt_logprobs_come_for_every_token_and_the_first_is_null(subject: Subject) -> None:
+def test_there_is_a_prompt_logprob_for_each_token_and_the_first_is_null(subject: Subject) -> None:
     entries = subject.generate(tokens=2, return_logprob=True, logprob_start_len=0)["meta_info"]["input_token_logprobs"]
 
     assert [entry[1] for entry in entries] == PROMPT
@@ -80,7 +80,7 @@ def test_prompt_logprobs_come_for_every_token_and_the_first_is_null(subject: Sub
     assert all(entry[0] < 0 for entry in entries[1:])
 
 
-def test_scoring_makes_no_token(subject: Subject) -> None:
+def test_scoring_generates_no_token(subject: Subject) -> None:
     reply = subject.generate(tokens=0, return_logprob=True, logprob_start_len=0)
 
     assert (reply["text"], reply["output_ids"]) == ("", [])
@@ -90,13 +90,13 @@ def test_scoring_makes_no_token(subject: Subject) -> None:
     assert len(reply["meta_info"]["input_token_logprobs"]) == len(PROMPT)
 
 
-def test_scores_of_a_response_are_the_logprobs_it_was_made_with(subject: Subject) -> None:
+def test_scores_of_a_response_equal_the_logprobs_of_its_generation(subject: Subject) -> None:
     reply = subject.generate(tokens=5, return_logprob=True)
-    made_with = [entry[0] for entry in reply["meta_info"]["output_token_logprobs"]]
+    generated = [entry[0] for entry in reply["meta_info"]["output_token_logprobs"]]
 
     scored = subject.logprobs(PROMPT + reply["output_ids"])[len(PROMPT) - 1 :]
 
-    assert scored == pytest.approx(made_with, abs=1e-4)
+    assert scored == pytest.approx(generated, abs=1e-4)
 
 
 def test_a_matched_stop_token_is_in_the_ids_and_has_a_logprob_but_is_not_in_the_text(subject: Subject) -> None:
@@ -139,7 +139,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("body", "words"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
-def test_what_cannot_be_honoured_is_refused(subject: Subject, body: dict[str, Any], words: str) -> None:
+def test_an_invalid_request_is_refused(subject: Subject, body: dict[str, Any], words: str) -> None:
     reply = subject.post("/generate", **{"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1}} | body)
 
     assert reply.status_code == 400
@@ -147,11 +147,11 @@ def test_what_cannot_be_honoured_is_refused(subject: Subject, body: dict[str, An
     assert words in (error if isinstance(error, str) else error["message"])
 
 
-def test_an_unknown_field_beside_the_sampling_parameters_is_silently_ignored(subject: Subject) -> None:
+def test_an_unknown_field_outside_the_sampling_parameters_is_ignored(subject: Subject) -> None:
     assert subject.generate(no_such_field=1)["output_ids"] == subject.generate()["output_ids"]
 
 
-def test_a_body_that_is_no_json_is_refused(subject: Subject) -> None:
+def test_a_body_that_is_not_json_is_refused(subject: Subject) -> None:
     headers = {"content-type": "application/json"}
     reply = requests.post(subject.url + "/generate", data="{", headers=headers, timeout=10)
 
@@ -173,7 +173,7 @@ def events_of(subject: Subject, input_ids: Any) -> list[Any]:
     return [json.loads(line) for line in lines]
 
 
-def test_a_stream_repeats_everything_so_far_and_ends_like_the_whole_reply(subject: Subject) -> None:
+def test_each_event_of_a_stream_holds_all_tokens_so_far_and_the_last_equals_the_whole_reply(subject: Subject) -> None:
     whole = subject.generate(tokens=4)
     events = events_of(subject, PROMPT)
 
@@ -188,7 +188,7 @@ def test_a_stream_repeats_everything_so_far_and_ends_like_the_whole_reply(subjec
     assert events[-1]["meta_info"]["weight_versions"] == [{"version": "default", "start": 0, "end": 4}]
 
 
-def test_events_of_a_streamed_batch_say_which_prompt_they_belong_to(subject: Subject) -> None:
+def test_events_of_a_streamed_batch_have_the_index_of_their_prompt(subject: Subject) -> None:
     whole = subject.generate([PROMPT, [1, 5]], tokens=4)
     last = {event["index"]: event for event in events_of(subject, [PROMPT, [1, 5]])}
 

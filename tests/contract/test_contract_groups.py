@@ -1,4 +1,4 @@
-"""What process groups do when they form, wait and break; asked of the fake and the real server."""
+"""Forming, using and losing a weight-update group, on the fake and on the real server."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 
 from tests.contract.kit import (
     NORM,
-    PATIENCE_S,
     PROMPT,
+    TIMEOUT_S,
     Background,
     Subject,
     Trainer,
+    announce_until_stuck,
     hosted_store,
     join_body,
     refused,
@@ -48,10 +49,10 @@ def test_a_group_name_in_use_is_refused_once_the_store_answers(subject: Subject)
     again.leave()
 
 
-def test_a_store_that_nobody_hosts_yet_blocks_the_server_until_somebody_does(subject: Subject) -> None:
+def test_a_store_that_is_not_hosted_yet_blocks_the_server_until_it_is(subject: Subject) -> None:
     store = hosted_store(2)
     body = join_body(store, f"group-{uuid.uuid4().hex[:8]}")
-    del store  # nobody listens at its port any more
+    del store  # closes its port
     joining = Background(lambda: subject.post("/init_weights_update_group", **body))
     while not subject_is_stuck(subject):
         assert not joining.is_done()
@@ -62,7 +63,7 @@ def test_a_store_that_nobody_hosts_yet_blocks_the_server_until_somebody_does(sub
 
 
 @pytest.mark.parametrize("field", ["master_address", "master_port", "rank_offset", "world_size"])
-def test_forming_a_group_needs_to_know_where(subject: Subject, field: str) -> None:
+def test_forming_a_group_requires_the_address_and_the_ranks(subject: Subject, field: str) -> None:
     body = join_body(hosted_store(2), "incomplete")
     del body[field]
     reply = subject.post("/init_weights_update_group", **body)
@@ -71,13 +72,11 @@ def test_forming_a_group_needs_to_know_where(subject: Subject, field: str) -> No
     assert field in reply.json()["message"]
 
 
-def test_while_it_waits_for_a_broadcast_only_the_front_answers_and_the_rest_queues_up(subject: Subject) -> None:
+def test_during_a_broadcast_the_http_frontend_answers_and_scheduler_calls_queue_up(subject: Subject) -> None:
     trainer = Trainer(subject)
     assert subject.post("/begin_weight_update").status_code == 200
     new = {NORM: torch.full((64,), 2.0)}
-    announced = trainer.announce(new)
-    while not subject_is_stuck(subject):
-        assert not announced.is_done()
+    announced = announce_until_stuck(trainer, new)
 
     assert [subject.get(path).status_code for path in ("/health", "/ready", "/model_info", "/v1/loads")] == [200] * 4
     assert subject.post("/abort_request", abort_all=True).status_code == 200
@@ -101,24 +100,22 @@ def test_a_call_whose_client_gave_up_still_happens(subject: Subject) -> None:
     trainer = Trainer(subject)
     assert subject.post("/begin_weight_update").status_code == 200
     new = {NORM: torch.full((64,), 2.0)}
-    announced = trainer.announce(new)
-    while not subject_is_stuck(subject):
-        assert not announced.is_done()
+    announced = announce_until_stuck(trainer, new)
     with pytest.raises(requests.Timeout):
         subject.post("/update_weight_version", new_version="late", abort_all_requests=False, timeout_s=0.5)
     trainer.broadcast(new)
     announced.result()
 
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while subject.version() != "late":
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "the abandoned call has not run"
     assert subject.post("/end_weight_update").status_code == 200
     trainer.leave()
 
 
 @pytest.mark.parametrize("when", ["joined", "announced"])
-def test_when_the_trainer_dies_the_server_says_so_and_the_session_stays_open(subject: Subject, when: str) -> None:
-    group = f"doomed-{uuid.uuid4().hex[:8]}"
+def test_when_the_trainer_dies_the_update_is_refused_and_the_session_stays_open(subject: Subject, when: str) -> None:
+    group = f"dying-{uuid.uuid4().hex[:8]}"
     checksums = subject.checksums()
     assert subject.post("/begin_weight_update").status_code == 200
     trainer_that_dies(subject, group, when)

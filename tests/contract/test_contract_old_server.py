@@ -1,6 +1,6 @@
-"""SGLang before 0.5.21, which knows no weight-update session; asked of the fake and of a real 0.5.20.
+"""SGLang before 0.5.21, which has no weight-update session: the fake server and a real 0.5.20.
 
-What our own weight sync does on such a server is in tests/loop/test_old_server.py.
+tests/loop/test_old_server.py tests the package's weight sync on such a server.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]  # a start takes minut
 
 VERSION = "0.5.20"
 UPDATED = {"success": True, "message": "Succeeded to update parameter online."}
-PARTLY = "The full weights of the ModelRunner are partially updated. Please discard the whole weights."
+PARTIALLY_UPDATED = "The full weights of the ModelRunner are partially updated. Please discard the whole weights."
 
 
 @pytest.fixture(params=["fake", "real"])
 def start_old(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Callable[[], Subject]]:
-    """``start_old()``: a 0.5.20 server of the test's own."""
+    """``start_old()``: a 0.5.20 server for one test."""
     fakes: list[FakeServerProcess] = []
 
     def start() -> Subject:
@@ -39,18 +39,18 @@ def start_old(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Call
         fake.kill()
 
 
-def test_the_old_dialect(start_old: Callable[[], Subject], tiny_llama_b: Path) -> None:
-    """One server for all that leaves it alive: a start is what costs."""
+def test_the_contract_before_0_5_21(start_old: Callable[[], Subject], tiny_llama_b: Path) -> None:
+    """All checks that do not end the server in one test, because a server takes long to start."""
     subject = start_old()
     assert subject.get("/server_info").json()["version"] == VERSION
 
-    # No session; two endpoints for the load.
+    # No session; two endpoints report the load.
     assert [subject.post(path).status_code for path in ("/begin_weight_update", "/end_weight_update")] == [404, 404]
     assert subject.get("/get_load").json()[0].keys() >= {"dp_rank", "num_reqs", "num_waiting_reqs", "num_tokens"}
     assert subject.get("/v1/loads").json()["loads"][0]["num_running_reqs"] == 0
     assert subject.get("/ready").status_code == 200
 
-    # Updates without a session, spans by version.
+    # Updates need no session; replies have spans by version.
     before = subject.generate(tokens=8)["output_ids"]
     trainer = Trainer(subject)
     for flattened in (True, False):
@@ -60,23 +60,23 @@ def test_the_old_dialect(start_old: Callable[[], Subject], tiny_llama_b: Path) -
     assert after["output_ids"] != before
     assert after["meta_info"]["weight_versions"] == [{"version": "bFalse", "start": 0, "end": 8}]
 
-    # A bucket is taken apart only after it has come: no check protects the trainer before the broadcast.
+    # A bucket is checked only after it was received, so the trainer must broadcast it.
     bad = {"a": torch.ones(3, dtype=torch.bfloat16), NORM: torch.ones(64)}
     announced = trainer.announce(bad)
     assert not announced.is_done(1)
     trainer.broadcast(bad)
     message = announced.result().json()["message"]
     assert message.startswith("Failed to update parameter online: self.storage_offset() must be divisible by 4")
-    assert message.endswith(PARTLY)
-    assert trainer.update({NORM: torch.ones(3)}).json()["message"].endswith(PARTLY)
+    assert message.endswith(PARTIALLY_UPDATED)
+    assert trainer.update({NORM: torch.ones(3)}).json()["message"].endswith(PARTIALLY_UPDATED)
     assert trainer.update({NORM: torch.ones(64)}).json() == UPDATED
     trainer.leave()
 
-    # A sampling parameter it does not know.
+    # An unknown sampling parameter.
     reply = subject.post("/generate", input_ids=PROMPT, sampling_params={"tempratur": 1})
     assert (reply.status_code, reply.text) == (500, "Internal Server Error")
 
-    # A retracted request forbids a flush, unlike later.
+    # A retracted request prevents a flush, unlike from 0.5.21 on.
     request = LongRequest(subject).running()
     subject.post("/pause_generation", mode="retract")
     flush = subject.post("/flush_cache")
@@ -87,7 +87,7 @@ def test_the_old_dialect(start_old: Callable[[], Subject], tiny_llama_b: Path) -
     request.stop()
     assert [span["version"] for span in request.end()["meta_info"]["weight_versions"]] == ["bFalse", "c"]
 
-    # An abort pause lets one flush.
+    # During an abort pause a flush is allowed.
     subject.post("/pause_generation", mode="abort")
     assert subject.post("/flush_cache").status_code == 200
     assert subject.get("/ready").status_code == 503
@@ -105,7 +105,7 @@ def test_a_refused_flush_after_an_update_ends_the_server(start_old: Callable[[],
         trainer.update({NORM: torch.ones(64)}, flush_cache=True)
 
 
-def test_an_update_over_a_group_it_does_not_have_ends_the_server(start_old: Callable[[], Subject]) -> None:
+def test_an_update_over_an_unknown_group_ends_the_server(start_old: Callable[[], Subject]) -> None:
     subject = start_old()
     with pytest.raises(requests.ConnectionError):
         subject.post("/update_weights_from_distributed", names=[], dtypes=[], shapes=[], group_name="nobody")

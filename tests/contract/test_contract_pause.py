@@ -1,4 +1,4 @@
-"""What pausing, aborting, flushing and naming weights do to requests; asked of the fake and the real server."""
+"""Effects of pause, abort, flush and version changes on requests, on the fake and on the real server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODES = ["abort", "retract", "in_place"]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_paused_server_lets_requests_wait_and_answers_them_later(subject: Subject, mode: str) -> None:
+def test_requests_to_a_paused_server_wait_until_it_continues(subject: Subject, mode: str) -> None:
     assert subject.get("/ready").status_code == 200
     pause = subject.post("/pause_generation", mode=mode)
     assert (pause.status_code, pause.json()) == (200, PAUSED)
@@ -22,16 +22,16 @@ def test_a_paused_server_lets_requests_wait_and_answers_them_later(subject: Subj
     waiting = Background(subject.generate)
     assert not waiting.is_done(0.5)
     assert subject.get("/ready").status_code == 503
-    assert subject.get("/health").status_code == 200, "health without generation says only that the process lives"
+    assert subject.get("/health").status_code == 200, "health without generation only shows that the process runs"
     assert subject.get("/server_info").status_code == 200
 
-    carried_on = subject.post("/continue_generation")
-    assert (carried_on.status_code, carried_on.json()) == (200, CONTINUED)
+    continued = subject.post("/continue_generation")
+    assert (continued.status_code, continued.json()) == (200, CONTINUED)
     assert len(waiting.result()["output_ids"]) == 4
     assert subject.get("/ready").status_code == 200
 
 
-def test_pausing_twice_and_continuing_without_a_pause_are_fine(subject: Subject) -> None:
+def test_pausing_twice_and_continuing_without_a_pause_are_allowed(subject: Subject) -> None:
     assert subject.post("/continue_generation").status_code == 200
     assert [subject.post("/pause_generation", mode=mode).status_code for mode in ("abort", "abort", "retract")] == [
         200
@@ -48,7 +48,7 @@ def test_an_unknown_pause_mode_is_refused_and_pauses_nothing(subject: Subject) -
     assert subject.get("/ready").status_code == 200
 
 
-def test_abort_ends_running_requests_with_what_they_have(subject: Subject) -> None:
+def test_abort_ends_running_requests_and_returns_their_tokens_so_far(subject: Subject) -> None:
     request = LongRequest(subject).running()
     subject.post("/pause_generation", mode="abort")
 
@@ -60,14 +60,14 @@ def test_abort_ends_running_requests_with_what_they_have(subject: Subject) -> No
     assert end["meta_info"]["weight_versions"] == [{"version": "default", "start": 0, "end": tokens}]
 
 
-def test_retract_lets_running_requests_go_on_later_and_permits_a_flush_meanwhile(subject: Subject) -> None:
+def test_retracted_requests_continue_later_and_allow_a_flush_meanwhile(subject: Subject) -> None:
     request = LongRequest(subject, tokens=600).running()
     subject.post("/pause_generation", mode="retract")
     assert not request.is_done(0.5)
     assert subject.post("/flush_cache").status_code == 200
-    stood_at = request.tokens
+    paused_at = request.tokens
     assert not request.is_done(0.3)
-    assert request.tokens == stood_at
+    assert request.tokens == paused_at
     subject.post("/continue_generation")
 
     end = request.end()
@@ -75,7 +75,7 @@ def test_retract_lets_running_requests_go_on_later_and_permits_a_flush_meanwhile
     assert end["meta_info"]["num_retractions"] == 1
 
 
-def test_in_place_freezes_running_requests_and_forbids_a_flush(subject: Subject) -> None:
+def test_requests_paused_in_place_continue_later_and_prevent_a_flush(subject: Subject) -> None:
     request = LongRequest(subject).running()
     subject.post("/pause_generation", mode="in_place")
 
@@ -86,7 +86,7 @@ def test_in_place_freezes_running_requests_and_forbids_a_flush(subject: Subject)
     request.stop()
 
 
-def test_a_retracted_request_can_be_aborted_and_keeps_its_tokens(subject: Subject) -> None:
+def test_an_aborted_retracted_request_returns_its_tokens(subject: Subject) -> None:
     request = LongRequest(subject).running()
     subject.post("/pause_generation", mode="retract")
     abort = subject.post("/abort_request", rid=request.rid)
@@ -100,7 +100,7 @@ def test_a_retracted_request_can_be_aborted_and_keeps_its_tokens(subject: Subjec
     assert end["meta_info"]["weight_versions"] == [{"version": "default", "start": 0, "end": tokens}]
 
 
-def test_a_request_frozen_in_place_is_aborted_only_when_generation_goes_on(subject: Subject) -> None:
+def test_a_request_paused_in_place_is_aborted_when_generation_continues(subject: Subject) -> None:
     request = LongRequest(subject).running()
     subject.post("/pause_generation", mode="in_place")
     subject.post("/abort_request", rid=request.rid)
@@ -112,16 +112,16 @@ def test_a_request_frozen_in_place_is_aborted_only_when_generation_goes_on(subje
 
 def test_a_request_that_waits_for_the_end_of_a_pause_cannot_be_aborted(subject: Subject) -> None:
     subject.post("/pause_generation", mode="retract")
-    waiting = Background(lambda: subject.generate(rid="patient"))
+    waiting = Background(lambda: subject.generate(rid="waiting"))
     assert not waiting.is_done(0.3)
-    assert subject.post("/abort_request", rid="patient").status_code == 200
+    assert subject.post("/abort_request", rid="waiting").status_code == 200
     assert subject.post("/abort_request", abort_all=True).status_code == 200
     subject.post("/continue_generation")
 
     assert waiting.result()["meta_info"]["finish_reason"]["type"] == "length"
 
 
-def test_abort_finds_whole_request_ids_only_and_never_complains(subject: Subject) -> None:
+def test_abort_matches_whole_request_ids_and_always_returns_200(subject: Subject) -> None:
     request = LongRequest(subject, rid="long-name").running()
     assert [subject.post("/abort_request", **body).status_code for body in ({}, {"rid": "long"}, {"rid": "x"})] == [
         200
@@ -151,9 +151,9 @@ def test_a_flush_is_refused_while_requests_run_and_can_wait_for_them(subject: Su
     assert (refused.status_code, refused.text) == (400, "Flush cache failed.\n")
     late = subject.post("/flush_cache?timeout=0.3")
     assert (late.status_code, late.text) == (400, "Timed out waiting for idle state.")
-    patient = Background(lambda: subject.post("/flush_cache?timeout=30"))
+    flush = Background(lambda: subject.post("/flush_cache?timeout=30"))
     request.stop()
-    assert patient.result().status_code == 200
+    assert flush.result().status_code == 200
 
 
 def test_a_new_weight_version_splits_the_tokens_of_a_paused_request(subject: Subject) -> None:
@@ -172,14 +172,14 @@ def test_a_new_weight_version_splits_the_tokens_of_a_paused_request(subject: Sub
     assert meta["weight_version"] == "7"
 
 
-def test_naming_the_weights_ends_running_requests_unless_told_not_to(subject: Subject) -> None:
+def test_setting_a_weight_version_aborts_running_requests_by_default(subject: Subject) -> None:
     request = LongRequest(subject).running()
     subject.post("/update_weight_version", new_version="8")
 
     assert request.end()["meta_info"]["finish_reason"] == ABORTED
 
 
-def test_the_live_version_is_in_model_info_and_the_first_one_stays_in_server_info(subject: Subject) -> None:
+def test_model_info_has_the_current_version_and_server_info_the_initial_one(subject: Subject) -> None:
     subject.post("/update_weight_version", new_version="9", abort_all_requests=False)
 
     assert subject.version() == "9"
@@ -190,13 +190,13 @@ def test_the_live_version_is_in_model_info_and_the_first_one_stays_in_server_inf
 @pytest.mark.parametrize(
     "path", ["/pause_generation", "/continue_generation", "/begin_weight_update", "/end_weight_update"]
 )
-def test_control_calls_want_a_json_body_even_an_empty_one(subject: Subject, path: str) -> None:
+def test_control_calls_require_a_json_body_and_an_empty_one_is_enough(subject: Subject, path: str) -> None:
     reply = requests.post(subject.url + path, timeout=10)
     assert reply.status_code == 400
     assert "Field required" in reply.json()["message"]
     assert subject.get(path).status_code == 405
 
 
-def test_a_path_it_does_not_know_is_404(subject: Subject) -> None:
+def test_an_unknown_path_is_404(subject: Subject) -> None:
     reply = subject.post("/get_load")
     assert (reply.status_code, reply.json()) == (404, {"detail": "Not Found"})

@@ -1,4 +1,4 @@
-"""What weight updates over a process group do, in right and wrong orders; asked of the fake and the real server."""
+"""Weight updates over a process group, in valid and invalid orders, on the fake and on the real server."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.contract.kit import NORM, Background, LongRequest, Subject, Trainer, 
 
 OK = {"success": True, "message": "Succeeded to update parameter online."}
 NO_SESSION = "update_weights_from_distributed must run between begin_weight_update() and end_weight_update()"
-PARTLY = "The full weights of the ModelRunner are partially updated. Please discard the whole weights."
+PARTIALLY_UPDATED = "The full weights of the ModelRunner are partially updated. Please discard the whole weights."
 
 
-# ------------------------------------------------------------------------------------------------------ wrong orders
+# ----------------------------------------------------------------------------------------------------- invalid orders
 
 
 def test_a_session_is_begun_once_and_ended_once(subject: Subject) -> None:
@@ -31,7 +31,7 @@ def test_a_session_is_begun_once_and_ended_once(subject: Subject) -> None:
     assert subject.post("/end_weight_update").status_code == 400
 
 
-def test_an_update_without_a_session_is_refused_before_the_group_is_looked_at(subject: Subject) -> None:
+def test_an_update_without_a_session_is_refused_before_the_group_is_checked(subject: Subject) -> None:
     body = {"names": [NORM], "dtypes": ["float32"], "shapes": [[64]], "group_name": "nobody"}
     assert refused(subject.post("/update_weights_from_distributed", **body)) == NO_SESSION
 
@@ -62,7 +62,7 @@ def test_begin_without_a_pause_waits_for_running_requests(subject: Subject) -> N
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
-def test_under_a_pause_a_session_opens_at_once_with_requests_under_way(subject: Subject, mode: str) -> None:
+def test_during_a_pause_a_session_opens_at_once_although_requests_are_unfinished(subject: Subject, mode: str) -> None:
     request = LongRequest(subject).running()
     subject.post("/pause_generation", mode=mode)
     with session(subject):
@@ -71,11 +71,11 @@ def test_under_a_pause_a_session_opens_at_once_with_requests_under_way(subject: 
     request.stop()
 
 
-# ------------------------------------------------------------------------------------------------------ good updates
+# ------------------------------------------------------------------------------------------------------ valid updates
 
 
 @pytest.mark.parametrize("flattened", [True, False], ids=["flattened", "tensor by tensor"])
-def test_all_weights_arrive_and_answer(subject: Subject, tiny_llama_b: Path, flattened: bool) -> None:
+def test_a_full_update_changes_replies_and_checksums(subject: Subject, tiny_llama_b: Path, flattened: bool) -> None:
     before, checksums = subject.generate(tokens=8)["output_ids"], subject.checksums()
     trainer = Trainer(subject)
     with session(subject):
@@ -97,7 +97,7 @@ def test_all_weights_arrive_and_answer(subject: Subject, tiny_llama_b: Path, fla
     assert subject.generate(tokens=8)["output_ids"] == after["output_ids"]
 
 
-def test_buckets_go_one_after_the_other_and_the_version_stays_until_it_is_named(
+def test_buckets_arrive_one_by_one_and_the_version_changes_only_when_it_is_set(
     subject: Subject, tiny_llama_b: Path
 ) -> None:
     new = weights_of(tiny_llama_b)
@@ -112,7 +112,7 @@ def test_buckets_go_one_after_the_other_and_the_version_stays_until_it_is_named(
     assert subject.checksums() == changed
 
 
-def test_names_it_does_not_know_answer_200_and_are_ignored(subject: Subject) -> None:
+def test_unknown_tensor_names_are_ignored_with_status_200(subject: Subject) -> None:
     checksums = subject.checksums()
     trainer = Trainer(subject)
     with session(subject):
@@ -132,7 +132,7 @@ def test_other_dtypes_are_cast(subject: Subject) -> None:
     assert subject.checksums() == as_bf16
 
 
-def test_a_session_closed_before_all_has_come_leaves_mixed_weights_under_the_old_version(
+def test_a_session_closed_early_leaves_mixed_weights_under_the_old_version(
     subject: Subject, tiny_llama_b: Path
 ) -> None:
     checksums = subject.checksums()
@@ -146,9 +146,7 @@ def test_a_session_closed_before_all_has_come_leaves_mixed_weights_under_the_old
     assert subject.version() == "default"
 
 
-def test_without_a_flush_the_prefix_cache_keeps_answering_with_the_old_weights(
-    subject: Subject, tiny_llama_b: Path
-) -> None:
+def test_without_a_flush_cached_prefixes_are_those_of_the_old_weights(subject: Subject, tiny_llama_b: Path) -> None:
     prompt = list(range(3, 60))
     subject.generate(prompt, tokens=1)
     trainer = Trainer(subject)
@@ -168,18 +166,18 @@ def test_without_a_flush_the_prefix_cache_keeps_answering_with_the_old_weights(
     assert abs(stale - fresh) > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------- bad updates
+# ---------------------------------------------------------------------------------------------------- invalid updates
 
 
-def test_a_wrong_shape_is_refused_after_the_tensors_before_it_were_taken(subject: Subject) -> None:
+def test_a_wrong_shape_is_refused_after_the_tensors_before_it_were_loaded(subject: Subject) -> None:
     checksums = subject.checksums()
     trainer = Trainer(subject)
     embedding = weights_of(subject.model)["lm_head.weight"] + 1
     with session(subject):
         message = refused(trainer.update({"lm_head.weight": embedding, NORM: torch.ones(3)}, weight_version="never"))
         assert message.startswith("Failed to update parameter online: Attempted to load weight (torch.Size([3]))")
-        assert message.endswith(PARTLY)
-        assert trainer.update({NORM: torch.ones(64)}).json() == OK, "session and group are as good as before"
+        assert message.endswith(PARTIALLY_UPDATED)
+        assert trainer.update({NORM: torch.ones(64)}).json() == OK, "session and group still work"
     trainer.leave()
     assert subject.checksums()["lm_head.weight"] != checksums["lm_head.weight"]
     assert subject.version() == "default"
@@ -214,7 +212,7 @@ def test_a_bad_announcement_is_refused_before_the_broadcast_is_joined(
     trainer.leave()
 
 
-def test_a_refused_flush_fails_the_call_although_the_weights_have_changed(subject: Subject) -> None:
+def test_a_refused_flush_fails_the_call_although_the_weights_were_loaded(subject: Subject) -> None:
     checksums = subject.checksums()
     request = LongRequest(subject).running()
     subject.post("/pause_generation", mode="in_place")
@@ -227,14 +225,14 @@ def test_a_refused_flush_fails_the_call_although_the_weights_have_changed(subjec
         "Retract or finish them, then call /flush_cache."
     )
     assert subject.checksums()[NORM] != checksums[NORM]
-    assert subject.version() == "default", "the front was not told"
+    assert subject.version() == "default", "the HTTP frontend keeps the old version"
     subject.post("/continue_generation")
     request.running(3)
     request.stop()
     assert [span["version"] for span in request.end()["meta_info"]["weight_versions"]] == ["default", "loaded"]
 
 
-def test_fewer_bytes_than_announced_are_not_noticed(subject: Subject) -> None:
+def test_a_broadcast_of_fewer_bytes_than_announced_is_not_detected(subject: Subject) -> None:
     trainer = Trainer(subject)
     with session(subject):
         announced = trainer.announce({NORM: torch.ones(64)})

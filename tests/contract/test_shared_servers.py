@@ -1,4 +1,4 @@
-"""The fixtures every other test of a real server rests on: they start, share, bring back and clean up."""
+"""The server fixtures of tests/conftest.py: they start, share and restore real servers, and find leftover ones."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ def original_tokens(server: SGLangServer) -> list[int]:
     return tokens(server.url)
 
 
-def disturb_weights(server: SGLangServer, other: Path) -> None:
+def change_weights(server: SGLangServer, other: Path) -> None:
     SGLangClient(server.url).send(build_update_from_disk(str(other), version="5@somebody"))
 
 
-def disturb_pause(server: SGLangServer, other: Path) -> None:
+def change_pause(server: SGLangServer, other: Path) -> None:
     SGLangClient(server.url).send(build_pause("abort"))
 
 
-def disturb_session(server: SGLangServer, other: Path) -> None:
+def change_session(server: SGLangServer, other: Path) -> None:
     client = SGLangClient(server.url)
     client.send(build_pause("abort"))
     client.send(build_begin_update())
 
 
-@pytest.mark.parametrize("disturb", [disturb_weights, disturb_pause, disturb_session])
-def test_a_pristine_server_is_what_it_was_after_a_test_disturbed_it(
-    disturb: Callable[[SGLangServer, Path], None],
+@pytest.mark.parametrize("change", [change_weights, change_pause, change_session])
+def test_a_pristine_server_is_restored_after_a_test_has_changed_it(
+    change: Callable[[SGLangServer, Path], None],
     server: SGLangServer,
     original_tokens: list[int],
     tiny_llama_b: Path,
     request: pytest.FixtureRequest,
 ):
-    disturb(server, tiny_llama_b)
+    change(server, tiny_llama_b)
     request.getfixturevalue("pristine_server")
     client = SGLangClient(server.url)
     client.connect()
@@ -64,23 +64,23 @@ def test_a_pristine_server_is_what_it_was_after_a_test_disturbed_it(
     assert tokens(server.url) == original_tokens
 
 
-def test_the_other_model_answers_otherwise(
+def test_the_other_model_generates_other_tokens(
     pristine_server: SGLangServer, original_tokens: list[int], tiny_llama_b: Path
 ):
-    disturb_weights(pristine_server, tiny_llama_b)
+    change_weights(pristine_server, tiny_llama_b)
     assert tokens(pristine_server.url) != original_tokens
 
 
 @pytest.mark.slow
-def test_a_special_server_is_shared_by_who_asks_for_the_same(special_server: Callable[..., SGLangServer]):
+def test_a_special_server_is_shared_by_requests_for_the_same_settings(special_server: Callable[..., SGLangServer]):
     first = special_server(api_key="k")
     assert special_server(api_key="k") is first
     assert first.is_running
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_a_server_of_this_run_that_lost_its_parents_is_found(marked: bool, request: pytest.FixtureRequest):
-    # A stand-in named like a server, whose parent is gone at once; SGLang's own workers lose the mark.
+def test_an_orphaned_server_process_of_this_run_is_found(marked: bool, request: pytest.FixtureRequest):
+    # A stand-in named like a server, whose parent exits at once. SGLang's own workers lose the mark.
     conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).parents[1] / "conftest.py"))
     script = "import os, time; os.fork() and os._exit(0); print(os.getpid(), flush=True); time.sleep(60)"
     environment = dict(os.environ) if marked else {}
@@ -90,7 +90,7 @@ def test_a_server_of_this_run_that_lost_its_parents_is_found(marked: bool, reque
     identity = (orphan.pid, orphan.create_time())
     try:
         if not marked:
-            assert orphan not in conftest.leftover_servers(), "somebody else's server is taken for ours"
+            assert orphan not in conftest.leftover_servers(), "a server of another run was counted"
             conftest.SEEN.add(identity)
         assert orphan in conftest.leftover_servers()
     finally:

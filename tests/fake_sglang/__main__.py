@@ -1,6 +1,6 @@
 """Run a fake server until it is killed: ``python -m tests.fake_sglang --model-path FOLDER --port 0``.
 
-Prints ``ready http://host:port`` when it answers. Faults are armed over HTTP, see ``/fake/faults``.
+Prints ``ready http://host:port`` as soon as it answers. Faults are armed over HTTP: ``/fake/faults``.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ def _settings(record: dict[str, Any]) -> FakeSettings:
 
 
 def _die_with_parent() -> None:
-    """The parent holds our standard input open; when it ends, however it ends, so do we."""
+    """Exit when standard input ends: the parent holds it open, so it ends with the parent, even one that was killed."""
     sys.stdin.read()
     os._exit(0)
 
 
 def main() -> None:
-    """Serve until killed."""
+    """Serve until the process is killed."""
     if sys.argv[1:] == ["--settings-on-stdin"]:
         settings = _settings(json.loads(sys.stdin.readline()))
         threading.Thread(target=_die_with_parent, daemon=True).start()
     else:
         settings = _from_command_line()
-    server = FakeServer(settings, exits=True).start()
+    server = FakeServer(settings, exit_on_death=True).start()
     sys.stdout.write(f"ready {server.url}\n")
     sys.stdout.flush()
     threading.Event().wait()

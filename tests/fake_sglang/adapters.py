@@ -1,4 +1,4 @@
-"""LoRA adapters: loading, forgetting and naming them. An adapter changes the answers, whatever it says."""
+"""The LoRA endpoints: load, unload and use adapters. Each adapter changes the replies, whatever its tensors hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from tests.fake_sglang.calls import BadRequest, Call, Reply
+from tests.fake_sglang.calls import Call, Reply, bad_request
 
 __all__ = ["Adapters"]
 
@@ -20,38 +20,38 @@ class Adapters:
     """The adapters of one fake server.
 
     Args:
-        enabled: whether the server takes any.
+        enabled: whether the server accepts adapters.
     """
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
         self._loaded: dict[str, str] = {}
-        self._known: dict[str, tuple[str, int]] = {}
+        self._ever_loaded: dict[str, tuple[str, int]] = {}
 
     def signature(self, name: str) -> int:
-        """What the adapter does to the weights' signature."""
-        return self._known[name][1]
+        """The number that is combined with the weights' signature when the adapter is used."""
+        return self._ever_loaded[name][1]
 
-    def need(self, name: str) -> None:
-        """A request names this adapter: it must be loaded. One that came from disk is loaded again after an unload.
+    def require(self, name: str) -> None:
+        """Check that a request may use this adapter. One that was loaded from disk is loaded again after an unload.
 
         Raises:
-            BadRequest: it isn't there.
+            BadRequest: the adapter is not loaded.
         """
         if not self.enabled:
-            raise _bad(
+            raise bad_request(
                 f"LoRA adapter '{name}' was requested, but LoRA is not enabled. Please launch the server with "
                 "--enable-lora flag and preload adapters using --lora-paths or /load_lora_adapter endpoint."
             )
         if name in self._loaded:
             return
-        if name not in self._known:
-            raise _bad(
+        if name not in self._ever_loaded:
+            raise bad_request(
                 f"Got LoRA adapter that has never been loaded: {name}\nAll loaded adapters: {self._loaded.keys()}."
             )
-        path = self._known[name][0]
+        path = self._ever_loaded[name][0]
         if path == _FROM_TENSORS:
-            raise _bad(f"Failed to implicitly load LoRA adapter {name}: {path} is no folder")
+            raise bad_request(f"Failed to implicitly load LoRA adapter {name}: {path} is no folder")
         self._loaded[name] = path
 
     def load(self, call: Call) -> Reply:
@@ -62,10 +62,10 @@ class Adapters:
         file = Path(path) / "adapter_model.safetensors"
         if not file.exists():
             return self._reply(f"{path} holds no adapter")
-        return self._take(name, path, zlib.crc32(file.read_bytes()))
+        return self._register(name, path, zlib.crc32(file.read_bytes()))
 
     def load_from_tensors(self, call: Call) -> Reply:
-        """``/load_lora_adapter_from_tensors``: one base64 pickle per rank. SGLang dies of one it can't read."""
+        """``/load_lora_adapter_from_tensors``: one base64 pickle per rank. A pickle that cannot be read ends SGLang."""
         name = call.value("lora_name", str)
         call.value("config_dict", dict)
         payloads = call.value("serialized_named_tensors", list)
@@ -77,13 +77,13 @@ class Adapters:
             return self._reply(str(error))
         if not content.startswith(b"\x80"):
             call.lifecycle.die("the adapter's tensors can't be unpickled")
-        return self._take(name, _FROM_TENSORS, zlib.crc32(content))
+        return self._register(name, _FROM_TENSORS, zlib.crc32(content))
 
-    def _take(self, name: str, path: str, content: int) -> Reply:
+    def _register(self, name: str, path: str, content: int) -> Reply:
         if name in self._loaded:
             return self._reply(f"Failed to load LoRA adapter {name} because it is already loaded")
         self._loaded[name] = path
-        self._known[name] = (path, content)
+        self._ever_loaded[name] = (path, content)
         return self._reply("")
 
     def unload(self, call: Call) -> Reply:
@@ -102,7 +102,3 @@ class Adapters:
         body: dict[str, Any] = {"rid": None, "http_worker_ipc": None, "success": not error, "error_message": error}
         body["loaded_adapters"] = dict(self._loaded) if self.enabled else None
         return Reply(status=400 if error else 200, body=body)
-
-
-def _bad(message: str) -> BadRequest:
-    return BadRequest(Reply(status=400, body={"error": {"message": message}}))

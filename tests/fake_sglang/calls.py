@@ -1,4 +1,4 @@
-"""One request on its way through the fake, the reply to it, and where faults strike it."""
+"""One request to the fake server, the reply to it, and the points at which armed faults take effect."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.fake_sglang.faults import Fault, FaultPoint
-from tests.fake_sglang.scheduler import Gone
+from tests.fake_sglang.scheduler import ServerStopped
 
-__all__ = ["BadRequest", "Call", "Dropped", "Lifecycle", "Reply", "refusal"]
+__all__ = ["BadRequest", "Call", "Dropped", "Lifecycle", "Reply", "bad_request", "refusal"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What is sent back: JSON for ``body``, plain text for a string, nothing for ``None``, or a stream of events.
+    """A reply: ``body`` as JSON, as plain text if it is a string, nothing for ``None``; or a stream of events.
 
-    ``half`` and ``then_close`` are what faults do to it.
+    Faults set ``half`` (send only half of the bytes) and ``then_close`` (close the connection afterwards).
     """
 
     status: int = 200
@@ -30,7 +30,7 @@ class Reply:
     then_close: bool = False
 
     def payload(self) -> bytes:
-        """The bytes of a reply that is no stream."""
+        """The body of a reply that is not a stream, as bytes."""
         if self.body is None:
             return b""
         if isinstance(self.body, str):
@@ -39,65 +39,70 @@ class Reply:
 
 
 class BadRequest(Exception):
-    """The request is answered with ``reply`` instead of what was asked."""
+    """The server refuses the request with ``reply``."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply.body)
         self.reply = reply
 
 
+def bad_request(message: str) -> BadRequest:
+    """A refusal with status 400, in SGLang's form for ``/generate``."""
+    return BadRequest(Reply(status=400, body={"error": {"message": message}}))
+
+
 class Dropped(Exception):
-    """The connection is closed without a reply."""
+    """The server closes the connection without a reply."""
 
 
 def refusal(message: str, status: int = 400) -> Reply:
-    """A refusal in the form SGLang gives to refused control calls."""
+    """A refusal in SGLang's form for control calls."""
     return Reply(status=status, body={"success": False, "message": message})
 
 
 class Lifecycle:
-    """A server's life: it can end (:attr:`gone`) or freeze.
+    """Whether a server runs, has ended (:attr:`stopped`) or hangs (:attr:`frozen`).
 
     Args:
-        on_death: called to break every connection; the process variant leaves it out and exits.
+        on_death: called by :meth:`die` to break every connection; with ``None`` the process exits instead.
     """
 
     def __init__(self, on_death: Callable[[], None] | None) -> None:
-        self.gone = threading.Event()
+        self.stopped = threading.Event()
         self.frozen = threading.Event()
         self._on_death = on_death
 
     def die(self, why: str, exit_code: int = 1) -> None:
-        """End here and now, without a word to anybody.
+        """End the server at once, without a reply to any client.
 
         Raises:
-            Gone: always, in the in-process variant.
+            ServerStopped: always, in the in-process variant.
         """
         sys.stderr.write(f"fake SGLang server dies: {why}\n")
         sys.stderr.flush()
         if self._on_death is None:
             os._exit(exit_code)
-        self.gone.set()
+        self.stopped.set()
         self._on_death()
-        raise Gone
+        raise ServerStopped
 
     def hang(self) -> None:
-        """Wait until the server is gone.
+        """Wait until the server ends.
 
         Raises:
-            Gone: always.
+            ServerStopped: always.
         """
-        self.gone.wait()
-        raise Gone
+        self.stopped.wait()
+        raise ServerStopped
 
     def sleep(self, seconds: float) -> None:
-        """Wait.
+        """Wait for ``seconds``.
 
         Raises:
-            Gone: the server ended meanwhile.
+            ServerStopped: the server ended while waiting.
         """
-        if self.gone.wait(seconds):
-            raise Gone
+        if self.stopped.wait(seconds):
+            raise ServerStopped
 
 
 @dataclass(kw_only=True)
@@ -109,28 +114,28 @@ class Call:
         path: path without the query.
         query: query parameters, the last value of each.
         body: parsed JSON; ``None`` when there was no body.
-        strikes: the faults that strike this request.
-        connected: whether the client is still there.
-        lifecycle: the server's life.
+        faults: the armed faults that apply to this request.
+        connected: whether the client is still connected.
+        lifecycle: whether the server runs.
     """
 
     method: str
     path: str
     query: Mapping[str, str] = field(default_factory=dict)
     body: Any = None
-    strikes: tuple[Fault, ...] = ()
+    faults: tuple[Fault, ...] = ()
     connected: Callable[[], bool] = lambda: True
     lifecycle: Lifecycle
 
     def reach(self, point: FaultPoint) -> None:
-        """Say that the request has come this far; whatever fault waits here strikes.
+        """Apply the faults for ``point``; called when the request has reached it.
 
         Raises:
             BadRequest: the request is refused.
-            Dropped: the connection is to be closed.
-            Gone: the server ended.
+            Dropped: the connection must be closed.
+            ServerStopped: the server ended.
         """
-        for fault in self.strikes:
+        for fault in self.faults:
             if fault.at != point:
                 continue
             if fault.action == "refuse":
@@ -148,15 +153,15 @@ class Call:
         if self.lifecycle.frozen.is_set():
             self.lifecycle.hang()
 
-    def struck_by(self, action: str) -> bool:
-        """Whether a fault with this action strikes this request."""
-        return any(fault.action == action for fault in self.strikes)
+    def has_fault(self, action: str) -> bool:
+        """Whether a fault with this action applies to this request."""
+        return any(fault.action == action for fault in self.faults)
 
     def value(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-        """One field of the JSON body, checked.
+        """One field of the JSON body, with its type checked.
 
         Raises:
-            BadRequest: it is missing and has no default, or is of another type.
+            BadRequest: the field is missing and has no default, or has another type.
         """
         if not isinstance(self.body, Mapping):
             raise BadRequest(_invalid("Field required", ("body",)))

@@ -1,4 +1,4 @@
-"""The control endpoints: pause, weights, groups, versions. From a :class:`Call` to a :class:`Reply`."""
+"""The control endpoints: pause, weights, groups, versions. Each handler turns a :class:`Call` into a :class:`Reply`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from tests.fake_sglang.calls import BadRequest, Call, Reply, refusal
-from tests.fake_sglang.gate import Gate
+from tests.fake_sglang.calls import Call, Reply, bad_request, refusal
+from tests.fake_sglang.locks import RequestLocks
 from tests.fake_sglang.model import read_checkpoint
 from tests.fake_sglang.ranks import Announcement, Ranks
 from tests.fake_sglang.scheduler import Scheduler
@@ -26,7 +26,7 @@ _FLUSH_REFUSED = (
     "Weights were updated, but the cache was not flushed because requests are still running or queued. "
     "Retract or finish them, then call /flush_cache."
 )
-_NOT_RECEIVED = (RuntimeError, ValueError, TypeError, AttributeError)
+_RECEIVE_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
 
 
 class Control:
@@ -34,22 +34,22 @@ class Control:
 
     Args:
         settings: the server's settings.
-        gate: the pause and the update lock.
-        scheduler: runs what needs its turn.
+        locks: the pause guard and the update lock.
+        scheduler: runs the calls that change its state, in order.
         ranks: the weights and the process groups.
     """
 
-    def __init__(self, settings: FakeSettings, gate: Gate, scheduler: Scheduler, ranks: Ranks) -> None:
+    def __init__(self, settings: FakeSettings, locks: RequestLocks, scheduler: Scheduler, ranks: Ranks) -> None:
         self._settings = settings
-        self._gate = gate
+        self._locks = locks
         self._scheduler = scheduler
         self._state = scheduler.state
         self._ranks = ranks
         self.weight_version = settings.weight_version
         self.model_path = str(settings.model_path)
 
-    def _in_turn(self, call: Call, command: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
-        """Run on the scheduler, in turn."""
+    def _on_scheduler(self, call: Call, command: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
+        """Run on the scheduler's thread, after the commands queued before."""
 
         def run() -> tuple[bool, str]:
             call.reach("scheduled")
@@ -58,8 +58,8 @@ class Control:
         return self._scheduler.call(run)
 
     @staticmethod
-    def _verdict(verdict: tuple[bool, str], **more: Any) -> Reply:
-        ok, message = verdict
+    def _result_reply(result: tuple[bool, str], **more: Any) -> Reply:
+        ok, message = result
         return Reply(status=200 if ok else 400, body={"success": ok, "message": message, **more})
 
     # ------------------------------------------------------------------ pause
@@ -70,28 +70,28 @@ class Control:
         if mode not in ("abort", "retract", "in_place"):
             call.body = {}
             call.value("mode: Input should be 'abort', 'retract' or 'in_place'", str)
-        with self._gate.pausing():
-            self._gate.paused = True
+        with self._locks.for_pause():
+            self._locks.paused = True
             if mode == "abort":
                 self._scheduler.post(lambda: self._scheduler.abort(None))
-                while self._gate.busy:
+                while self._locks.is_busy:
                     call.lifecycle.sleep(self._settings.abort_poll_s)
                     self._scheduler.post(lambda: self._scheduler.abort(None))
             else:
-                self._scheduler.post(lambda: self._scheduler.stand_still(mode))
+                self._scheduler.post(lambda: self._scheduler.pause(mode))
         return Reply(body={"message": "Generation paused successfully.", "status": "ok"})
 
-    def carry_on(self, call: Call) -> Reply:
+    def continue_generation(self, call: Call) -> Reply:
         """``/continue_generation``."""
         call.value("torch_empty_cache", bool, True)
-        with self._gate.pausing():
-            self._gate.paused = False
-            self._scheduler.post(self._scheduler.carry_on)
-            self._gate.wake()
+        with self._locks.for_pause():
+            self._locks.paused = False
+            self._scheduler.post(self._scheduler.resume)
+            self._locks.notify_resumed()
         return Reply(body={"message": "Generation continued successfully.", "status": "ok"})
 
     def abort(self, call: Call) -> Reply:
-        """``/abort_request``: by id or all; always 200. A request that waits for the end of a pause is not found."""
+        """``/abort_request``: by id or all; always 200. A request that waits for the end of a pause is not aborted."""
         rid = call.value("rid", str, "")
         if call.value("abort_all", bool, False):
             self._scheduler.post(lambda: self._scheduler.abort(None))
@@ -101,7 +101,7 @@ class Control:
 
     def flush(self, call: Call) -> Reply:
         """``/flush_cache``; ``?timeout=`` waits for the server to become idle."""
-        left = patience = float(call.query.get("timeout", 0.0))
+        left = timeout = float(call.query.get("timeout", 0.0))
 
         def flush() -> tuple[bool, str]:
             call.reach("scheduled")
@@ -109,7 +109,7 @@ class Control:
 
         while not self._scheduler.call(flush)[0]:
             if left <= 0:
-                why = "Timed out waiting for idle state." if patience else "Flush cache failed.\n"
+                why = "Timed out waiting for idle state." if timeout else "Flush cache failed.\n"
                 return Reply(status=400, body=why)
             call.lifecycle.sleep(0.05)
             left -= 0.05
@@ -118,7 +118,7 @@ class Control:
     # ------------------------------------------------------------------ groups
 
     def join(self, call: Call) -> Reply:
-        """``/init_weights_update_group``; the store is reached before the name is looked at."""
+        """``/init_weights_update_group``; connects to the store before it checks the name."""
         address = call.value("master_address", str)
         port = call.value("master_port", int)
         offset = call.value("rank_offset", int)
@@ -136,14 +136,14 @@ class Control:
                 ok, message = self._state.may_join(name)
                 if not ok:
                     return ok, message
-                if not call.struck_by("no_communicator"):
+                if not call.has_fault("no_communicator"):
                     self._ranks.join(name, stores, offset, world_size)
-            except _NOT_RECEIVED as error:
+            except _RECEIVE_ERRORS as error:
                 return False, f"Failed to initialize custom process group: {error}."
             self._state.joined(name)
             return True, message
 
-        return self._verdict(self._in_turn(call, join))
+        return self._result_reply(self._on_scheduler(call, join))
 
     def leave(self, call: Call) -> Reply:
         """``/destroy_weights_update_group``."""
@@ -153,21 +153,21 @@ class Control:
             self._ranks.leave(name)
             return self._state.leave(name)
 
-        return self._verdict(self._in_turn(call, leave))
+        return self._result_reply(self._on_scheduler(call, leave))
 
     # ------------------------------------------------------------------ weights
 
     def begin(self, call: Call) -> Reply:
         """``/begin_weight_update``."""
         call.value("selector", str, "all")
-        with self._gate.update():
-            return self._verdict(self._in_turn(call, self._state.begin))
+        with self._locks.for_update():
+            return self._result_reply(self._on_scheduler(call, self._state.begin))
 
     def end(self, call: Call) -> Reply:
         """``/end_weight_update``."""
         call.value("selector", str, "all")
-        with self._gate.update():
-            return self._verdict(self._in_turn(call, self._state.end))
+        with self._locks.for_update():
+            return self._result_reply(self._on_scheduler(call, self._state.end))
 
     def update(self, call: Call) -> Reply:
         """``/update_weights_from_distributed``."""
@@ -192,24 +192,24 @@ class Control:
                 if not self._ranks.is_formed(group):  # by the fault "no_communicator"
                     call.lifecycle.hang()
                 received = self._ranks.receive(group, announced, lambda: call.reach("joined"))
-            except _NOT_RECEIVED as error:
-                return False, _partly(error) if old else f"Failed to receive weights: {error}"
+            except _RECEIVE_ERRORS as error:
+                return False, _partially_updated(error) if old else f"Failed to receive weights: {error}"
             call.reach("received")
             try:
                 for weights, named in zip(self._ranks.weights, received, strict=True):
                     weights.load(named)
             except ValueError as error:
-                return False, _partly(error)
+                return False, _partially_updated(error)
             return self._loaded(call, version, flush, "Succeeded to update parameter online.")
 
-        with self._gate.update():
-            ok, message = self._in_turn(call, update)
-        return self._verdict((ok, self._versioned(ok, message, version)))
+        with self._locks.for_update():
+            ok, message = self._on_scheduler(call, update)
+        return self._result_reply((ok, self._versioned(ok, message, version)))
 
     def _loaded(self, call: Call, version: str | None, flush: bool, message: str) -> tuple[bool, str]:
-        """After a load: new tokens carry the new version; a refused flush makes the call fail although it loaded.
+        """After a load: set the version of new tokens and flush. A refused flush fails the call although it loaded.
 
-        Servers without a session (up to 0.5.20) crash of a refused flush.
+        Servers without a session (up to 0.5.20) crash when a flush is refused.
         """
         if version is not None:
             self._state.weight_version = version
@@ -243,14 +243,14 @@ class Control:
                 return False, f"Failed to update weights: {error}.\nRolling back to original weights."
             return self._loaded(call, version, flush, "Succeeded to update model weights.")
 
-        with self._gate.update():
-            ok, message = self._in_turn(call, update)
+        with self._locks.for_update():
+            ok, message = self._on_scheduler(call, update)
         if ok:
             self.model_path = path
-        return self._verdict((ok, self._versioned(ok, message, version)), num_paused_requests=0)
+        return self._result_reply((ok, self._versioned(ok, message, version)), num_paused_requests=0)
 
     def set_version(self, call: Call) -> Reply:
-        """``/update_weight_version``; ends all running requests unless told not to."""
+        """``/update_weight_version``; aborts all running requests unless the body says not to."""
         version = call.value("new_version", str)
         if call.value("abort_all_requests", bool, True):
             self._scheduler.post(lambda: self._scheduler.abort(None))
@@ -259,12 +259,12 @@ class Control:
             self._state.weight_version = version
             return True, f"Weight version updated to {version}"
 
-        verdict = self._in_turn(call, set_version)
+        result = self._on_scheduler(call, set_version)
         self.weight_version = version
-        return self._verdict(verdict, new_version=version)
+        return self._result_reply(result, new_version=version)
 
     def check(self, call: Call) -> Reply:
-        """``/weights_checker``: checksums per rank; of the checkpoint's tensors, where SGLang has its fused ones."""
+        """``/weights_checker``: checksums per rank, of the checkpoint's tensors (SGLang hashes its fused ones)."""
         action = call.value("action", str, "checksum") if call.body is not None else "checksum"
         if action != "checksum":
             return refusal(f"Unsupported action={action!r}")
@@ -287,11 +287,11 @@ class Control:
         size = call.value("truncate_size", int, 100)
         tensor = self._scheduler.call(lambda: self._ranks.weights[0].tensors.get(name))
         if tensor is None:
-            raise BadRequest(Reply(status=400, body={"error": {"message": "Get parameter by name failed"}}))
+            raise bad_request("Get parameter by name failed")
         return Reply(body=tensor[:size].to(torch.float32).tolist())
 
 
-def _partly(error: Exception) -> str:
+def _partially_updated(error: Exception) -> str:
     return (
         f"Failed to update parameter online: {error}. The full weights of the ModelRunner are partially updated. "
         "Please discard the whole weights."

@@ -1,4 +1,4 @@
-"""A Python in which SGLang is the fake server: launched, watched and killed like the real one, ready in seconds."""
+"""A stand-in for ``python`` that starts the fake server where SGLang would start; ready in seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 __all__ = ["make_python"]
 
 ROOT = Path(__file__).resolve().parents[2]
-# The supervisor runs in the real Python; `-m sglang.launch_server ...` becomes the fake server with the flags it knows.
+# The supervisor (-I) runs in the real Python; `-m sglang.launch_server ...` starts the fake server.
 PROGRAM = """#!{python}
 import os, sys
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [{root!r}, os.environ.get("PYTHONPATH")]))
@@ -25,7 +25,10 @@ os.execv(python, command)
 
 
 def make_python(folder: Path, *more: str) -> str:
-    """Path of the program, for ``ServerConfig(python=...)``; ``more`` are flags of the fake server."""
+    """Write the program into ``folder`` and return its path, for ``ServerConfig(python=...)``.
+
+    ``more`` are additional flags of the fake server.
+    """
     path = folder / "python"
     path.write_text(PROGRAM.format(python=sys.executable, root=str(ROOT), more=more))
     path.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Faults on demand: small records, matched against requests in one place."""
+"""Faults on demand: each is a record that is matched against requests by path and number."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-__all__ = ["Fault", "FaultAction", "FaultBook", "FaultPoint"]
+__all__ = ["Fault", "FaultAction", "FaultPoint", "FaultRegistry"]
 
 FaultPoint = Literal["arrived", "scheduled", "joined", "received", "handled", "replied"]
-"""Where in a request's life a fault strikes.
+"""The point in a request's processing at which a fault takes effect.
 
-``arrived``: read, nothing done. ``scheduled``: the scheduler has taken it up and is blocked by it (nothing else
-runs). ``joined``: an update, each rank has entered the collective and no reply was sent. ``received``: the bytes have
-arrived and nothing was loaded. ``handled``: all done, nothing replied. ``replied``: the reply is out.
+``arrived``: the request was read, nothing else was done. ``scheduled``: the scheduler runs it (and nothing else).
+``joined``: in a weight update, each rank has entered the collective. ``received``: the bytes have arrived, nothing is
+loaded. ``handled``: everything is done, no reply was sent. ``replied``: the reply was sent.
 """
 
 FaultAction = Literal["refuse", "slow", "hang", "die", "freeze", "drop", "half_reply", "close", "no_communicator"]
-"""What happens.
+"""What a fault does.
 
-``refuse``: answer ``status`` with ``message``. ``slow``: wait ``seconds``, then go on. ``hang``: never go on (this
-request only; from ``scheduled`` to ``received`` the scheduler hangs too). ``die``: the server is gone, in the process
-variant by ``os._exit(exit_code)``. ``freeze``: the whole server stops answering, connections stay open. ``drop``:
-close the connection without a reply. ``half_reply``: send the headers and half of the body, then close. ``close``:
-reply in full, then close the connection without having announced it. ``no_communicator``: answer that the group was
-made, without making it.
+``refuse``: answer ``status`` with ``message``. ``slow``: wait ``seconds``, then continue. ``hang``: never continue
+(this request only; from ``scheduled`` to ``received`` the scheduler hangs too). ``die``: the server ends, as a separate
+process by ``os._exit(exit_code)``. ``freeze``: the whole server stops answering, connections stay open. ``drop``: close
+the connection without a reply. ``half_reply``: send the headers and half of the body, then close. ``close``:
+reply in full, then close the connection without announcing that. ``no_communicator``: answer that the group was
+formed, without forming it.
 """
 
 _REPLY_ONLY = {"half_reply": "handled", "close": "replied"}
@@ -35,14 +35,14 @@ _SCHEDULER_POINTS = ("scheduled", "joined", "received")
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One fault. It strikes the ``nth`` request to ``path`` (counted from when it was armed) and ``times`` in all.
+    """One fault. It applies to ``times`` requests to ``path``, beginning with the ``nth`` since it was armed.
 
     Attributes:
         path: the request path, a shell pattern such as ``"/update_*"`` or ``"*"``.
         action: what happens, see :data:`FaultAction`.
-        at: where in the request's life, see :data:`FaultPoint`; ``half_reply`` and ``close`` have their own.
-        nth: the first matching request that is struck, from 1.
-        times: how many requests in a row are struck; 0 for all.
+        at: when it takes effect, see :data:`FaultPoint`; ``half_reply`` and ``close`` have fixed points.
+        nth: the first matching request it applies to, from 1.
+        times: how many requests in a row it applies to; 0 for all.
         status: HTTP status of a refusal.
         message: message of a refusal.
         seconds: how long ``slow`` waits.
@@ -78,7 +78,7 @@ class Fault:
         if self.action == "no_communicator":
             object.__setattr__(self, "at", "scheduled")
         if self.action in ("drop", "refuse") and self.at == "replied":
-            raise ValueError(f"{self.action!r} comes too late at 'replied': the answer is out")
+            raise ValueError(f"{self.action!r} comes too late at 'replied': the reply was sent")
         if self.action == "drop" and self.at in _SCHEDULER_POINTS:
             raise ValueError("'drop' is done at the connection: use at='arrived' or at='handled'")
 
@@ -96,8 +96,8 @@ class Fault:
         return asdict(self)
 
 
-class FaultBook:
-    """The armed faults. Each request takes its own strikes from it on arrival; thread-safe."""
+class FaultRegistry:
+    """The armed faults, and how many matching requests each has seen; thread-safe."""
 
     def __init__(self, faults: tuple[Fault, ...] = ()) -> None:
         self._lock = threading.Lock()
@@ -109,23 +109,23 @@ class FaultBook:
             self._seen += [(fault, 0) for fault in faults]
 
     def clear(self) -> None:
-        """Disarm everything. A fault that is striking goes on."""
+        """Disarm everything. A fault that has already taken effect continues."""
         with self._lock:
             self._seen.clear()
 
     def armed(self) -> list[Fault]:
-        """The armed faults, in order; those used up are included."""
+        """The armed faults, in order; including those that no longer apply."""
         with self._lock:
             return [fault for fault, _ in self._seen]
 
-    def strikes(self, path: str) -> tuple[Fault, ...]:
-        """Count one request to ``path`` and return the faults that strike it."""
-        struck = []
+    def match(self, path: str) -> tuple[Fault, ...]:
+        """Count one request to ``path`` and return the faults that apply to it."""
+        matching = []
         with self._lock:
             for i, (fault, seen) in enumerate(self._seen):
                 if not fnmatchcase(path, fault.path):
                     continue
                 self._seen[i] = (fault, seen + 1)
                 if seen + 1 >= fault.nth and (fault.times == 0 or seen + 1 < fault.nth + fault.times):
-                    struck.append(fault)
-        return tuple(struck)
+                    matching.append(fault)
+        return tuple(matching)

@@ -1,4 +1,4 @@
-"""``/generate``: queue the sequences a request asks for, wait for them, answer at once or as a stream."""
+"""``/generate``: queues the sequences of a request, waits for them, and answers in one reply or as a stream."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from tests.fake_sglang.adapters import Adapters
 from tests.fake_sglang.calls import Call, Reply
-from tests.fake_sglang.gate import Gate
+from tests.fake_sglang.locks import RequestLocks
 from tests.fake_sglang.request_parsing import parse_sequences
-from tests.fake_sglang.scheduler import Gone, Scheduler
+from tests.fake_sglang.scheduler import Scheduler, ServerStopped
 from tests.fake_sglang.sequences import Sequence
 from tests.fake_sglang.vocabulary import Vocabulary
 
@@ -22,14 +22,14 @@ class Generator:
 
     Args:
         vocabulary: the model's tokens.
-        gate: who may run.
-        scheduler: what runs it.
+        locks: the pause guard and the update lock.
+        scheduler: runs the sequences.
         adapters: the LoRA adapters a request may name.
     """
 
-    def __init__(self, vocabulary: Vocabulary, gate: Gate, scheduler: Scheduler, adapters: Adapters) -> None:
+    def __init__(self, vocabulary: Vocabulary, locks: RequestLocks, scheduler: Scheduler, adapters: Adapters) -> None:
         self._vocabulary = vocabulary
-        self._gate = gate
+        self._locks = locks
         self._scheduler = scheduler
         self._adapters = adapters
 
@@ -37,16 +37,16 @@ class Generator:
         """Generate, score or stream.
 
         Raises:
-            BadRequest: the request can't be honoured.
-            Gone: the server ended meanwhile; also by a token id outside the vocabulary or an empty prompt in a batch,
-                which end SGLang.
+            BadRequest: the request is invalid.
+            ServerStopped: the server ended. As in SGLang, a token id outside the vocabulary ends it, and so does an
+                empty prompt in a batch.
         """
         sequences, is_list = parse_sequences(
             call, self._vocabulary, self._adapters, checks_names=self._scheduler.state.has_session
         )
         if call.body.get("stream"):
             return Reply(stream=self._stream(call, sequences, is_list))
-        with self._gate.request():
+        with self._locks.for_request():
             self._submit(call, sequences)
             self._wait(call, sequences, lambda: all(s.finish_reason for s in sequences))
             replies = [self._reply(s) for s in sequences]
@@ -65,38 +65,38 @@ class Generator:
         self._scheduler.call(start)
 
     def _wait(self, call: Call, sequences: list[Sequence], done: Callable[[], bool]) -> None:
-        """Wait until ``done``; a client that has gone away ends its requests, as SGLang's does."""
+        """Wait until ``done``. If the client disconnects, its sequences are aborted, as in SGLang."""
         progress = self._scheduler.progress
         while True:
             with progress:
                 if progress.wait_for(done, timeout=0.2):
                     return
-            if call.lifecycle.gone.is_set():
-                raise Gone
+            if call.lifecycle.stopped.is_set():
+                raise ServerStopped
             if not call.connected():
                 for sequence in sequences:
                     self._scheduler.post(partial(self._scheduler.abort, sequence.rid))
-                raise Gone
+                raise ServerStopped
 
     def _stream(self, call: Call, sequences: list[Sequence], is_list: bool) -> Iterator[dict[str, Any]]:
-        """One event whenever a sequence has more tokens or has ended; each holds everything so far."""
-        open_ones = dict(enumerate(sequences))
+        """One event whenever a sequence has new tokens or has ended; each holds all tokens so far."""
+        unfinished = dict(enumerate(sequences))
         sent = [0] * len(sequences)
 
-        def news() -> list[int]:
-            return [i for i, s in open_ones.items() if s.finish_reason or len(s.output) > sent[i]]
+        def changed() -> list[int]:
+            return [i for i, s in unfinished.items() if s.finish_reason or len(s.output) > sent[i]]
 
-        with self._gate.request():
+        with self._locks.for_request():
             self._submit(call, sequences)
-            while open_ones:
-                self._wait(call, sequences, lambda: bool(news()))
+            while unfinished:
+                self._wait(call, sequences, lambda: bool(changed()))
                 events = []
                 with self._scheduler.progress:
-                    for i in news():
+                    for i in changed():
                         events.append(self._reply(sequences[i]) | ({"index": i} if is_list else {}))
                         sent[i] = len(sequences[i].output)
                         if sequences[i].finish_reason:
-                            del open_ones[i]
+                            del unfinished[i]
                 yield from events
 
     def _reply(self, sequence: Sequence) -> dict[str, Any]:

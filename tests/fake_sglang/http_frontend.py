@@ -1,4 +1,4 @@
-"""The HTTP frontend: sockets, keep-alive, and the ways a reply can break."""
+"""The HTTP frontend: sockets, keep-alive, and replies that break off."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from tests.fake_sglang.calls import Call, Dropped, Lifecycle, Reply
-from tests.fake_sglang.scheduler import Gone
+from tests.fake_sglang.scheduler import ServerStopped
 from tests.fake_sglang.settings import FakeSettings
 
 __all__ = ["HttpFrontend"]
@@ -43,7 +43,7 @@ class _Listener(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news; anything else is a bug in the fake and is printed."""
+        """Ignore clients that disconnect; print anything else, which is a bug in the fake server."""
         import sys
 
         if not isinstance(sys.exc_info()[1], OSError):
@@ -60,13 +60,13 @@ class _Handler(BaseHTTPRequestHandler):
         super().setup()
 
     def do_GET(self) -> None:
-        """Answer."""
+        """Answer the request, whatever its method."""
         self._serve()
 
     do_POST = do_PUT = do_DELETE = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: ``/fake/events`` is the log."""
+        """Print nothing: ``/fake/events`` is the log."""
 
     def _serve(self) -> None:
         raw = self.rfile.read(int(self.headers.get("content-length") or 0))
@@ -85,10 +85,10 @@ class _Handler(BaseHTTPRequestHandler):
             message = f"1 validation error:\n  {{'type': 'json_invalid', 'msg': 'JSON decode error: {error}'}}"
             body = {"object": "error", "message": message, "type": "Bad Request", "param": None, "code": 400}
             reply = Reply(status=400, body=body)
-        except (Dropped, Gone):
+        except (Dropped, ServerStopped):
             self.close_connection = True
             return
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(ServerStopped):
             if reply.stream is not None:
                 self._send_stream(reply)
             else:
@@ -131,12 +131,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class HttpFrontend:
-    """Listens and hands each request to ``answer`` in a thread of its own.
+    """Listens and calls ``answer`` for each request, in a thread per connection.
 
     Args:
         settings: address and keep-alive.
-        lifecycle: the server's life.
-        answer: from a request and its ``Authorization`` header to a reply.
+        lifecycle: whether the server runs.
+        answer: turns a request and its ``Authorization`` header into a reply.
 
     Raises:
         OSError: the port is taken.
@@ -154,7 +154,7 @@ class HttpFrontend:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop accepting and break every connection; idempotent, callable from a handler's own thread."""
+        """Stop accepting and close every connection; idempotent, may be called from a handler's thread."""
         self._listener.socket.close()
         for connection in list(self._listener.open_connections):
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What a server says of itself: model, settings, load, health."""
+"""The endpoints that report model, settings, load and health."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.fake_sglang.calls import Call, Reply
 from tests.fake_sglang.control import Control
-from tests.fake_sglang.gate import Gate
+from tests.fake_sglang.locks import RequestLocks
 from tests.fake_sglang.scheduler import Scheduler
 from tests.fake_sglang.sequences import Sampling, Sequence
 from tests.fake_sglang.settings import FakeSettings
@@ -24,9 +24,9 @@ class InfoEndpoints:
         settings: the server's settings.
         config: the checkpoint's ``config.json``.
         vocabulary: the model's tokens.
-        gate: the pause.
-        scheduler: what runs and waits.
-        control: version, model path, adapters.
+        locks: whether the server is paused.
+        scheduler: running and waiting requests.
+        control: weight version and model path.
     """
 
     def __init__(
@@ -34,41 +34,41 @@ class InfoEndpoints:
         settings: FakeSettings,
         config: Mapping[str, Any],
         vocabulary: Vocabulary,
-        gate: Gate,
+        locks: RequestLocks,
         scheduler: Scheduler,
         control: Control,
     ) -> None:
         self._settings = settings
         self._config = config
         self._vocabulary = vocabulary
-        self._gate = gate
+        self._locks = locks
         self._scheduler = scheduler
         self._control = control
         self._healthy = True
 
     def ready(self, call: Call) -> Reply:
-        """``/ready``: asks nobody, so it also answers while the scheduler is stuck."""
-        return Reply(status=200 if self._healthy and not self._gate.paused else 503)
+        """``/ready``: does not use the scheduler, so it also answers while that is blocked."""
+        return Reply(status=200 if self._healthy and not self._locks.paused else 503)
 
     def health(self, call: Call) -> Reply:
         """``/health`` and ``/health_generate``."""
         if call.path == "/health" and not self._settings.health_generates:
             return Reply()
         probe = Sequence(prompt=[0], sampling=Sampling(max_new_tokens=1, temperature=0.0))
-        before = self._scheduler.ticks
+        before = self._scheduler.steps
         deadline = time.monotonic() + self._settings.health_timeout_s
-        if not self._gate.paused:
+        if not self._locks.paused:
             self._scheduler.post(lambda: self._scheduler.add([probe]))
         while time.monotonic() < deadline:
             call.lifecycle.sleep(0.05)
-            if self._scheduler.ticks > before:
+            if self._scheduler.steps > before:
                 self._healthy = True
                 return Reply()
         self._healthy = False
         return Reply(status=503)
 
     def model_info(self, call: Call) -> Reply:
-        """``/model_info``: here the weight version is the current one."""
+        """``/model_info``: reports the current weight version."""
         body = {
             "model_path": self._control.model_path,
             "served_model_name": self._control.model_path,
@@ -88,7 +88,7 @@ class InfoEndpoints:
         return Reply(body=body)
 
     def server_info(self, call: Call) -> Reply:
-        """``/server_info``: the settings as given at the start; needs the scheduler's answer, like SGLang's."""
+        """``/server_info``: the settings given at the start; waits for the scheduler, as SGLang's does."""
         self._scheduler.call(lambda: call.reach("scheduled"))
         settings = self._settings
         body = {
@@ -130,7 +130,7 @@ class InfoEndpoints:
         return Reply(body={"object": "list", "data": [model]})
 
     def loads(self, call: Call) -> Reply:
-        """``/v1/loads``: from a snapshot, so it also answers while the scheduler is stuck."""
+        """``/v1/loads``: does not wait for the scheduler, so it also answers while that is blocked."""
         load = {
             "dp_rank": 0,
             "num_running_reqs": len(self._scheduler.running),

@@ -1,8 +1,8 @@
-"""A model that costs nothing: log-probabilities that are a fixed function of the held weights and of the tokens before.
+"""The fake model: log-probabilities are a fixed function of the weights' checksums and of the preceding tokens.
 
-Like a real one it keeps a key-value state per position, so that a prefix cached under old weights gives other answers
-than one computed under the new. Public, so that a test can play the trainer: :func:`logprobs` of the trainer's tensors
-equals what a fake server that holds the same tensors reports.
+Like a real model it keeps a key-value state per position, so a prefix cached under old weights gives other answers than
+one computed under the new. Tests can compute what a server must report: :func:`logprobs` of a trainer's tensors equals
+the log-probabilities from a fake server that holds the same tensors.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Weights:
     """The tensors one rank holds, and their checksums.
 
     Args:
-        tensors: name to tensor; not copied, and never written to: an update replaces them.
-        dtype: dtype every floating tensor is kept in, ``None`` keeps each tensor's own.
+        tensors: tensors by name; neither copied nor written to: an update replaces them.
+        dtype: dtype of every floating-point tensor held; ``None`` keeps each tensor's own.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
@@ -61,10 +61,10 @@ class Weights:
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     def load(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take over tensors, cast to the dtypes held; names that aren't held are ignored, as SGLang does.
+        """Replace tensors, cast to the dtypes held; names that are not held are ignored, as SGLang does.
 
         Raises:
-            ValueError: a shape differs. The tensors before it have been taken over.
+            ValueError: a shape differs. The tensors before it have been replaced.
         """
         try:
             for name, tensor in named:
@@ -84,7 +84,7 @@ def _fold(checksums: Mapping[str, int]) -> int:
 
 
 def signature(tensors: Mapping[str, torch.Tensor]) -> int:
-    """The number a server would have for these weights (same names, dtypes and values as it holds)."""
+    """The :attr:`Weights.signature` of a server that holds these tensors (same names, dtypes and values)."""
     return _fold({name: checksum(tensor) for name, tensor in tensors.items()})
 
 

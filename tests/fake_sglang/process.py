@@ -1,4 +1,4 @@
-"""The fake server as a process of its own, which can be killed, stopped, and die in the middle of anything."""
+"""The fake server as a separate process, which can be killed, be suspended, and die at any point of a request."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class FakeServerProcess:
-    """Start a fake server in a child process, talk to its admin endpoints, end it.
+    """A fake server in a child process. The child's working directory is the repository's root.
 
     Args:
-        settings: what to be.
-        start_timeout_s: how long the process may take to come up (it imports torch).
+        settings: the server's settings.
+        start_timeout_s: how long the process may take until it answers (it imports torch).
 
     Examples:
         >>> FakeServerProcess(FakeSettings(model_path="/no/such/folder")).start()
         Traceback (most recent call last):
             ...
-        RuntimeError: the fake server did not start (exit code 1); its own words are on stderr above
+        RuntimeError: the fake server did not start (exit code 1); its output is on stderr above
     """
 
     def __init__(self, settings: FakeSettings, *, start_timeout_s: float = 60.0) -> None:
@@ -54,7 +54,7 @@ class FakeServerProcess:
         """Start it and wait until it answers.
 
         Raises:
-            RuntimeError: it ended or did not come up in time.
+            RuntimeError: the process ended or did not answer in time.
         """
         record = asdict(self.settings) | {"model_path": str(self.settings.model_path)}
         command = [sys.executable, "-m", "tests.fake_sglang", "--settings-on-stdin"]
@@ -62,7 +62,7 @@ class FakeServerProcess:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(record) + "\n")
-        self._process.stdin.flush()  # left open: when this process ends, however it ends, the child reads the end of it
+        self._process.stdin.flush()  # left open: the child exits when it reads its end, so it ends with this process
         deadline = time.monotonic() + self._start_timeout_s
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
@@ -76,19 +76,19 @@ class FakeServerProcess:
                         self._process.wait(timeout=5.0)
         self.kill()
         raise RuntimeError(
-            f"the fake server did not start (exit code {self._process.returncode}); its own words are on stderr above"
+            f"the fake server did not start (exit code {self._process.returncode}); its output is on stderr above"
         )
 
-    def freeze(self) -> None:
-        """Stop the process where it stands (SIGSTOP); its connections stay open."""
+    def suspend(self) -> None:
+        """Suspend the process (SIGSTOP); its connections stay open."""
         os.kill(self.pid, signal.SIGSTOP)
 
-    def thaw(self) -> None:
-        """Let it go on (SIGCONT)."""
+    def resume(self) -> None:
+        """Continue a suspended process (SIGCONT)."""
         os.kill(self.pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        """End the process at once (SIGKILL) and wait for it; idempotent."""
+        """Kill the process (SIGKILL) and wait for its end; idempotent."""
         if self._process is None:
             return
         self._process.kill()
@@ -104,14 +104,14 @@ class FakeServerProcess:
             Its exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it still lives.
+            subprocess.TimeoutExpired: it still runs.
         """
         assert self._process is not None, "not started"
         return self._process.wait(timeout_s)
 
     @property
     def is_running(self) -> bool:
-        """Whether the process lives."""
+        """Whether the process runs."""
         return self._process is not None and self._process.poll() is None
 
     def arm(self, *faults: Fault) -> None:
@@ -123,7 +123,7 @@ class FakeServerProcess:
         self._admin("DELETE", "/fake/faults")
 
     def set_state(self, *, session_open: bool | None = None, weight_version: str | None = None) -> None:
-        """Put the server in a state another trainer might have left behind."""
+        """Set state as another trainer might have left it."""
         self._admin("POST", "/fake/state", {"session_open": session_open, "weight_version": weight_version})
 
     @property

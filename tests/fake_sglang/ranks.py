@@ -1,4 +1,4 @@
-"""The fake's side of a trainer's process group: real gloo ranks that really receive what the trainer broadcasts."""
+"""The server's side of a weight-update group: gloo ranks that receive the trainer's broadcasts."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ T = TypeVar("T")
 
 
 class Announcement:
-    """What an update request says is coming.
+    """The tensors that an update request announces.
 
     Args:
         names: tensor names.
         dtypes: their dtypes, ``"float32"`` and the like.
         shapes: their shapes.
-        flattened: one uint8 tensor with all the bytes, instead of one broadcast per tensor.
-        strict: check lengths and alignment before any rank joins the broadcast, as SGLang from 0.5.21 on does. Older
-            ones join, and fail when they take the received bytes apart.
+        flattened: whether one uint8 tensor holds all the bytes; otherwise there is one broadcast per tensor.
+        strict: check lengths and alignment before any rank joins the broadcast, as SGLang does from 0.5.21 on. Older
+            servers join, and fail when they split the received bytes.
 
     Raises:
         ValueError: lengths differ, a dimension is negative, a byte offset is unaligned, or a bucket is empty.
-        AttributeError: a dtype torch does not have.
+        AttributeError: torch has no dtype of that name.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Announcement:
         self.total_bytes = offset
 
     def buffers(self) -> list[torch.Tensor]:
-        """Fresh tensors to receive into, one per broadcast."""
+        """New tensors to receive into, one per broadcast."""
         if self.flattened:
             return [torch.empty(self.total_bytes, dtype=torch.uint8)]
         return [torch.empty(shape, dtype=dtype) for _, dtype, shape in self.entries]
@@ -81,7 +81,7 @@ class Ranks:
     """All tensor-parallel ranks of one fake server, each with its own copy of the weights and its own connections.
 
     Args:
-        weights: the weights every rank starts with; the first is the one that answers requests.
+        weights: the initial weights of each rank; requests are answered with those of the first.
         timeout_s: how long a rank waits at a store or in a collective.
     """
 
@@ -91,28 +91,28 @@ class Ranks:
         self._groups: dict[str, list[ProcessGroupGloo]] = {}
 
     def reach_store(self, address: str, port: int, world_size: int) -> list[Any]:
-        """Connect every rank to the trainer's store; waits until somebody answers there.
+        """Connect every rank to the trainer's store; waits until a store listens there.
 
         Raises:
-            RuntimeError: nobody answered in time.
+            RuntimeError: no store listened in time.
         """
-        return self._each(lambda _: TCPStore(address, port, world_size, False, self._timeout))
+        return self._on_each_rank(lambda _: TCPStore(address, port, world_size, False, self._timeout))
 
     def join(self, name: str, stores: list[Any], rank_offset: int, world_size: int) -> None:
-        """Form the group: every rank meets all the others under the store prefixes SGLang uses.
+        """Form the group: connect every rank to all others under SGLang's store prefixes.
 
         Raises:
-            RuntimeError: a member did not come in time.
+            RuntimeError: a member did not connect in time.
         """
 
-        def meet(rank: int) -> ProcessGroupGloo:
+        def connect(rank: int) -> ProcessGroupGloo:
             store = PrefixStore("cpu/", PrefixStore(f"{name}/", PrefixStore(name, stores[rank])))
             return ProcessGroupGloo(store, rank_offset + rank, world_size, self._timeout)
 
-        self._groups[name] = self._each(meet)
+        self._groups[name] = self._on_each_rank(connect)
 
     def is_formed(self, name: str) -> bool:
-        """Whether the group exists and can be broadcast over."""
+        """Whether the group exists."""
         return name in self._groups
 
     def leave(self, name: str) -> None:
@@ -130,14 +130,14 @@ class Ranks:
 
         Args:
             name: the group.
-            announcement: what is coming.
+            announcement: the tensors to receive.
             on_joined: called once, after every rank has entered the first collective and before any waits for it.
 
         Returns:
             Per rank the tensors by name.
 
         Raises:
-            RuntimeError: a member of the group was lost or did not come in time.
+            RuntimeError: a member of the group disconnected or did not send in time.
         """
         groups = self._groups[name]
         per_rank = [announcement.buffers() for _ in groups]
@@ -149,17 +149,17 @@ class Ranks:
                 work.wait()
             return announcement.named(per_rank[rank])
 
-        return self._each(wait)
+        return self._on_each_rank(wait)
 
-    def _each(self, work: Callable[[int], T]) -> list[T]:
-        """Run on every rank at once; the first rank's error is raised."""
+    def _on_each_rank(self, work: Callable[[int], T]) -> list[T]:
+        """Run ``work`` for all ranks concurrently; raises the error of the lowest rank that failed."""
         results: dict[int, T] = {}
         errors: dict[int, BaseException] = {}
 
         def run(rank: int) -> None:
             try:
                 results[rank] = work(rank)
-            except BaseException as error:  # noqa: BLE001  carried over to the calling thread
+            except BaseException as error:  # noqa: BLE001  raised in the calling thread
                 errors[rank] = error
 
         threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(1, len(self.weights))]
@@ -168,8 +168,13 @@ class Ranks:
         run(0)
         for thread in threads:
             thread.join()
-        if errors:
-            raise errors[min(errors)]
+        try:
+            if errors:
+                raise errors[min(errors)]
+        finally:
+            # The error's traceback refers to this frame, and so to `errors` and `work`. Without this, the cycle keeps
+            # the failed collective, and with it the group's sockets, open until a garbage collection.
+            errors.clear()
         return [results[rank] for rank in range(len(self.weights))]
 
 

@@ -1,4 +1,4 @@
-"""From the body of a ``/generate`` request to the sequences it asks for, with SGLang's refusals."""
+"""Parses the body of a ``/generate`` request into sequences; refuses invalid ones with SGLang's messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.fake_sglang.adapters import Adapters
-from tests.fake_sglang.calls import BadRequest, Call, Reply
+from tests.fake_sglang.calls import BadRequest, Call, Reply, bad_request
 from tests.fake_sglang.sequences import Sampling, Sequence
 from tests.fake_sglang.vocabulary import Vocabulary
 
@@ -21,23 +21,19 @@ _SAMPLING_FIELDS = (
 )  # fmt: skip
 
 
-def _bad(message: str) -> BadRequest:
-    return BadRequest(Reply(status=400, body={"error": {"message": message}}))
-
-
 def parse_sequences(
     call: Call, vocabulary: Vocabulary, adapters: Adapters, *, checks_names: bool = True
 ) -> tuple[list[Sequence], bool]:
-    """The sequences a request asks for, prompt-major, and whether the answer is a list.
+    """The sequences to generate, prompt-major, and whether the reply is a list.
 
     Args:
         call: the request.
         vocabulary: the model's tokens and context length.
         adapters: the LoRA adapters a request may name.
-        checks_names: whether an unknown sampling parameter is refused by name; up to 0.5.20 it is a bare 500.
+        checks_names: whether the refusal of an unknown sampling parameter names it; up to 0.5.20 it is a bare 500.
 
     Raises:
-        BadRequest: the request can't be honoured.
+        BadRequest: the request is invalid.
     """
     if not isinstance(call.body, Mapping):
         call.value("input_ids", list)
@@ -46,16 +42,16 @@ def parse_sequences(
     params = body.get("sampling_params") or {}
     per_prompt = params if isinstance(params, list) else [params] * len(prompts)
     if len(per_prompt) != len(prompts):
-        raise _bad("The length of sampling_params should be equal to the batch size.")
+        raise bad_request("The length of sampling_params should be equal to the batch size.")
     samplings = [_sampling(p, checks_names) for p in per_prompt]
     copies = {int(p.get("n", 1)) for p in per_prompt}
     if len(copies) > 1:
-        raise _bad("The parallel_sample_num should be the same for all samples in sample params.")
+        raise bad_request("The parallel_sample_num should be the same for all samples in sample params.")
     n = copies.pop() if copies else 1
     rids = _rids(body.get("rid"), len(prompts), n)
     names = _adapter_names(body.get("lora_path"), len(prompts), adapters)
-    wants = body.get("return_logprob") or False
-    wanted = wants if isinstance(wants, list) else [wants] * len(prompts)
+    logprobs = body.get("return_logprob") or False
+    with_logprobs = logprobs if isinstance(logprobs, list) else [logprobs] * len(prompts)
     start = int(body.get("logprob_start_len", -1))
     out = []
     for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
@@ -66,9 +62,9 @@ def parse_sequences(
                     prompt=prompt,
                     sampling=sampling,
                     rid=rids[i * n + copy],
-                    logprobs=bool(wanted[i]),
-                    logprob_start=start if wanted[i] and start >= 0 else None,
-                    top_logprobs=int(body.get("top_logprobs_num") or 0) if wanted[i] else 0,
+                    logprobs=bool(with_logprobs[i]),
+                    logprob_start=start if with_logprobs[i] and start >= 0 else None,
+                    top_logprobs=int(body.get("top_logprobs_num") or 0) if with_logprobs[i] else 0,
                     adapter=names[i],
                 )
             )
@@ -80,15 +76,15 @@ def _prompts(call: Call, vocabulary: Vocabulary) -> tuple[list[list[int]], bool]
     if ids is None:
         text = call.value("text", (str, list), None)
         if text is None:
-            raise _bad("Either text, input_ids or input_embeds should be provided.")
+            raise bad_request("Either text, input_ids or input_embeds should be provided.")
         texts = [text] if isinstance(text, str) else text
         return [vocabulary.encode(t) for t in texts], not isinstance(text, str)
     if not ids:
-        raise _bad("input_ids cannot be empty.")
+        raise bad_request("input_ids cannot be empty.")
     is_batch = isinstance(ids[0], list)
     prompts = [list(p) for p in ids] if is_batch else [list(ids)]
     if not all(isinstance(i, int) for prompt in prompts for i in prompt):
-        raise _bad("Value error, elements must be int or list")
+        raise bad_request("Value error, elements must be int or list")
     return prompts, is_batch
 
 
@@ -112,18 +108,18 @@ def _sampling(params: Mapping[str, Any], checks_names: bool) -> Sampling:
         ignore_eos=bool(params.get("ignore_eos", False)),
     )
     if sampling.max_new_tokens < 0:
-        raise _bad(f"max_new_tokens must be at least 0, got {sampling.max_new_tokens}.")
+        raise bad_request(f"max_new_tokens must be at least 0, got {sampling.max_new_tokens}.")
     if not 0 <= sampling.temperature < float("inf"):
         given = params["temperature"]
-        raise _bad(f"temperature must be a non-negative finite number, got {given}.")
+        raise bad_request(f"temperature must be a non-negative finite number, got {given}.")
     if not 0 < sampling.top_p <= 1:
         given = params["top_p"]
-        raise _bad(f"top_p must be in (0, 1], got {given}.")
+        raise bad_request(f"top_p must be in (0, 1], got {given}.")
     return sampling
 
 
 def _rids(given: Any, num_prompts: int, n: int) -> list[str]:
-    if given is None or n > 1:  # with n > 1 SGLang makes its own
+    if given is None or n > 1:  # with n > 1 SGLang generates new ids
         return [uuid.uuid4().hex for _ in range(num_prompts * n)]
     if isinstance(given, list):
         return [str(rid) for rid in given]
@@ -134,15 +130,17 @@ def _adapter_names(given: Any, num_prompts: int, adapters: Adapters) -> list[str
     names = given if isinstance(given, list) else [given] * num_prompts
     for name in names:
         if name is not None:
-            adapters.need(name)
+            adapters.require(name)
     return names
 
 
 def _check_length(prompt_tokens: int, new_tokens: int, limit: int) -> None:
     if prompt_tokens >= limit:
-        raise _bad(f"The input ({prompt_tokens} tokens) is longer than the model's context length ({limit} tokens).")
+        raise bad_request(
+            f"The input ({prompt_tokens} tokens) is longer than the model's context length ({limit} tokens)."
+        )
     if prompt_tokens + new_tokens > limit:
-        raise _bad(
+        raise bad_request(
             f"Requested token count exceeds the model's maximum context length of {limit} tokens. You requested a "
             f"total of {prompt_tokens + new_tokens} tokens: {prompt_tokens} tokens from the input messages and "
             f"{new_tokens} tokens for the completion. Please reduce the number of tokens in the input messages or "

@@ -1,7 +1,7 @@
-"""The fake's one worker thread. As in SGLang, control calls and decoding share it, in the order they came.
+"""The one worker thread of the fake server. As in SGLang, it runs control calls and decoding steps in order of arrival.
 
-So a call that waits in a collective blocks generation and every later control call, and a call whose client has given
-up still runs when its turn comes.
+So a call that waits in a collective blocks generation and every later control call, and a queued call runs even if its
+client has disconnected.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tests.fake_sglang.sequences import PrefixCache, Sequence
 from tests.fake_sglang.settings import FakeSettings
 from tests.fake_sglang.state import ControlState
 
-__all__ = ["Gone", "Scheduler"]
+__all__ = ["Scheduler", "ServerStopped"]
 
 T = TypeVar("T")
 
 
-class Gone(Exception):
-    """The fake server was stopped or killed while a request was under way: its connection just breaks."""
+class ServerStopped(Exception):
+    """The server ended while a request was in progress; the request's connection is closed without a reply."""
 
 
 class Scheduler:
@@ -34,11 +34,11 @@ class Scheduler:
     Args:
         settings: the server's settings.
         state: the control state; only this thread writes to it.
-        signature_of: signature of the weights that answer for an adapter name (or ``None``).
+        signature_of: signature of the weights used with an adapter name (or ``None``).
         vocab_size: number of token ids.
         eos_ids: token ids that end a sequence.
         decode_text: token ids to text, for stop strings.
-        gone: set when the server is stopped or killed.
+        stopped: set when the server is stopped or killed.
         frozen: set when the server has frozen.
     """
 
@@ -51,7 +51,7 @@ class Scheduler:
         vocab_size: int,
         eos_ids: frozenset[int],
         decode_text: Callable[[list[int]], str],
-        gone: threading.Event,
+        stopped: threading.Event,
         frozen: threading.Event,
     ) -> None:
         self._settings = settings
@@ -60,13 +60,13 @@ class Scheduler:
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
         self._decode_text = decode_text
-        self._gone = gone
+        self._stopped = stopped
         self._frozen = frozen
         self.cache = PrefixCache()
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.progress = threading.Condition()
-        self.ticks = 0
+        self.steps = 0
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._thread = threading.Thread(target=self._run, name="fake-scheduler", daemon=True)
@@ -76,42 +76,42 @@ class Scheduler:
         self._thread.start()
 
     def post(self, command: Callable[[], object]) -> None:
-        """Queue a call and do not wait for it."""
+        """Queue a command and do not wait for it."""
         self._commands.put(command)
 
     def call(self, command: Callable[[], T]) -> T:
-        """Queue a call, wait for its turn and its end.
+        """Queue a command, wait until it has run, and return its result.
 
         Raises:
-            Gone: the server ended first.
+            ServerStopped: the server ended first.
         """
         future: Future[T] = Future()
 
         def run() -> None:
             try:
                 future.set_result(command())
-            except BaseException as error:  # noqa: BLE001  carried over to the calling thread
+            except BaseException as error:  # noqa: BLE001  raised in the calling thread
                 future.set_exception(error)
 
         self._commands.put(run)
-        while not self._gone.is_set():
+        while not self._stopped.is_set():
             try:
                 return future.result(timeout=0.2)
             except TimeoutError:
                 if future.done():
                     raise
-        raise Gone
+        raise ServerStopped
 
-    # ------------------------------------------------------------------ what control calls do; run on the thread
+    # ------------------------------------------------------------------ commands of control calls; run on the thread
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queue sequences for generation."""
         for sequence in sequences:
-            sequence.kept = self.state.weight_version
+            sequence.initial_version = self.state.weight_version
         self.waiting += sequences
 
-    def stand_still(self, mode: str) -> None:
-        """Stop decoding: ``"retract"`` sends running sequences back to the queue, ``"in_place"`` leaves them."""
+    def pause(self, mode: str) -> None:
+        """Stop decoding. ``"retract"`` moves running sequences back to the queue, ``"in_place"`` keeps them."""
         self.state.engine = "retract" if mode == "retract" else "in_place"
         if mode == "retract":
             for sequence in self.running:
@@ -119,12 +119,12 @@ class Scheduler:
                 sequence.retractions += 1
             self.waiting, self.running = self.waiting + self.running, []
 
-    def carry_on(self) -> None:
-        """Decode again."""
+    def resume(self) -> None:
+        """Continue decoding."""
         self.state.engine = "running"
 
     def abort(self, rid: str | None) -> None:
-        """End one request, or all for ``None``: queued ones at once, running ones with their next token."""
+        """Abort one request, or all for ``None``: queued ones at once, running ones with their next token."""
         with self.progress:
             for sequence in [s for s in self.waiting if rid is None or s.rid == rid]:
                 self.waiting.remove(sequence)
@@ -136,7 +136,7 @@ class Scheduler:
             self.progress.notify_all()
 
     def flush(self) -> bool:
-        """Drop the prefix cache, if the state machine allows it."""
+        """Clear the prefix cache if :meth:`ControlState.may_flush`; returns whether it did."""
         allowed = self.state.may_flush(running=len(self.running), waiting=len(self.waiting))
         if allowed:
             self.cache.clear()
@@ -148,10 +148,10 @@ class Scheduler:
         try:
             self._loop()
         finally:
-            self._gone.set()  # nothing may wait for a thread that is no more
+            self._stopped.set()  # callers must not wait for a thread that has ended
 
     def _loop(self) -> None:
-        while not self._gone.is_set():
+        while not self._stopped.is_set():
             busy = self.state.engine == "running" and bool(self.running or self.waiting)
             try:
                 command = self._commands.get(timeout=0 if busy else 0.2)
@@ -159,12 +159,12 @@ class Scheduler:
                 if busy and not self._frozen.is_set():
                     self._step()
                 continue
-            while self._frozen.is_set() and not self._gone.wait(0.2):
+            while self._frozen.is_set() and not self._stopped.wait(0.2):
                 pass
             command()
 
     def _step(self) -> None:
-        """One decoding step of the whole batch; sequences that come in are computed first."""
+        """One decoding step of the whole batch, after the prefill of new sequences."""
         if self._settings.step_s:
             time.sleep(self._settings.step_s)
         admitted, self.waiting = self.waiting, []
@@ -177,9 +177,9 @@ class Scheduler:
             for sequence in self.running:
                 if sequence.finish_reason is not None:
                     tokens = sequence.prompt + sequence.output[:-1]
-                    self.cache.keep(tokens, sequence.states)
+                    self.cache.insert(tokens, sequence.states)
             self.running = [s for s in self.running if s.finish_reason is None]
-            self.ticks += 1
+            self.steps += 1
             self.progress.notify_all()
 
     def _advance(self, sequence: Sequence) -> None:

@@ -1,4 +1,4 @@
-"""One sequence being generated: its tokens, its log-probabilities, which weights made which token, how it ended."""
+"""One sequence: its tokens, their log-probabilities and weight versions, and why it ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["PrefixCache", "Sampling", "Sequence"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The sampling parameters the fake honours; the others SGLang knows are accepted and have no effect."""
+    """The sampling parameters that have an effect; SGLang's other ones are accepted and ignored."""
 
     max_new_tokens: int = 128
     temperature: float = 1.0
@@ -30,20 +30,20 @@ class Sampling:
 
 
 class PrefixCache:
-    """Which token prefixes have a key-value state already, and which state: maybe one of older weights."""
+    """The key-value states of known token prefixes, which may have been computed with older weights."""
 
     def __init__(self) -> None:
         self._states: dict[int, int] = {}
 
     def clear(self) -> None:
-        """Forget everything, as ``/flush_cache`` does."""
+        """Remove everything, as ``/flush_cache`` does."""
         self._states.clear()
 
     def prefill(self, tokens: list[int], weights: int, *, first: int) -> tuple[list[int], int]:
         """States after each of ``tokens``; up to ``first`` tokens may come from the cache.
 
         Returns:
-            The states and how many of them were cached.
+            The states, and how many of them came from the cache.
         """
         keys = []
         key = 0
@@ -59,8 +59,8 @@ class PrefixCache:
             self._states.setdefault(key, states[-1])
         return states, cached
 
-    def keep(self, tokens: list[int], states: list[int]) -> None:
-        """Remember the states of a finished sequence; the ones known already stay."""
+    def insert(self, tokens: list[int], states: list[int]) -> None:
+        """Store the states of a finished sequence; existing entries are not replaced."""
         key = 0
         for token, state in zip(tokens, states, strict=False):
             key = advance(key, token, 0)
@@ -69,18 +69,18 @@ class PrefixCache:
 
 @dataclass(kw_only=True, eq=False)
 class Sequence:
-    """One sequence. Only the scheduler writes to it.
+    """One sequence. Only the scheduler changes it.
 
     Attributes:
         prompt: prompt token ids.
         sampling: how to sample.
-        rid: the request id it answers to.
-        logprobs: whether log-probabilities are wanted.
-        logprob_start: first prompt position whose log-probability is wanted; ``None`` for none.
+        rid: request id.
+        logprobs: whether the reply has log-probabilities.
+        logprob_start: first prompt position with a log-probability; ``None`` for none.
         top_logprobs: how many alternatives to report per token.
         adapter: LoRA adapter name, if any.
-        versions: per output token the weight version that made it.
-        kept: version to report when there is no token.
+        versions: per output token the weight version it was generated with.
+        initial_version: version to report if there is no token.
     """
 
     prompt: list[int]
@@ -95,32 +95,32 @@ class Sequence:
     output_top: list[list[list[Any]]] = field(default_factory=list)
     prompt_logprobs: list[float | None] = field(default_factory=list)
     versions: list[str] = field(default_factory=list)
-    kept: str = "default"
+    initial_version: str = "default"
     states: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     retractions: int = 0
     finish_reason: dict[str, Any] | None = None
     was_queued_at_end: bool = False
     aborted: bool = False
-    born: float = field(default_factory=time.monotonic)
+    created_at: float = field(default_factory=time.monotonic)
 
     def prefill(self, cache: PrefixCache, weights: int, vocab_size: int) -> None:
-        """Compute the states of all tokens so far, at first also the prompt's log-probabilities."""
+        """Compute the states of all tokens so far and, the first time, the prompt's log-probabilities."""
         tokens = self.prompt + self.output
-        want = self.logprob_start
+        start = self.logprob_start
         fresh = not self.output and not self.states
-        first = len(tokens) - 1 if want is None or not fresh else min(want, len(tokens) - 1)
+        first = len(tokens) - 1 if start is None or not fresh else min(start, len(tokens) - 1)
         self.states, cached = cache.prefill(tokens, weights, first=max(first, 0))
         if not fresh:
             return
         self.cached_tokens = cached
-        if want is not None:
-            for i in range(want, len(self.prompt)):
+        if start is not None:
+            for i in range(start, len(self.prompt)):
                 logits = logits_after(self.states[i - 1], weights, vocab_size) if i else None
                 self.prompt_logprobs.append(None if logits is None else _logprob(logits, self.prompt[i]))
 
     def decode(self, weights: int, version: str, vocab_size: int, generator: torch.Generator) -> None:
-        """Sample one token from the states so far."""
+        """Sample one token."""
         raw = logits_after(self.states[-1], weights, vocab_size)
         greedy = self.sampling.temperature == 0 or self.sampling.top_k == 1
         logits = raw if greedy else raw / self.sampling.temperature
@@ -142,9 +142,9 @@ class Sequence:
         return int(ids[torch.multinomial(probs * keep, 1, generator=generator)])
 
     def spans(self) -> list[dict[str, Any]]:
-        """``weight_versions`` of the reply: which version made which tokens."""
+        """``weight_versions`` of the reply: which version generated which tokens."""
         if not self.versions:
-            return [{"version": self.kept, "start": 0, "end": 0}]
+            return [{"version": self.initial_version, "start": 0, "end": 0}]
         out = []
         start = 0
         for version, run in groupby(self.versions):
@@ -154,7 +154,7 @@ class Sequence:
         return out
 
     def meta(self, current_version: str) -> dict[str, Any]:
-        """``meta_info`` of the reply, with the fields SGLang sends in each case."""
+        """``meta_info`` of the reply, with the fields that SGLang sends in each case."""
         spans = self.spans()
         meta: dict[str, Any] = {"id": self.rid, "finish_reason": self.finish_reason, "prompt_tokens": len(self.prompt)}
         meta["weight_version"] = spans[-1]["version"] if self.finish_reason else current_version
@@ -180,7 +180,7 @@ class Sequence:
             meta["dp_rank"] = None
         if self.finish_reason is not None:
             meta["weight_versions"] = spans
-            meta["e2e_latency"] = time.monotonic() - self.born
+            meta["e2e_latency"] = time.monotonic() - self.created_at
         return meta
 
 

@@ -1,4 +1,4 @@
-"""The fake server, put together, in this process."""
+"""The fake server in this process, assembled from its parts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 from tests.fake_sglang.adapters import Adapters
 from tests.fake_sglang.calls import BadRequest, Call, Lifecycle, Reply
 from tests.fake_sglang.control import Control
-from tests.fake_sglang.faults import Fault, FaultBook
-from tests.fake_sglang.gate import Gate
+from tests.fake_sglang.faults import Fault, FaultRegistry
 from tests.fake_sglang.generate import Generator
 from tests.fake_sglang.http_frontend import HttpFrontend
 from tests.fake_sglang.info_endpoints import InfoEndpoints
+from tests.fake_sglang.locks import RequestLocks
 from tests.fake_sglang.model import Weights, read_checkpoint
 from tests.fake_sglang.ranks import Ranks
 from tests.fake_sglang.scheduler import Scheduler
@@ -34,12 +34,12 @@ _Handler = Callable[[Call], Reply]
 
 
 class FakeServer:
-    """A server that speaks SGLang's HTTP contract and receives weights over real gloo groups, with faults on demand.
+    """A server with SGLang's HTTP contract that receives weights over real gloo groups, with faults on demand.
 
     Args:
-        settings: what to be; see :class:`FakeSettings`.
-        exits: a fault that ends the server ends this process. Only the process variant sets it; in a test's own process
-            the server just breaks all its connections and answers nobody.
+        settings: see :class:`FakeSettings`.
+        exit_on_death: whether a fault that ends the server ends this process, as in :class:`FakeServerProcess`. If not,
+            the server closes all its connections and accepts no more.
 
     Raises:
         FileNotFoundError: the model folder has no ``config.json`` or no safetensors.
@@ -56,7 +56,7 @@ class FakeServer:
         'default'
     """
 
-    def __init__(self, settings: FakeSettings, *, exits: bool = False) -> None:
+    def __init__(self, settings: FakeSettings, *, exit_on_death: bool = False) -> None:
         self.settings = settings
         folder = Path(settings.model_path)
         config = json.loads((folder / "config.json").read_text())
@@ -67,8 +67,8 @@ class FakeServer:
             [first, *(Weights(first.tensors) for _ in range(settings.tp_size - 1))], settings.collective_timeout_s
         )
         self._adapters = Adapters(enabled=settings.enable_lora)
-        self._lifecycle = Lifecycle(None if exits else self._break_off)
-        self._gate = Gate(self._lifecycle.gone)
+        self._lifecycle = Lifecycle(None if exit_on_death else self._close_connections)
+        self._locks = RequestLocks(self._lifecycle.stopped)
         vocabulary = Vocabulary.read(folder, config)
         self._scheduler = Scheduler(
             settings,
@@ -77,24 +77,24 @@ class FakeServer:
             vocab_size=vocabulary.size,
             eos_ids=vocabulary.eos_ids,
             decode_text=vocabulary.decode,
-            gone=self._lifecycle.gone,
+            stopped=self._lifecycle.stopped,
             frozen=self._lifecycle.frozen,
         )
-        self._control = Control(settings, self._gate, self._scheduler, self._ranks)
-        self._info = InfoEndpoints(settings, config, vocabulary, self._gate, self._scheduler, self._control)
-        self._generate = Generator(vocabulary, self._gate, self._scheduler, self._adapters)
-        self._book = FaultBook(settings.faults)
+        self._control = Control(settings, self._locks, self._scheduler, self._ranks)
+        self._info = InfoEndpoints(settings, config, vocabulary, self._locks, self._scheduler, self._control)
+        self._generate = Generator(vocabulary, self._locks, self._scheduler, self._adapters)
+        self._faults = FaultRegistry(settings.faults)
         self._events: list[dict[str, Any]] = []
         self._events_lock = threading.Lock()
         self._frontend = HttpFrontend(settings, self._lifecycle, self._answer)
         self._routes = self._make_routes()
 
     def _signature_of(self, adapter: str | None) -> int:
-        """Signature of the weights that answer for an adapter, or of the base model."""
+        """Signature of the weights that are used with an adapter, or of the base model."""
         base = self._ranks.weights[0].signature
         return base if adapter is None else base ^ self._adapters.signature(adapter)
 
-    # ------------------------------------------------------------------ life
+    # ------------------------------------------------------------------ start and stop
 
     @property
     def url(self) -> str:
@@ -102,18 +102,18 @@ class FakeServer:
         return f"http://{self.settings.host}:{self._frontend.port}"
 
     def start(self) -> FakeServer:
-        """Listen and answer, in threads of this process."""
+        """Accept and answer requests in threads of this process."""
         self.settings = replace(self.settings, port=self._frontend.port)
         self._scheduler.start()
         self._frontend.start()
         return self
 
     def stop(self) -> None:
-        """Break all connections and stop answering. A rank that waits in a collective is left waiting."""
-        self._lifecycle.gone.set()
-        self._break_off()
+        """Close all connections and stop answering. A rank that waits in a collective keeps waiting."""
+        self._lifecycle.stopped.set()
+        self._close_connections()
 
-    def _break_off(self) -> None:
+    def _close_connections(self) -> None:
         self._frontend.close()
         self._ranks.leave_all()
 
@@ -125,7 +125,7 @@ class FakeServer:
     ) -> None:
         self.stop()
 
-    # ------------------------------------------------------------------ what a test looks at and sets
+    # ------------------------------------------------------------------ what tests read and set
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -135,19 +135,19 @@ class FakeServer:
 
     @property
     def weights(self) -> list[dict[str, torch.Tensor]]:
-        """Per rank the tensors it holds now, by name."""
+        """Per rank, the tensors it holds now by name."""
         return [dict(weights.tensors) for weights in self._ranks.weights]
 
     def arm(self, *faults: Fault) -> None:
         """Arm faults; each counts requests from now on."""
-        self._book.arm(*faults)
+        self._faults.arm(*faults)
 
     def disarm(self) -> None:
         """Disarm all faults."""
-        self._book.clear()
+        self._faults.clear()
 
     def set_state(self, *, session_open: bool | None = None, weight_version: str | None = None) -> None:
-        """Put the server in a state another trainer might have left behind."""
+        """Set state as another trainer might have left it."""
         if session_open is not None:
             self._scheduler.state.session_open = session_open
         if weight_version is not None:
@@ -156,7 +156,7 @@ class FakeServer:
     # ------------------------------------------------------------------ answering
 
     def _make_routes(self) -> dict[str, tuple[str, _Handler, bool]]:
-        """Path to methods, handler, and whether the admin key opens it."""
+        """Per path: HTTP methods, handler, and whether it needs the admin key."""
         control, info = self._control, self._info
         routes: dict[str, tuple[str, _Handler, bool]] = {
             "/ready": ("GET", info.ready, False),
@@ -171,7 +171,7 @@ class FakeServer:
             "/generate": ("POST PUT", self._generate, False),
             "/flush_cache": ("GET POST", control.flush, True),
             "/pause_generation": ("POST", control.pause, True),
-            "/continue_generation": ("POST", control.carry_on, True),
+            "/continue_generation": ("POST", control.continue_generation, True),
             "/abort_request": ("POST", control.abort, True),
             "/init_weights_update_group": ("POST", control.join, True),
             "/destroy_weights_update_group": ("POST", control.leave, True),
@@ -192,14 +192,14 @@ class FakeServer:
         return routes
 
     def _answer(self, call: Call, authorization: str | None) -> Reply:
-        """One request: count it, strike it, check its key, answer it."""
+        """Record one request, apply its faults, check its key and answer it."""
         if call.path.startswith("/fake/"):
             return self._admin(call)
         event = {"method": call.method, "path": call.path, "body": call.body, "status": None, "at": time.monotonic()}
         with self._events_lock:
             event["seq"] = len(self._events)
             self._events.append(event)
-        call.strikes = self._book.strikes(call.path)
+        call.faults = self._faults.match(call.path)
         try:
             call.reach("arrived")
             reply = self._route(call, authorization)
@@ -207,7 +207,7 @@ class FakeServer:
         except BadRequest as bad:
             reply = bad.reply
         event["status"] = reply.status
-        return replace(reply, half=call.struck_by("half_reply"), then_close=call.struck_by("close"))
+        return replace(reply, half=call.has_fault("half_reply"), then_close=call.has_fault("close"))
 
     def _route(self, call: Call, authorization: str | None) -> Reply:
         methods, handler, is_control = self._routes.get(call.path, ("", None, False))
@@ -220,7 +220,7 @@ class FakeServer:
         return handler(call)
 
     def _allowed(self, path: str, is_control: bool, authorization: str | None) -> bool:
-        """SGLang's rule: probes are free; control calls want the admin key where there is one, else the API key."""
+        """SGLang's rule: health checks need none; control calls need the admin key if one is set, else the API key."""
         if path.startswith(("/health", "/ready")):
             return True
         wanted = self.settings.api_key
@@ -244,7 +244,7 @@ class FakeServer:
                     self.arm(*(Fault.from_json(record) for record in records))
                 except (TypeError, ValueError) as error:
                     return Reply(status=400, body={"error": str(error)})
-            return Reply(body=[fault.to_json() for fault in self._book.armed()])
+            return Reply(body=[fault.to_json() for fault in self._faults.armed()])
         if call.path == "/fake/state" and call.method == "POST":
             self.set_state(**call.body)
             return Reply(body={})

@@ -1,4 +1,4 @@
-"""What a fake server is told on its way up."""
+"""The settings of a fake server."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ __all__ = ["FakeSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class FakeSettings:
-    """Settings of one fake server; every field can be given on the command line of the process variant.
+    """Settings of one fake server; ``python -m tests.fake_sglang`` has a flag for each field.
 
     Attributes:
-        model_path: checkpoint folder with ``config.json`` and safetensors, whose names and shapes the fake serves.
+        model_path: checkpoint folder with ``config.json`` and safetensors, whose names and shapes the server holds.
         host: address to listen on.
-        port: port to listen on; 0 takes a free one.
-        version: the SGLang version to behave like: before ``0.5.21`` there is no weight-update session.
-        tp_size: ranks the fake holds in a weight group, all of them in this process.
-        api_key: key wanted for generation and, without ``admin_api_key``, for control calls.
-        admin_api_key: key wanted for control calls; ``api_key`` no longer opens those then.
+        port: port to listen on; 0 for any free port.
+        version: the SGLang version to behave like: there is no weight-update session before ``0.5.21``.
+        tp_size: number of ranks in a weight group, all in this process.
+        api_key: key required for generation and, without ``admin_api_key``, for control calls.
+        admin_api_key: key required for control calls instead of ``api_key``.
         enable_lora: whether adapters can be loaded.
         health_generates: ``/health`` generates a token like a default SGLang, so it answers 503 while paused. ``False``
-            is what ``SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=0`` does: 200 whenever the process lives.
-        step_s: seconds one decoding step of the whole batch takes. 0 is as fast as it goes.
+            is what ``SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=0`` does: 200 as long as the process runs.
+        step_s: seconds that one decoding step of the whole batch takes; 0 for no delay.
         keep_alive_s: an idle connection is closed after this many seconds, as uvicorn does.
-        abort_poll_s: how often an ``abort`` pause looks whether all requests have ended (SGLang: 1 second).
+        abort_poll_s: how often an ``abort`` pause checks whether all requests have ended (SGLang: 1 second).
         health_timeout_s: how long a generating ``/health`` waits before it answers 503 (SGLang: 20 seconds).
         collective_timeout_s: how long a rank waits in a collective or at a store (SGLang: torch's default, 30 minutes).
         max_total_tokens: reported size of the KV cache, in tokens.
         seed: seed of sampling at temperature > 0.
-        weight_version: version the fake starts with.
+        weight_version: weight version at the start.
         faults: faults armed from the start.
     """
 
@@ -57,5 +57,5 @@ class FakeSettings:
 
     @property
     def has_session(self) -> bool:
-        """Whether this version knows ``/begin_weight_update`` (from 0.5.21 on)."""
+        """Whether this version has ``/begin_weight_update`` (from 0.5.21 on)."""
         return tuple(int(part) for part in self.version.split(".")[:3]) >= (0, 5, 21)

@@ -1,26 +1,26 @@
-"""The state machine of SGLang's control plane: who may do what when, in SGLang's own words. No thread, no socket.
+"""The state machine of SGLang's control plane, with SGLang's messages. No threads, no sockets.
 
-Each method answers ``(ok, message)``; a refusal leaves the state as it was.
+Each method returns ``(ok, message)``; a refusal does not change the state.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["ControlState", "EnginePause", "Verdict"]
+__all__ = ["ControlState", "EnginePause", "Result"]
 
 EnginePause = Literal["running", "retract", "in_place"]
-"""What the scheduler does: run, or stand still (requests sent back to the queue, or frozen where they are)."""
+"""Whether the scheduler decodes, or is paused with running requests moved to the queue or kept in place."""
 
-Verdict = tuple[bool, str]
+Result = tuple[bool, str]
 
 
 class ControlState:
-    """What one server's scheduler remembers between control calls.
+    """The state that one server's scheduler keeps between control calls.
 
     Args:
         has_session: whether updates need ``begin`` and ``end`` around them (SGLang from 0.5.21 on).
-        weight_version: version to start with.
+        weight_version: weight version at the start.
 
     Examples:
         >>> state = ControlState(has_session=True)
@@ -37,21 +37,21 @@ class ControlState:
         self.engine: EnginePause = "running"
         self.groups: dict[str, None] = {}
 
-    def begin(self) -> Verdict:
+    def begin(self) -> Result:
         """Open the weight-update session."""
         if self.session_open:
             return False, "a weight-update session is already open; call end_weight_update() first"
         self.session_open = True
         return True, "Success"
 
-    def end(self) -> Verdict:
-        """Close the weight-update session. Whether anything was loaded in it is not asked."""
+    def end(self) -> Result:
+        """Close the weight-update session, whether or not anything was loaded in it."""
         if not self.session_open:
             return False, "no weight-update session is open; call begin_weight_update() first"
         self.session_open = False
         return True, "Success"
 
-    def may_update(self, group: str) -> Verdict:
+    def may_update(self, group: str) -> Result:
         """Whether an update over ``group`` may join its collective now."""
         if self.has_session and not self.session_open:
             return False, (
@@ -64,8 +64,8 @@ class ControlState:
             )
         return True, ""
 
-    def may_join(self, group: str) -> Verdict:
-        """Whether a group of this name may be made. SGLang asks only after it has reached the store."""
+    def may_join(self, group: str) -> Result:
+        """Whether a group of this name may be formed. SGLang checks that only after it has connected to the store."""
         if group in self.groups:
             return False, (
                 "Failed to initialize custom process group: The specified group name has already been created, "
@@ -74,19 +74,19 @@ class ControlState:
         return True, "Succeeded to initialize custom process group."
 
     def joined(self, group: str) -> None:
-        """The group was made."""
+        """Record that the group was formed."""
         self.groups[group] = None
 
-    def leave(self, group: str) -> Verdict:
-        """Forget a group."""
+    def leave(self, group: str) -> Result:
+        """Remove a group."""
         if group not in self.groups:
             return False, "The group to be destroyed does not exist."
         del self.groups[group]
         return True, "Succeeded to destroy custom process group."
 
     def may_flush(self, *, running: int, waiting: int) -> bool:
-        """Whether the prefix cache can be dropped: nothing running, nothing queued.
+        """Whether the prefix cache can be cleared: no request runs, and none is queued.
 
-        While paused queued requests don't matter, but for servers without a session (up to 0.5.20) they do.
+        During a pause queued requests do not matter, except for servers without a session (up to 0.5.20).
         """
         return running == 0 and (waiting == 0 or (self.has_session and self.engine != "running"))

@@ -1,4 +1,4 @@
-"""What a checkpoint's files say about tokens."""
+"""A checkpoint's vocabulary: size, context length, end tokens and tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Tokenizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """What a checkpoint's files say about tokens; there is text where there is a ``tokenizer.json``."""
+    """A checkpoint's vocabulary. Without a ``tokenizer.json``, text is ``<id>`` per token."""
 
     size: int
     context_length: int
@@ -32,7 +32,7 @@ class Vocabulary:
         ids = frozenset(eos) if isinstance(eos, list) else frozenset(() if eos is None else (eos,))
         tokenizer = None
         if (model_path / "tokenizer.json").exists():
-            from tokenizers import Tokenizer  # only here: a checkpoint without text needs no tokenizer
+            from tokenizers import Tokenizer  # imported only for checkpoints that have a tokenizer
 
             tokenizer = Tokenizer.from_file(str(model_path / "tokenizer.json"))
         return cls(

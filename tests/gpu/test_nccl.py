@@ -1,4 +1,4 @@
-"""The transport over NCCL, for whoever has GPUs: ``pytest -m gpu tests/gpu``, with SGLang's GPU build installed."""
+"""The broadcast transport over NCCL; needs GPUs and SGLang's GPU build: ``pytest -m gpu tests/gpu``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchrl_sglang.cli import main
 from torchrl_sglang.weights.update.verification import trainer_logprobs
 
 PROMPT = [1, 72, 101, 108, 108, 111]
-# Two engines round differently in half precision; the two models differ by much more.
+# SGLang and transformers round differently in half precision; the two models differ by much more.
 ATOL = 0.3
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
@@ -30,13 +30,15 @@ def need_gpus(count: int) -> None:
 def test_the_self_test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     need_gpus(2)
     code = main(["doctor", "--self-test", "--json"])
-    said = json.loads(capsys.readouterr().out)
-    assert code == 0, said
-    assert any("NCCL" in check["name"] and check["status"] == "pass" for check in said["checks"]), said
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0, report
+    assert any("NCCL" in check["name"] and check["status"] == "pass" for check in report["checks"]), report
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_two_servers_answer_as_the_model_on_the_last_gpu(tiny_llama: Path, tiny_llama_b: Path, tp_size: int) -> None:
+def test_two_servers_report_the_log_probs_of_the_model_on_the_last_gpu(
+    tiny_llama: Path, tiny_llama_b: Path, tp_size: int
+) -> None:
     need_gpus(2 * tp_size + 1)
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     with (

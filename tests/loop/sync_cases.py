@@ -1,4 +1,4 @@
-"""What the tests of the weight sync ask servers and trainers: who answers, and as which version."""
+"""Helpers of the weight-sync tests: comparing servers with a model, and a small collector."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def load(folder: Any) -> Any:
 
 
 def assert_serves(urls: str | Sequence[str], model: nn.Module, version: int) -> None:
-    """Each server answers exactly as ``model``, token by token, under this version."""
+    """Assert that each server generates the tokens and log-probs of ``model``, labelled with this version."""
     for url in [urls] if isinstance(urls, str) else urls:
         pool = SGLangPool([SGLangClient(url)])
         replies = pool.generate(PROMPTS, SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True))
         for prompt, reply in zip(PROMPTS, replies, strict=True):
             tokens = greedy(model, prompt, NEW_TOKENS, min_new_tokens=NEW_TOKENS)
-            assert reply.output_ids == tokens, f"{url} answers as another model"
+            assert reply.output_ids == tokens, f"{url} generates the tokens of another model"
             assert_log_probs(reply, prompt, model)
             assert version_number(reply.weight_version) == version
         pool.close()
@@ -53,14 +53,14 @@ def assert_log_probs(reply: GenerateReply, prompt: Sequence[int], model: nn.Modu
 
 
 def gaps(reply: GenerateReply, prompt: Sequence[int], model: nn.Module) -> torch.Tensor:
-    """Per response token, how far its log-prob is from the one ``model`` gives it."""
+    """Per response token, the distance between its log-prob and the one of ``model``."""
     scores = reference_log_probs(model, torch.tensor([*prompt, *reply.output_ids]))[len(prompt) :]
     assert reply.output_logprobs is not None
     return (scores - torch.tensor(reply.output_logprobs)).abs()
 
 
 def group_names(client: SGLangClient) -> list[str]:
-    """The weight groups a server is in, from its own complaint about one it is not in."""
+    """The weight groups of a server, read from its refusal of a group it does not have."""
     client.send(build_begin_update())
     request = build_update_bucket(names=[], dtypes=[], shapes=[], group="no-such-group")
     try:
@@ -70,11 +70,11 @@ def group_names(client: SGLangClient) -> list[str]:
         return list(json.loads(listed.replace("'", '"')))
     finally:
         client.send(build_end_update())
-    raise AssertionError("the server accepted a group it can't know")
+    raise AssertionError("the server accepted a group that does not exist")
 
 
-class OneAnswer(Transform):
-    """Ends every conversation after its first answer."""
+class OneResponse(Transform):
+    """Ends every conversation after its first response."""
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         next_tensordict["done"] = torch.ones_like(next_tensordict["done"])
@@ -96,12 +96,12 @@ def make_collector(
     questions: Sequence[str] = ("dog", "Hello world!"),
     total_frames: int = -1,
 ) -> Collector:
-    """A collector whose batches hold one answer to each question; ``scheme`` may be ``None``."""
+    """A collector whose batches hold one response to each question; ``scheme`` may be ``None``."""
     size = len(questions)
     loader = DataLoader([{"query": question} for question in questions], batch_size=size)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     env: TransformedEnv = ChatEnv.from_dataloader(loader, batch_size=(size,), tokenizer=tokenizer)
-    env = env.append_transform(OneAnswer())
+    env = env.append_transform(OneResponse())
     policy = SGLangWrapper(url, input_mode="history", generate_kwargs={"max_new_tokens": 6, "do_sample": False})
     schemes = {} if scheme is None else {"weight_sync_schemes": {"policy": scheme}}
     return kind(env, policy, frames_per_batch=size, total_frames=total_frames, **schemes)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.loop.forked import wait_until
+from tests.loop.forked_processes import wait_until
 from tests.loop.sync_cases import PROMPTS, assert_serves, load
 from torchrl_sglang import (
     AsyncSGLang,

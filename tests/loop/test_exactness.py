@@ -1,4 +1,4 @@
-"""Recorded log-probs are those of the distribution that was sampled, and the trainer can say the same ones."""
+"""Recorded log-probs are those of the sampled distribution, and the trainer can compute the same ones."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.modules.llm import TransformersWrapper
 from torchrl.objectives.llm import GRPOLoss
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from tests.loop.rollout_cases import make_input, rows
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
-from torchrl_sglang.rollout.exactness import temper, trainer_log_probs
+from torchrl_sglang.rollout.log_probs import temper, trainer_log_probs
 
 SAMPLING = {
     "plain": {},
@@ -35,11 +35,6 @@ TRUNCATED = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
-
-
 def generated(engine: AsyncSGLang, sampling: dict[str, Any], **kwargs: Any) -> tuple[SGLangWrapper, TensorDictBase]:
     settings = {"max_new_tokens": 12, "ignore_eos": True, **sampling}
     policy = SGLangWrapper(engine, input_mode="tokens", generate_kwargs=settings, **kwargs)
@@ -57,7 +52,7 @@ def test_log_probs_under_temperature_and_penalties_are_exact(engine: AsyncSGLang
 
 
 @pytest.mark.parametrize("name", TRUNCATED)
-def test_truncated_sampling_says_that_its_log_probs_are_those_before_the_cut(
+def test_truncated_sampling_warns_that_log_probs_are_those_before_truncation(
     engine: AsyncSGLang, model: Any, name: str
 ) -> None:
     with pytest.warns(UserWarning, match="exact_log_probs"):
@@ -71,7 +66,7 @@ def test_truncated_sampling_says_that_its_log_probs_are_those_before_the_cut(
 
 @pytest.mark.parametrize("pad_output", [False, True], ids=["ragged", "padded"])
 @pytest.mark.parametrize("name", TRUNCATED)
-def test_exact_log_probs_are_those_among_the_tokens_that_were_left(
+def test_exact_log_probs_are_those_of_the_truncated_distribution(
     engine: AsyncSGLang, model: Any, name: str, pad_output: bool
 ) -> None:
     kwargs = {"exact_log_probs": True, "pad_output": pad_output, "num_samples": 2}

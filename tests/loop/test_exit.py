@@ -1,4 +1,4 @@
-"""A program that forgets to close anything still ends."""
+"""A program that closes no collector, scheme or server connection still exits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import requests
 
 from torchrl_sglang.server import SGLangServer
 
-FORGETFUL = """
+CLOSES_NOTHING = """
 import sys
 from pathlib import Path
 
@@ -30,11 +30,11 @@ print("version", scheme.last_report.version, flush=True)
 """
 
 
-def test_a_program_that_closes_nothing_ends_and_takes_its_group_along(
+def test_a_program_that_closes_nothing_exits_and_leaves_the_server_ready(
     pristine_server: SGLangServer, tiny_llama: Path, tiny_llama_b: Path
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FORGETFUL, pristine_server.url, str(tiny_llama), str(tiny_llama_b)],
+        [sys.executable, "-c", CLOSES_NOTHING, pristine_server.url, str(tiny_llama), str(tiny_llama_b)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -15,8 +15,18 @@ from typing import Any
 
 import pytest
 
-from tests.loop.failure_lab import CLIENT, STATED_S, SYNC, UPDATE, Bystander, Lab, Outcome, Row, run_all
-from tests.loop.forked import Nursery, wait_until
+from tests.loop.failure_matrix_runner import (
+    CLIENT,
+    MAX_UPDATE_S,
+    SYNC,
+    UPDATE,
+    BackgroundClients,
+    MatrixRunner,
+    Outcome,
+    Row,
+    run_all,
+)
+from tests.loop.forked_processes import ProcessFactory, wait_until
 from torchrl_sglang import ConfigError, WeightSync, WeightUpdateError
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.pool import SGLangPool
@@ -46,7 +56,7 @@ PHASE_NAMES = list(PHASES)
 FIRST_BUCKET, LAST_BUCKET = PHASE_NAMES.index("the first bucket"), PHASE_NAMES.index("the last bucket")
 
 
-def expected_states(phase: str, how: str, servers: int, struck: int, groups: str) -> tuple[str, ...]:
+def expected_states(phase: str, how: str, servers: int, failing_server: int, groups: str) -> tuple[str, ...]:
     """What an update that fails at ``phase`` may leave behind."""
     index = PHASE_NAMES.index(phase)
     if index < FIRST_BUCKET:
@@ -56,12 +66,12 @@ def expected_states(phase: str, how: str, servers: int, struck: int, groups: str
         itself = "mixed"
     if how in ("die", "stop"):
         itself = "stuck"
-    return tuple(itself if i == struck else others for i in range(servers))
+    return tuple(itself if i == failing_server else others for i in range(servers))
 
 
-def failing(phase: str, how: str, *, servers: int = 1, struck: int = 0, sync: Any = SYNC, **more: Any) -> Row:
+def failing(phase: str, how: str, *, servers: int = 1, failing_server: int = 0, sync: Any = SYNC, **more: Any) -> Row:
     path, nth, _ = PHASES[phase]
-    number = "" if servers == 1 else f", server {struck + 1} of {servers}"
+    number = "" if servers == 1 else f", server {failing_server + 1} of {servers}"
     groups = "" if sync.groups == "shared" else ", a group per server"
     return Row(
         name=f"{how} at {phase}{number}{groups}",
@@ -69,17 +79,17 @@ def failing(phase: str, how: str, *, servers: int = 1, struck: int = 0, sync: An
         nth=nth,
         how=how,
         servers=servers,
-        struck=struck,
+        failing_server=failing_server,
         sync=sync,
-        states=expected_states(phase, how, servers, struck, sync.groups),
-        cure="restart" if how in ("die", "stop") else "",
+        states=expected_states(phase, how, servers, failing_server, sync.groups),
+        repair="restart" if how in ("die", "stop") else "",
         **more,
     )
 
 
-def orphaned(phase: str, *, servers: int = 1, struck: int = 0) -> Row:
+def orphaned(phase: str, *, servers: int = 1, failing_server: int = 0) -> Row:
     path, _, nth = PHASES[phase]
-    number = "" if servers == 1 else f", server {struck + 1} of {servers} behind"
+    number = "" if servers == 1 else f", server {failing_server + 1} of {servers} behind"
     half_way = PHASE_NAMES.index("the dirty mark") <= PHASE_NAMES.index(phase) < PHASE_NAMES.index("the new version")
     return Row(
         name=f"trainer killed at {phase}{number}",
@@ -87,10 +97,10 @@ def orphaned(phase: str, *, servers: int = 1, struck: int = 0) -> Row:
         nth=nth,
         how="trainer",
         servers=servers,
-        struck=struck,
+        failing_server=failing_server,
         dirty=half_way,
-        # It knocks at the dead trainer's store until torch's time-out of 30 minutes.
-        cure="restart" if phase == "joining the group" else "",
+        # It retries the dead trainer's store until torch's time-out of 30 minutes.
+        repair="restart" if phase == "joining the group" else "",
     )
 
 
@@ -108,14 +118,14 @@ def make_rows() -> Iterator[Row]:
     for phase in ("begin", "a bucket in the middle", "end", "continue", "the checksums"):
         for how in ("refuse", "die", "stop"):
             for sync in (SYNC, PER_SERVER):
-                yield failing(phase, how, servers=3, struck=1, sync=sync)
+                yield failing(phase, how, servers=3, failing_server=1, sync=sync)
     for how in ("refuse", "die", "stop"):
-        yield failing("joining the group", how, servers=3, struck=1)
+        yield failing("joining the group", how, servers=3, failing_server=1)
     for phase in ("the first bucket", "a bucket in the middle"):
-        yield failing(phase, "refuse", servers=3, struck=2)  # no child of the trainer in gloo's tree
+        yield failing(phase, "refuse", servers=3, failing_server=2)  # no child of the trainer in gloo's tree
         # Server 1 hands the bytes on to server 3 in gloo's tree: it waits with it.
-        yield replace(failing(phase, "stop", servers=3, struck=2), states=("stuck", "mixed", "stuck"))
-        yield orphaned(phase, servers=3, struck=2)
+        yield replace(failing(phase, "stop", servers=3, failing_server=2), states=("stuck", "mixed", "stuck"))
+        yield orphaned(phase, servers=3, failing_server=2)
     yield from particular_rows()
 
 
@@ -127,18 +137,24 @@ def particular_rows() -> Iterator[Row]:
         path=join,
         message="Failed to initialize custom process group: The specified group name has already been created",
         states=("old",),
-        says="already been created",
+        message_part="already been created",
     )
-    yield Row(name="the trainer's address can't be reached", path=join, how="hang", states=("stuck",), says="127.0.0.1")
+    yield Row(
+        name="the trainer's address can't be reached",
+        path=join,
+        how="hang",
+        states=("stuck",),
+        message_part="127.0.0.1",
+    )
     yield Row(name="a communicator that never forms", path=join, how="no_communicator", states=("stuck",))
     yield Row(
         name="a communicator that never forms, server 2 of 3",
         path=join,
         how="no_communicator",
         servers=3,
-        struck=1,
+        failing_server=1,
         states=("old", "stuck", "old"),
-        says="Can the servers reach that address?",
+        message_part="Can the servers reach that address?",
     )
     yield Row(
         name="refused before anything of the first bucket was loaded",
@@ -148,17 +164,17 @@ def particular_rows() -> Iterator[Row]:
     )
     yield Row(name="refused after a bucket was received", how="refuse", at="received", states=("mixed",), **middle)
     yield Row(
-        name="dies after joining a broadcast", how="die", at="joined", states=("stuck",), cure="restart", **middle
+        name="dies after joining a broadcast", how="die", at="joined", states=("stuck",), repair="restart", **middle
     )
     yield Row(name="half a reply to a bucket", how="half_reply", states=("mixed",), **middle)
     yield Row(name="no reply to a bucket", how="drop", at="handled", states=("mixed",), **middle)
     yield Row(name="half a reply to continue", path="/continue_generation", how="half_reply", states=("mixed",))
     yield Row(name="no reply to continue", path="/continue_generation", how="drop", at="handled", states=("mixed",))
-    yield Row(name="stopped and thawed in a bucket", how="stop", states=("stuck",), cure="thaw", **middle)
+    yield Row(name="stopped and thawed in a bucket", how="stop", states=("stuck",), repair="resume", **middle)
     yield Row(
-        name="stopped and thawed at begin", path="/begin_weight_update", how="stop", states=("stuck",), cure="thaw"
+        name="stopped and thawed at begin", path="/begin_weight_update", how="stop", states=("stuck",), repair="resume"
     )
-    yield Row(name="late with a bucket", how="late", at="scheduled", states=("stuck",), cure="thaw", **middle)
+    yield Row(name="late with a bucket", how="late", at="scheduled", states=("stuck",), repair="resume", **middle)
     yield Row(
         name="a refusal with a fixed port, which the next group needs again",
         sync=replace(SYNC, master_port=free_port()),
@@ -169,7 +185,7 @@ def particular_rows() -> Iterator[Row]:
         name="one of three dies and never comes back",
         how="die",
         servers=3,
-        struck=0,
+        failing_server=0,
         states=("stuck", "mixed", "mixed"),
         **middle,
     )
@@ -177,7 +193,7 @@ def particular_rows() -> Iterator[Row]:
         name="one of three dies and never comes back, a group per server",
         how="die",
         servers=3,
-        struck=0,
+        failing_server=0,
         sync=PER_SERVER,
         states=("stuck", "new", "new"),
         **middle,
@@ -194,12 +210,12 @@ ROWS = {row.name: row for row in make_rows()}
 
 
 @pytest.fixture(scope="module")
-def lab(make_model: Any, nursery: Nursery) -> Lab:
-    return Lab(nursery, [make_model(arch="llama", seed=seed) for seed in (0, 7, 8)])
+def runner(make_model: Any, processes: ProcessFactory) -> MatrixRunner:
+    return MatrixRunner(processes, [make_model(arch="llama", seed=seed) for seed in (0, 7, 8)])
 
 
 @pytest.fixture(scope="module")
-def outcomes(lab: Lab, request: pytest.FixtureRequest) -> dict[str, Outcome | BaseException]:
+def outcomes(runner: MatrixRunner, request: pytest.FixtureRequest) -> dict[str, Outcome | BaseException]:
     """The rows that were asked for (``-k`` leaves out some)."""
     here = [
         item.callspec.params
@@ -207,7 +223,7 @@ def outcomes(lab: Lab, request: pytest.FixtureRequest) -> dict[str, Outcome | Ba
         if item.path == request.path and hasattr(item, "callspec")
     ]
     wanted = {params["name"] for params in here if "name" in params}
-    return run_all([row for name, row in ROWS.items() if name in wanted], lab.run, workers=10)
+    return run_all([row for name, row in ROWS.items() if name in wanted], runner.run, workers=10)
 
 
 @pytest.fixture
@@ -224,9 +240,9 @@ def test_a_failed_update_ends_in_time_says_what_is_where_serves_nothing_half_new
     name: str, outcome: Outcome
 ) -> None:
     row = ROWS[name]
-    struck = outcome.urls[row.struck]
-    assert outcome.seconds < STATED_S
-    assert outcome.complaints == [], "somebody was answered by weights that are not what their label says"
+    failing_server = outcome.urls[row.failing_server]
+    assert outcome.seconds < MAX_UPDATE_S
+    assert outcome.mismatches == [], "somebody was answered by weights that are not what their label says"
 
     if row.how == "trainer":
         assert outcome.quarantined == (outcome.urls if row.dirty else [])
@@ -236,8 +252,8 @@ def test_a_failed_update_ends_in_time_says_what_is_where_serves_nothing_half_new
         assert list(outcome.serving_after_failure.values()) == [1] * row.servers
     else:
         assert isinstance(outcome.error, WeightUpdateError)
-        assert struck in str(outcome.error)
-        assert row.says in str(outcome.error)
+        assert failing_server in str(outcome.error)
+        assert row.message_part in str(outcome.error)
         assert [outcome.states.get(url) for url in outcome.urls] == list(row.states)
         for url, state in zip(outcome.urls, row.states, strict=True):
             if state == "mixed":
@@ -245,21 +261,21 @@ def test_a_failed_update_ends_in_time_says_what_is_where_serves_nothing_half_new
             elif state != "stuck":
                 assert outcome.serving_after_failure[url] == {"old": 0, "new": 1}[state]
 
-    if row.cure == "" and row.how == "die":
-        survivors = [url for url in outcome.urls if url != struck]
-        assert outcome.heal_error is None
-        assert outcome.serving_after_heal == dict.fromkeys(survivors, outcome.healed_version)
+    if row.repair == "" and row.how == "die":
+        survivors = [url for url in outcome.urls if url != failing_server]
+        assert outcome.restore_error is None
+        assert outcome.serving_after_restore == dict.fromkeys(survivors, outcome.restored_version)
     else:
-        assert outcome.heal_error is None
-        assert outcome.serving_after_heal == dict.fromkeys(outcome.urls, outcome.healed_version)
+        assert outcome.restore_error is None
+        assert outcome.serving_after_restore == dict.fromkeys(outcome.urls, outcome.restored_version)
 
 
-def test_the_table_knows_how_many_buckets_there_are(lab: Lab) -> None:
+def test_the_table_knows_how_many_buckets_there_are(runner: MatrixRunner) -> None:
     """Else "the last bucket" would be another, or none."""
-    with_server = lab.serve()
+    with_server = runner.serve()
     try:
         sync = WeightSync(SGLangPool([SGLangClient(with_server.url, CLIENT)]), SYNC)
-        report = sync.push(lab.tensors[1])
+        report = sync.push(runner.tensors[1])
         sync.close()
         assert report is not None
         assert report.num_buckets == NUM_BUCKETS
@@ -267,25 +283,25 @@ def test_the_table_knows_how_many_buckets_there_are(lab: Lab) -> None:
         with_server.kill()
 
 
-def test_the_bystander_would_notice_other_weights_than_its_label_says(lab: Lab) -> None:
-    server = lab.serve()
+def test_the_other_client_detects_weights_other_than_its_label_says(runner: MatrixRunner) -> None:
+    server = runner.serve()
     try:
-        with Bystander([server]) as bystander:
-            wait_until(lambda: bystander.replies, "no reply", 20)
+        with BackgroundClients([server]) as clients:
+            wait_until(lambda: clients.replies, "no reply", 20)
             # Model 1 under the name of model 0.
-            SGLangClient(server.url).send(build_update_from_disk(str(lab.models[1]), version="default"))
-            count = len(bystander.replies)
-            wait_until(lambda: len(bystander.replies) > count + 2, "no reply", 20)
-        complaints = lab.audit(Outcome(replies=bystander.replies))
-        assert complaints
-        assert all("version default off by" in complaint for complaint in complaints)
-        assert lab.audit(Outcome(replies=bystander.replies[:1])) == []
+            SGLangClient(server.url).send(build_update_from_disk(str(runner.models[1]), version="default"))
+            count = len(clients.replies)
+            wait_until(lambda: len(clients.replies) > count + 2, "no reply", 20)
+        mismatches = runner.find_mismatches(Outcome(replies=clients.replies))
+        assert mismatches
+        assert all("version default off by" in mismatch for mismatch in mismatches)
+        assert runner.find_mismatches(Outcome(replies=clients.replies[:1])) == []
     finally:
         server.kill()
 
 
-def test_a_port_in_use_and_an_address_of_another_machine_are_refused_by_name(lab: Lab) -> None:
-    server = lab.serve()
+def test_a_port_in_use_and_an_address_of_another_machine_are_refused_by_name(runner: MatrixRunner) -> None:
+    server = runner.serve()
     try:
         pool = SGLangPool([SGLangClient(server.url, CLIENT)])
         with socket.socket() as taken:
@@ -294,14 +310,14 @@ def test_a_port_in_use_and_an_address_of_another_machine_are_refused_by_name(lab
             port = taken.getsockname()[1]
             sync = WeightSync(pool, replace(SYNC, master_port=port))
             with pytest.raises(ConfigError, match=rf"can't listen on 127.0.0.1:{port}.*in use"):
-                sync.push(lab.tensors[1])
-        report = sync.push(lab.tensors[1])
+                sync.push(runner.tensors[1])
+        report = sync.push(runner.tensors[1])
         assert report is not None
         assert report.version == 1
         sync.close()
         elsewhere = WeightSync(pool, replace(SYNC, master_address="203.0.113.7"))
         with pytest.raises(ConfigError, match=r"203\.0\.113\.7.*master_address"):
-            elsewhere.push(lab.tensors[1])
+            elsewhere.push(runner.tensors[1])
         assert not pool.quarantined
     finally:
         server.kill()
@@ -311,16 +327,16 @@ def test_a_port_in_use_and_an_address_of_another_machine_are_refused_by_name(lab
     ("version", "next_number"), [("7@other", 8), ("dirty-8@other", 8), ("somebody-elses-experiment", 1)]
 )
 def test_a_session_that_another_trainer_left_open_is_closed_and_its_count_goes_on(
-    lab: Lab, version: str, next_number: int
+    runner: MatrixRunner, version: str, next_number: int
 ) -> None:
-    server = lab.serve()
+    server = runner.serve()
     try:
         server.set_state(session_open=True, weight_version=version)
         pool = SGLangPool([SGLangClient(server.url, CLIENT)])
         pool.connect()
         assert list(pool.quarantined) == ([server.url] if "dirty" in version else [])
         sync = WeightSync(pool, SYNC)
-        report = sync.push(lab.tensors[1])
+        report = sync.push(runner.tensors[1])
         sync.close()
         assert report is not None
         assert report.version == next_number
@@ -330,20 +346,22 @@ def test_a_session_that_another_trainer_left_open_is_closed_and_its_count_goes_o
         server.kill()
 
 
-def test_a_left_over_session_makes_a_server_mixed_for_an_update_that_fails_before_the_first_bucket(lab: Lab) -> None:
+def test_a_left_over_session_makes_a_server_mixed_for_an_update_that_fails_before_the_first_bucket(
+    runner: MatrixRunner,
+) -> None:
     from tests.fake_sglang import Fault
 
-    server = lab.serve()
+    server = runner.serve()
     try:
         server.set_state(session_open=True)
         pool = SGLangPool([SGLangClient(server.url, CLIENT)])
         sync = WeightSync(pool, SYNC)
         server.arm(Fault(path="/end_weight_update", action="refuse"))
         with pytest.raises(WeightUpdateError) as caught:
-            sync.push(lab.tensors[1])
+            sync.push(runner.tensors[1])
         assert caught.value.server_weights == {server.url: "mixed"}
         assert server.url in pool.quarantined
-        assert sync.push(lab.tensors[1]) is not None
+        assert sync.push(runner.tensors[1]) is not None
         assert not pool.quarantined
         sync.close()
     finally:

@@ -1,6 +1,7 @@
-"""What torchrl's own SGLang backend (0.14.1) does with today's SGLang, and ours on the same server.
+"""TorchRL's own SGLang backend (0.14.1) with SGLang 0.5.23, and this package on the same server.
 
-Not to point fingers: these are the facts our documentation states, and when torchrl mends one, a test here says so.
+These tests check the statements in the documentation about the in-tree backend. If a TorchRL release changes that
+backend, a test here fails and the statement must be revised. Slow, because they test another project's code.
 """
 
 from __future__ import annotations
@@ -13,18 +14,14 @@ import torch
 
 from tests.loop.sync_cases import PROMPTS, assert_serves, load, make_collector
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme
-from torchrl_sglang.server import SGLangServer
 
 backends = pytest.importorskip("torchrl.modules.llm.backends.sglang")
 sglang_nccl = pytest.importorskip("torchrl.weight_update.llm.sglang_nccl")
 
-
-@pytest.fixture
-def url(pristine_server: SGLangServer) -> str:
-    return pristine_server.url
+pytestmark = pytest.mark.slow
 
 
-def test_a_collector_takes_our_scheme_and_not_the_one_in_torchrl(
+def test_a_collector_accepts_this_packages_scheme_and_not_the_in_tree_one(
     url: str, tiny_llama: Path, tiny_llama_b: Path
 ) -> None:
     with pytest.raises(NotImplementedError):
@@ -38,10 +35,10 @@ def test_a_collector_takes_our_scheme_and_not_the_one_in_torchrl(
         collector.shutdown()
 
 
-def test_its_transport_asks_for_an_endpoint_that_is_gone_and_leaves_the_server_paused(
+def test_the_in_tree_transport_requests_a_removed_endpoint_and_leaves_the_server_paused(
     url: str, tiny_llama_b: Path
 ) -> None:
-    """The first two steps of its every update; the third is NCCL."""
+    """These are the first two steps of each of its updates; the third needs NCCL."""
     transport = sglang_nccl.SGLangWeightSyncScheme(url).create_transport()
     assert requests.get(f"{url}/get_load", timeout=10).status_code == 404
     with pytest.raises(RuntimeError, match="load query while pausing generation.*Not Found"):
@@ -54,10 +51,12 @@ def test_its_transport_asks_for_an_endpoint_that_is_gone_and_leaves_the_server_p
     assert_serves(url, model, version=1)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to set")
-def test_its_group_needs_a_gpu_and_ours_does_not(url: str, tiny_llama_b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_in_tree_group_needs_a_gpu_and_this_packages_does_not(
+    url: str, tiny_llama_b: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"):
-        monkeypatch.delenv(name, raising=False)  # it sets them for the whole process; undone after the test
+        monkeypatch.delenv(name, raising=False)  # the in-tree backend sets them; restored after the test
     model = load(tiny_llama_b)
     transport = sglang_nccl.SGLangWeightSyncScheme(url).create_transport()
     with pytest.raises((RuntimeError, AssertionError, AttributeError), match="(?i)cuda|nvidia"):
@@ -68,13 +67,13 @@ def test_its_group_needs_a_gpu_and_ours_does_not(url: str, tiny_llama_b: Path, m
     assert_serves(url, model, version=1)
 
 
-def test_its_engine_knows_no_metadata_and_no_update(url: str, tiny_llama_b: Path) -> None:
+def test_the_in_tree_engine_has_no_model_metadata_and_cannot_update_weights(url: str, tiny_llama_b: Path) -> None:
     model = load(tiny_llama_b)
-    theirs = backends.AsyncSGLang.connect(url)
-    assert theirs.get_model_metadata() == {}
+    in_tree = backends.AsyncSGLang.connect(url)
+    assert in_tree.get_model_metadata() == {}
     with pytest.raises(RuntimeError, match="not initialized"):
-        theirs.update_weights(iter(model.state_dict().items()))
-    # What it would announce one tensor with: SGLang wants names, dtypes and shapes.
+        in_tree.update_weights(iter(model.state_dict().items()))
+    # The body it would announce one tensor with; SGLang requires names, dtypes and shapes.
     request = {"name": "model.norm.weight", "dtype": "float32", "shape": [64]}
     answer = requests.post(f"{url}/update_weights_from_distributed", json=request, timeout=10)
     assert answer.status_code >= 400

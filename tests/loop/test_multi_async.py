@@ -1,4 +1,4 @@
-"""Collectors in processes of their own that never wait for each other, and weights that arrive meanwhile."""
+"""MultiAsyncCollector: its workers do not wait for each other, and weights are updated while they run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchrl_sglang.server import SGLangServer
 WORKERS = 2
 
 
-def test_asynchronous_workers_see_each_update_once_and_say_which_weights_made_what(
+def test_asynchronous_workers_receive_an_update_and_label_each_response_with_its_weight_version(
     pristine_server: SGLangServer, tiny_llama: Path, tiny_llama_b: Path
 ) -> None:
     url = pristine_server.url
@@ -32,7 +32,7 @@ def test_asynchronous_workers_see_each_update_once_and_say_which_weights_made_wh
         frames_per_batch=2,
         total_frames=-1,
         weight_sync_schemes={"policy": scheme},
-        use_buffers=False,  # they would have to be of one shape
+        use_buffers=False,  # buffers would require responses of one length
     )
     seen = []
     try:
@@ -53,5 +53,5 @@ def test_asynchronous_workers_see_each_update_once_and_say_which_weights_made_wh
     finally:
         collector.shutdown()
     assert seen[: 2 * WORKERS] == [0] * 2 * WORKERS
-    assert seen[-2 * WORKERS :] == [1] * 2 * WORKERS, "what was ready before the update is used up by now"
+    assert seen[-2 * WORKERS :] == [1] * 2 * WORKERS, "the batches that were ready before the update have been returned"
     assert scheme.last_report is None or scheme.last_report.version == 1

@@ -1,8 +1,7 @@
-"""Our policy and weight sync on a real SGLang 0.5.20: no update session, another endpoint for the load."""
+"""The policy and the weight sync on a real SGLang 0.5.20: no update session, another endpoint for the load."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -27,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]  # a start takes minut
 def test_rollouts_and_updates_on_0_5_20(
     launch_server: Callable[..., SGLangServer], old_sglang_env: dict[str, str], tiny_llama: Path, tiny_llama_b: Path
 ) -> None:
-    """One server for all: a start is what costs."""
+    """All checks in one test, because a server takes long to start."""
     url = launch_server(env=old_sglang_env).url
     pool = SGLangPool([SGLangClient(url)])
     pool.connect()
@@ -35,7 +34,7 @@ def test_rollouts_and_updates_on_0_5_20(
     models = (load(tiny_llama), load(tiny_llama_b))
     assert_serves(url, models[0], version=0)
 
-    # Its checksums need CUDA, so verify="full" is refused there.
+    # Two updates. The server's checksums need CUDA, so verify="full" is refused.
     for version in (1, 2):
         with closing(WeightSync(pool, SyncConfig(bucket_bytes=60_000))) as sync:
             report = sync.push(models[version % 2])
@@ -43,7 +42,7 @@ def test_rollouts_and_updates_on_0_5_20(
         assert report.pause == "abort"
         assert_serves(url, models[version % 2], version)
 
-    # Requests in flight: they are aborted, taken up again by the policy, and every token knows its weights.
+    # Requests in flight are aborted and continued by the policy, and every token is labelled with its weight version.
     policy = SGLangWrapper(pool, input_mode="tokens", generate_kwargs={"max_new_tokens": 400, "ignore_eos": True})
     running = Task(
         lambda: policy(lazy_stack([TensorDict(tokens=Tokens(prompt=torch.tensor(p))) for p in PROMPTS])), name="g"
@@ -63,7 +62,7 @@ def test_rollouts_and_updates_on_0_5_20(
             for number, model in ((2, models[0]), (3, models[1])):
                 assert gaps(reply, prompt, model)[version == number].max() < ATOL
 
-        # What would end this server is refused, and in_place salts instead of flushing.
+        # A pause mode that would end this server is refused; in_place uses a cache salt instead of a flush.
         retract = SyncConfig(pause="retract")
         with closing(WeightSync(pool, retract)) as other, pytest.raises(ConfigError, match="pause='abort'"):
             other.push(models[0])
@@ -76,9 +75,9 @@ def test_rollouts_and_updates_on_0_5_20(
 
 
 def wait_until_running(pool: SGLangPool) -> None:
-    """Until some tokens of the long requests are there: those of a request that started later have come."""
-    done = threading.Event()
+    """Wait until the long requests have some tokens: a request that was sent after them has received five."""
+    started = False
     for piece in pool.stream([77], SamplingParams(max_new_tokens=10, ignore_eos=True)):
         if len(piece.output_ids) >= 5:
-            done.set()
-    assert done.is_set()
+            started = True
+    assert started

@@ -1,15 +1,13 @@
-"""The policy against Hugging Face on the same checkpoint, over every mode; TorchRL's own wrapper agrees key for key."""
+"""The policy against Hugging Face on the same checkpoint in every mode, and against TransformersWrapper key by key."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDictBase
 from torchrl.modules.llm.policies import TransformersWrapper
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.loop.rollout_cases import greedy, make_input, reference_log_probs, rows
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
@@ -17,16 +15,6 @@ from torchrl_sglang import AsyncSGLang, SGLangWrapper
 MAX_NEW = 10
 MODES = ["history", "text", "tokens"]
 PADDED = pytest.mark.parametrize("pad_output", [False, True], ids=["ragged", "padded"])
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llama: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_llama)
 
 
 def keys_of(td: TensorDictBase) -> set[tuple[str, ...]]:
@@ -118,7 +106,7 @@ def test_scoring_writes_what_transformers_wrapper_writes(
 
 @pytest.mark.parametrize("generate", [True, False], ids=["generate", "score"])
 @pytest.mark.parametrize("mode", MODES)
-def test_inplace_says_where_the_answer_is_written(engine: AsyncSGLang, mode: str, generate: bool) -> None:
+def test_inplace_decides_where_the_output_is_written(engine: AsyncSGLang, mode: str, generate: bool) -> None:
     def run(inplace: Any) -> tuple[TensorDictBase, TensorDictBase]:
         td = make_input(mode, generate=generate)
         td["extra"] = torch.zeros(3)

@@ -19,7 +19,7 @@ import pytest
 
 from tests.fake_sglang.fake_python import make_python
 from tests.fake_sglang.model import read_checkpoint
-from tests.loop.forked import wait_until
+from tests.loop.forked_processes import wait_until
 from torchrl_sglang import AsyncSGLang, ConfigError, SamplingParams, ServerError, SyncConfig, WeightSync
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.protocol.dialect import MODEL_INFO

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_sglang import FakeSettings, Fault
-from tests.loop.forked import ForkedServer, Nursery, wait_until
+from tests.loop.forked_processes import ForkedServer, ProcessFactory, wait_until
 from torchrl_sglang import AsyncSGLang, ConfigError, RouterConfig, SamplingParams, ServerError
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig
@@ -42,12 +42,12 @@ def router() -> Iterator[SGLangRouter]:
 
 @pytest.fixture
 def behind(
-    router: SGLangRouter, nursery: Nursery, tiny_llama: Path
+    router: SGLangRouter, processes: ProcessFactory, tiny_llama: Path
 ) -> Iterator[Callable[..., tuple[SGLangPool, list[ForkedServer]]]]:
     pools: list[SGLangPool] = []
 
     def start(count: int = 2, **settings: object) -> tuple[SGLangPool, list[ForkedServer]]:
-        fakes = [nursery.serve(FakeSettings(model_path=tiny_llama, **settings)) for _ in range(count)]  # type: ignore[arg-type]
+        fakes = [processes.start_server(FakeSettings(model_path=tiny_llama, **settings)) for _ in range(count)]  # type: ignore[arg-type]
         key = settings.get("api_key")
         config = ClientConfig(api_key=str(key) if key else None)
         pools.append(SGLangPool([SGLangClient(f.url, config) for f in fakes], router=RouterClient(router.url, config)))

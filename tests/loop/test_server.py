@@ -1,7 +1,7 @@
-"""Real SGLang servers as child processes: they serve, side by side too, they fail with reasons, and they leave nothing.
+"""Real SGLang servers as child processes: several in parallel, errors with their causes, and no process left behind.
 
-Each start costs about 20 s, so a start serves several assertions. What can be shown without SGLang is in
-``tests/quick/test_server_life.py``.
+A start takes about 20 s, so each serves several assertions. Tests that need no SGLang are in
+``tests/processes/test_server_life.py``.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import requests
 
+from tests.processes.process_trees import tree, wait_gone
 from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.errors import ServerError, ServerStartError
 from torchrl_sglang.server import SGLangServer, replicate, start_fleet, stop_fleet
-from torchrl_sglang.server.supervisor import process_table, tree_pids
+from torchrl_sglang.server.supervisor import process_table
 
 KEY = "correct-horse-battery"
 pytestmark = [pytest.mark.usefixtures("needs_sglang"), pytest.mark.timeout(400)]
@@ -35,24 +35,11 @@ def logs_of_failures_go_with_the_test(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tempfile, "tempdir", None)  # read TMPDIR anew
 
 
-def tree(server: SGLangServer) -> set[int]:
-    assert server.pid is not None
-    supervisor = process_table()[server.pid].parent
-    return {supervisor, *tree_pids(supervisor)}
-
-
 def generate(server: SGLangServer, key: str | None = KEY) -> list[list[int]]:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     answer = requests.post(f"{server.url}/generate", json=REQUEST, headers=headers, timeout=60)
     answer.raise_for_status()
     return [reply["output_ids"] for reply in answer.json()]
-
-
-def wait_gone(pids: set[int], timeout_s: float = 30.0) -> set[int]:
-    deadline = time.monotonic() + timeout_s
-    while (left := pids & process_table().keys()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
 
 
 @pytest.mark.slow
@@ -74,7 +61,7 @@ def test_two_servers_start_side_by_side_serve_and_go_one_by_one(tiny_llama: Path
             assert KEY not in server.log_path.read_text()
             assert not any(KEY in Path(f"/proc/{pid}/cmdline").read_text() for pid in tree(server))
 
-        # Asked to end, SGLang ends by itself.
+        # After SIGTERM, SGLang ends by itself.
         pids = tree(first)
         folder = first.log_path and first.log_path.parent
         first.stop()
@@ -83,7 +70,7 @@ def test_two_servers_start_side_by_side_serve_and_go_one_by_one(tiny_llama: Path
         assert not folder.exists()
         assert "SIGTERM received" in first.log_tail() or "Gracefully exiting" in first.log_tail()
 
-        # The other one crashes: an id outside the vocabulary is an error its scheduler does not survive.
+        # The other one crashes: an id outside the vocabulary crashes its scheduler.
         assert second.is_running
         assert generate(second)
         pids = tree(second)
@@ -133,7 +120,7 @@ def test_no_process_of_a_real_server_outlives_an_owner_killed_with_sigkill(tiny_
         requests.get(f"{url}/model_info", timeout=30)
 
 
-def test_what_sglang_refuses_is_told_with_the_end_of_its_log(tiny_llama: Path, tmp_path: Path) -> None:
+def test_what_sglang_refuses_is_reported_with_the_end_of_its_log(tiny_llama: Path, tmp_path: Path) -> None:
     unknown_flag = SGLangServer(
         ServerConfig(model=str(tiny_llama), device="cpu", extra_args=("--no-such-flag", "3"), start_timeout_s=200)
     )

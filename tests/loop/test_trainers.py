@@ -1,4 +1,4 @@
-"""TorchRL's own trainers push weights through our scheme: by a map, by a sender, and in a whole GRPO run."""
+"""TorchRL's trainers push weights through the scheme: with a weight-update map, with a sender, and in a GRPO run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,6 @@ from transformers import AutoTokenizer
 
 from tests.loop.sync_cases import assert_serves, load, make_collector
 from torchrl_sglang import ConfigError, SGLangWeightSender, SGLangWeightSyncScheme
-from torchrl_sglang.server import SGLangServer
-
-
-@pytest.fixture
-def url(pristine_server: SGLangServer) -> str:
-    return pristine_server.url
 
 
 @contextmanager
@@ -42,7 +36,7 @@ def wrapped(model: Any, folder: Path) -> TransformersWrapper:
 
 
 @pytest.mark.torchrl
-def test_a_weight_update_map_takes_the_actor_out_of_the_loss(url: str, tiny_llama: Path, tiny_llama_b: Path) -> None:
+def test_a_weight_update_map_finds_the_actor_in_the_loss(url: str, tiny_llama: Path, tiny_llama_b: Path) -> None:
     model = load(tiny_llama_b)
     trainer = SimpleNamespace(loss_module=GRPOLoss(wrapped(model, tiny_llama), entropy_bonus=False))
     collector = make_collector(url, tiny_llama, SGLangWeightSyncScheme(url))
@@ -56,12 +50,12 @@ def test_a_weight_update_map_takes_the_actor_out_of_the_loss(url: str, tiny_llam
 def test_a_sender_sends_the_registered_model_and_counts_versions(
     url: str, tiny_llama: Path, tiny_llama_b: Path
 ) -> None:
-    model, counted = load(tiny_llama_b), []
+    model, increments = load(tiny_llama_b), []
     with closing_sender(url) as sender:
         with pytest.raises(ConfigError, match=r"register_model\(model\)"):
             sender.update_weights()
         sender.register_model(model)
-        sender.register_collector(SimpleNamespace(increment_version=lambda: counted.append(1)))
+        sender.register_collector(SimpleNamespace(increment_version=lambda: increments.append(1)))
         sender.init_all_workers_group(dict(model.named_parameters()))
         UpdateWeights(sender=sender)()
         assert_serves(url, model, version=1)
@@ -69,10 +63,10 @@ def test_a_sender_sends_the_registered_model_and_counts_versions(
         assert report is not None
         assert report.version == 2
         assert_serves(url, load(tiny_llama), version=2)
-        assert len(counted) == 2
+        assert len(increments) == 2
 
 
-def test_torchrls_grpo_trainer_trains_and_the_server_follows(url: str, tiny_llama: Path) -> None:
+def test_torchrls_grpo_trainer_trains_and_updates_the_server(url: str, tiny_llama: Path) -> None:
     grpo = pytest.importorskip("torchrl.trainers.algorithms.grpo")
     model = load(tiny_llama)
     before = [p.detach().clone() for p in model.parameters()]
@@ -100,6 +94,6 @@ def test_torchrls_grpo_trainer_trains_and_the_server_follows(url: str, tiny_llam
         )
         trainer.train()
     assert any(not torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True)), (
-        "nothing was trained"
+        "training changed no parameter"
     )
     assert_serves(url, model, version=4)

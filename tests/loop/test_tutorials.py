@@ -1,4 +1,4 @@
-"""The tutorials, run as they stand on the run's shared server; with servers of their own among the slow tests."""
+"""The tutorials' scripts, run on the shared server; a slow test runs one that starts its own servers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"
 
 @pytest.fixture
 def run_tutorial(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """``run_tutorial(name, url, **settings)``: what it printed. In this process, since importing torchrl takes long."""
+    """``run_tutorial(name, url, **settings)``: its output. Runs in this process: importing torchrl takes long."""
     backend = matplotlib.get_backend()
     matplotlib.use("agg")
 
@@ -71,7 +71,7 @@ def test_grpo_from_scratch(run_tutorial: Any, pristine_server: SGLangServer) -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_weight_sync_with_two_servers_of_its_own_of_which_one_is_killed(run_tutorial: Any, needs_sglang: None) -> None:
+def test_weight_sync_starts_two_servers_and_kills_one(run_tutorial: Any, needs_sglang: None) -> None:
     printed = run_tutorial("weight_sync")
     assert "6 responses; in routing: 1 of 2 servers" in printed
     assert "in routing: 2 of 2 servers" in printed

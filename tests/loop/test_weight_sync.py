@@ -22,7 +22,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.modules.llm import TransformersWrapper
 from transformers import AutoTokenizer
 
-from tests.loop.forked import Nursery
+from tests.loop.forked_processes import ProcessFactory
 from tests.loop.sync_cases import PROMPTS, assert_serves, group_names, load, make_collector
 from torchrl_sglang import (
     ClientConfig,
@@ -51,11 +51,6 @@ def model_a(tiny_llama: Path) -> Any:
 @pytest.fixture
 def model_b(tiny_llama_b: Path) -> Any:
     return load(tiny_llama_b)
-
-
-@pytest.fixture
-def url(pristine_server: SGLangServer) -> str:
-    return pristine_server.url
 
 
 @pytest.fixture
@@ -91,7 +86,7 @@ def test_a_collector_updates_the_server_again_and_again(
             assert_serves(url, model, version)
             assert versions_in(next(batches)) == {version}
         assert scheme.last_report is not None
-        assert scheme.last_report.max_logprob_gap < 1e-4  # the proof asked the model itself
+        assert scheme.last_report.max_logprob_gap < 1e-4  # verification called the model itself
         with pytest.raises(ConfigError, match=r"update_policy_weights_\(model\)"):
             collector.update_policy_weights_()
         assert_serves(url, model_a, version=2)
@@ -163,8 +158,10 @@ def test_an_adapter_arrives_merged_and_stays_as_it_was(sync: WeightSync, url: st
     assert_serves(url, model.eval(), version=1)
 
 
-def test_two_ranks_of_fsdp_send_the_whole_model(url: str, nursery: Nursery, tiny_llama: Path, model_a: Any) -> None:
-    ranks = nursery.shard(2, url, tiny_llama)
+def test_two_ranks_of_fsdp_send_the_whole_model(
+    url: str, processes: ProcessFactory, tiny_llama: Path, model_a: Any
+) -> None:
+    ranks = processes.start_sharded_trainer(2, url, tiny_llama)
     reports = [rank.read() for rank in ranks]
     assert [report["versions"] for report in reports] == [[1, 2], [None, None]]
     assert [report["default_group"] for report in reports] == [2, 2]
@@ -307,9 +304,9 @@ def test_a_server_that_lost_its_group_says_no_at_once_keeps_serving_and_takes_th
 
 @pytest.mark.parametrize("inside_a_broadcast", [False, True])
 def test_after_a_trainer_died_in_the_middle_the_next_one_finds_the_mark_and_heals(
-    url: str, nursery: Nursery, tiny_llama_b: Path, model_a: Any, inside_a_broadcast: bool
+    url: str, processes: ProcessFactory, tiny_llama_b: Path, model_a: Any, inside_a_broadcast: bool
 ) -> None:
-    trainer = nursery.stall(url, tiny_llama_b, inside_a_broadcast=inside_a_broadcast)
+    trainer = processes.start_stalled_trainer(url, tiny_llama_b, inside_a_broadcast=inside_a_broadcast)
     assert trainer.read() == ("announced" if inside_a_broadcast else "half way")
     trainer.kill()
     pool = SGLangPool([SGLangClient(url)])
@@ -368,12 +365,12 @@ def test_a_scheduler_that_stops_in_the_middle_is_named_in_time_and_heals_when_it
 
 
 def test_a_healthy_server_is_free_again_after_a_group_that_never_formed(
-    url: str, nursery: Nursery, tiny_llama: Path, model_b: Any
+    url: str, processes: ProcessFactory, tiny_llama: Path, model_b: Any
 ) -> None:
     """One member is frozen: the real server must not be left waiting at the trainer's store."""
     from tests.fake_sglang import FakeSettings, Fault
 
-    frozen = nursery.serve(FakeSettings(model_path=tiny_llama))
+    frozen = processes.start_server(FakeSettings(model_path=tiny_llama))
     frozen.arm(Fault(path="/init_weights_update_group", action="hang"))
     try:
         pool = SGLangPool([SGLangClient(url), SGLangClient(frozen.url)])

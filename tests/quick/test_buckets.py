@@ -1,10 +1,7 @@
-"""Every byte is where the plan says it is, nothing is lost, and no more memory is taken than two buckets."""
+"""Every byte is where the plan puts it, no tensor is lost, and packing allocates no more than two buckets."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -16,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, travel_units, unit_key
+from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, transfer_units, unit_key
 from torchrl_sglang.weights.buckets.packing import BucketPacker
-from torchrl_sglang.weights.checkpoint.headers import TensorSpec
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.float8_e4m3fn]
 MODULES = [
@@ -29,7 +26,7 @@ MODULES = [
 
 @st.composite
 def spec_lists(draw: st.DrawFn) -> list[TensorSpec]:
-    """Layers with some of the modules a model may have, in any order, of any size and dtype."""
+    """Layers with some modules of real models, in any order, shape and dtype."""
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     for layer in range(draw(st.integers(0, 4))):
         for module in draw(st.lists(st.sampled_from(MODULES), unique=True)):
@@ -41,7 +38,7 @@ def spec_lists(draw: st.DrawFn) -> list[TensorSpec]:
 
 
 def values(spec: TensorSpec) -> torch.Tensor:
-    """Bytes that differ from tensor to tensor."""
+    """Random bytes, seeded by the tensor's name."""
     generator = torch.Generator().manual_seed(hash(spec.name) % 2**31)
     raw = torch.randint(0, 255, (spec.nbytes,), dtype=torch.uint8, generator=generator)
     return raw.view(spec.dtype).view(spec.shape) if spec.numel else torch.zeros(spec.shape, dtype=spec.dtype)
@@ -59,9 +56,7 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @given(spec_lists(), st.integers(1, 2000))
-def test_nothing_is_lost_or_doubled_and_every_tensor_is_aligned_without_gaps(
-    specs: list[TensorSpec], bucket_bytes: int
-) -> None:
+def test_every_tensor_is_in_one_bucket_aligned_and_without_gaps(specs: list[TensorSpec], bucket_bytes: int) -> None:
     plan = plan_buckets(specs, bucket_bytes=bucket_bytes)
     assert sorted(name for bucket in plan for name in bucket.names) == sorted(spec.name for spec in specs)
     by_name = {spec.name: spec for spec in specs}
@@ -83,24 +78,26 @@ def test_a_bucket_exceeds_its_size_only_for_one_unit(specs: list[TensorSpec], bu
 
 
 @given(spec_lists(), st.integers(1, 2000))
-def test_what_a_server_loads_in_one_request_is_in_one_bucket(specs: list[TensorSpec], bucket_bytes: int) -> None:
+def test_a_transfer_unit_is_in_one_bucket(specs: list[TensorSpec], bucket_bytes: int) -> None:
     bucket_of = {
         name: index
         for index, bucket in enumerate(plan_buckets(specs, bucket_bytes=bucket_bytes))
         for name in bucket.names
     }
-    for unit in travel_units(specs):
+    for unit in transfer_units(specs):
         assert len({bucket_of[spec.name] for spec in unit}) == 1
     for name, index in bucket_of.items():
-        sister = name.replace("q_a_proj", "kv_a_proj_with_mqa")
-        assert bucket_of.get(sister, index) == index
+        sibling = name.replace("q_a_proj", "kv_a_proj_with_mqa")
+        assert bucket_of.get(sibling, index) == index
 
 
 @given(spec_lists(), st.integers(1, 2000))
-def test_the_order_of_the_trainer_is_kept_for_tensors_of_one_dtype(specs: list[TensorSpec], bucket_bytes: int) -> None:
-    alone = [TensorSpec(name=f"w{index}", shape=spec.shape, dtype=torch.float32) for index, spec in enumerate(specs)]
-    plan = plan_buckets(alone, bucket_bytes=bucket_bytes)
-    assert [name for bucket in plan for name in bucket.names] == [spec.name for spec in alone]
+def test_tensors_of_one_dtype_keep_the_trainers_order(specs: list[TensorSpec], bucket_bytes: int) -> None:
+    same_dtype = [
+        TensorSpec(name=f"w{index}", shape=spec.shape, dtype=torch.float32) for index, spec in enumerate(specs)
+    ]
+    plan = plan_buckets(same_dtype, bucket_bytes=bucket_bytes)
+    assert [name for bucket in plan for name in bucket.names] == [spec.name for spec in same_dtype]
 
 
 def model_specs(layers: int = 6) -> list[TensorSpec]:
@@ -116,7 +113,7 @@ def model_specs(layers: int = 6) -> list[TensorSpec]:
     return [*specs, TensorSpec(name="model.norm.weight", shape=(48,), dtype=torch.float32)]
 
 
-def test_layers_stay_together_where_they_fit() -> None:
+def test_layers_that_fit_into_a_bucket_are_not_divided() -> None:
     plan = plan_buckets(model_specs(), bucket_bytes=66_000)
     for layer in range(6):
         holders = [b for b in plan if any(name.startswith(f"model.layers.{layer}.") for name in b.names)]
@@ -132,7 +129,7 @@ def test_a_layer_larger_than_a_bucket_is_divided_between_its_blocks_first() -> N
     assert len(set(attention)) == len(set(mlp)) == 1
 
 
-def test_buckets_are_filled_well_enough() -> None:
+def test_buckets_are_at_least_half_full_on_average() -> None:
     specs = model_specs(40)
     total = sum(spec.nbytes for spec in specs)
     for bucket_bytes in (20_000, 66_000, 150_000):
@@ -152,7 +149,7 @@ def test_bad_arguments_are_refused() -> None:
 
 @given(spec_lists(), st.integers(1, 2000))
 @settings(deadline=None)
-def test_every_byte_is_where_the_plan_says(specs: list[TensorSpec], bucket_bytes: int) -> None:
+def test_every_byte_is_where_the_plan_puts_it(specs: list[TensorSpec], bucket_bytes: int) -> None:
     by_name = {spec.name: values(spec) for spec in specs}
     plan = plan_buckets(specs, bucket_bytes=bucket_bytes)
     received = {}
@@ -170,7 +167,7 @@ def test_every_byte_is_where_the_plan_says(specs: list[TensorSpec], bucket_bytes
 
 @given(spec_lists(), st.integers(1, 2000), st.booleans())
 @settings(deadline=None)
-def test_a_stream_in_any_order_is_packed_whole_and_its_fused_tensors_together(
+def test_a_stream_in_any_order_is_packed_completely_and_its_transfer_units_stay_whole(
     specs: list[TensorSpec], bucket_bytes: int, known: bool
 ) -> None:
     by_name = {spec.name: values(spec) for spec in specs}
@@ -187,7 +184,7 @@ def test_a_stream_in_any_order_is_packed_whole_and_its_fused_tensors_together(
         assert bucket.nbytes <= bucket_bytes or len({unit_key(name) for name in bucket.names}) == 1
     assert received.keys() == by_name.keys()
     assert all(same_bytes(received[name], tensor) for name, tensor in by_name.items())
-    for unit in travel_units(specs) if known else []:
+    for unit in transfer_units(specs) if known else []:
         assert len({bucket_of[spec.name] for spec in unit}) == 1
 
 
@@ -198,7 +195,7 @@ def test_tensors_are_cast_as_they_are_copied_and_need_not_be_contiguous() -> Non
     assert torch.equal(bucket.views(flat)[0], source.to(torch.bfloat16))
 
 
-def test_a_packed_bucket_stays_while_the_next_is_packed_and_its_memory_is_used_again() -> None:
+def test_a_packed_bucket_is_valid_while_the_next_is_packed_and_its_buffer_is_reused() -> None:
     specs = [TensorSpec(name=f"w{i}", shape=(1000 + i % 2,), dtype=torch.bfloat16) for i in range(6)]
     plan = plan_buckets(specs, bucket_bytes=2002)
     packer = BucketPacker()
@@ -242,7 +239,7 @@ def test_a_wrong_tensor_is_refused_instead_of_broadcast_into_place() -> None:
         list(BucketPacker().packed([bucket], lambda _: [("w", torch.zeros(4, 6)), ("v", torch.zeros(1))]))
 
 
-def test_a_stream_given_up_half_way_is_closed() -> None:
+def test_an_iterator_that_is_not_read_to_its_end_is_closed() -> None:
     closed = threading.Event()
 
     def pairs(names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -260,7 +257,7 @@ def test_a_stream_given_up_half_way_is_closed() -> None:
 
 
 def test_copying_lets_other_threads_run() -> None:
-    """Packing overlaps a broadcast only if the copy gives up Python's lock."""
+    """Packing overlaps a broadcast only if the copy releases Python's global lock."""
     tensors = {name: torch.zeros(2**26, dtype=torch.uint8) for name in "ab"}
     layout = Bucket.of(TensorSpec(name=name, shape=(2**26,), dtype=torch.uint8) for name in tensors)
     packer = BucketPacker()
@@ -289,98 +286,3 @@ def test_copying_lets_other_threads_run() -> None:
         sys.setswitchinterval(interval)
         counter.join()
     assert steps_inside[0] > 0
-
-
-MEMORY_SCRIPT = """
-import json, sys, torch
-import peft
-from tensordict import TensorDict
-from torch import nn
-from torchrl_sglang.weights.buckets.layout import plan_buckets
-from torchrl_sglang.weights.checkpoint.headers import Checkpoint, TensorSpec
-from torchrl_sglang.weights.buckets.packing import BucketPacker
-from torchrl_sglang.weights.source.opening import open_source
-
-torch.set_num_threads(1)
-MIB = 2**20
-model = nn.ModuleDict({"embed": nn.Embedding(12, MIB)})                                 # 48 MiB, larger than a bucket
-model.update({f"layer{i}": nn.Linear(1024, 2048, bias=False) for i in range(32)})       # 8 MiB each
-for parameter in model.parameters():
-    parameter.data.fill_(0.5)
-checkpoint = Checkpoint.from_specs({n: (p.shape, p.dtype) for n, p in model.named_parameters()})
-adapted = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=r"layer.*", init_lora_weights=False), model)
-plain = nn.ModuleDict({n: getattr(m, "base_layer", m) for n, m in adapted.items()})
-
-def gathered():                                                                         # every tensor made on the way
-    return ((n, p.detach() + 0) for n, p in plain.named_parameters())
-
-forms = {
-    "warm up": lambda: plain,
-    "module": lambda: plain,
-    "half": lambda: plain,
-    "state dict": lambda: {f"module.{n}": t for n, t in plain.state_dict().items()},
-    "tensordict": lambda: TensorDict.from_module(nn.ModuleDict({"model": plain})),
-    "gathered": lambda: gathered,
-    "iterator": gathered,
-    "adapters": lambda: adapted,
-    "second copy": lambda: {n: t + 0 for n, t in plain.state_dict().items()},
-}
-
-def memory(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
-
-for form, make in forms.items():
-    with open("/proc/self/clear_refs", "w") as control:
-        control.write("5")                                                              # the peak starts from here
-    before = memory("VmRSS")
-    source, packer = open_source(make(), checkpoint), BucketPacker()
-    dtype = torch.bfloat16 if form == "half" else torch.float32
-    source.check_values()
-    if source.one_shot:
-        packed = packer.packed_stream(source.tensors(), bucket_bytes=20 * MIB, dtype_of=lambda spec: dtype)
-    else:
-        specs = [TensorSpec(name=s.name, shape=s.shape, dtype=dtype) for s in source.specs().values()]
-        packed = packer.packed(plan_buckets(specs, bucket_bytes=20 * MIB), source.tensors)
-    sent = sum(flat.nbytes for _, flat in packed)
-    assert sent == checkpoint.nbytes * dtype.itemsize // 4, sent
-    del source, packer, packed
-    print(json.dumps([form, (memory("VmHWM") - before) / MIB]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def peak_extra_mib() -> dict[str, float]:
-    """Peak resident memory beyond the model's own 304 MiB while it is packed in buckets of 20 MiB, by form."""
-    pytest.importorskip("peft")
-    run = subprocess.run(
-        [sys.executable, "-c", MEMORY_SCRIPT],
-        # Freed memory goes back to the system at once, so that resident memory is memory in use.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return dict(json.loads(line) for line in run.stdout.splitlines())
-
-
-BUCKET_MIB, LARGEST_MIB, LAYER_MIB, SMALL_CHANGE_MIB = 20, 48, 8, 8
-
-
-@pytest.mark.parametrize("form", ["module", "half", "state dict", "tensordict", "gathered"])
-def test_a_whole_pass_takes_two_buckets_and_the_largest_tensor_at_most(
-    peak_extra_mib: dict[str, float], form: str
-) -> None:
-    assert peak_extra_mib[form] <= 2 * BUCKET_MIB + LARGEST_MIB + SMALL_CHANGE_MIB
-
-
-def test_merging_takes_one_more_copy_of_a_layer_and_a_stream_one_more_bucket(peak_extra_mib: dict[str, float]) -> None:
-    assert peak_extra_mib["adapters"] <= 2 * BUCKET_MIB + 2 * LAYER_MIB + SMALL_CHANGE_MIB
-    assert peak_extra_mib["iterator"] <= 3 * BUCKET_MIB + LARGEST_MIB + SMALL_CHANGE_MIB
-
-
-def test_a_second_copy_would_be_seen(peak_extra_mib: dict[str, float]) -> None:
-    """Otherwise the two tests above prove nothing."""
-    assert peak_extra_mib["second copy"] > 300

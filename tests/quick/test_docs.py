@@ -1,4 +1,4 @@
-"""What the site says of the code is true: messages exist, names are described, tutorials' pages are not stale."""
+"""The documentation matches the code: quoted messages exist, public names are described, tutorial pages are current."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENTRY = re.compile(r"^(`.+`)\n: (.*)", re.MULTILINE)
 
 
 def texts_in(source: str) -> Iterator[str]:
-    """Every string of a Python source; what an f-string fills in is ``…``."""
+    """All strings of a Python source, with ``…`` for the values in f-strings."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
@@ -29,8 +29,8 @@ def texts_in(source: str) -> Iterator[str]:
             yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
 
 
-def says(messages: list[str], quoted: str) -> bool:
-    """Whether the parts of ``quoted``, cut at ``…``, stand in one message, in this order."""
+def contains(messages: list[str], quoted: str) -> bool:
+    """Whether one message contains the parts of ``quoted`` between ``…``, in this order."""
     pattern = re.compile(".*?".join(re.escape(part.strip()) for part in quoted.split("…")), re.DOTALL)
     return any(pattern.search(message) for message in messages)
 
@@ -43,18 +43,18 @@ def messages() -> list[str]:
     return [*found, *texts_in(inspect.getsource(weight_sync_schemes))]
 
 
-def test_every_message_in_the_troubleshooting_page_is_one_of_ours(messages: list[str]) -> None:
+def test_every_message_in_the_troubleshooting_page_is_in_the_code(messages: list[str]) -> None:
     entries = ENTRY.findall(TROUBLE)
     assert len(entries) > 80, "the pattern finds no entries"
     classes = {name for name in torchrl_sglang.__all__ if name.endswith("Error")}
     quoted = [text for terms, _ in entries for text in re.findall(r"`([^`]+)`", terms)]
-    unknown = [text for text in quoted if text not in classes and not says(messages, text)]
-    assert "\n".join(unknown) == "", "these words are in no message of the code"
+    unknown = [text for text in quoted if text not in classes and not contains(messages, text)]
+    assert "\n".join(unknown) == "", "no message of the code contains these"
 
 
-def test_a_message_that_nobody_raises_would_be_noticed(messages: list[str]) -> None:
-    assert not says(messages, "the server has … gone fishing")
-    assert not says(messages, "and was ended … the server is not ready after")
+def test_a_message_that_is_not_in_the_code_is_detected(messages: list[str]) -> None:
+    assert not contains(messages, "the server has … gone fishing")
+    assert not contains(messages, "and was ended … the server is not ready after")
 
 
 def test_the_troubleshooting_page_explains_every_class_of_error() -> None:
@@ -68,7 +68,7 @@ def test_the_api_pages_describe_every_public_name() -> None:
 
 
 @pytest.mark.parametrize("name", render_tutorials.ORDER)
-def test_a_tutorials_page_shows_its_script_as_it_stands(name: str) -> None:
+def test_a_tutorials_page_shows_the_current_script(name: str) -> None:
     page = (ROOT / "docs" / "tutorials" / f"{name}.rst").read_text()
     assert page == render_tutorials.stored_page(name), "run: python docs/render_tutorials.py prose"
     for figure in re.findall(r"^\.\. image:: (\S+)$", page, re.MULTILINE):
@@ -97,14 +97,14 @@ y = 2
 '''
 
 
-def test_a_script_is_cut_into_prose_and_code() -> None:
+def test_a_script_is_split_into_prose_and_code() -> None:
     blocks = render_tutorials.read_blocks(SCRIPT)
     assert [block.prose for block in blocks] == ["Title\n=====", "More\n----\nprose", "The end."]
     assert [block.code for block in blocks] == ["x = 1", "# a comment of the code\ny = 2", ""]
     assert [SCRIPT.splitlines()[block.line - 1] for block in blocks[:2]] == ["x = 1", "# a comment of the code"]
 
 
-def test_a_page_shows_prose_code_output_and_figures_in_their_order() -> None:
+def test_a_page_shows_prose_code_output_and_figures_in_order() -> None:
     blocks = render_tutorials.read_blocks(SCRIPT)
     figure = {"file": "t_1.png", "alt": "a curve"}
     ran = [
@@ -118,7 +118,7 @@ def test_a_page_shows_prose_code_output_and_figures_in_their_order() -> None:
     assert places == sorted(places)
 
 
-def test_a_page_is_not_made_from_the_run_of_other_code() -> None:
+def test_a_page_is_not_rendered_from_the_run_of_different_code() -> None:
     blocks = render_tutorials.read_blocks(SCRIPT)
     ran = [{"code": block.code.replace("2", "3"), "printed": [], "figures": []} for block in blocks]
     with pytest.raises(render_tutorials.TutorialError, match="render_tutorials.py run t"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,43 +9,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from torchrl_sglang import ConfigError
-from torchrl_sglang.recipes import Conversations, PythonTool, run_python
+from torchrl_sglang.recipes import Conversations, PythonTool
 from torchrl_sglang.recipes.data.rewards import score_number
 from torchrl_sglang.recipes.tools.python_tool import find_program
-
-
-def test_a_program_that_does_not_end_is_ended_and_nothing_of_it_stays() -> None:
-    started = time.monotonic()
-    result = run_python("import time\nwhile True: time.sleep(1)", timeout_s=1.0)
-    assert result.failed
-    assert result.output == "TimeoutError: not done after 1 s"
-    assert time.monotonic() - started < 30
-
-
-@pytest.mark.parametrize(
-    ("program", "output"),
-    [
-        ("bytearray(2**40)", "MemoryError"),
-        ("print(undefined)", "NameError: name 'undefined' is not defined"),
-        ("print(1", "SyntaxError"),
-        ("import sys; sys.stderr.write('so it goes\\n' * 100_000); 1 / 0", "ZeroDivisionError"),
-        ("print('x\\n' * 1_000_000)", "x\nx"),
-        ("import os; print(len(os.environ) < 3)", "True"),  # a locale may be set by Python itself
-        ("import torch", "ModuleNotFoundError"),
-        ("print('x' * 1000)", "x" * 200),
-        ("input()", "EOFError"),
-        ("pass", ""),
-    ],
-)
-def test_a_program_finds_limits_and_an_empty_world(program: str, output: str) -> None:
-    assert output in run_python(program).output
-    assert len(run_python(program).output) <= 200
-
-
-def test_a_program_writes_no_files(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    assert run_python(f"open({str(file)!r}, 'w').write('x' * 9999)").failed
-    assert not file.exists() or file.stat().st_size == 0
 
 
 def test_only_a_closed_block_is_a_program() -> None:
@@ -58,7 +22,7 @@ def test_only_a_closed_block_is_a_program() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"max_turns": 0}, {"reply": "done"}, {"bonus": 1.0}, {"bonus": -0.1}])
-def test_a_tool_refuses_what_makes_no_sense(wrong: dict[str, Any]) -> None:
+def test_a_tool_refuses_invalid_arguments(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         PythonTool(score_number, **wrong)
 
@@ -85,7 +49,7 @@ def turn(
     )
 
 
-def test_a_conversation_is_one_sequence_in_which_the_assistants_tokens_are_marked() -> None:
+def test_a_conversation_is_one_sequence_with_a_mask_of_the_assistants_tokens() -> None:
     conversations = Conversations.from_turns(
         [
             turn([1, 2], [3, 4], done=False, reward=0.25),
@@ -110,12 +74,12 @@ def test_a_conversation_is_one_sequence_in_which_the_assistants_tokens_are_marke
     assert conversations.num_written == 4
 
 
-def test_tokens_that_changed_from_one_turn_to_the_next_are_refused() -> None:
+def test_tokens_that_changed_between_turns_are_refused() -> None:
     turns = [turn([1, 2], [3, 4], done=False), turn([1, 2, 34, 50], [6], done=True)]
     with pytest.raises(ConfigError, match="prompt of turn 2 .* prefer_tokens=True"):
         Conversations.from_turns(turns)
 
 
-def test_a_conversation_that_is_cut_off_is_refused() -> None:
+def test_an_incomplete_conversation_is_refused() -> None:
     with pytest.raises(ConfigError, match="yield_completed_trajectories=True"):
         Conversations.from_turns([turn([1], [2], done=True), turn([1], [2], done=False)])

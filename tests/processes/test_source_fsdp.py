@@ -1,0 +1,95 @@
+"""FSDP2 over gloo: two ranks gather in the same order, and rank 0 sends the whole model.
+
+Both ranks run all scenarios of ``sharded_trainer.py`` once; each test checks the results of some of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+WORLD_SIZE = 2
+SCRIPT = Path(__file__).with_name("sharded_trainer.py")
+Results = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ranks(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Results by rank and scenario."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for name, settings in {"qwen2": {}, "tied": {"arch": "llama", "tied": True}, "moe": {"arch": "qwen3_moe"}}.items():
+        (folder / name).symlink_to(make_model(**{"arch": "qwen2", **settings}))
+    logs = [folder / f"rank{rank}.log" for rank in range(WORLD_SIZE)]
+    processes = []
+    try:
+        for rank, log in enumerate(logs):
+            with log.open("w") as stream:
+                command = [sys.executable, str(SCRIPT), str(rank), str(WORLD_SIZE), str(folder)]
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                processes.append(subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment))
+        deadline = time.monotonic() + 200  # imports and ten small models, also on a busy machine
+        codes = [process.wait(timeout=max(0, deadline - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired:
+        codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    tails = "\n".join(f"--- rank {rank}\n{log.read_text()[-4000:]}" for rank, log in enumerate(logs))
+    assert codes == [0] * WORLD_SIZE, f"exit codes {codes} (None: still running, so a rank hung)\n{tails}"
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD_SIZE)]
+
+
+@pytest.mark.parametrize(
+    "scenario", ["plain", "tied", "hybrid_mesh", "compiled_and_wrapped", "tensordict", "moe", "adapters"]
+)
+def test_every_rank_gathers_the_whole_model_and_the_first_one_sends(ranks: Results, scenario: str) -> None:
+    assert [rank[scenario]["is_sender"] for rank in ranks] == [True] + [False] * (WORLD_SIZE - 1)
+    expected = ranks[0][scenario]["expected"]
+    for rank in ranks:
+        sent = rank[scenario]["sent"]
+        assert sent
+        assert list(sent) == list(ranks[0][scenario]["sent"]), "ranks that gather in different orders deadlock"
+        for name, tensor in sent.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+    # Only a tied output embedding may be absent.
+    assert expected.keys() - ranks[0][scenario]["sent"].keys() <= {"lm_head.weight"}
+
+
+def test_adapted_weights_count_as_trainable_although_their_base_is_frozen(ranks: Results) -> None:
+    trainable = ranks[0]["adapters"]["trainable"]
+    assert len(trainable) == 4
+    assert all(name.endswith(("q_proj.weight", "down_proj.weight")) for name in trainable)
+
+
+def test_every_rank_refuses_to_send_a_sharded_adapter_alone(ranks: Results) -> None:
+    assert all("transport='broadcast' gathers it" in rank["adapters"]["refusal"] for rank in ranks)
+
+
+def test_chosen_names_come_in_the_requested_order_on_all_ranks(ranks: Results) -> None:
+    for rank in ranks:
+        sent, expected = rank["chosen_names"]["sent"], rank["chosen_names"]["expected"]
+        assert list(sent) == list(expected)
+        assert all(torch.equal(sent[name], expected[name]) for name in expected)
+
+
+def test_a_sender_that_stops_early_does_not_block_the_other_ranks(ranks: Results) -> None:
+    counts = [rank["stopped_early"]["count"] for rank in ranks]
+    assert counts == [3] + [ranks[0]["stopped_early"]["total"]] * (WORLD_SIZE - 1)
+
+
+def test_infinity_in_one_ranks_shard_is_refused_by_all_ranks_by_name(ranks: Results) -> None:
+    for rank in ranks:
+        (line,) = rank["infinity_on_the_last_rank"]["refused"]
+        assert line.startswith("model.layers.1.mlp.up_proj.weight: ")
+    assert "another rank" in ranks[0]["infinity_on_the_last_rank"]["refused"][0]
+    assert "1 of " in ranks[-1]["infinity_on_the_last_rank"]["refused"][0]

@@ -1,0 +1,44 @@
+"""The rule of this folder: no test starts a process. Also the fixtures that several of its files use."""
+
+from __future__ import annotations
+
+import multiprocessing.process
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from tests.fake_sglang import FakeServer, FakeSettings
+
+STARTS_A_PROCESS: list[tuple[Any, str]] = [
+    (subprocess.Popen, "__init__"),
+    (multiprocessing.process.BaseProcess, "start"),
+    *((os, name) for name in ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system")),
+]
+
+
+def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+    raise AssertionError("a test in tests/quick started a process: move it to tests/processes")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Refuse new processes during setup, call and teardown. Threads and a ``FakeServer`` in this process are allowed.
+
+    A hook, because a fixture would not cover fixtures of a wider scope.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        in_this_folder = item.path.is_relative_to(Path(__file__).parent)  # this hook runs for every item of the run
+        for owner, name in STARTS_A_PROCESS if in_this_folder else ():
+            patch.setattr(owner, name, refuse)
+        return (yield)  # type: ignore[return-value]  # pluggy wants the wrapped result
+
+
+@pytest.fixture
+def fake(tiny_llama: Path) -> Iterator[FakeServer]:
+    """A fake server of today's version, in this process."""
+    with FakeServer(FakeSettings(model_path=tiny_llama)) as server:
+        yield server
