@@ -64,10 +64,10 @@ check: env
 	@echo "check 3/4  mypy --strict"; $(BIN)/mypy --no-error-summary
 	@echo "check 4/4  architecture";  $(BIN)/python -m pytest -q tests/test_architecture.py
 
-# No server, no Ray and no process in tests/quick: what one runs while editing.
+# The tests to run while editing: no server, no Ray. One thread each, because two workers use both cores.
 QUICK := tests/test_architecture.py tests/quick torchrl_sglang
 test-quick: env
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(QUICK)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(QUICK)
 
 # The checks come first, so that pytest's summary is printed last. Two files run at a time, because a server that
 # starts and a test that waits use only half of the machine.
