@@ -1,6 +1,6 @@
-"""One rank of a small FSDP2 trainer that shows what each form of its weights gives. Run by test_source_fsdp.py.
+"""One rank of a small FSDP2 trainer that opens its weights in every form. Run by test_source_fsdp.py.
 
-python sharded_trainer.py RANK WORLD_SIZE FOLDER  # FOLDER/<arch> are checkpoints, FOLDER/rank<N>.pt the result
+python sharded_trainer.py RANK WORLD_SIZE FOLDER  # reads checkpoints FOLDER/<arch>, writes FOLDER/rank<RANK>.pt
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from torchrl_sglang.errors import ConfigError, WeightCoverageError
 from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.source.adapter import AdapterSource
-from torchrl_sglang.weights.source.opening import WeightSource, open_source
-
-Made = tuple[nn.Module, Checkpoint]
+from torchrl_sglang.weights.source.factory import open_source
+from torchrl_sglang.weights.source.interface import WeightSource
 
 
 def trained(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Shard, take one optimiser step, and leave the root whole, as a forward pass without backward does."""
+    """Shard, take one optimiser step, and leave the root unsharded, as a forward pass without backward does."""
     body = next(part for part in model.modules() if isinstance(part, transformers.PreTrainedModel)).model
     for layer in body.layers:
         fully_shard(layer, mesh=mesh)
@@ -52,7 +51,9 @@ class Trainer:
         self.flat = init_device_mesh("cpu", (dist.get_world_size(),))
         self.hybrid = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard"))
 
-    def make(self, arch: str, mesh: DeviceMesh | None = None, lora: dict[str, Any] | None = None) -> Made:
+    def make(
+        self, arch: str, mesh: DeviceMesh | None = None, lora: dict[str, Any] | None = None
+    ) -> tuple[nn.Module, Checkpoint]:
         model = transformers.AutoModelForCausalLM.from_pretrained(self.folder / arch, dtype=torch.float32)
         if lora is not None:
             torch.manual_seed(0)
@@ -90,8 +91,8 @@ class Trainer:
         whole = self.whole(model)
         plain = transformers.AutoModelForCausalLM.from_pretrained(self.folder / "moe", dtype=torch.float32)
         plain.load_state_dict(whole)
-        wanted = {name: tensor.clone() for name, tensor in open_source(plain, checkpoint).tensors()}
-        return self.result(open_source(model, checkpoint), checkpoint, wanted)
+        expected = {name: tensor.clone() for name, tensor in open_source(plain, checkpoint).tensors()}
+        return self.result(open_source(model, checkpoint), checkpoint, expected)
 
     def adapters(self) -> Any:
         lora = {"r": 4, "target_modules": ["q_proj", "down_proj"], "use_dora": True}
@@ -100,24 +101,24 @@ class Trainer:
         whole = transformers.AutoModelForCausalLM.from_pretrained(self.folder / "qwen2", dtype=torch.float32)
         twin = peft.get_peft_model(whole, peft.LoraConfig(init_lora_weights=False, **lora))
         twin.load_state_dict(self.whole(model))
-        wanted = twin.merge_and_unload().state_dict()
+        expected = twin.merge_and_unload().state_dict()
         source = open_source(model, checkpoint)
         trainable = [name for name, spec in source.specs().items() if spec.trainable]
         try:
             AdapterSource(model)
         except ConfigError as error:
-            alone = str(error)
-        return {**self.result(source, checkpoint, wanted), "trainable": trainable, "alone": alone}
+            refusal = str(error)
+        return {**self.result(source, checkpoint, expected), "trainable": trainable, "refusal": refusal}
 
     def chosen_names(self) -> Any:
         model, checkpoint = self.make("qwen2")
         whole = self.whole(model)
         source = open_source(model, checkpoint)
         names = list(source.specs())[5:2:-1]
-        return {"sent": {n: t.clone() for n, t in source.tensors(names)}, "wanted": {n: whole[n] for n in names}}
+        return {"sent": {n: t.clone() for n, t in source.tensors(names)}, "expected": {n: whole[n] for n in names}}
 
-    def closed_early(self) -> Any:
-        """Rank 0 gives up after three tensors; the others still come to their end."""
+    def stopped_early(self) -> Any:
+        """Rank 0 stops after three tensors; the other ranks still read all of them."""
         model, checkpoint = self.make("qwen2")
         tensors = open_source(model, checkpoint).tensors()
         count = 0
@@ -129,9 +130,9 @@ class Trainer:
         dist.barrier()
         return {"count": count, "total": len(checkpoint.specs)}
 
-    def nan_on_the_last_rank(self) -> Any:
+    def infinity_on_the_last_rank(self) -> Any:
         model, checkpoint = self.make("qwen2")
-        source = open_source(model, checkpoint)  # puts the root back into shards
+        source = open_source(model, checkpoint)  # reshards the root
         if dist.get_rank() == dist.get_world_size() - 1:
             with torch.no_grad():
                 model.model.layers[1].mlp.up_proj.weight.to_local()[-1, -1] = torch.inf
@@ -144,13 +145,13 @@ class Trainer:
     def whole(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) or {}
 
-    def result(self, source: WeightSource, checkpoint: Checkpoint, wanted: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def result(self, source: WeightSource, checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> dict[str, Any]:
         check_coverage(source.specs(), checkpoint)
         source.check_values()
         sent = {name: tensor.clone() for name, tensor in source.tensors()}
         again = {name: tensor.clone() for name, tensor in source.tensors()}
         assert all(torch.equal(sent[name], again[name]) for name in sent)
-        return {"sent": sent, "wanted": wanted, "is_sender": source.is_sender}
+        return {"sent": sent, "expected": expected, "is_sender": source.is_sender}
 
 
 SCENARIOS: tuple[Callable[[Trainer], Any], ...] = (
@@ -162,14 +163,14 @@ SCENARIOS: tuple[Callable[[Trainer], Any], ...] = (
     Trainer.moe,
     Trainer.adapters,
     Trainer.chosen_names,
-    Trainer.closed_early,
-    Trainer.nan_on_the_last_rank,
+    Trainer.stopped_early,
+    Trainer.infinity_on_the_last_rank,
 )
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), world_size)
-    # The trainer's own default group; the source must get by without another and leave it as it is.
+    # The trainer's default group. The source must neither change it nor need another.
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=120)
     )

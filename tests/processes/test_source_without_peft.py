@@ -1,4 +1,4 @@
-"""Reading a model's weights in a Python in which peft cannot be imported."""
+"""Reading a model's weights in a Python that cannot import peft."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 
 WITHOUT_PEFT = """
 import sys
-sys.modules["peft"] = None                    # as if it weren't installed
+sys.modules["peft"] = None                    # as if it were not installed
 import torch
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.source.opening import open_source
+from torchrl_sglang.weights.source.factory import open_source
 
 model = torch.nn.Linear(2, 3)
 checkpoint = Checkpoint.from_specs({n: (p.shape, p.dtype) for n, p in model.named_parameters()})

@@ -1,4 +1,4 @@
-"""Every byte is where the plan says it is, nothing is lost, and no more memory is taken than two buckets."""
+"""Every byte is where the plan puts it, no tensor is lost, and packing allocates no more than two buckets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, travel_units, unit_key
+from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, transfer_units, unit_key
 from torchrl_sglang.weights.buckets.packing import BucketPacker
-from torchrl_sglang.weights.checkpoint.headers import TensorSpec
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.float8_e4m3fn]
 MODULES = [
@@ -26,7 +26,7 @@ MODULES = [
 
 @st.composite
 def spec_lists(draw: st.DrawFn) -> list[TensorSpec]:
-    """Layers with some of the modules a model may have, in any order, of any size and dtype."""
+    """Layers with some modules of real models, in any order, shape and dtype."""
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     for layer in range(draw(st.integers(0, 4))):
         for module in draw(st.lists(st.sampled_from(MODULES), unique=True)):
@@ -38,7 +38,7 @@ def spec_lists(draw: st.DrawFn) -> list[TensorSpec]:
 
 
 def values(spec: TensorSpec) -> torch.Tensor:
-    """Bytes that differ from tensor to tensor."""
+    """Random bytes, seeded by the tensor's name."""
     generator = torch.Generator().manual_seed(hash(spec.name) % 2**31)
     raw = torch.randint(0, 255, (spec.nbytes,), dtype=torch.uint8, generator=generator)
     return raw.view(spec.dtype).view(spec.shape) if spec.numel else torch.zeros(spec.shape, dtype=spec.dtype)
@@ -56,9 +56,7 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @given(spec_lists(), st.integers(1, 2000))
-def test_nothing_is_lost_or_doubled_and_every_tensor_is_aligned_without_gaps(
-    specs: list[TensorSpec], bucket_bytes: int
-) -> None:
+def test_every_tensor_is_in_one_bucket_aligned_and_without_gaps(specs: list[TensorSpec], bucket_bytes: int) -> None:
     plan = plan_buckets(specs, bucket_bytes=bucket_bytes)
     assert sorted(name for bucket in plan for name in bucket.names) == sorted(spec.name for spec in specs)
     by_name = {spec.name: spec for spec in specs}
@@ -80,24 +78,26 @@ def test_a_bucket_exceeds_its_size_only_for_one_unit(specs: list[TensorSpec], bu
 
 
 @given(spec_lists(), st.integers(1, 2000))
-def test_what_a_server_loads_in_one_request_is_in_one_bucket(specs: list[TensorSpec], bucket_bytes: int) -> None:
+def test_a_transfer_unit_is_in_one_bucket(specs: list[TensorSpec], bucket_bytes: int) -> None:
     bucket_of = {
         name: index
         for index, bucket in enumerate(plan_buckets(specs, bucket_bytes=bucket_bytes))
         for name in bucket.names
     }
-    for unit in travel_units(specs):
+    for unit in transfer_units(specs):
         assert len({bucket_of[spec.name] for spec in unit}) == 1
     for name, index in bucket_of.items():
-        sister = name.replace("q_a_proj", "kv_a_proj_with_mqa")
-        assert bucket_of.get(sister, index) == index
+        sibling = name.replace("q_a_proj", "kv_a_proj_with_mqa")
+        assert bucket_of.get(sibling, index) == index
 
 
 @given(spec_lists(), st.integers(1, 2000))
-def test_the_order_of_the_trainer_is_kept_for_tensors_of_one_dtype(specs: list[TensorSpec], bucket_bytes: int) -> None:
-    alone = [TensorSpec(name=f"w{index}", shape=spec.shape, dtype=torch.float32) for index, spec in enumerate(specs)]
-    plan = plan_buckets(alone, bucket_bytes=bucket_bytes)
-    assert [name for bucket in plan for name in bucket.names] == [spec.name for spec in alone]
+def test_tensors_of_one_dtype_keep_the_trainers_order(specs: list[TensorSpec], bucket_bytes: int) -> None:
+    same_dtype = [
+        TensorSpec(name=f"w{index}", shape=spec.shape, dtype=torch.float32) for index, spec in enumerate(specs)
+    ]
+    plan = plan_buckets(same_dtype, bucket_bytes=bucket_bytes)
+    assert [name for bucket in plan for name in bucket.names] == [spec.name for spec in same_dtype]
 
 
 def model_specs(layers: int = 6) -> list[TensorSpec]:
@@ -113,7 +113,7 @@ def model_specs(layers: int = 6) -> list[TensorSpec]:
     return [*specs, TensorSpec(name="model.norm.weight", shape=(48,), dtype=torch.float32)]
 
 
-def test_layers_stay_together_where_they_fit() -> None:
+def test_layers_that_fit_into_a_bucket_are_not_divided() -> None:
     plan = plan_buckets(model_specs(), bucket_bytes=66_000)
     for layer in range(6):
         holders = [b for b in plan if any(name.startswith(f"model.layers.{layer}.") for name in b.names)]
@@ -129,7 +129,7 @@ def test_a_layer_larger_than_a_bucket_is_divided_between_its_blocks_first() -> N
     assert len(set(attention)) == len(set(mlp)) == 1
 
 
-def test_buckets_are_filled_well_enough() -> None:
+def test_buckets_are_at_least_half_full_on_average() -> None:
     specs = model_specs(40)
     total = sum(spec.nbytes for spec in specs)
     for bucket_bytes in (20_000, 66_000, 150_000):
@@ -149,7 +149,7 @@ def test_bad_arguments_are_refused() -> None:
 
 @given(spec_lists(), st.integers(1, 2000))
 @settings(deadline=None)
-def test_every_byte_is_where_the_plan_says(specs: list[TensorSpec], bucket_bytes: int) -> None:
+def test_every_byte_is_where_the_plan_puts_it(specs: list[TensorSpec], bucket_bytes: int) -> None:
     by_name = {spec.name: values(spec) for spec in specs}
     plan = plan_buckets(specs, bucket_bytes=bucket_bytes)
     received = {}
@@ -167,7 +167,7 @@ def test_every_byte_is_where_the_plan_says(specs: list[TensorSpec], bucket_bytes
 
 @given(spec_lists(), st.integers(1, 2000), st.booleans())
 @settings(deadline=None)
-def test_a_stream_in_any_order_is_packed_whole_and_its_fused_tensors_together(
+def test_a_stream_in_any_order_is_packed_completely_and_its_transfer_units_stay_whole(
     specs: list[TensorSpec], bucket_bytes: int, known: bool
 ) -> None:
     by_name = {spec.name: values(spec) for spec in specs}
@@ -184,7 +184,7 @@ def test_a_stream_in_any_order_is_packed_whole_and_its_fused_tensors_together(
         assert bucket.nbytes <= bucket_bytes or len({unit_key(name) for name in bucket.names}) == 1
     assert received.keys() == by_name.keys()
     assert all(same_bytes(received[name], tensor) for name, tensor in by_name.items())
-    for unit in travel_units(specs) if known else []:
+    for unit in transfer_units(specs) if known else []:
         assert len({bucket_of[spec.name] for spec in unit}) == 1
 
 
@@ -195,7 +195,7 @@ def test_tensors_are_cast_as_they_are_copied_and_need_not_be_contiguous() -> Non
     assert torch.equal(bucket.views(flat)[0], source.to(torch.bfloat16))
 
 
-def test_a_packed_bucket_stays_while_the_next_is_packed_and_its_memory_is_used_again() -> None:
+def test_a_packed_bucket_is_valid_while_the_next_is_packed_and_its_buffer_is_reused() -> None:
     specs = [TensorSpec(name=f"w{i}", shape=(1000 + i % 2,), dtype=torch.bfloat16) for i in range(6)]
     plan = plan_buckets(specs, bucket_bytes=2002)
     packer = BucketPacker()
@@ -239,7 +239,7 @@ def test_a_wrong_tensor_is_refused_instead_of_broadcast_into_place() -> None:
         list(BucketPacker().packed([bucket], lambda _: [("w", torch.zeros(4, 6)), ("v", torch.zeros(1))]))
 
 
-def test_a_stream_given_up_half_way_is_closed() -> None:
+def test_an_iterator_that_is_not_read_to_its_end_is_closed() -> None:
     closed = threading.Event()
 
     def pairs(names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -257,7 +257,7 @@ def test_a_stream_given_up_half_way_is_closed() -> None:
 
 
 def test_copying_lets_other_threads_run() -> None:
-    """Packing overlaps a broadcast only if the copy gives up Python's lock."""
+    """Packing overlaps a broadcast only if the copy releases Python's global lock."""
     tensors = {name: torch.zeros(2**26, dtype=torch.uint8) for name in "ab"}
     layout = Bucket.of(TensorSpec(name=name, shape=(2**26,), dtype=torch.uint8) for name in tensors)
     packer = BucketPacker()

@@ -1,4 +1,4 @@
-"""What a served checkpoint holds is read from headers; what doesn't match it is refused by name, and why."""
+"""A checkpoint is described by its files' headers; tensors that don't match it are refused by name and reason."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from torchrl_sglang.errors import ConfigError, WeightCoverageError
-from torchrl_sglang.weights.checkpoint.coverage import check_coverage, check_finite, wire_dtype
-from torchrl_sglang.weights.checkpoint.headers import Checkpoint, TensorSpec
-from torchrl_sglang.weights.checkpoint.values import finite_probe, non_finite_names
+from torchrl_sglang.weights.checkpoint.coverage import check_coverage
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
+from torchrl_sglang.weights.checkpoint.values import check_finite, find_non_finite, finite_probe
+from torchrl_sglang.weights.checkpoint.wire_dtype import wire_dtype
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -50,7 +52,7 @@ def test_headers_give_names_shapes_and_dtypes_of_every_kind(tmp_path: Path) -> N
     assert all(specs[name].nbytes == tensor.nbytes for name, tensor in tensors.items())
 
 
-def test_an_index_says_which_files_count(tmp_path: Path) -> None:
+def test_only_files_that_the_index_names_are_read(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"b": torch.zeros(3)}, tmp_path / "model-00002-of-00002.safetensors")
     save_file({"stale": torch.zeros(3)}, tmp_path / "old.safetensors")
@@ -62,7 +64,7 @@ def test_an_index_says_which_files_count(tmp_path: Path) -> None:
         Checkpoint.read(tmp_path)
 
 
-def test_adapters_and_second_copies_in_the_folder_do_not_count(tmp_path: Path) -> None:
+def test_adapters_and_second_copies_in_the_folder_are_ignored(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
     save_file({"lora": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     save_file({"other": torch.zeros(2)}, tmp_path / "consolidated.safetensors")
@@ -79,7 +81,7 @@ def test_adapters_and_second_copies_in_the_folder_do_not_count(tmp_path: Path) -
         ({}, ["embed", "language_model.lm_head.weight"], False),
     ],
 )
-def test_ties_are_read_from_the_config_or_seen_from_what_is_missing(
+def test_ties_are_read_from_the_config_or_derived_from_a_missing_output_embedding(
     tmp_path: Path, config: dict[str, Any], names: list[str], tied: bool
 ) -> None:
     save_file({name: torch.zeros(2) for name in names}, tmp_path / "model.safetensors")
@@ -87,7 +89,7 @@ def test_ties_are_read_from_the_config_or_seen_from_what_is_missing(
     assert Checkpoint.read(tmp_path).tied is tied
 
 
-def test_a_quantised_checkpoint_is_known_by_its_config_or_its_dtypes(tmp_path: Path) -> None:
+def test_a_quantised_checkpoint_is_recognised_by_its_config_or_its_dtypes(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     assert Checkpoint.read(tmp_path).quantization == "float8_e4m3fn"
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
@@ -105,14 +107,16 @@ def test_a_quantised_checkpoint_is_known_by_its_config_or_its_dtypes(tmp_path: P
         ({"model.safetensors.index.json": b"nonsense"}, "not valid JSON"),
     ],
 )
-def test_a_folder_that_cannot_be_read_says_what_to_do(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+def test_the_error_for_an_unreadable_folder_says_what_to_do(
+    tmp_path: Path, files: dict[str, bytes], message: str
+) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         Checkpoint.read(tmp_path)
 
 
-def test_an_unknown_dtype_is_named(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_dtype_names_tensor_and_dtype(tmp_path: Path) -> None:
     header = json.dumps({"w": {"dtype": "F6_E2M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0")
     with pytest.raises(ConfigError, match="'w' has dtype F6_E2M3"):
@@ -120,7 +124,7 @@ def test_an_unknown_dtype_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "nobody/has-this-model", "a/b/c", "not a name!"])
-def test_a_path_that_is_not_here_offers_to_describe_the_checkpoint(path: str) -> None:
+def test_the_error_for_a_missing_path_suggests_to_describe_the_checkpoint(path: str) -> None:
     with pytest.raises(ConfigError, match=r"Checkpoint.from_specs"):
         Checkpoint.read(path)
 
@@ -155,7 +159,7 @@ def test_missing_unknown_and_misshapen_tensors_are_listed_by_name() -> None:
     assert "of http://one:1" in str(error)
 
 
-def test_long_lists_are_cut_and_counted() -> None:
+def test_long_lists_are_shortened_with_their_count() -> None:
     checkpoint = Checkpoint.from_specs([spec(f"w{i}", 2) for i in range(25)])
     message = str(refused([spec("w0", 2)], checkpoint))
     assert "24 missing" in message
@@ -168,7 +172,7 @@ def test_long_lists_are_cut_and_counted() -> None:
     ("sent", "fits"),
     [(torch.bfloat16, True), (torch.float64, True), (torch.int32, False), (torch.float8_e4m3fn, False)],
 )
-def test_wide_floats_fit_a_float_while_integers_and_scaled_ones_do_not(sent: torch.dtype, fits: bool) -> None:
+def test_other_float_widths_fit_a_float_and_integers_and_scaled_floats_do_not(sent: torch.dtype, fits: bool) -> None:
     checkpoint = Checkpoint.from_specs([spec("w", 2)])
     if fits:
         check_coverage([spec("w", 2, dtype=sent)], checkpoint)
@@ -176,7 +180,7 @@ def test_wide_floats_fit_a_float_while_integers_and_scaled_ones_do_not(sent: tor
         assert " sent, float32 in the checkpoint" in str(refused([spec("w", 2, dtype=sent)], checkpoint))
 
 
-def test_a_tied_output_embedding_may_stay_at_home_and_an_untied_one_may_not() -> None:
+def test_a_tied_output_embedding_is_optional_and_an_untied_one_is_required() -> None:
     names = [spec("embed", 2), spec("lm_head.weight", 2)]
     check_coverage(names[:1], Checkpoint.from_specs(names, tied=True))
     check_coverage(names, Checkpoint.from_specs(names, tied=True))
@@ -193,7 +197,7 @@ def test_sending_nothing_is_refused() -> None:
     assert "no tensor at all" in str(refused([], Checkpoint.from_specs([spec("a", 2)])))
 
 
-def test_a_quantised_checkpoint_takes_its_own_tensors_and_nothing_else(tmp_path: Path) -> None:
+def test_a_quantised_checkpoint_accepts_only_its_own_names_and_dtypes(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(2, 2).to(torch.float8_e4m3fn), "s": torch.ones(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
     checkpoint = Checkpoint.read(tmp_path)
@@ -225,10 +229,10 @@ def test_only_matrices_are_narrowed_and_nothing_is_widened() -> None:
     assert wire("w", torch.float32, torch.bfloat16) is torch.bfloat16
     assert wire("w", torch.float64, torch.float32) is torch.float32
     assert wire("w", torch.bfloat16, torch.float32) is torch.bfloat16
-    assert wire("w", torch.bfloat16, torch.float16) is torch.bfloat16, "as many bytes: leave the rounding to the server"
+    assert wire("w", torch.bfloat16, torch.float16) is torch.bfloat16, "same size: the server casts"
     assert wire("w", torch.float32, None) is torch.float32
     assert wire("norm", torch.float32, torch.bfloat16) is torch.float32
-    assert wire("router", torch.float32, torch.bfloat16) is torch.float32, "the checkpoint keeps it wide"
+    assert wire("router", torch.float32, torch.bfloat16) is torch.float32, "the checkpoint stores it in float32"
     assert wire("ids", torch.int64, torch.bfloat16) is torch.int64
 
 
@@ -238,46 +242,46 @@ def test_only_matrices_are_narrowed_and_nothing_is_widened() -> None:
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("position", [0, 1234, 4999])
-def test_one_bad_element_is_found_wherever_it_is(dtype: torch.dtype, bad: float, position: int) -> None:
+def test_one_bad_element_is_found_at_any_position(dtype: torch.dtype, bad: float, position: int) -> None:
     values = torch.linspace(-1, 1, 5000)
     values[position] = bad
     tensor = values.to(dtype)
     if dtype is torch.float8_e4m3fn and bad == bad:
-        tensor = values.nan_to_num(nan=0, posinf=torch.nan, neginf=torch.nan).to(dtype)  # it has no infinity
+        tensor = values.nan_to_num(nan=0, posinf=torch.nan, neginf=torch.nan).to(dtype)  # this dtype has no infinity
     for laid_out in (tensor, tensor.view(50, 100), tensor.view(50, 100).t()):
         with pytest.raises(WeightCoverageError, match=r"w: 1 of 5000 elements NaN or infinite"):
             check_finite("w", laid_out)
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=40), st.sampled_from(FLOATS))
-def test_finite_values_are_never_refused_however_large(values: list[float], dtype: torch.dtype) -> None:
+def test_finite_values_of_any_size_are_accepted(values: list[float], dtype: torch.dtype) -> None:
     tensor = torch.tensor(values).to(dtype)
     if torch.isfinite(tensor).all():
         check_finite("w", tensor)
-        assert non_finite_names([("w", tensor)]) == []
+        assert find_non_finite([("w", tensor)]) == {}
 
 
-def test_squares_that_overflow_are_not_mistaken_for_infinity() -> None:
+def test_finite_values_whose_squares_overflow_are_accepted() -> None:
     large = torch.full((1000,), 1e30)
-    assert not torch.isfinite(finite_probe(large)), "the probe is no longer fooled by this: simplify it"
+    assert not torch.isfinite(finite_probe(large)), "the probe no longer overflows here: simplify check_finite"
     check_finite("w", large)
 
 
-def test_integers_and_empty_tensors_have_nothing_to_refuse() -> None:
+def test_integers_and_empty_tensors_are_accepted() -> None:
     for tensor in (torch.arange(4), torch.zeros(0), torch.ones(2, dtype=torch.bool), torch.tensor(1.0)):
         check_finite("w", tensor)
 
 
-def test_a_value_the_servers_dtype_cannot_hold_is_refused() -> None:
+def test_a_value_that_the_servers_dtype_cannot_represent_is_refused() -> None:
     tensor = torch.tensor([1.0, 70_000.0, -65_519.0])
     check_finite("w", tensor)
     check_finite("w", tensor, torch.bfloat16)
     with pytest.raises(WeightCoverageError, match="1 of 3 elements too large for the server's float16"):
         check_finite("w", tensor, torch.float16)
-    assert torch.isfinite(torch.tensor(-65_519.0).to(torch.float16)), "rounds down to the largest half"
+    assert torch.isfinite(torch.tensor(-65_519.0).to(torch.float16)), "it rounds down to the largest float16"
 
 
-def test_bad_tensors_are_all_named_in_order_and_good_ones_are_not() -> None:
+def test_all_bad_tensors_are_named_in_order_and_no_good_ones() -> None:
     bad = torch.tensor([0.0, torch.nan])
-    lines = non_finite_names([("a", bad), ("b", torch.ones(2)), ("c", bad.half()), ("d", torch.full((9,), 1e30))])
-    assert [line.split(":")[0] for line in lines] == ["a", "c"]
+    problems = find_non_finite([("a", bad), ("b", torch.ones(2)), ("c", bad.half()), ("d", torch.full((9,), 1e30))])
+    assert list(problems) == ["a", "c"]

@@ -1,4 +1,4 @@
-"""Every form in which a trainer may hand over its weights gives the checkpoint's own tensors, and nothing else."""
+"""Every form in which a trainer may pass its weights yields exactly the checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torchrl.weight_update.weight_sync_schemes import WeightStrategy
 from torchrl_sglang.errors import ConfigError, WeightCoverageError
 from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.source.opening import open_source
+from torchrl_sglang.weights.source.factory import open_source
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "qwen2"])
@@ -40,7 +40,7 @@ def load(folder: Path) -> transformers.PreTrainedModel:
 
 
 def assert_sends_the_checkpoint(weights: Any, folder: Path, **kwargs: Any) -> None:
-    """Same names and shapes as on disk, said in advance and kept, and every value the file's."""
+    """The source's specs and its tensors have the names, shapes and values of the checkpoint's file."""
     checkpoint = Checkpoint.read(folder)
     source = open_source(weights, checkpoint, **kwargs)
     specs = source.specs()
@@ -56,7 +56,7 @@ def assert_sends_the_checkpoint(weights: Any, folder: Path, **kwargs: Any) -> No
 
 
 class Holder(nn.Module):
-    """Somebody's own wrapper, whose attribute is called as unluckily as can be."""
+    """A user's wrapper whose attribute has the same name as the first segment of checkpoint names."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_a_model_inside_wrappers_is_found(model: nn.Module, folder: Path) -> Non
     assert_sends_the_checkpoint(TensorDictSequential(TensorDictModule(Holder(Holder(model)), ["x"], ["y"])), folder)
 
 
-def test_a_compiled_model_is_seen_through(model: nn.Module, folder: Path) -> None:
+def test_a_compiled_model_is_unwrapped(model: nn.Module, folder: Path) -> None:
     assert_sends_the_checkpoint(torch.compile(model), folder)
     model.model.layers[0] = torch.compile(model.model.layers[0])
     assert any("._orig_mod." in name for name, _ in model.named_parameters())
@@ -89,7 +89,7 @@ def test_a_compiled_model_is_seen_through(model: nn.Module, folder: Path) -> Non
     assert_sends_the_checkpoint(model.state_dict(), folder)
 
 
-def test_a_model_in_a_real_ddp_is_seen_through_and_its_process_group_left_alone(model: nn.Module, folder: Path) -> None:
+def test_a_model_in_real_ddp_is_unwrapped_and_its_process_group_left_alone(model: nn.Module, folder: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallel = nn.parallel.DistributedDataParallel(model)
@@ -101,15 +101,13 @@ def test_a_model_in_a_real_ddp_is_seen_through_and_its_process_group_left_alone(
 
 
 @pytest.mark.parametrize("as_torchrl_does", [False, True])
-def test_a_nested_tensordict_is_sent_whatever_it_was_made_from(
-    model: nn.Module, folder: Path, as_torchrl_does: bool
-) -> None:
+def test_a_nested_tensordict_of_any_wrapper_is_sent(model: nn.Module, folder: Path, as_torchrl_does: bool) -> None:
     extract = WeightStrategy("tensordict").extract_weights if as_torchrl_does else TensorDict.from_module
     for weights in (extract(model), extract(wrapped_for_torchrl(model, folder)), extract(Holder(model))):
         assert_sends_the_checkpoint(weights, folder)
 
 
-def test_a_tensordict_of_copies_is_sent_though_ties_and_buffers_are_no_longer_to_be_seen(
+def test_a_tensordict_of_copies_is_sent_although_it_tells_neither_ties_nor_buffers(
     model: nn.Module, folder: Path
 ) -> None:
     weights = TensorDict.from_module(wrapped_for_torchrl(model, folder))
@@ -118,7 +116,7 @@ def test_a_tensordict_of_copies_is_sent_though_ties_and_buffers_are_no_longer_to
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "actor.", "model.", "module._orig_mod.model."])
-def test_a_state_dict_is_sent_whatever_stands_before_its_names(model: nn.Module, folder: Path, prefix: str) -> None:
+def test_a_state_dict_with_any_prefix_is_sent(model: nn.Module, folder: Path, prefix: str) -> None:
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     assert_sends_the_checkpoint(state, folder)
     assert_sends_the_checkpoint(dict(reversed(state.items())), folder)
@@ -128,13 +126,13 @@ def test_a_state_dict_without_the_tied_output_embedding_is_sent(model: nn.Module
     assert_sends_the_checkpoint(dict(model.named_parameters()), folder)
 
 
-def test_a_function_that_makes_an_iterator_is_sent(model: nn.Module, folder: Path) -> None:
+def test_a_function_that_returns_an_iterator_is_sent(model: nn.Module, folder: Path) -> None:
     assert_sends_the_checkpoint(lambda: iter(model.state_dict().items()), folder)
     assert_sends_the_checkpoint(lambda: ((f"actor.{n}", t) for n, t in model.named_parameters()), folder)
     assert_sends_the_checkpoint(list(model.state_dict().items()), folder)
 
 
-def test_an_iterator_gives_its_tensors_once_and_is_complete_at_its_end(model: nn.Module, folder: Path) -> None:
+def test_an_iterator_gives_all_its_tensors_once(model: nn.Module, folder: Path) -> None:
     checkpoint = Checkpoint.read(folder)
     source = open_source(iter(model.state_dict().items()), checkpoint)
     assert source.one_shot
@@ -176,7 +174,7 @@ def test_an_iterator_is_refused_at_the_tensor_that_does_not_fit(model: nn.Module
     assert got == names[:-1]
 
 
-def test_chosen_tensors_come_in_the_order_asked_for(model: nn.Module, folder: Path) -> None:
+def test_chosen_tensors_come_in_the_requested_order(model: nn.Module, folder: Path) -> None:
     source = open_source(model, Checkpoint.read(folder))
     chosen = list(reversed(source.specs()))[2:9:2]
     assert [name for name, _ in source.tensors(chosen)] == chosen
@@ -193,21 +191,21 @@ def test_only_parameters_that_are_trained_count_as_trainable(model: nn.Module, f
         assert trainable == [f"model.layers.1.mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
 
 
-def test_later_steps_of_the_optimiser_are_seen_by_the_same_source(model: nn.Module, folder: Path) -> None:
+def test_an_open_source_reads_the_values_of_later_optimiser_steps(model: nn.Module, folder: Path) -> None:
     source = open_source(model, Checkpoint.read(folder))
     with torch.no_grad():
         model.model.norm.weight.add_(1.0)
     assert torch.equal(dict(source.tensors(["model.norm.weight"]))["model.norm.weight"], model.model.norm.weight)
 
 
-def test_the_callable_model_is_found_for_the_proof(model: nn.Module, folder: Path) -> None:
+def test_the_transformers_model_is_found_for_verification(model: nn.Module, folder: Path) -> None:
     checkpoint = Checkpoint.read(folder)
     for weights in (model, Holder(model), torch.compile(model), wrapped_for_torchrl(model, folder)):
         assert open_source(weights, checkpoint).module is model
     assert open_source(model.state_dict(), checkpoint).module is None
 
 
-def test_two_models_where_one_is_expected_are_not_guessed_between(folder: Path) -> None:
+def test_two_models_that_fit_equally_well_are_refused(folder: Path) -> None:
     both = nn.ModuleDict({"actor": load(folder), "critic": load(folder)})
     checkpoint = Checkpoint.read(folder)
     for weights in (both, both.state_dict(), TensorDict.from_module(both)):
@@ -217,7 +215,7 @@ def test_two_models_where_one_is_expected_are_not_guessed_between(folder: Path) 
     assert_sends_the_checkpoint(both.state_dict(), folder, ignore=("critic.*",))
 
 
-def test_what_the_checkpoint_does_not_know_is_refused_unless_ignored(model: nn.Module, folder: Path) -> None:
+def test_tensors_that_the_checkpoint_lacks_are_refused_unless_ignored(model: nn.Module, folder: Path) -> None:
     model.value_head = nn.Linear(64, 1)
     checkpoint = Checkpoint.read(folder)
     for weights in (model, Holder(model), TensorDict.from_module(model), model.state_dict()):
@@ -228,12 +226,12 @@ def test_what_the_checkpoint_does_not_know_is_refused_unless_ignored(model: nn.M
 
 
 def test_a_value_head_beside_the_model_is_refused_unless_ignored(model: nn.Module, folder: Path) -> None:
-    beside = nn.ModuleDict({"policy": model, "value": nn.Linear(64, 1)})
+    both = nn.ModuleDict({"policy": model, "value": nn.Linear(64, 1)})
     checkpoint = Checkpoint.read(folder)
     with pytest.raises(WeightCoverageError) as refused:
-        check_coverage(open_source(beside, checkpoint).specs(), checkpoint)
+        check_coverage(open_source(both, checkpoint).specs(), checkpoint)
     assert set(refused.value.unknown) == {"value.weight", "value.bias"}
-    assert_sends_the_checkpoint(beside, folder, ignore=("value.*",))
+    assert_sends_the_checkpoint(both, folder, ignore=("value.*",))
 
 
 def test_a_custom_model_is_sent_by_its_name_map() -> None:
@@ -253,26 +251,26 @@ def test_a_custom_model_is_sent_by_its_name_map() -> None:
 def test_two_tensors_for_one_name_are_refused() -> None:
     checkpoint = Checkpoint.from_specs({"w": ((2,), torch.float32), "v": ((2,), torch.float32)})
     weights = {"w": torch.zeros(2), "v": torch.zeros(2), "other": torch.ones(2)}
-    with pytest.raises(ConfigError, match="both stand for 'w'"):
+    with pytest.raises(ConfigError, match="both map to 'w'"):
         open_source(weights, checkpoint, name_map={"other": "w"})
 
 
 @pytest.mark.parametrize("empty", [{}, TensorDict({}, []), nn.Identity(), TensorDict({"a": TensorDict({}, [])}, [])])
-def test_an_empty_collection_is_refused_loudly(empty: Any) -> None:
+def test_an_empty_collection_is_refused(empty: Any) -> None:
     with pytest.raises(ConfigError, match="hold no tensor"):
         open_source(empty, Checkpoint.from_specs({"w": ((2,), torch.float32)}))
 
 
 @pytest.mark.parametrize("wrong", [3, None, "path/to/model", {"w": [1.0, 2.0]}, {3: torch.ones(2)}])
-def test_weights_of_another_kind_are_refused_by_kind(wrong: Any) -> None:
+def test_weights_of_an_unsupported_type_are_refused(wrong: Any) -> None:
     with pytest.raises(ConfigError, match=r"can't read weights from|must be tensors|must be named|must give"):
         list(open_source(wrong, Checkpoint.from_specs({"w": ((2,), torch.float32)})).tensors())
 
 
-def test_parameters_that_are_not_there_as_a_whole_are_refused_with_a_way_out(folder: Path) -> None:
+def test_parameters_whose_values_are_not_on_this_rank_are_refused_with_advice(folder: Path) -> None:
     checkpoint = Checkpoint.read(folder)
     model = load(folder)
-    model.model.norm.weight.ds_shape = torch.Size([64])  # how DeepSpeed marks what it has partitioned
+    model.model.norm.weight.ds_shape = torch.Size([64])  # how DeepSpeed marks a partitioned parameter
     with pytest.raises(ConfigError, match=r"model\.norm\.weight' is partitioned by DeepSpeed.*GatheredParameters"):
         open_source(model, checkpoint)
     with torch.device("meta"):
@@ -283,7 +281,7 @@ def test_parameters_that_are_not_there_as_a_whole_are_refused_with_a_way_out(fol
 
 
 @pytest.mark.parametrize("use_orig_params", [True, False])
-def test_fsdp1_is_refused_by_name_and_its_gathered_state_dict_is_not(folder: Path, use_orig_params: bool) -> None:
+def test_fsdp1_is_refused_and_its_gathered_state_dict_is_sent(folder: Path, use_orig_params: bool) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         sharded = FullyShardedDataParallel(load(folder), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
@@ -294,11 +292,11 @@ def test_fsdp1_is_refused_by_name_and_its_gathered_state_dict_is_not(folder: Pat
         dist.destroy_process_group()
 
 
-def test_tensordict_params_are_a_tensordict(model: nn.Module, folder: Path) -> None:
+def test_tensordict_params_are_sent(model: nn.Module, folder: Path) -> None:
     assert_sends_the_checkpoint(TensorDictParams(TensorDict.from_module(model), no_convert=True), folder)
 
 
-def test_an_output_embedding_that_left_its_tie_is_refused_and_a_mere_copy_is_not(make_model: Any) -> None:
+def test_an_output_embedding_that_differs_from_its_tie_is_refused_and_a_copy_is_not(make_model: Any) -> None:
     folder = make_model(arch="llama", tied=True)
     state = {name: tensor.clone() for name, tensor in load(folder).state_dict().items()}
     assert_sends_the_checkpoint(state, folder)
@@ -309,7 +307,7 @@ def test_an_output_embedding_that_left_its_tie_is_refused_and_a_mere_copy_is_not
     assert_sends_the_checkpoint(state, folder, ignore=("lm_head.weight",))
 
 
-def test_a_checkpoint_that_holds_both_embeddings_gets_both_from_a_tied_trainer(make_model: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_with_both_embeddings_gets_both_from_a_tied_trainer(make_model: Any, tmp_path: Path) -> None:
     model = load(make_model(arch="llama", tied=True))
     both = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= both.keys()
@@ -321,20 +319,20 @@ def test_a_checkpoint_that_holds_both_embeddings_gets_both_from_a_tied_trainer(m
 def test_tables_that_servers_compute_are_neither_required_nor_sent(folder: Path, tmp_path: Path) -> None:
     old = "model.layers.0.self_attn.rotary_emb.inv_freq"
     state = load(folder).state_dict()
-    held = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file({**held, old: torch.ones(8)}, tmp_path / "model.safetensors")
+    stored = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file({**stored, old: torch.ones(8)}, tmp_path / "model.safetensors")
     check_coverage(open_source(state, Checkpoint.read(tmp_path)).specs(), Checkpoint.read(tmp_path))
     assert_sends_the_checkpoint({**state, old: torch.ones(8)}, folder)
 
 
-def test_layers_that_the_model_class_leaves_out_by_design_are_said(model: nn.Module, folder: Path) -> None:
-    held = Checkpoint.read(folder)
+def test_names_that_the_model_class_does_not_load_are_listed(model: nn.Module, folder: Path) -> None:
+    stored = Checkpoint.read(folder)
     extra = {f"model.layers.2.{name}": ((4,), torch.float32) for name in ("mlp.weight", "eh_proj.weight")}
     checkpoint = Checkpoint.from_specs(
-        {**{n: (s.shape, s.dtype) for n, s in held.specs.items()}, **extra}, tied=held.tied
+        {**{n: (s.shape, s.dtype) for n, s in stored.specs.items()}, **extra}, tied=stored.tied
     )
-    assert open_source(model, checkpoint).not_held == ()
+    assert open_source(model, checkpoint).omitted_names == ()
     model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.2.*"]
     source = open_source(model, checkpoint)
-    assert source.not_held == tuple(extra)
-    check_coverage(source.specs(), checkpoint, ignore=source.not_held)
+    assert source.omitted_names == tuple(extra)
+    check_coverage(source.specs(), checkpoint, ignore=source.omitted_names)

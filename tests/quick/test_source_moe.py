@@ -18,7 +18,7 @@ from torchrl_sglang.weights.buckets.packing import BucketPacker
 from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.source import conversion
-from torchrl_sglang.weights.source.opening import open_source
+from torchrl_sglang.weights.source.factory import open_source
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +44,14 @@ def assert_sends(weights: Any, checkpoint: Checkpoint, stored: dict[str, torch.T
 
 def test_packed_experts_become_the_checkpoints_tensors(model: nn.Module, folder: Path) -> None:
     packed = [name for name, _ in model.named_parameters() if name.endswith("experts.gate_up_proj")]
-    assert packed, "this transformers doesn't pack experts: the test has nothing to show"
+    assert packed, "this transformers doesn't pack experts, so the test checks nothing"
     stored = load_file(folder / "model.safetensors")
     assert any(".experts.0.gate_proj." in name for name in stored)
     assert_sends(model, Checkpoint.read(folder), stored)
     assert_sends(nn.ModuleDict({"model": torch.compile(model)}), Checkpoint.read(folder), stored)
 
 
-def test_packed_experts_in_a_tensordict_are_converted_by_the_checkpoints_own_config(
-    model: nn.Module, folder: Path
-) -> None:
+def test_packed_experts_in_a_tensordict_are_converted_by_the_checkpoints_config(model: nn.Module, folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     for weights in (TensorDict.from_module(nn.ModuleDict({"model": model})), model.state_dict()):
         assert_sends(weights, Checkpoint.read(folder), stored)
@@ -71,7 +69,7 @@ def test_a_checkpoint_that_stores_packed_experts_gets_packed_experts(model: nn.M
     assert_sends(model, Checkpoint.read(tmp_path), stored)
 
 
-def test_trained_experts_reach_the_bytes_on_the_wire(model: nn.Module, folder: Path) -> None:
+def test_buckets_contain_the_trained_experts(model: nn.Module, folder: Path) -> None:
     checkpoint = Checkpoint.read(folder)
     source = open_source(model, checkpoint)
     with torch.no_grad():
@@ -91,7 +89,7 @@ def test_trained_experts_reach_the_bytes_on_the_wire(model: nn.Module, folder: P
     assert all(torch.equal(received[name], stored[name]) for name in stored)
 
 
-def test_only_the_experts_asked_for_are_converted_and_frozen_ones_stay_frozen(model: nn.Module, folder: Path) -> None:
+def test_only_requested_experts_are_converted_and_frozen_ones_are_not_trainable(model: nn.Module, folder: Path) -> None:
     model.requires_grad_(False)
     model.model.layers[0].mlp.experts.down_proj.requires_grad_(True)
     source = open_source(model, Checkpoint.read(folder))
@@ -102,7 +100,7 @@ def test_only_the_experts_asked_for_are_converted_and_frozen_ones_stay_frozen(mo
     assert torch.equal(sent[1][1], model.model.layers[0].mlp.experts.down_proj[2])
 
 
-def test_an_expert_too_many_is_refused(model: nn.Module, folder: Path) -> None:
+def test_a_surplus_expert_is_refused(model: nn.Module, folder: Path) -> None:
     experts = model.model.layers[0].mlp.experts
     experts.down_proj = nn.Parameter(torch.cat([experts.down_proj, experts.down_proj[:1]]))
     checkpoint = Checkpoint.read(folder)
@@ -117,8 +115,8 @@ def test_a_model_without_its_head_fits_a_tied_checkpoint(make_model: Any) -> Non
     assert_sends(body, Checkpoint.read(folder), load_file(folder / "model.safetensors"))
 
 
-def test_tensors_of_one_conversion_are_found_by_where_they_come_from() -> None:
-    """Also through a conversion that joins tensors, as some models' do."""
+def test_outputs_of_a_conversion_are_grouped_by_their_sources() -> None:
+    """Also if the conversion joins tensors, as some models' do."""
     traced = {name: conversion._Traced.make((4, 2), torch.float32, frozenset({name})) for name in "abcd"}
     joined = torch.cat([traced["a"], traced["b"]])
     first, second = (traced["c"] * 2).chunk(2)
@@ -132,7 +130,7 @@ def test_tensors_of_one_conversion_are_found_by_where_they_come_from() -> None:
     assert groups[1].outputs["c0"] == ((2, 2), torch.float32)
 
 
-def test_a_model_whose_parts_are_called_differently_on_disk_is_renamed_as_saving_does(tmp_path: Path) -> None:
+def test_parts_with_other_names_on_disk_are_renamed_as_in_saving(tmp_path: Path) -> None:
     """A vision model: ``model.language_model.layers...`` in the module, ``language_model.model.layers...`` on disk."""
     text = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     vision = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 8}

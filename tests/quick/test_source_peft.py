@@ -1,4 +1,4 @@
-"""Adapters are merged name by name: exactly what PEFT's own merge gives, with the live model as it was."""
+"""Adapters are merged name by name, exactly as PEFT merges them, and the live model stays unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from torchrl_sglang.errors import ConfigError, WeightCoverageError
 from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.source.opening import open_source
+from torchrl_sglang.weights.source.factory import open_source
 
 peft = pytest.importorskip("peft")
 
@@ -39,20 +39,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(make_model: Any) -> Path:
-    return make_model(arch="qwen2")  # its attention has biases
+    return make_model(arch="qwen2")  # its attention layers have biases
 
 
 def adapted(folder: Path, dtype: torch.dtype = torch.float32, config_class: str = "LoraConfig", **config: Any) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     config = {"target_modules": PROJECTIONS, **config}
-    torch.manual_seed(0)  # half of an adapter begins random
+    torch.manual_seed(0)  # half of an adapter's values are initialised at random
     model = peft.get_peft_model(model, getattr(peft, config_class)(task_type="CAUSAL_LM", **config))
     randomise(model)
     return model
 
 
 def randomise(model: nn.Module) -> None:
-    """Adapters begin as zero, which would hide every mistake."""
+    """Adapters are initialised to zero, which would hide every mistake."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -67,17 +67,17 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def assert_sends_what_merging_gives(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = Checkpoint.read(folder)
-    wanted = copy.deepcopy(model).merge_and_unload().state_dict()
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
     before = snapshot(model)
     attributes = {name: repr(vars(module)) for name, module in model.named_modules()}
     source = open_source(model, checkpoint)
     check_coverage(source.specs(), checkpoint)
     source.check_values()
     sent = {name: tensor.clone() for name, tensor in source.tensors()}
-    assert sent.keys() == wanted.keys()
+    assert sent.keys() == expected.keys()
     for name, tensor in sent.items():
         assert (tuple(tensor.shape), tensor.dtype) == (source.specs()[name].shape, source.specs()[name].dtype)
-        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=0)
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
     after = model.state_dict(keep_vars=True)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), "the live model was changed"
     assert {name: repr(vars(module)) for name, module in model.named_modules()} == attributes
@@ -85,15 +85,15 @@ def assert_sends_what_merging_gives(model: Any, folder: Path) -> dict[str, torch
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_merged_name_by_name_is_merged_exactly(folder: Path, config: dict[str, Any]) -> None:
+def test_adapters_are_merged_exactly_as_by_peft(folder: Path, config: dict[str, Any]) -> None:
     model = adapted(folder, **config)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
     sent = assert_sends_what_merging_gives(model, folder)
-    assert any(not torch.equal(sent[name], base[name]) for name in sent), "the adapter did nothing: the test is blind"
+    assert any(not torch.equal(sent[name], base[name]) for name in sent), "the adapter changed nothing"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_merges_exactly_too(folder: Path, dtype: torch.dtype) -> None:
+def test_half_precision_adapters_are_merged_exactly(folder: Path, dtype: torch.dtype) -> None:
     assert_sends_what_merging_gives(adapted(folder, dtype=dtype, r=4), folder)
     assert_sends_what_merging_gives(adapted(folder, dtype=dtype, r=4, use_dora=True), folder)
 
@@ -107,11 +107,11 @@ def test_half_precision_merges_exactly_too(folder: Path, dtype: torch.dtype) -> 
         ("OFTConfig", {"r": 0, "oft_block_size": 4}),
     ],
 )
-def test_adapters_of_other_kinds_are_merged_by_their_own_rule(folder: Path, kind: str, config: dict[str, Any]) -> None:
+def test_adapters_of_other_kinds_are_merged_exactly(folder: Path, kind: str, config: dict[str, Any]) -> None:
     assert_sends_what_merging_gives(adapted(folder, config_class=kind, **config), folder)
 
 
-def test_merged_weights_answer_as_the_adapted_model(folder: Path) -> None:
+def test_a_model_with_the_merged_weights_computes_what_the_adapted_model_does(folder: Path) -> None:
     model = adapted(folder, r=4, lora_alpha=16).eval()
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     plain.load_state_dict(dict(open_source(model, Checkpoint.read(folder)).tensors()))
@@ -119,30 +119,30 @@ def test_merged_weights_answer_as_the_adapted_model(folder: Path) -> None:
     torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_layer_is_trainable_when_its_adapter_is(folder: Path) -> None:
+def test_a_layer_is_trainable_if_its_adapter_is(folder: Path) -> None:
     specs = open_source(adapted(folder, r=4, target_modules=["q_proj"]), Checkpoint.read(folder)).specs()
     trainable = [name for name, spec in specs.items() if spec.trainable]
     assert trainable == [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
 
 
-def test_wrappers_and_tuners_without_a_peft_model_are_seen_through(folder: Path) -> None:
+def test_wrapped_and_injected_adapters_are_merged(folder: Path) -> None:
     checkpoint = Checkpoint.read(folder)
     model = adapted(folder, r=4)
-    wanted = copy.deepcopy(model).merge_and_unload().state_dict()
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
     injected = transformers.AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
     injected.add_adapter(peft.LoraConfig(r=4, target_modules=PROJECTIONS))
     randomise(injected)
     for weights in (torch.compile(model), nn.ModuleDict({"model": nn.ModuleDict({"module": model})})):
         sent = dict(open_source(weights, checkpoint).tensors())
-        assert sent.keys() == wanted.keys()
-        assert all(torch.equal(sent[name], wanted[name]) for name in wanted)
+        assert sent.keys() == expected.keys()
+        assert all(torch.equal(sent[name], expected[name]) for name in expected)
     sent = dict(open_source(injected, checkpoint).tensors())
-    assert sent.keys() == wanted.keys()
-    assert all(torch.equal(sent[name], wanted[name]) for name in wanted)
+    assert sent.keys() == expected.keys()
+    assert all(torch.equal(sent[name], expected[name]) for name in expected)
 
 
-def test_what_the_forward_pass_uses_is_sent_switched_off_merged_or_several(folder: Path) -> None:
+def test_disabled_merged_and_several_adapters_are_sent_as_the_forward_pass_uses_them(folder: Path) -> None:
     checkpoint = Checkpoint.read(folder)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
     model = adapted(folder, r=4, modules_to_save=["norm"])
@@ -165,22 +165,22 @@ def test_what_the_forward_pass_uses_is_sent_switched_off_merged_or_several(folde
     assert_sends_what_merging_gives(model, folder)
 
 
-def test_an_adapter_on_a_packed_expert_goes_through_merge_and_conversion(make_model: Any) -> None:
+def test_an_adapter_on_packed_experts_is_merged_and_converted(make_model: Any) -> None:
     folder = make_model(arch="qwen3_moe")
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model = adapted(folder, r=2, target_modules=["q_proj"], target_parameters=experts)
     checkpoint = Checkpoint.read(folder)
-    wanted = dict(open_source(copy.deepcopy(model).merge_and_unload(), checkpoint).tensors())
+    expected = dict(open_source(copy.deepcopy(model).merge_and_unload(), checkpoint).tensors())
     before = snapshot(model)
     source = open_source(model, checkpoint)
     check_coverage(source.specs(), checkpoint)
     sent = dict(source.tensors())
-    assert all(torch.equal(sent[name], wanted[name]) for name in wanted)
-    assert sent.keys() == wanted.keys()
+    assert all(torch.equal(sent[name], expected[name]) for name in expected)
+    assert sent.keys() == expected.keys()
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-def test_nan_in_an_adapter_is_found_and_named_by_the_weight_it_would_spoil(folder: Path) -> None:
+def test_nan_in_an_adapter_is_reported_under_the_weight_it_is_merged_into(folder: Path) -> None:
     model = adapted(folder, r=4)
     with torch.no_grad():
         model.base_model.model.model.layers[1].self_attn.v_proj.lora_B["default"].weight[0, 0] = torch.nan
@@ -195,7 +195,7 @@ def test_a_tied_embedding_that_only_one_side_adapts_is_refused(make_model: Any) 
         open_source(model, Checkpoint.read(folder))
 
 
-def test_what_cannot_be_merged_is_refused_by_name(folder: Path) -> None:
+def test_adapters_that_cannot_be_merged_are_refused_by_name(folder: Path) -> None:
     checkpoint = Checkpoint.read(folder)
     model = adapted(folder, r=4)
     with pytest.raises(ConfigError, match="pass the PEFT model itself"):

@@ -1,4 +1,4 @@
-"""Servers and pool behind the one class people know from TorchRL: :class:`AsyncSGLang`."""
+"""``AsyncSGLang``: servers, pool and weight sync in one object. May import: server, pool, weights; never rollout."""
 
 from torchrl_sglang.engine.service import AsyncSGLang
 

@@ -1,4 +1,4 @@
-"""What users type to launch servers, turned into settings: other ecosystems' names, one configuration per server."""
+"""Turns launch arguments, vLLM's names among them, into one configuration per server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchrl_sglang.server import replicate
 
 __all__ = ["client_config", "refuse_unknown", "server_configs"]
 
-# The names vLLM users type, and what SGLang calls the same thing.
+# vLLM's name for an argument -> ours.
 _ALIASES = {
     "max_model_len": "context_length",
     "tensor_parallel_size": "tp_size",
@@ -21,7 +21,7 @@ _ALIASES = {
     "num_replicas": "dp_size",
     "data_parallel_size": "dp_size",
 }
-# What `from_pretrained` takes by itself: never unknown, only misspelt.
+# Arguments of `from_pretrained` itself: offered for a misspelt name.
 _OWN_ARGUMENTS = ("tp_size", "dp_size", "gpus", "router", "restart", "progress", "client")
 
 

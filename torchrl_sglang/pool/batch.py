@@ -1,4 +1,4 @@
-"""What a batch asks of servers, so that any part of it can be sent to any of them."""
+"""A batch of prompts with its settings: any part of it can be sent to any server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Batch:
 
     Attributes:
         lora: name of the adapter to use, the trainer's own included.
-        cache_salt: name-space of the prefix caches.
+        cache_salt: name space of the prefix caches.
     """
 
     ids_B_T: Sequence[Sequence[int]]
@@ -38,7 +38,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.media is not None and (self.progress is not None or len(self.media) != len(self.ids_B_T)):
-            raise ConfigError("media needs one entry per prompt, and goes without progress")
+            raise ConfigError("media needs one entry per prompt, and can't be combined with progress")
 
     @property
     def _shared(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Generate a batch over a stream, so that tokens are counted while they are made."""
+"""Generates a batch over a stream, to report progress while tokens are made."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def generate_streaming(
     lora: str | None = None,
     cache_salt: str | None = None,
 ) -> list[GenerateReply]:
-    """Like one ``/generate`` call on one server, but reports progress.
+    """Generate on one server like one ``/generate`` call, and report progress.
 
-    Events of a batch come interleaved and carry no index, only the request's id, and with ``n > 1`` not even ours:
-    so prompts are written ``n`` times and every sequence gets an id of its own. Events are cumulative.
+    Events of a batch arrive interleaved, without an index, and with the request's id only if ``n`` is 1: so each prompt
+    is sent ``n`` times, each with an id of its own. Events are cumulative.
 
     Args:
         client: the server.
@@ -42,7 +42,7 @@ def generate_streaming(
         prompt_logprobs: report prompt log-probs.
         timeout_s: seconds between two events.
         lora: name of a loaded adapter.
-        cache_salt: name-space in the prefix cache.
+        cache_salt: name space in the prefix cache.
 
     Returns:
         ``B * n`` replies, prompt-major.

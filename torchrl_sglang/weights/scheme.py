@@ -32,7 +32,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             another scheme uses already, or the defaults.
 
     Raises:
-        ConfigError: ``servers`` is none of these.
+        ConfigError: ``servers`` is none of these, or others send weights to them with another config.
 
     The collector hands on whatever ``update_policy_weights_`` was given: a module, a nested TensorDict, or a flat
     dict of tensors. The servers hold the new weights when the call returns, or it raises.
@@ -49,15 +49,13 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         self._config = config
         self._restart = getattr(servers, "restart", None)
         self._initial_weights = model
+        # Taken now, so that the engine uses this config from its first update on. Nothing is sent or connected for it.
         self._sync: WeightSync | None = None
+        self._sync = self.sync
 
     @property
     def sync(self) -> WeightSync:
-        """The pool's weight sync, shared with the engine and other schemes; made on first use.
-
-        Raises:
-            ConfigError: others use it with another config.
-        """
+        """The pool's weight sync, shared with the engine and other schemes."""
         self._sync = WeightSync.of(self.pool, self._config, user=self, restart=self._restart)
         return self._sync
 

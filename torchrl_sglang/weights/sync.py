@@ -20,10 +20,12 @@ from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import ServerState, SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, trainable_specs
-from torchrl_sglang.weights.checkpoint.coverage import check_coverage, wire_dtype
+from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.checkpoint.wire_dtype import wire_dtype
 from torchrl_sglang.weights.source.adapter import AdapterSource
-from torchrl_sglang.weights.source.opening import WeightSource, open_source
+from torchrl_sglang.weights.source.factory import open_source
+from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import is_sharded, ranks_of
 from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
 from torchrl_sglang.weights.transports.choice import make_transport
@@ -427,7 +429,7 @@ class WeightSync:
         if isinstance(source, AdapterSource):
             source.check_values()
             return [Bucket.of(specs.values())]
-        ignore = (*config.ignore, *source.not_held)
+        ignore = (*config.ignore, *source.omitted_names)
         if partial:
             ignore += tuple(name for name in checkpoint.specs if name not in specs)
         check_coverage(specs, checkpoint, ignore=ignore, server=self._pool.clients[0].url)

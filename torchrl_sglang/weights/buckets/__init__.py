@@ -1,1 +1,1 @@
-"""Which tensors travel together, and their bytes. May import: ``checkpoint``."""
+"""Which tensors share a request, and how their bytes are packed. May import: ``checkpoint``."""

@@ -1,35 +1,35 @@
-"""Which tensors travel together: a plan of buckets, made from names and sizes alone.
+"""Divide tensors into buckets, each sent in one request, by their names and sizes.
 
-A bucket is the bytes of its tensors one behind the other, nothing in between, as SGLang's ``flattened_bucket`` wants
-it. Source: SGLang 0.5.23, ``FlattenedTensorBucket.empty``, which refuses a tensor whose offset is no multiple of its
-item size; so a bucket holds its widest items first.
+A bucket contains the bytes of its tensors without gaps, as SGLang's ``flattened_bucket`` requires. Source: SGLang
+0.5.23, ``FlattenedTensorBucket.empty``, which refuses a tensor whose offset is not a multiple of its item size. So a
+bucket begins with the dtypes of the largest item size.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.weights.checkpoint.headers import TensorSpec
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 
-__all__ = ["Bucket", "Slot", "plan_buckets", "trainable_specs", "travel_units", "unit_key"]
+__all__ = ["Bucket", "Slot", "plan_buckets", "trainable_specs", "transfer_units", "unit_key"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """Where one tensor lies in its bucket.
+    """Position of one tensor in its bucket.
 
     Attributes:
         name: checkpoint name.
-        dtype: as it travels.
+        dtype: element type in the bucket.
         shape: sizes per dimension.
-        offset: first byte; a multiple of the item size.
+        offset: position of the first byte; a multiple of the item size.
         nbytes: number of bytes.
     """
 
@@ -40,16 +40,16 @@ class Slot:
     nbytes: int
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
-        """This tensor inside a bucket's bytes (uint8, ``(bucket.nbytes,)``); shares their memory."""
+        """The tensor in a bucket's bytes (uint8, ``(bucket.nbytes,)``), sharing their memory."""
         return flat[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Tensors that travel in one request.
+    """Layout of the tensors that are sent in one request.
 
     Attributes:
-        slots: in the order of their bytes.
+        slots: the tensors' positions, in order.
 
     Examples:
         >>> bucket = Bucket.of([
@@ -64,7 +64,7 @@ class Bucket:
 
     @classmethod
     def of(cls, specs: Iterable[TensorSpec]) -> Bucket:
-        """Lay tensors out, widest items first and otherwise in the order given."""
+        """Lay out tensors: larger item sizes first, otherwise in the given order."""
         slots = []
         offset = 0
         for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
@@ -93,20 +93,20 @@ class Bucket:
         return tuple(slot.shape for slot in self.slots)
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Every tensor inside the bucket's bytes (uint8, ``(nbytes,)``); they share its memory."""
+        """All tensors in the bucket's bytes (uint8, ``(nbytes,)``), sharing their memory."""
         return [slot.view(flat) for slot in self.slots]
 
 
 def plan_buckets(specs: Iterable[TensorSpec], *, bucket_bytes: int) -> list[Bucket]:
-    """Divide tensors into buckets, in the order given as far as what belongs together allows.
+    """Divide tensors into buckets, in the given order except that transfer units stay together.
 
-    A layer stays in one bucket if it fits into one, unless that would leave the bucket before it more than half empty;
-    a layer that is divided is divided between attention and feed-forward, then between projections. What a server can
-    only load in one request (:func:`travel_units`) is never divided, even if it is larger than a bucket.
+    A layer that fits into one bucket is not divided, unless the bucket before it would stay more than half empty. A
+    layer is divided between attention and feed-forward first, then between projections. Tensors that a server must
+    load in one request (:func:`transfer_units`) are never divided, even if they exceed ``bucket_bytes``.
 
     Args:
-        specs: tensors with the dtype they travel in.
-        bucket_bytes: most bytes per bucket; a larger unit gets a bucket of its own.
+        specs: tensors with the dtype in which they are sent.
+        bucket_bytes: maximum size of a bucket; a larger unit gets a bucket of its own.
 
     Raises:
         ConfigError: ``bucket_bytes`` is not positive, or a name occurs twice.
@@ -118,29 +118,29 @@ def plan_buckets(specs: Iterable[TensorSpec], *, bucket_bytes: int) -> list[Buck
     """
     if bucket_bytes <= 0:
         raise ConfigError(f"bucket_bytes must be positive, got {bucket_bytes}")
-    filler = _Filler(bucket_bytes)
-    for unit in _nested(travel_units(specs), (_layer, _block)):
-        filler.add(unit)
-    return filler.done()
+    planner = _BucketPlanner(bucket_bytes)
+    for group in _group_units(transfer_units(specs), (_layer_of, _block_of)):
+        planner.add(group)
+    return planner.finish()
 
 
-_REQUEST_LOCAL = (
+_FUSED_MODULES = (
     frozenset({"q_a_proj", "kv_a_proj_with_mqa", "g_proj"}),
     frozenset({"wq_a", "wkv"}),
     frozenset({"wkv", "wgate"}),
     frozenset({"wk", "weights_proj"}),
 )
-"""Sister modules that some loader joins from the tensors of one call; what is missing in that call is lost silently.
+"""Sibling modules that a loader of SGLang fuses. It silently drops them unless all of them are in one request.
 
 Source: SGLang 0.5.23, the caches local to ``load_weights`` in ``deepseek_weight_loader``, ``deepseek_v4``,
 ``glm4_moe_lite``, ``longcat_flash``, ``dots3_common``.
 """
 
 
-def travel_units(specs: Iterable[TensorSpec]) -> list[tuple[TensorSpec, ...]]:
-    """Group tensors that must be in one request: those of one module (weight, bias, scale) and of fused sisters.
+def transfer_units(specs: Iterable[TensorSpec]) -> list[tuple[TensorSpec, ...]]:
+    """Group tensors that must be in one request: those of one module (weight, bias, scale) and of fused siblings.
 
-    A unit stands where its first tensor stood.
+    Units are in the order of their first tensors.
 
     Raises:
         ConfigError: a name occurs twice.
@@ -156,7 +156,7 @@ def travel_units(specs: Iterable[TensorSpec]) -> list[tuple[TensorSpec, ...]]:
 
 
 def trainable_specs(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """Those an optimiser changes, and the frozen ones a server needs in the same request as one of them.
+    """Tensors that an optimiser changes, and frozen tensors that must be in the same request as one of them.
 
     Examples:
         >>> shape = {"shape": (2,), "dtype": torch.float32}
@@ -166,11 +166,11 @@ def trainable_specs(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
         >>> [spec.name for spec in trainable_specs([*frozen, trained])]
         ['attn.q_a_proj.weight', 'attn.kv_a_proj_with_mqa.weight']
     """
-    return [spec for unit in travel_units(specs) if any(spec.trainable for spec in unit) for spec in unit]
+    return [spec for unit in transfer_units(specs) if any(spec.trainable for spec in unit) for spec in unit]
 
 
 def unit_key(name: str) -> str:
-    """Equal for tensors that must travel together.
+    """Key of a tensor's transfer unit: equal for tensors that must be in one request.
 
     Examples:
         >>> unit_key("layers.0.self_attn.q_a_proj.weight") == unit_key("layers.0.self_attn.kv_a_proj_with_mqa.weight")
@@ -182,59 +182,60 @@ def unit_key(name: str) -> str:
     if not module:
         return name
     parent, _, leaf = module.rpartition(".")
-    families = [index for index, family in enumerate(_REQUEST_LOCAL) if leaf in family]
-    # wkv is in two families: whichever sister is there, the three of them stay together.
+    families = [index for index, family in enumerate(_FUSED_MODULES) if leaf in family]
+    # wkv is in two families, so all three modules of these families form one unit.
     return f"{parent}.<{'wkv' if 1 in families or 2 in families else families[0]}>" if families else module
 
 
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
-_Nested = tuple[TensorSpec, ...] | list["_Nested"]
+_Group = tuple[TensorSpec, ...] | list["_Group"]
+"""A transfer unit, or a list of groups that should share a bucket."""
 
 
-def _layer(name: str) -> str:
-    """``model.layers.3``; a name outside the layers is alone."""
+def _layer_of(name: str) -> str:
+    """``model.layers.3`` of ``model.layers.3.mlp.up_proj.weight``; the whole name if it belongs to no layer."""
     match = _LAYER.match(name)
     return match.group(1) if match else name
 
 
-def _block(name: str) -> str:
-    """``model.layers.3.self_attn``, down to the projections of one expert."""
+def _block_of(name: str) -> str:
+    """``model.layers.3.mlp`` of ``model.layers.3.mlp.up_proj.weight``; each expert is a block of its own."""
     return name.rsplit(".", 2)[0]
 
 
-def _nested(units: Sequence[tuple[TensorSpec, ...]], levels: Sequence[object]) -> Iterator[_Nested]:
-    """Neighbouring units put together by layer, and inside a layer by block."""
+def _group_units(units: Sequence[tuple[TensorSpec, ...]], levels: Sequence[Callable[[str], str]]) -> Iterator[_Group]:
+    """Group neighbouring units by layer, and within a layer by block."""
     if not levels:
         yield from units
         return
-    level, *deeper = levels
-    for _, neighbours in itertools.groupby(units, key=lambda unit: level(unit[0].name)):  # type: ignore[operator]
-        yield list(_nested(list(neighbours), deeper))
+    level, *inner_levels = levels
+    for _, neighbours in itertools.groupby(units, key=lambda unit: level(unit[0].name)):
+        yield list(_group_units(list(neighbours), inner_levels))
 
 
-class _Filler:
+class _BucketPlanner:
+    """Fills one bucket after the other with the groups that are added."""
+
     def __init__(self, bucket_bytes: int) -> None:
-        self._limit = bucket_bytes
+        self._bucket_bytes = bucket_bytes
         self._buckets: list[Bucket] = []
         self._open: list[TensorSpec] = []
         self._open_bytes = 0
 
-    def add(self, item: _Nested) -> None:
-        specs = list(_flatten(item))
-        size = sum(spec.nbytes for spec in specs)
-        if self._open_bytes + size <= self._limit:
+    def add(self, group: _Group) -> None:
+        specs = list(_flatten(group))
+        nbytes = sum(spec.nbytes for spec in specs)
+        if self._open_bytes + nbytes <= self._bucket_bytes:
             self._open += specs
-            self._open_bytes += size
-            return
-        divisible = isinstance(item, list)
-        if divisible and (size > self._limit or self._open_bytes * 2 < self._limit):
-            for part in item:
-                self.add(part)  # type: ignore[arg-type]
-            return
-        self._close()
-        self._open, self._open_bytes = specs, size
+            self._open_bytes += nbytes
+        elif isinstance(group, list) and (nbytes > self._bucket_bytes or self._open_bytes * 2 < self._bucket_bytes):
+            for part in group:
+                self.add(part)
+        else:
+            self._close()
+            self._open, self._open_bytes = specs, nbytes
 
-    def done(self) -> list[Bucket]:
+    def finish(self) -> list[Bucket]:
         self._close()
         return self._buckets
 
@@ -244,9 +245,9 @@ class _Filler:
         self._open, self._open_bytes = [], 0
 
 
-def _flatten(item: _Nested) -> Iterator[TensorSpec]:
-    if isinstance(item, list):
-        for part in item:
+def _flatten(group: _Group) -> Iterator[TensorSpec]:
+    if isinstance(group, list):
+        for part in group:
             yield from _flatten(part)
     else:
-        yield from item
+        yield from group

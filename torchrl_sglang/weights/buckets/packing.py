@@ -1,32 +1,38 @@
-"""A bucket's bytes, written into one of two reused buffers while the other one is on the wire."""
+"""Copy the tensors of a bucket into one of two reused buffers, while the other buffer is being sent."""
 
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.weights.buckets.layout import Bucket, unit_key
-from torchrl_sglang.weights.checkpoint.headers import TensorSpec
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 
-__all__ = ["BucketPacker", "settled_device"]
+__all__ = ["BucketPacker", "PackedBuckets"]
 
 _NUM_BUFFERS = 2
 
+Pair = tuple[str, torch.Tensor]
+PackedBuckets = Generator[tuple[Bucket, torch.Tensor], None, None]
+"""Buckets and their bytes (uint8, ``(bucket.nbytes,)``), each packed when the caller takes it."""
+
 
 class BucketPacker:
-    """Copies tensors into buckets, casting on the way; no other memory is taken than the buffers.
+    """Copies tensors into buckets and casts them; allocates nothing but two buffers.
 
-    A buffer is as large as the largest bucket it has held and is kept for the next sync: fresh memory costs more in
-    page faults than the copy itself. A bucket of one tensor (one that is larger than a bucket, mostly) that needs no
-    cast is not copied at all: its own bytes are handed out, which may be the live weight's. The copies release
-    Python's lock, so packing in one thread runs beside a broadcast in another.
+    A buffer grows to the largest bucket and is kept for the next sync: fresh memory costs more in page faults than the
+    copy itself. A bucket of one tensor that needs no cast (usually a tensor larger than a bucket) is not copied: its
+    own bytes are returned, which may be the live weight's. The copies release Python's global lock, so that one thread
+    packs while another broadcasts.
 
     Args:
-        device: where the buffers live; ``None`` is each bucket's first tensor's. A kind of device without a number
-            (``"cuda"``) becomes the one that the first tensor is on, for good: see :func:`settled_device`.
+        device: the buffers' device. ``None`` takes the device of each bucket's first tensor. A device type without an
+            index (``"cuda"``) gets the first tensor's index, once: see :func:`resolve_device`.
 
     Examples:
         >>> specs = [TensorSpec(name="w", shape=(2,), dtype=torch.bfloat16)]
@@ -39,67 +45,61 @@ class BucketPacker:
     def __init__(self, device: torch.device | str | None = None) -> None:
         self._device = torch.device(device) if device is not None else None
         self._buffers: list[torch.Tensor | None] = [None] * _NUM_BUFFERS
-        self._turn = 0
+        self._next_buffer = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in buffers."""
+        """Size of the buffers in bytes."""
         return sum(buffer.nbytes for buffer in self._buffers if buffer is not None)
 
     def release(self) -> None:
-        """Give the buffers back; the next bucket makes new ones."""
+        """Free the buffers; the next bucket allocates new ones."""
         self._buffers = [None] * _NUM_BUFFERS
 
-    def pack(self, bucket: Bucket, tensors: Iterable[tuple[str, torch.Tensor]]) -> torch.Tensor:
-        """Fill the buffer whose turn it is.
+    def pack(self, bucket: Bucket, tensors: Iterable[Pair]) -> torch.Tensor:
+        """Copy the tensors of one bucket into the next buffer.
 
         Args:
             bucket: the layout.
-            tensors: exactly the bucket's tensors in any order, or a longer iterator that gives them first: no more
-                than they are taken from it.
+            tensors: the bucket's tensors in any order. A longer iterator must give them first; no further tensor is
+                taken from it.
 
         Returns:
-            The bucket's bytes: uint8, ``(bucket.nbytes,)``, contiguous. Overwritten by the call after the next, so
-            hold no more than two.
+            The bucket's bytes: uint8, ``(bucket.nbytes,)``, contiguous. The second call from now overwrites them.
 
         Raises:
-            ConfigError: a tensor is not the bucket's, has another shape, or is missing.
+            ConfigError: a tensor doesn't belong to the bucket, has another shape, or is missing.
         """
-        expected = {slot.name: slot for slot in bucket.slots}
+        remaining = {slot.name: slot for slot in bucket.slots}
         flat: torch.Tensor | None = None
         pairs = iter(tensors)
-        while expected:
+        while remaining:
             name, tensor = next(pairs, ("", None))
             if tensor is None:
-                raise ConfigError(f"the tensors ended before {next(iter(expected))!r}, which is in this bucket")
-            slot = expected.pop(name, None)
+                raise ConfigError(f"the tensors ended before {next(iter(remaining))!r}, which is in this bucket")
+            slot = remaining.pop(name, None)
             if slot is None or tuple(tensor.shape) != slot.shape:
-                wanted = f"shape {slot.shape}" if slot else f"one of {', '.join(list(expected)[:3])}"
-                raise ConfigError(f"got {name!r} with shape {tuple(tensor.shape)} for a bucket that wants {wanted}")
+                expected = f"shape {slot.shape}" if slot else f"one of {', '.join(list(remaining)[:3])}"
+                raise ConfigError(f"got {name!r} with shape {tuple(tensor.shape)} for a bucket that wants {expected}")
             if flat is None:
                 if self._device is not None:
-                    self._device = settled_device(self._device, tensor.device)
-                flat = self._as_it_is(bucket, tensor)
-                if flat is not None:
-                    return _finished(flat)
-                flat = self._buffer(bucket.nbytes, tensor.device)
-                self._turn += 1
+                    self._device = resolve_device(self._device, tensor.device)
+                if self._needs_no_copy(bucket, tensor):
+                    return _synchronised(tensor.detach().view(-1).view(torch.uint8))
+                flat = self._take_buffer(bucket.nbytes, tensor.device)
             _copy(tensor.detach(), slot.view(flat))
             del tensor  # before the next one is gathered
-        return _finished(flat) if flat is not None else torch.empty(0, dtype=torch.uint8)
+        return _synchronised(flat) if flat is not None else torch.empty(0, dtype=torch.uint8)
 
-    def packed(
-        self, plan: Sequence[Bucket], tensors: Callable[[Sequence[str]], Iterable[tuple[str, torch.Tensor]]]
-    ) -> Generator[tuple[Bucket, torch.Tensor], None, None]:
-        """Pack bucket after bucket, each when it is asked for.
+    def packed(self, plan: Sequence[Bucket], tensors: Callable[[Sequence[str]], Iterable[Pair]]) -> PackedBuckets:
+        """Pack the buckets of a plan, each when the caller takes it.
 
         Args:
             plan: from :func:`~torchrl_sglang.weights.buckets.layout.plan_buckets`.
-            tensors: gives tensors by name in the order asked for (:meth:`WeightSource.tensors`).
+            tensors: reads tensors by name in the given order (:meth:`WeightSource.tensors`).
 
         Yields:
-            A bucket with its bytes (uint8, ``(bucket.nbytes,)``), which stay as they are until the bucket after the
-            next is asked for.
+            A bucket and its bytes (uint8, ``(bucket.nbytes,)``), valid until the second bucket after it is taken.
         """
         pairs = iter(tensors([name for bucket in plan for name in bucket.names]))
         try:
@@ -110,113 +110,114 @@ class BucketPacker:
         finally:
             close = getattr(pairs, "close", None)
             if close is not None:
-                close()  # a sharded source lets its other ranks go
+                close()  # a sharded source completes the gathers that its other ranks wait in
 
     def packed_stream(
         self,
-        tensors: Iterable[tuple[str, torch.Tensor]],
+        tensors: Iterable[Pair],
         *,
         bucket_bytes: int,
         dtype_of: Callable[[TensorSpec], torch.dtype],
         expected: Iterable[str] = (),
-    ) -> Generator[tuple[Bucket, torch.Tensor], None, None]:
-        """Pack tensors in the order they come, for sources whose tensors aren't known before.
+    ) -> PackedBuckets:
+        """Pack tensors in the order in which they come, for a source whose tensors are not known in advance.
 
-        Holds up to a bucket of tensors until it is full.
+        Holds the tensors of one bucket until the bucket is full.
 
         Args:
             tensors: ``(name, tensor)`` pairs.
-            bucket_bytes: most bytes per bucket; a larger unit gets a bucket of its own.
-            dtype_of: the dtype a tensor travels in.
-            expected: names that will come: what must travel together is known from them.
+            bucket_bytes: maximum size of a bucket; a larger unit gets a bucket of its own.
+            dtype_of: the dtype in which a tensor is sent.
+            expected: names that will come; they tell which tensors must be in one request.
         """
-        partners: dict[str, int] = {}
-        for name in expected:
-            partners[unit_key(name)] = partners.get(unit_key(name), 0) + 1
-        waiting: dict[str, list[tuple[TensorSpec, torch.Tensor]]] = {}
+        unit_sizes = Counter(unit_key(name) for name in expected)
+        incomplete: dict[str, list[tuple[TensorSpec, torch.Tensor]]] = {}
         ready: list[tuple[TensorSpec, torch.Tensor]] = []
         for name, tensor in tensors:
-            spec = TensorSpec(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype)
-            spec = TensorSpec(name=name, shape=spec.shape, dtype=dtype_of(spec))
-            unit = waiting.setdefault(unit_key(name), [])
-            unit.append((spec, tensor))
+            spec = TensorSpec.of(name, tensor)
+            key = unit_key(name)
+            unit = incomplete.setdefault(key, [])
+            unit.append((replace(spec, dtype=dtype_of(spec)), tensor))
             del tensor
-            if len(unit) < partners.get(unit_key(name), 1):
+            if len(unit) < unit_sizes[key]:
                 continue
-            waiting.pop(unit_key(name))
+            del incomplete[key]
             if ready and _nbytes(ready) + _nbytes(unit) > bucket_bytes:
                 yield self._pack_all(ready)
-                ready = []
             ready += unit
             del unit
-        for unit in waiting.values():
+        for unit in incomplete.values():
             ready += unit
         if ready:
             yield self._pack_all(ready)
 
-    def _pack_all(self, held: list[tuple[TensorSpec, torch.Tensor]]) -> tuple[Bucket, torch.Tensor]:
-        bucket = Bucket.of(spec for spec, _ in held)
-        flat = self.pack(bucket, [(spec.name, tensor) for spec, tensor in held])
-        held.clear()
+    def _pack_all(self, ready: list[tuple[TensorSpec, torch.Tensor]]) -> tuple[Bucket, torch.Tensor]:
+        """Pack the tensors into one bucket and empty the list, so that they are freed before the next ones come."""
+        bucket = Bucket.of(spec for spec, _ in ready)
+        flat = self.pack(bucket, [(spec.name, tensor) for spec, tensor in ready])
+        ready.clear()
         return bucket, flat
 
-    def _as_it_is(self, bucket: Bucket, tensor: torch.Tensor) -> torch.Tensor | None:
-        here = self._device is None or tensor.device == self._device
-        if len(bucket.slots) == 1 and tensor.dtype == bucket.dtypes[0] and tensor.is_contiguous() and here:
-            return tensor.detach().view(-1).view(torch.uint8)
-        return None
+    def _needs_no_copy(self, bucket: Bucket, tensor: torch.Tensor) -> bool:
+        is_on_device = self._device is None or tensor.device == self._device
+        is_whole_bucket = len(bucket.slots) == 1 and tensor.dtype == bucket.dtypes[0]
+        return is_whole_bucket and is_on_device and tensor.is_contiguous()
 
-    def _buffer(self, nbytes: int, device: torch.device) -> torch.Tensor:
+    def _take_buffer(self, nbytes: int, device: torch.device) -> torch.Tensor:
         device = self._device or device
-        index = self._turn % _NUM_BUFFERS
+        index = self._next_buffer
+        self._next_buffer = (index + 1) % _NUM_BUFFERS
         buffer = self._buffers[index]
         if buffer is None or buffer.nbytes < nbytes or buffer.device != device:
-            self._buffers[index] = buffer = None  # before the larger one is made
+            self._buffers[index] = buffer = None  # free the old buffer before the larger one is allocated
             buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
             self._buffers[index] = buffer
         return buffer[:nbytes]
 
 
-def settled_device(wanted: torch.device, first: torch.device) -> torch.device:
-    """The device that buffers get, once and for all.
+def resolve_device(device: torch.device, tensor_device: torch.device) -> torch.device:
+    """Add the index that ``device`` may lack: that of the device the weights are on.
 
-    Weights are broadcast from the GPU they are on: it is the trainer's own, while torch's current one is GPU 0 in every
-    new thread, where a server may run.
+    Weights are broadcast from the trainer's GPU. Torch's current device can't be used for that: it is GPU 0 in every
+    new thread, and a server may run there.
 
     Args:
-        wanted: a device, or a kind of device.
-        first: where the first tensor is.
+        device: a device with or without an index.
+        tensor_device: the first tensor's device.
 
     Examples:
-        >>> settled_device(torch.device("cuda"), torch.device("cuda", 3))
+        >>> resolve_device(torch.device("cuda"), torch.device("cuda", 3))
         device(type='cuda', index=3)
-        >>> settled_device(torch.device("cpu"), torch.device("cuda", 3))
+        >>> resolve_device(torch.device("cpu"), torch.device("cuda", 3))
         device(type='cpu')
     """
-    number: int | None = wanted.index  # typed as if it were always there
-    if wanted.type == "cpu" or number is not None:
-        return wanted
-    return first if first.type == wanted.type else torch.device(wanted.type, torch.cuda.current_device())
+    index: int | None = device.index  # torch's type stub lacks the None
+    if device.type == "cpu" or index is not None:
+        return device
+    if tensor_device.type == device.type:
+        return tensor_device
+    return torch.device(device.type, torch.cuda.current_device())
 
 
-def _finished(flat: torch.Tensor) -> torch.Tensor:
-    """Copies on a GPU only stand in a queue, which the thread that broadcasts would not wait for."""
+def _synchronised(flat: torch.Tensor) -> torch.Tensor:
+    """Wait for copies queued on a GPU: the thread that broadcasts does not wait for this thread's stream."""
     if flat.is_cuda:
         torch.cuda.current_stream(flat.device).synchronize()
     return flat
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Plain copies in main memory go past torch: its OpenMP threads would spin on cores that the broadcast needs.
+    """Copy and cast. Plain copies in main memory use memmove, because torch's OpenMP threads spin on all cores.
 
-    With SmolLM2-135M on 2 cores a whole sync took 0.50 s with ``copy_`` and 0.41 s with one thread.
+    The broadcast needs these cores: with SmolLM2-135M on 2 cores a whole sync took 0.50 s with ``copy_`` and 0.41 s
+    with one thread.
     """
-    plain = source.dtype == target.dtype and source.is_contiguous() and source.device == target.device
-    if plain and source.device.type == "cpu" and source.numel() > 0:
+    is_plain = source.dtype == target.dtype and source.is_contiguous() and source.device == target.device
+    if is_plain and source.device.type == "cpu" and source.numel() > 0:
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
     else:
         target.copy_(source)
 
 
-def _nbytes(held: Sequence[tuple[TensorSpec, torch.Tensor]]) -> int:
-    return sum(spec.nbytes for spec, _ in held)
+def _nbytes(pairs: Sequence[tuple[TensorSpec, torch.Tensor]]) -> int:
+    return sum(spec.nbytes for spec, _ in pairs)

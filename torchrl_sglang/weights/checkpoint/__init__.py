@@ -1,1 +1,1 @@
-"""What the servers' checkpoint promises: tensor headers, coverage and values. May import: errors, config."""
+"""Tensors of the served checkpoint, and checks of the trainer's against them. May import: nothing of ``weights``."""

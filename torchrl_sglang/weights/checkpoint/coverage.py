@@ -1,6 +1,6 @@
-"""The refusal before the first byte: do the trainer's tensors match the served checkpoint, name by name?
+"""Check that the trainer's tensors match the served checkpoint, before anything is sent.
 
-SGLang answers 200 to a name it doesn't know and goes on serving the old values, so nobody else will notice.
+SGLang answers 200 to a name it doesn't know and goes on serving the old values, so only this check notices.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 
 from torchrl_sglang.config import nearest_name
 from torchrl_sglang.errors import WeightCoverageError
-from torchrl_sglang.weights.checkpoint.headers import Checkpoint, TensorSpec
-from torchrl_sglang.weights.checkpoint.values import check_finite
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 
-__all__ = ["Checkpoint", "TensorSpec", "check_coverage", "check_finite", "is_ignored", "wire_dtype"]
+__all__ = ["check_coverage", "is_ignored"]
 
-_SHOWN = 10
+_MAX_LISTED = 10
 
 
 def is_ignored(name: str, patterns: Sequence[str]) -> bool:
@@ -32,17 +32,17 @@ def check_coverage(
     ignore: Sequence[str] = (),
     server: str | None = None,
 ) -> None:
-    """Compare what the trainer would send with what the server's checkpoint holds.
+    """Compare the trainer's tensors with the server's checkpoint.
 
     Args:
         specs: the trainer's tensors under checkpoint names (:meth:`WeightSource.specs`).
         checkpoint: what the server was started from.
         ignore: ``fnmatch`` patterns of names that are neither required nor sent.
-        server: URL for the message; it is recorded as still holding its old weights.
+        server: URL for the message; the error records that this server still holds its old weights.
 
     Raises:
-        WeightCoverageError: listing missing and unknown names, wrong shapes and kinds of dtype, or because the
-            checkpoint is quantised and the trainer's tensors are not its own.
+        WeightCoverageError: names are missing or unknown, or a shape or kind of dtype differs. With a quantised
+            checkpoint every dtype must be the checkpoint's own. The error lists the names.
 
     Examples:
         >>> checkpoint = Checkpoint.from_specs({"a.weight": ((2,), torch.float32)})
@@ -57,19 +57,19 @@ def check_coverage(
           a.weigth. Did you mean 'a.weight'?
         Nothing was sent. Rename with SyncConfig.name_map, or leave out on purpose with SyncConfig.ignore.
     """
-    records = list(specs.values()) if isinstance(specs, Mapping) else list(specs)
-    sent = {record.name: record for record in records if not is_ignored(record.name, ignore)}
+    specs = specs.values() if isinstance(specs, Mapping) else specs
+    sent = {spec.name: spec for spec in specs if not is_ignored(spec.name, ignore)}
     missing = [
         name
         for name in checkpoint.specs
-        if name not in sent and not is_ignored(name, ignore) and not checkpoint.optional(name)
+        if name not in sent and not is_ignored(name, ignore) and not checkpoint.is_optional(name)
     ]
     unknown = [name for name in sent if name not in checkpoint.specs]
     mismatched = [
         line
-        for name, record in sent.items()
+        for name, spec in sent.items()
         if name in checkpoint.specs
-        for line in _mismatches(record, checkpoint.specs[name], exact_dtype=checkpoint.quantization is not None)
+        for line in _mismatches(spec, checkpoint.specs[name], exact_dtype=checkpoint.quantization is not None)
     ]
     if not (missing or unknown or mismatched):
         return
@@ -92,49 +92,21 @@ def check_coverage(
     )
 
 
-def wire_dtype(source: TensorSpec, checkpoint: Checkpoint, server_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype a tensor travels in: the server's where that is narrower, so that no byte is sent to be thrown away.
-
-    Only matrices are narrowed: they are nearly all the bytes, while a server may keep a vector (a router's bias, a
-    decay) wider than its own dtype. For the same reason a matrix that the checkpoint keeps wider than the rest stays
-    wide. Widening is left to the server, which casts while loading.
-
-    Args:
-        source: the trainer's tensor.
-        checkpoint: what the server was started from.
-        server_dtype: what the server computes in; ``None`` sends everything as it is.
-
-    Examples:
-        >>> checkpoint = Checkpoint.from_specs({"w": ((2, 2), torch.float32), "b": ((2,), torch.float32)})
-        >>> [wire_dtype(spec, checkpoint, torch.bfloat16) for spec in checkpoint.specs.values()]
-        [torch.bfloat16, torch.float32]
-    """
-    if server_dtype is None or checkpoint.quantization is not None:
-        return source.dtype
-    if not source.dtype.is_floating_point or len(source.shape) < 2 or source.dtype.itemsize <= server_dtype.itemsize:
-        return source.dtype
-    stored = checkpoint.specs.get(source.name)
-    usual = checkpoint.dtype
-    if stored is not None and usual is not None and stored.dtype.itemsize > usual.itemsize:
-        return source.dtype
-    return server_dtype
-
-
 def _mismatches(sent: TensorSpec, stored: TensorSpec, *, exact_dtype: bool) -> list[str]:
     if sent.shape != stored.shape:
         return [f"{sent.name}: shape {sent.shape} sent, {stored.shape} in the checkpoint"]
-    # An 8-bit float means nothing without its scale, so it is a kind of its own.
-    same_kind = _kind(sent.dtype) == _kind(stored.dtype)
+    same_kind = _dtype_kind(sent.dtype) == _dtype_kind(stored.dtype)
     if sent.dtype != stored.dtype and (exact_dtype or not same_kind):
-        return [f"{sent.name}: dtype {_short(sent.dtype)} sent, {_short(stored.dtype)} in the checkpoint"]
+        return [f"{sent.name}: dtype {_dtype_name(sent.dtype)} sent, {_dtype_name(stored.dtype)} in the checkpoint"]
     return []
 
 
-def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
+def _dtype_kind(dtype: torch.dtype) -> tuple[bool, bool]:
+    """Kinds of dtype that a server can cast between. 8-bit floats are one of their own: they need a scale."""
     return dtype.is_floating_point, dtype.is_floating_point and dtype.itemsize == 1
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -146,8 +118,10 @@ def _message(
     mismatched: Sequence[str],
     checkpoint: Checkpoint,
 ) -> str:
-    known = missing or list(checkpoint.specs)
-    offered = [name + (f".{hint}" if (hint := nearest_name(name, known)) else "") for name in unknown[:_SHOWN]]
+    candidates = missing or list(checkpoint.specs)
+    unknown_lines = [
+        name + (f".{hint}" if (hint := nearest_name(name, candidates)) else "") for name in unknown[:_MAX_LISTED]
+    ]
     sections = [problem + (f" of {server}:" if server else ":")]
     it = {True: "it", False: "them"}
     for heading, total, lines in (
@@ -156,12 +130,12 @@ def _message(
             len(missing),
             missing,
         ),
-        (f"unknown (a server would silently ignore {it[len(unknown) == 1]})", len(unknown), offered),
+        (f"unknown (a server would silently ignore {it[len(unknown) == 1]})", len(unknown), unknown_lines),
         ("of another shape or kind of dtype", len(mismatched), mismatched),
     ):
         if total:
-            more = [f"... and {total - _SHOWN} more"] if total > _SHOWN else []
-            sections.append(f"{total} {heading}:\n" + "\n".join(f"  {line}" for line in [*lines[:_SHOWN], *more]))
+            more = [f"... and {total - _MAX_LISTED} more"] if total > _MAX_LISTED else []
+            sections.append(f"{total} {heading}:\n" + "\n".join(f"  {line}" for line in [*lines[:_MAX_LISTED], *more]))
     sections.append(
         "Nothing was sent. Rename with SyncConfig.name_map, or leave out on purpose with SyncConfig.ignore."
     )

@@ -1,13 +1,12 @@
-"""What the served checkpoint calls its tensors: names, shapes and dtypes, read from the files' headers alone.
+"""Names, shapes and dtypes of a checkpoint's tensors, read from the headers of its safetensors files.
 
-A server loads weights by checkpoint name and silently ignores names it doesn't know, so the checkpoint's own
-safetensors headers are the one source of truth for what has to be sent.
+A server loads weights by checkpoint name and silently ignores names it doesn't know. So the headers are the source of
+truth for what has to be sent.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,9 @@ import torch
 
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import require_model_folder
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 
-__all__ = ["Checkpoint", "TensorSpec", "read_safetensors_header"]
+__all__ = ["Checkpoint", "is_output_embedding"]
 
 _DTYPES: dict[str, str] = {
     "BOOL": "bool",
@@ -41,49 +41,18 @@ _DTYPES: dict[str, str] = {
     "F4": "float4_e2m1fn_x2",
 }
 _INDEX = "model.safetensors.index.json"
-# In checkpoints of old; SGLang 0.5.23 skips them while loading.
-_COMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
-_MAX_HEADER_BYTES = 512 * 2**20  # a header is JSON of names and offsets; more than this means a damaged file
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """What one tensor looks like, without its values.
-
-    Attributes:
-        name: checkpoint name.
-        shape: sizes per dimension; ``()`` for a scalar.
-        dtype: element type.
-        trainable: whether an optimiser changes it (a frozen base weight with a trainable adapter counts).
-
-    Examples:
-        >>> TensorSpec(name="w", shape=(2, 3), dtype=torch.bfloat16).nbytes
-        12
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    trainable: bool = True
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.numel * self.dtype.itemsize
+# Some old checkpoints contain these tables; SGLang 0.5.23 skips them while loading.
+_SERVER_COMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+_MAX_HEADER_BYTES = 512 * 2**20  # a header is JSON of names and offsets; a larger one means a damaged file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """The tensors a checkpoint holds, without their values.
+    """Names, shapes and dtypes of a checkpoint's tensors.
 
     Attributes:
         specs: checkpoint name to :class:`TensorSpec`; read-only.
-        tied: whether the output embedding is the input embedding; then ``lm_head.weight`` need not be sent.
+        tied: whether output and input embedding are one tensor; then ``lm_head.weight`` need not be sent.
         quantization: the method of a pre-quantised checkpoint (``"fp8"``, ``"awq"``...), or ``None``.
         config: the model's ``config.json``; empty when unknown.
         path: folder it was read from, or ``None``.
@@ -102,19 +71,19 @@ class Checkpoint:
 
     @classmethod
     def read(cls, model_path: str | Path) -> Checkpoint:
-        """Read the headers of a checkpoint's safetensors files; no tensor is loaded and no network used.
+        """Read the headers of a checkpoint's safetensors files. Loads no tensor and uses no network.
 
         Args:
             model_path: a local folder, or a hub name that is in the local Hugging Face cache.
 
         Raises:
-            ConfigError: nothing readable is there, or it has no safetensors files.
+            ConfigError: the folder doesn't exist, has no safetensors files, or can't be read.
         """
         folder = require_model_folder(model_path, hint=_NO_CHECKPOINT)
         config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         specs: dict[str, TensorSpec] = {}
         for file in _weight_files(folder):
-            specs.update(read_safetensors_header(file))
+            specs.update(_read_safetensors_header(file))
         return cls(
             specs=MappingProxyType(specs),
             tied=_is_tied(config, specs),
@@ -127,11 +96,11 @@ class Checkpoint:
     def from_specs(
         cls, specs: Mapping[str, tuple[Iterable[int], torch.dtype]] | Iterable[TensorSpec], *, tied: bool = False
     ) -> Checkpoint:
-        """Describe a checkpoint by hand, for servers whose model path can't be read from here.
+        """Describe a checkpoint by hand, for servers whose model path can't be read on this machine.
 
         Args:
             specs: name to ``(shape, dtype)``, or :class:`TensorSpec` records.
-            tied: whether ``lm_head.weight`` is the input embedding.
+            tied: whether ``lm_head.weight`` and the input embedding are one tensor.
         """
         if isinstance(specs, Mapping):
             records = [TensorSpec(name=n, shape=tuple(shape), dtype=dtype) for n, (shape, dtype) in specs.items()]
@@ -141,7 +110,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The floating dtype that most of its elements have; ``None`` if it has no floating tensors."""
+        """The floating-point dtype of most elements; ``None`` if no tensor is floating-point."""
         counts: dict[torch.dtype, int] = {}
         for spec in self.specs.values():
             if spec.dtype.is_floating_point:
@@ -153,28 +122,29 @@ class Checkpoint:
         """Size of all tensors in bytes."""
         return sum(spec.nbytes for spec in self.specs.values())
 
-    def optional(self, name: str) -> bool:
-        """Whether a trainer may leave ``name`` out: a tied output embedding, or a table a server computes itself."""
-        return (self.tied and is_output_embedding(name)) or self.computes(name)
+    def is_optional(self, name: str) -> bool:
+        """Whether a trainer may leave ``name`` out: a tied output embedding, or a table that servers compute."""
+        return (self.tied and is_output_embedding(name)) or self.is_server_computed(name)
 
     @staticmethod
-    def computes(name: str) -> bool:
-        """Whether a server computes this table itself and takes none."""
-        return name.endswith(_COMPUTED)
+    def is_server_computed(name: str) -> bool:
+        """Whether servers compute this table themselves and ignore one that is sent."""
+        return name.endswith(_SERVER_COMPUTED)
 
 
 def is_output_embedding(name: str) -> bool:
-    """Whether ``name`` is what Hugging Face calls the output embedding."""
+    """Whether ``name`` is Hugging Face's name of the output embedding."""
     return name == "lm_head.weight" or name.endswith(".lm_head.weight")
 
 
-def read_safetensors_header(file: Path) -> dict[str, TensorSpec]:
+def _read_safetensors_header(file: Path) -> dict[str, TensorSpec]:
     """Names, shapes and dtypes of one ``.safetensors`` file.
 
-    Source: the safetensors format: eight bytes of little-endian length, then that much JSON.
+    Source: the safetensors format. Eight bytes give the header's length (little-endian), then the header follows as
+    JSON.
 
     Raises:
-        ConfigError: the file is cut short, a Git LFS pointer, or has a dtype this torch doesn't know.
+        ConfigError: the file is truncated or a Git LFS pointer, or has a dtype that this torch doesn't know.
     """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -204,7 +174,7 @@ _NO_CHECKPOINT = (
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files a server would load: those of the index, else every model file."""
+    """The files that a server would load: those that the index names; without an index, all model files."""
     if (folder / _INDEX).is_file():
         files = sorted({folder / file for file in _read_json(folder / _INDEX)["weight_map"].values()})
         absent = [file.name for file in files if not file.is_file()]
@@ -212,7 +182,7 @@ def _weight_files(folder: Path) -> list[Path]:
             raise ConfigError(f"{folder} lacks {len(absent)} of the files its index names, e.g. {absent[0]}")
         return files
     files = sorted(folder.glob("*.safetensors"))
-    # Adapters and Mistral's second copy under its own names lie in the same folder without belonging to the model.
+    # The folder may also hold adapters, and Mistral's second copy of the model under other names ("consolidated").
     files = [file for file in files if not file.name.startswith("adapter_")]
     model_files = [file for file in files if not file.name.startswith("consolidated")]
     files = model_files or files
@@ -238,7 +208,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _is_tied(config: Mapping[str, Any], names: Iterable[str]) -> bool:
-    """Config files leave out what is their class's default, so a checkpoint without an output embedding is tied."""
+    """Whether input and output embedding are one tensor.
+
+    Config files leave out values that are their class's default. If the config doesn't tell, a checkpoint without an
+    output embedding is tied.
+    """
     text_config = config.get("text_config")
     for section in (config, text_config if isinstance(text_config, dict) else {}):
         if "tie_word_embeddings" in section:

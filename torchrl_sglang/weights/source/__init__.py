@@ -1,1 +1,1 @@
-"""What the trainer has, as ``(name, tensor)`` pairs under checkpoint names. May import: ``checkpoint``."""
+"""The trainer's weights as ``(checkpoint name, tensor)`` pairs. May import: ``checkpoint``."""

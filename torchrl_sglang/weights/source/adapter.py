@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.weights.checkpoint.headers import TensorSpec
-from torchrl_sglang.weights.checkpoint.values import non_finite_names, refuse_values
-from torchrl_sglang.weights.source.contract import WeightSource
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
+from torchrl_sglang.weights.checkpoint.values import find_non_finite, raise_if_non_finite
+from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import is_sharded
 
 __all__ = ["AdapterSource"]
@@ -45,10 +45,7 @@ class AdapterSource(WeightSource):
 
     def specs(self) -> dict[str, TensorSpec]:
         """What would be sent."""
-        return {
-            name: TensorSpec(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype)
-            for name, tensor in self._tensors.items()
-        }
+        return {name: TensorSpec.of(name, tensor) for name, tensor in self._tensors.items()}
 
     def tensors(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """The adapter's live tensors."""
@@ -57,7 +54,7 @@ class AdapterSource(WeightSource):
 
     def check_values(self, names: Sequence[str] | None = None, target: torch.dtype | None = None) -> None:
         """Read every tensor once."""
-        refuse_values(non_finite_names(self.tensors(names), target))
+        raise_if_non_finite(find_non_finite(self.tensors(names), target))
 
 
 def _find_peft_model(weights: Any) -> Any:

@@ -1,17 +1,14 @@
-"""transformers' save-time conversion: from the tensors a module holds to those its checkpoint holds.
+"""Convert a module's tensors into its checkpoint's, as transformers does when it saves a model.
 
 transformers 5 packs a layer's experts into two parameters and renames parts of some models; ``save_pretrained`` undoes
-that through ``revert_weight_conversion``. This module is the one place that calls it, and the only thing it relies on
-is that function's signature, ``(model, state_dict) -> state_dict``. Source: transformers 5.19,
-``transformers.core_model_loading``.
+both through ``revert_weight_conversion``. Only this module calls that function, and it relies on nothing but the
+signature ``(model, state_dict) -> state_dict``. Source: transformers 5.19, ``transformers.core_model_loading``.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +18,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["ConversionGroup", "convert", "model_from_config", "names_left_out", "plan_conversion"]
+__all__ = ["ConversionGroup", "convert", "plan_conversion"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionGroup:
-    """Tensors of a module that become tensors of a checkpoint together.
+    """Tensors of a module that are converted together into tensors of a checkpoint.
 
     Attributes:
         sources: names in the module.
         outputs: name in the checkpoint to ``(shape, dtype)``.
-        renames: the one source is the one output, only called differently.
+        renames: whether there is one source and one output, and only the name differs.
     """
 
     sources: tuple[str, ...]
@@ -40,7 +37,7 @@ class ConversionGroup:
 
 
 class _Traced(torch.Tensor):
-    """A meta tensor that remembers which module tensors it was computed from, through any operation."""
+    """A meta tensor that records which module tensors it was computed from, through any operation."""
 
     origin: frozenset[str]
 
@@ -66,14 +63,15 @@ class _Traced(torch.Tensor):
 def plan_conversion(
     model: nn.Module, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 ) -> list[ConversionGroup] | None:
-    """Find out what becomes of a module's tensors, on shapes alone.
+    """Find which checkpoint tensors are made from which of a module's tensors, from their shapes and dtypes.
 
     Args:
-        model: a transformers model (may be on the meta device); it says which conversion applies.
-        tensors: name in the module to ``(shape, dtype)``; all of them.
+        model: a transformers model (may be on the meta device); its class determines the conversion.
+        tensors: name in the module to ``(shape, dtype)``; all tensors of the module.
 
     Returns:
-        Groups in the order of ``tensors``, or ``None`` if this transformers or this model has no conversion.
+        Groups in the order of ``tensors``. ``None`` if the installed transformers has no conversion, or if the tensors
+        don't fit the model's.
     """
     revert = _revert_function()
     if revert is None:
@@ -82,16 +80,16 @@ def plan_conversion(
     try:
         converted = revert(model, dict(traced))
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return None  # tensors that don't fit the model's conversion: the coverage check will say which
+        return None  # the tensors don't fit the conversion: the coverage check names them
     position = {name: index for index, name in enumerate(tensors)}
     return sorted(_grouped(traced, converted), key=lambda group: min(map(position.__getitem__, group.sources)))
 
 
 def _grouped(traced: Mapping[str, _Traced], converted: Mapping[str, _Traced]) -> list[ConversionGroup]:
-    """Outputs with a source in common, directly or through others, belong to one group."""
+    """Group outputs that share a source, directly or through other outputs."""
     parent = {name: name for name in traced}
 
-    def leader(name: str) -> str:
+    def root(name: str) -> str:
         while parent[name] != name:
             parent[name] = name = parent[parent[name]]
         return name
@@ -99,15 +97,15 @@ def _grouped(traced: Mapping[str, _Traced], converted: Mapping[str, _Traced]) ->
     for tensor in converted.values():
         first, *others = tensor.origin or ("",)
         for other in others:
-            parent[leader(other)] = leader(first)
+            parent[root(other)] = root(first)
     outputs: dict[str, dict[str, _Traced]] = {}
     for name, tensor in converted.items():
         for source in itertools.islice(tensor.origin, 1):
-            outputs.setdefault(leader(source), {})[name] = tensor
+            outputs.setdefault(root(source), {})[name] = tensor
     sources: dict[str, list[str]] = {}
     for name in traced:
-        sources.setdefault(leader(name), []).append(name)
-    with torch._C.DisableTorchFunctionSubclass():  # or every look at a shape would be traced, too
+        sources.setdefault(root(name), []).append(name)
+    with torch._C.DisableTorchFunctionSubclass():  # otherwise every access to a shape is traced, too
         return [
             ConversionGroup(
                 sources=tuple(sources[key]),
@@ -119,15 +117,18 @@ def _grouped(traced: Mapping[str, _Traced], converted: Mapping[str, _Traced]) ->
 
 
 def convert(model: nn.Module, group: ConversionGroup, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Turn the tensors of one group into the checkpoint's.
+    """Convert the tensors of one group.
 
     Args:
-        model: the model the group was planned with.
+        model: the model that the group was planned with.
         group: from :func:`plan_conversion`.
         tensors: the group's sources, whole and detached.
 
+    Returns:
+        The checkpoint's tensors, by name.
+
     Raises:
-        ConfigError: the result is not what was planned.
+        ConfigError: the result has other names, shapes or dtypes than planned.
     """
     if group.renames:
         return dict.fromkeys(group.outputs, tensors[group.sources[0]])
@@ -135,47 +136,18 @@ def convert(model: nn.Module, group: ConversionGroup, tensors: Mapping[str, torc
     assert revert is not None
     with torch.no_grad():
         converted: dict[str, torch.Tensor] = revert(model, dict(tensors))
-    got = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in converted.items()}
-    if got != dict(group.outputs):
+    actual = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in converted.items()}
+    if actual != dict(group.outputs):
         raise ConfigError(
-            f"transformers turned {', '.join(group.sources)} into {sorted(got)}, not into {sorted(group.outputs)} as "
-            "it did for the whole model: pass tensors under checkpoint names instead"
+            f"transformers converted {', '.join(group.sources)} to {sorted(actual)}, but within the whole model to "
+            f"{sorted(group.outputs)}: pass tensors under checkpoint names instead"
         )
     return converted
-
-
-def model_from_config(config: Mapping[str, Any]) -> nn.Module | None:
-    """The checkpoint's model without values (meta device), or ``None`` if transformers doesn't know it."""
-    if not config.get("architectures") or "model_type" not in config:
-        return None
-    try:
-        import transformers
-    except ImportError:
-        return None
-    architecture = getattr(transformers, str(config["architectures"][0]), None)
-    if architecture is None:
-        return None
-    model_config = architecture.config_class.from_dict(dict(config))
-    with torch.device("meta"):
-        model: nn.Module = architecture(model_config)
-    return model
-
-
-def names_left_out(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those of a checkpoint's ``names`` that the model's class declares it doesn't load (layers for speculation)."""
-    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    return [name for name in names if any(pattern.search(name) for pattern in patterns)]
-
-
-def is_transformers_model(module: nn.Module) -> bool:
-    """Whether ``module`` is a transformers model; transformers isn't imported to find out."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
 
 
 def _revert_function() -> Callable[[nn.Module, dict[str, Any]], dict[str, Any]] | None:
     try:
         from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4: modules and checkpoints have the same names
+    except ImportError:  # in transformers 4 modules and checkpoints have the same names
         return None
     return revert_weight_conversion  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""From the trainer's tensors to the checkpoint's: which is which, which come together, which stay at home.
+"""Map the trainer's tensors to the checkpoint's.
 
-Order of trust: the user's name map; names as they are; names behind a common prefix; transformers' own save-time
-conversion. Each is tried against the names and shapes the checkpoint is known to have.
+In order of precedence: the user's name map; equal names; names behind a common prefix; transformers' save-time
+conversion. The result of each is compared with the names and shapes of the checkpoint.
 """
 
 from __future__ import annotations
@@ -14,67 +14,51 @@ from torch import nn
 
 from torchrl_sglang.errors import ConfigError, WeightCoverageError
 from torchrl_sglang.weights.checkpoint.coverage import is_ignored
-from torchrl_sglang.weights.checkpoint.headers import Checkpoint, TensorSpec, is_output_embedding
-from torchrl_sglang.weights.source.conversion import (
-    ConversionGroup,
-    convert,
-    is_transformers_model,
-    model_from_config,
-    names_left_out,
-    plan_conversion,
-)
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint, is_output_embedding
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
+from torchrl_sglang.weights.source.conversion import ConversionGroup, convert, plan_conversion
 from torchrl_sglang.weights.source.lazy_tensors import LazyTensor
 from torchrl_sglang.weights.source.names import resolve_names, without_wrappers
 from torchrl_sglang.weights.source.shards import Ranks
+from torchrl_sglang.weights.source.transformers_models import model_from_config, transformers_models
 
-__all__ = ["TensorMapping", "callable_model", "left_out_by_design", "map_to_checkpoint"]
+__all__ = ["TensorMapping", "map_to_checkpoint"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TensorMapping:
-    """One step of reading: these live tensors become those checkpoint tensors.
+    """Some of the trainer's tensors, and the checkpoint tensors made from them.
 
     Attributes:
-        inputs: the trainer's tensors that are read.
-        specs: the checkpoint tensors they give.
-        transform: makes the one of the other, by name; ``None`` if it is one tensor under another name.
+        inputs: the trainer's tensors.
+        specs: the checkpoint tensors.
+        transform: computes the checkpoint tensors, by name, from the values of :attr:`inputs`; ``None`` if there is
+            one tensor on each side and only its name differs.
     """
 
     inputs: tuple[LazyTensor, ...]
     specs: tuple[TensorSpec, ...]
-    transform: Callable[[dict[LazyTensor, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+    transform: Callable[[Sequence[torch.Tensor]], dict[str, torch.Tensor]] | None = None
+
+    @classmethod
+    def renaming(cls, tensor: LazyTensor, checkpoint_name: str) -> TensorMapping:
+        """One tensor under its checkpoint name."""
+        return cls(inputs=(tensor,), specs=(tensor.spec(checkpoint_name),))
 
     def values(self) -> dict[str, torch.Tensor]:
-        """TensorMapping, by checkpoint name; collective if anything is sharded."""
+        """Read the inputs and compute the checkpoint tensors, by name; collective if an input is sharded."""
         if self.transform is None:
             return {self.specs[0].name: self.inputs[0].read()}
-        return self.transform({live: live.read() for live in self.inputs})
+        return self.transform([tensor.read() for tensor in self.inputs])
 
     @property
     def is_buffer(self) -> bool:
-        """Made of buffers only."""
-        return all(live.is_buffer for live in self.inputs)
-
-
-def callable_model(module: nn.Module | None) -> nn.Module | None:
-    """The transformers model inside ``module``, if there is exactly one."""
-    roots = _transformers_roots(module) if module is not None else {}
-    return next(iter(roots.values())) if len(roots) == 1 else None
-
-
-def left_out_by_design(
-    module: nn.Module | None, checkpoint: Checkpoint, sent: Mapping[str, TensorSpec]
-) -> tuple[str, ...]:
-    """Names of the checkpoint that are not sent because the model's class doesn't load them either."""
-    absent = [name for name in checkpoint.specs if name not in sent and not checkpoint.optional(name)]
-    if not absent:
-        return ()
-    model = module if module is not None else model_from_config(checkpoint.config)
-    return tuple(names_left_out(model, absent)) if model is not None else ()
+        """Whether all inputs are buffers."""
+        return all(tensor.is_buffer for tensor in self.inputs)
 
 
 def map_to_checkpoint(
-    live: Sequence[LazyTensor],
+    tensors: Sequence[LazyTensor],
     module: nn.Module | None,
     checkpoint: Checkpoint,
     *,
@@ -82,197 +66,198 @@ def map_to_checkpoint(
     ignore: Sequence[str],
     ranks: Ranks | None = None,
 ) -> list[TensorMapping]:
-    """Find each tensor's checkpoint name.
+    """Find the checkpoint name of each tensor.
 
-    What nothing explains is kept under its own name, for the coverage check to refuse.
+    A tensor that matches nothing is mapped to its own name, so that the coverage check refuses it by that name.
+
+    Args:
+        tensors: all of the trainer's tensors.
+        module: the module they belong to, if they came as one.
+        checkpoint: what the servers were started from.
+        name_map: trainer's name to checkpoint name.
+        ignore: ``fnmatch`` patterns of names (trainer's or checkpoint's) that are not mapped.
+        ranks: the ranks that share the tensors' shards; ``None`` if nothing is sharded.
 
     Raises:
-        ConfigError: the name map names tensors that don't exist, or two tensors want the same name.
-        WeightCoverageError: an output embedding that left the input embedding it is tied to in the checkpoint.
+        ConfigError: the name map names tensors that don't exist, or two tensors map to the same name.
+        WeightCoverageError: the checkpoint ties the output embedding to the input embedding, and the trainer's two
+            have different values.
     """
-    live = [t for t in live if not (is_ignored(t.name, ignore) or is_ignored(without_wrappers(t.name), ignore))]
-    roots = _transformers_roots(module) if module is not None else {}
-    root_path, root = next(iter(roots.items())) if len(roots) == 1 else ("", None)
-    own = _names_in_model(live, root_path) if root is not None else {t: t.name for t in live}
-    mapped = _apply_name_map(own, name_map)
-    free = {t: name for t, name in own.items() if t not in mapped}
-    reads = _direct(free, checkpoint)
-    model = root
-    if _unexplained(reads, checkpoint):
-        model = root if root is not None else model_from_config(checkpoint.config)
-        converted = _converted(free, model, checkpoint, by_root=root is not None) if model is not None else None
-        if converted is not None and _score(converted, checkpoint) > _score(reads, checkpoint):
-            reads = converted
-    reads += [TensorMapping(inputs=(t,), specs=(_spec(t, name),)) for t, name in mapped.items()]
-    reads = [read for read in reads if not all(is_ignored(spec.name, ignore) for spec in read.specs)]
+    tensors = [t for t in tensors if not (is_ignored(t.name, ignore) or is_ignored(without_wrappers(t.name), ignore))]
+    models = transformers_models(module) if module is not None else {}
+    path, model = next(iter(models.items())) if len(models) == 1 else ("", None)
+    names = {t: _name_in_model(t.name, path) if model is not None else t.name for t in tensors}
+    renamed = _apply_name_map(names, name_map)
+    names = {tensor: name for tensor, name in names.items() if tensor not in renamed}
+    mappings = _map_by_name(names, checkpoint)
+    if _has_unmatched(mappings, checkpoint):
+        if model is None and (model := model_from_config(checkpoint.config)) is not None:
+            names = _match_model_names(names, model)
+        converted = _map_by_conversion(names, model, checkpoint) if model is not None else None
+        if converted is not None and _count_matches(converted, checkpoint) > _count_matches(mappings, checkpoint):
+            mappings = converted
+    mappings += [TensorMapping.renaming(tensor, name) for tensor, name in renamed.items()]
+    mappings = [mapping for mapping in mappings if not all(is_ignored(spec.name, ignore) for spec in mapping.specs)]
     buffers = {name for name, _ in model.named_buffers()} if model is not None else set()
-    return _one_each(_without_extras(reads, checkpoint, buffers, ranks))
+    return _drop_duplicates(_drop_redundant(mappings, checkpoint, buffers, ranks))
 
 
-def _transformers_roots(module: nn.Module) -> dict[str, nn.Module]:
-    """Outermost transformers models by path (empty, or ending in a dot)."""
-    roots: dict[str, nn.Module] = {}
-    for path, part in module.named_modules():
-        prefix = path + "." if path else ""
-        if is_transformers_model(part) and not any(prefix.startswith(root) for root in roots):
-            roots[prefix] = part
-    return roots
+def _name_in_model(name: str, path: str) -> str:
+    """The name inside the transformers model at ``path``; names outside the model keep their path."""
+    return without_wrappers(name[len(path) :]) if name.startswith(path) else name
 
 
-def _names_in_model(live: Sequence[LazyTensor], root_path: str) -> dict[LazyTensor, str]:
-    return {t: without_wrappers(t.name[len(root_path) :]) if t.name.startswith(root_path) else t.name for t in live}
-
-
-def _apply_name_map(own: Mapping[LazyTensor, str], name_map: Mapping[str, str]) -> dict[LazyTensor, str]:
-    mapped = {}
+def _apply_name_map(names: Mapping[LazyTensor, str], name_map: Mapping[str, str]) -> dict[LazyTensor, str]:
+    renamed = {}
     unused = set(name_map)
-    for t, name in own.items():
-        key = next((key for key in (t.name, name, without_wrappers(t.name)) if key in name_map), None)
+    for tensor, name in names.items():
+        key = next((key for key in (tensor.name, name, without_wrappers(tensor.name)) if key in name_map), None)
         if key is not None:
-            mapped[t] = name_map[key]
+            renamed[tensor] = name_map[key]
             unused.discard(key)
     if unused:
         raise ConfigError(f"name_map names tensors that the weights don't have: {', '.join(sorted(unused)[:10])}")
-    return mapped
+    return renamed
 
 
-def _direct(own: Mapping[LazyTensor, str], checkpoint: Checkpoint) -> list[TensorMapping]:
-    resolved = resolve_names(own.values(), checkpoint.specs)
-    return [TensorMapping(inputs=(t,), specs=(_spec(t, resolved[name]),)) for t, name in own.items()]
+def _map_by_name(names: Mapping[LazyTensor, str], checkpoint: Checkpoint) -> list[TensorMapping]:
+    resolved = resolve_names(names.values(), checkpoint.specs)
+    return [TensorMapping.renaming(tensor, resolved[name]) for tensor, name in names.items()]
 
 
-def _converted(
-    own: Mapping[LazyTensor, str], model: nn.Module, checkpoint: Checkpoint, *, by_root: bool
+def _match_model_names(names: Mapping[LazyTensor, str], model: nn.Module) -> dict[LazyTensor, str]:
+    """Translate the trainer's names into those of ``model``, built from the checkpoint's config."""
+    model_names = {
+        name for named in (model.named_parameters, model.named_buffers) for name, _ in named(remove_duplicate=False)
+    }
+    resolved = resolve_names(names.values(), model_names)
+    return {tensor: resolved[name] for tensor, name in names.items()}
+
+
+def _map_by_conversion(
+    names: Mapping[LazyTensor, str], model: nn.Module, checkpoint: Checkpoint
 ) -> list[TensorMapping] | None:
-    names = dict(own)
-    if not by_root:
-        in_model = resolve_names(own.values(), {name for name, _ in _named_tensors(model)})
-        names = {t: in_model[name] for t, name in own.items()}
     by_name: dict[str, LazyTensor] = {}
-    for t, name in names.items():
-        by_name.setdefault(name, t)
-    plan = plan_conversion(model, {name: (t.shape, t.dtype) for name, t in by_name.items()})
-    if plan is None:
+    for tensor, name in names.items():
+        by_name.setdefault(name, tensor)
+    groups = plan_conversion(model, {name: (tensor.shape, tensor.dtype) for name, tensor in by_name.items()})
+    if groups is None:
         return None
-    final = resolve_names([name for group in plan for name in group.outputs], checkpoint.specs)
-    return [_conversion_read(model, group, by_name, final) for group in plan]
+    resolved = resolve_names([name for group in groups for name in group.outputs], checkpoint.specs)
+    return [_conversion_mapping(model, group, by_name, resolved) for group in groups]
 
 
-def _conversion_read(
-    model: nn.Module, group: ConversionGroup, by_name: Mapping[str, LazyTensor], final: Mapping[str, str]
+def _conversion_mapping(
+    model: nn.Module, group: ConversionGroup, by_name: Mapping[str, LazyTensor], resolved: Mapping[str, str]
 ) -> TensorMapping:
     inputs = tuple(by_name[name] for name in group.sources)
-    trainable = any(t.trainable for t in inputs)
+    trainable = any(tensor.trainable for tensor in inputs)
     specs = tuple(
-        TensorSpec(name=final[name], shape=shape, dtype=dtype, trainable=trainable)
+        TensorSpec(name=resolved[name], shape=shape, dtype=dtype, trainable=trainable)
         for name, (shape, dtype) in group.outputs.items()
     )
 
-    def transform(values: dict[LazyTensor, torch.Tensor]) -> dict[str, torch.Tensor]:
-        sources = {name: values[t] for name, t in zip(group.sources, inputs, strict=True)}
-        return {final[name]: tensor for name, tensor in convert(model, group, sources).items()}
+    def transform(values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        outputs = convert(model, group, dict(zip(group.sources, values, strict=True)))
+        return {resolved[name]: tensor for name, tensor in outputs.items()}
 
     return TensorMapping(inputs=inputs, specs=specs, transform=None if group.renames else transform)
 
 
-def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-
-
-def _spec(live: LazyTensor, name: str) -> TensorSpec:
-    return TensorSpec(name=name, shape=live.shape, dtype=live.dtype, trainable=live.trainable)
-
-
-def _fits(spec: TensorSpec, checkpoint: Checkpoint) -> bool:
+def _matches(spec: TensorSpec, checkpoint: Checkpoint) -> bool:
     stored = checkpoint.specs.get(spec.name)
     return stored is not None and stored.shape == spec.shape
 
 
-def _score(reads: Sequence[TensorMapping], checkpoint: Checkpoint) -> int:
-    return len({spec.name for read in reads for spec in read.specs if _fits(spec, checkpoint)})
+def _count_matches(mappings: Sequence[TensorMapping], checkpoint: Checkpoint) -> int:
+    return len({spec.name for mapping in mappings for spec in mapping.specs if _matches(spec, checkpoint)})
 
 
-def _unexplained(reads: Sequence[TensorMapping], checkpoint: Checkpoint) -> bool:
-    known_memory = {read.inputs[0].memory for read in reads if _fits(read.specs[0], checkpoint)}
+def _has_unmatched(renamings: Sequence[TensorMapping], checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint lacks a tensor that it should have: no buffer, no tied tensor, no computed table."""
+    matched_memory = {r.inputs[0].memory for r in renamings if _matches(r.specs[0], checkpoint)}
     return any(
-        not _fits(read.specs[0], checkpoint)
-        and not read.is_buffer
-        and read.inputs[0].memory not in known_memory
-        and not checkpoint.optional(read.specs[0].name)
-        for read in reads
+        not _matches(r.specs[0], checkpoint)
+        and not r.is_buffer
+        and r.inputs[0].memory not in matched_memory
+        and not checkpoint.is_optional(r.specs[0].name)
+        for r in renamings
     )
 
 
-def _without_extras(
-    reads: Sequence[TensorMapping], checkpoint: Checkpoint, buffers: set[str], ranks: Ranks | None
+def _drop_redundant(
+    mappings: Sequence[TensorMapping], checkpoint: Checkpoint, buffers: set[str], ranks: Ranks | None
 ) -> list[TensorMapping]:
-    """Leave out what the checkpoint holds under another name or not at all, if that is as it should be."""
-    memory = {
-        read.inputs[0].memory for read in reads if len(read.inputs) == 1 and read.specs[0].name in checkpoint.specs
+    """Drop tensors that the checkpoint need not have.
+
+    These are buffers, tables that servers compute, second names of a tensor that is sent, and a tied output embedding.
+    """
+    sent_memory = {
+        mapping.inputs[0].memory
+        for mapping in mappings
+        if len(mapping.inputs) == 1 and mapping.specs[0].name in checkpoint.specs
     }
     kept = []
-    for read in reads:
-        if len(read.specs) == 1 and (name := read.specs[0].name) not in checkpoint.specs:
-            if read.is_buffer or name in buffers or checkpoint.computes(name):
+    for mapping in mappings:
+        if len(mapping.specs) == 1 and (name := mapping.specs[0].name) not in checkpoint.specs:
+            if mapping.is_buffer or name in buffers or checkpoint.is_server_computed(name):
                 continue
-            if len(read.inputs) == 1 and read.inputs[0].memory in memory:
+            if len(mapping.inputs) == 1 and mapping.inputs[0].memory in sent_memory:
                 continue
             if checkpoint.tied and is_output_embedding(name):
-                _require_still_tied(read, reads, checkpoint, ranks)
+                _require_tied(mapping, mappings, checkpoint, ranks)
                 continue
-        kept.append(read)
+        kept.append(mapping)
     return kept
 
 
-def _require_still_tied(
-    read: TensorMapping, reads: Sequence[TensorMapping], checkpoint: Checkpoint, ranks: Ranks | None
+def _require_tied(
+    output: TensorMapping, mappings: Sequence[TensorMapping], checkpoint: Checkpoint, ranks: Ranks | None
 ) -> None:
-    """A copy of the input embedding may be left out only as long as it is one."""
-    name, live = read.specs[0].name, read.inputs[0]
-    twins = [
+    """Refuse an output embedding whose values differ from the input embedding's. Collective if it is sharded."""
+    name, tensor = output.specs[0].name, output.inputs[0]
+    candidates = [
         other.inputs[0]
-        for other in reads
-        if other is not read
+        for other in mappings
+        if other is not output
         and len(other.inputs) == 1
-        and other.specs[0].shape == live.shape
-        and _fits(other.specs[0], checkpoint)
+        and other.specs[0].shape == tensor.shape
+        and _matches(other.specs[0], checkpoint)
     ]
-    same = len(twins) == 1 and _same_parts(live, twins[0])
+    is_equal = len(candidates) == 1 and _have_equal_values(tensor, candidates[0])
     if ranks is not None:
-        same = not ranks.any([not same])[0]
-    if not same:
+        is_equal = not ranks.any([not is_equal])[0]
+    if not is_equal:
         raise WeightCoverageError(
-            f"the served checkpoint ties {name} to its input embedding, but the trainer's {live.name} is a tensor of "
-            "its own with other values: the server can't hold both. Tie the trainer's weights "
+            f"the served checkpoint ties {name} to its input embedding, but the trainer's {tensor.name} is a separate "
+            "tensor with other values, and the server has room for one of them only. Tie the trainer's weights "
             "(model.tie_weights()), serve an untied checkpoint, or leave it out on purpose with SyncConfig.ignore.",
             unknown=[name],
         )
 
 
-def _same_parts(one: LazyTensor, other: LazyTensor) -> bool:
+def _have_equal_values(one: LazyTensor, other: LazyTensor) -> bool:
+    """Compare this rank's shards."""
     return len(one.parts) == len(other.parts) and all(
         a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
-        for a, b in zip(one.parts, other.parts, strict=True)
+        for a, b in zip(one.local_parts, other.local_parts, strict=True)
     )
 
 
-def _one_each(reads: Sequence[TensorMapping]) -> list[TensorMapping]:
-    """No name twice: the same memory again is left out, anything else is refused."""
-    seen: dict[str, TensorMapping] = {}
+def _drop_duplicates(mappings: Sequence[TensorMapping]) -> list[TensorMapping]:
+    """Drop a mapping to a name that already has one, if both read the same memory; refuse it otherwise."""
+    mapping_of: dict[str, TensorMapping] = {}
     kept = []
-    for read in reads:
-        rivals = [seen[spec.name] for spec in read.specs if spec.name in seen]
-        if rivals:
-            first = rivals[0]
-            if len(read.inputs) == len(first.inputs) == 1 and read.inputs[0].memory == first.inputs[0].memory:
+    for mapping in mappings:
+        earlier = next((mapping_of[spec.name] for spec in mapping.specs if spec.name in mapping_of), None)
+        if earlier is not None:
+            first, second = earlier.inputs[0], mapping.inputs[0]
+            if len(earlier.inputs) == len(mapping.inputs) == 1 and first.memory == second.memory:
                 continue
             raise ConfigError(
-                f"{first.inputs[0].name!r} and {read.inputs[0].name!r} both stand for {read.specs[0].name!r}: which "
-                "one to send would be a guess. Pass the one model, or leave one out with SyncConfig.ignore."
+                f"{first.name!r} and {second.name!r} both map to {mapping.specs[0].name!r}: which one to send would "
+                "be a guess. Pass the one model, or leave one out with SyncConfig.ignore."
             )
-        seen.update({spec.name: read for spec in read.specs})
-        kept.append(read)
+        mapping_of.update({spec.name: mapping for spec in mapping.specs})
+        kept.append(mapping)
     return kept

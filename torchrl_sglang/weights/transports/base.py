@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -12,7 +12,7 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import WeightUpdateError
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.layout import Bucket
-from torchrl_sglang.weights.buckets.packing import BucketPacker
+from torchrl_sglang.weights.buckets.packing import BucketPacker, PackedBuckets
 from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["PackedWeights", "TransportSession", "WeightTransport"]
@@ -35,7 +35,7 @@ class PackedWeights(Iterator[PackedBucket]):
 
     def __init__(
         self,
-        buckets: Generator[PackedBucket, None, None],
+        buckets: PackedBuckets,
         report: SyncReport,
         *,
         num_buckets: int | None,
