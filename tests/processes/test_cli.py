@@ -1,4 +1,4 @@
-"""The command line in a process of its own: exit codes, output, and the environment that install-cpu-server makes."""
+"""The command line in a separate process: exit codes, output, and the environment that install-cpu-server makes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from torchrl_sglang.cli import main
 
-NOBODY = "http://127.0.0.1:9"
+NO_SERVER = "http://127.0.0.1:9"
 
 
 def run(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -28,15 +28,15 @@ def test_version_names_every_package_that_matters() -> None:
 
 
 def test_the_exit_code_is_that_of_the_process_and_no_traceback_is_shown() -> None:
-    done = run("generate", "hi", "--url", NOBODY)
+    done = run("generate", "hi", "--url", NO_SERVER)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("torchrl-sglang: nothing accepts connections at http://127.0.0.1:9")
     assert done.stderr.count("\n") == 1
 
 
 def test_the_server_environment_gets_torch_first_and_the_rest_without_dependencies(tmp_path: Path) -> None:
-    """A Python that writes down what it is asked, in place of one that would download gigabytes."""
-    log = tmp_path / "asked.txt"
+    """Uses a script as Python that records its arguments, in place of downloading gigabytes."""
+    log = tmp_path / "commands.txt"
     fake = tmp_path / "python"
     fake.write_text(
         f"""#!/bin/sh
@@ -63,9 +63,9 @@ esac
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"ready {folder}/bin/python\n"
     assert f"serve MODEL --python {folder}/bin/python" in done.stderr
-    asked = log.read_text().splitlines()
-    assert not any(line.startswith("-m venv") for line in asked), "the environment was there already"
-    torch, rest = (line for line in asked if " install " in line)
+    commands = log.read_text().splitlines()
+    assert not any(line.startswith("-m venv") for line in commands), "the environment existed already"
+    torch, rest = (line for line in commands if " install " in line)
     assert torch.endswith(" torch")
     assert "--no-deps" not in torch
     assert "--constraint" in torch

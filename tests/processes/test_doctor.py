@@ -14,7 +14,7 @@ from torchrl_sglang.cli import main
 from torchrl_sglang.doctor import check_environment
 
 
-def test_this_environment_is_described_with_both_pythons() -> None:
+def test_the_environment_check_reports_both_pythons() -> None:
     checks = {check.name: check for check in check_environment(sys.executable)}
     assert "torchrl 0." in checks["trainer's Python"].detail
     assert checks["server's Python"].status == "pass"
