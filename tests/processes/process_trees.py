@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 
-from torchrl_sglang.server import SGLangServer
+from torchrl_sglang.server import SGLangRouter, SGLangServer
 from torchrl_sglang.server.supervisor import process_table
 
 
-def tree(server: SGLangServer) -> set[int]:
-    """Pids of the server's supervisor and of all its descendants."""
+def tree(server: SGLangServer | SGLangRouter) -> set[int]:
+    """Pids of the server's or router's supervisor and of all its descendants."""
     assert server.pid is not None
     table = process_table()
     found = {table[server.pid].parent}
