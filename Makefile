@@ -96,8 +96,8 @@ test-torchrl-nightly: $(VENV)/.ready
 	@rm -rf $(NIGHTLY)
 	@if $(PIP) install --quiet --quiet --pre --no-deps --target $(NIGHTLY) torchrl-nightly tensordict-nightly; then \
 		echo "test  $$(cd $(NIGHTLY) && ls -d *_nightly-*.dist-info | sed 's/.dist-info//' | paste -sd' ') (reported, not required to pass)"; \
-		PYTHONPATH=$(NIGHTLY) $(BIN)/python -m pytest -q -m torchrl || echo "TorchRL's nightly build: see the failures above; the build goes on"; \
-	else echo "TorchRL's nightly build cannot be installed from this package index; its tests are left out"; fi
+		PYTHONPATH=$(NIGHTLY) $(BIN)/python -m pytest -q -m torchrl || echo "TorchRL's nightly build: some tests failed (above); this does not fail make"; \
+	else echo "TorchRL's nightly build cannot be installed from this package index; skipped"; fi
 
 .PHONY: docs tutorials
 
