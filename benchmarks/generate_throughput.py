@@ -1,22 +1,21 @@
-"""What `engine.generate` costs over bare HTTP requests to the same servers.
+"""Measures the overhead of `engine.generate` over bare HTTP requests to the same servers.
 
     python benchmarks/generate_throughput.py                      # tiny model, batch of 256, 1 and 2 servers
     python benchmarks/generate_throughput.py --servers 1 --pairs 15
     python benchmarks/generate_throughput.py --model /path/to/checkpoint --new-tokens 64
 
-What is compared, in turns, so that other work on the machine hurts both alike:
+The two run alternately, so that other programs on the machine slow both alike:
 
-    raw      the same JSON posted with `requests`, one request per server with its half of the batch; the answers parsed
-             as JSON and nothing else
-    engine   engine.generate(input_ids=...): prompts checked, split by load, sent, answers checked field by field, put
-             back in order
+    raw      post the same JSON with `requests`, one request per server with its share of the batch; the answers are
+             only parsed as JSON
+    engine   engine.generate(input_ids=...): check prompts, split them by load, send them, check each field of the
+             answers, restore the order
 
-Each line is the median over the pairs of engine / raw. Aimed at: 1.02 or less. With several servers raw requests are
-divided beforehand, so the line for them holds what dividing and putting together costs.
+Each line is the median over the pairs of engine / raw. Target: 1.02 or less. With several servers the raw requests are
+split in advance, so the ratio includes the cost of splitting and merging.
 
-Ratios, not seconds, since seconds belong to a machine; the machine's load is printed beside them. On a busy one the
-ratios scatter; what stays is `cpu`, the processor time this process spends more than bare requests do, in percent of
-the time a batch takes.
+Ratios are printed, since seconds depend on the machine; its load is printed too. On a busy machine the ratios vary, but
+`cpu` does not: the CPU time of this process beyond that of bare requests, in percent of the time of a batch.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ WARM_UPS = 2
 
 
 class Raw:
-    """Bare requests: what anybody would write who only wanted the numbers."""
+    """Bare requests with `requests`, without any check."""
 
     def __init__(self, urls: list[str], ids_B_T: list[list[int]], sampling: SamplingParams) -> None:
         shares = split_batch(ids_B_T, [0] * len(urls))
@@ -77,12 +76,12 @@ class Engine:
 
 
 def seconds(run: Callable[[], int], flush: Callable[[], None], tokens: int) -> tuple[float, float]:
-    """One run from an empty prefix cache, so that none lives off the one before: elapsed and processor time."""
+    """Elapsed and CPU time of one run; the prefix cache is flushed first, so that runs don't profit from each other."""
     flush()
     start, cpu = time.perf_counter(), time.process_time()
-    made = run()
+    generated = run()
     elapsed, used = time.perf_counter() - start, time.process_time() - cpu
-    assert made == tokens, f"{made} tokens instead of {tokens}"
+    assert generated == tokens, f"{generated} tokens instead of {tokens}"
     return elapsed, used
 
 
@@ -91,7 +90,7 @@ def compare(name: str, one: Callable[[], int], two: Callable[[], int], flush: An
     times: list[tuple[float, float]] = []
     extra: list[float] = []
     for index in range(pairs + WARM_UPS):
-        order = (one, two) if index % 2 == 0 else (two, one)  # neither is always the first
+        order = (one, two) if index % 2 == 0 else (two, one)  # each is first in half of the pairs
         measured = {id(run): seconds(run, flush, tokens) for run in order}
         if index >= WARM_UPS:
             (first, first_cpu), (second, second_cpu) = measured[id(one)], measured[id(two)]
@@ -117,33 +116,33 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=9)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
-        model = given.model or str(make_tiny_model(Path(folder) / "model", arch="llama", seed=0))
-        most = max(given.servers)
-        print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; {most} server(s) of {model}")
-        with AsyncSGLang.from_pretrained(model, dp_size=most, device="cpu") as engine:
-            run(engine, given)
+        model = args.model or str(make_tiny_model(Path(folder) / "model", arch="llama", seed=0))
+        num_servers = max(args.servers)
+        print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; servers: {num_servers} of {model}")
+        with AsyncSGLang.from_pretrained(model, dp_size=num_servers, device="cpu") as engine:
+            run(engine, args)
 
 
-def run(engine: AsyncSGLang, given: argparse.Namespace) -> None:
-    sampling = SamplingParams(max_new_tokens=given.new_tokens, temperature=0, ignore_eos=True)
+def run(engine: AsyncSGLang, args: argparse.Namespace) -> None:
+    sampling = SamplingParams(max_new_tokens=args.new_tokens, temperature=0, ignore_eos=True)
     vocab_size = engine.pool.vocab_size
     assert vocab_size is not None
-    # All different from the first token on: no prefix is shared, whichever server they go to.
+    # The prompts differ from the first token on, so none share a prefix, whichever server they go to.
     ids_B_T = [
-        [(7 * row + 31 * column + row * column) % (vocab_size - 3) + 3 for column in range(given.prompt_tokens)]
-        for row in range(given.batch)
+        [(7 * row + 31 * column + row * column) % (vocab_size - 3) + 3 for column in range(args.prompt_tokens)]
+        for row in range(args.batch)
     ]
-    tokens = given.batch * given.new_tokens
+    tokens = args.batch * args.new_tokens
     urls = [client.url for client in engine.pool.clients]
-    print(f"batch of {given.batch}, {given.prompt_tokens} + {given.new_tokens} tokens, medians of {given.pairs} pairs")
+    print(f"batch of {args.batch}, {args.prompt_tokens} + {args.new_tokens} tokens, medians of {args.pairs} pairs")
     print(f"{'':34} {'ratio':>6}  {'quartiles':>15}")
-    for count in given.servers:
+    for count in args.servers:
         attached = AsyncSGLang.connect(urls[:count])
         raw, ours = Raw(urls[:count], ids_B_T, sampling), Engine(attached, ids_B_T, sampling)
         name = f"{count} server{'s' if count > 1 else ''}: engine / raw"
-        compare(name, raw, ours, engine.flush_cache, tokens, given.pairs)
+        compare(name, raw, ours, engine.flush_cache, tokens, args.pairs)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""How long a whole weight sync takes, as a multiple of one raw broadcast of the same bytes.
+"""Measures a whole weight sync as a multiple of one raw broadcast of the same bytes.
 
     python benchmarks/weight_sync.py                      # SmolLM2-135M, 1 and 3 servers, about 5 minutes, 8 GB
     python benchmarks/weight_sync.py --servers 1 --pairs 9
     python benchmarks/weight_sync.py --model /path/to/checkpoint --bucket-mb 256
 
-What is compared, in turns, so that other work on the machine hurts both alike:
+The two run alternately, so that other programs on the machine slow both alike:
 
-    raw    gloo sends the model's bytes, already in one piece, to a process that does nothing else: the floor
-    sync   WeightSync.push(model): values checked, buckets packed, servers paused, told, loaded, proven, continued
+    raw    gloo sends the model's bytes, already in one tensor, to an otherwise idle process: the lower bound
+    sync   WeightSync.push(model): check values, pause servers, pack, announce and send buckets, continue, verify
 
-Each line is the median over the pairs. Ratios, not seconds, since seconds belong to a machine. Aimed at, on 2 quiet
-cores: 1.8 or less for 64 MB buckets, and less than 2.2 times as long for 3 servers as for 1.
+Each line is the median over the pairs. Seconds depend on the machine, so ratios are printed. Target on 2 idle cores:
+1.8 or less for 64 MB buckets, and less than 2.2 times as long for 3 servers as for 1.
 
-Nothing is measured of NCCL here: a GPU machine is asked with `torchrl-sglang doctor --self-test`.
+This script does not measure NCCL: use `torchrl-sglang doctor --self-test` on a GPU machine.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import AsyncSGLang, SGLangClient, SGLangPool, SyncConfig, SyncReport, WeightSync
 
-# glibc gives large blocks back to the kernel and takes them anew, and each time every page is faulted in again: without
-# these settings the same runs take up to twice as long, and scatter. SGLangServer sets them for its CPU servers.
+# glibc returns large blocks to the kernel and allocates them again, and every page is faulted in again. Without
+# these settings the same runs take up to twice as long and vary more. SGLangServer sets them for its CPU servers.
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
     "MALLOC_TOP_PAD_": str(256 * 2**20),
 }
 WARM_UPS = 2
-# A pair during which others used more of the machine is measured again, but not for ever.
-MOST_DISTURBED = 0.05
-MOST_RETRIES = 60
+# A pair during which other programs used a larger share of the CPU is repeated, up to a number of times.
+MAX_OTHER_SHARE = 0.05
+MAX_REPEATS = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One way to sync, measured against the raw broadcast."""
+    """A configuration of the sync, compared with the raw broadcast."""
 
     name: str
     num_servers: int
     config: SyncConfig
 
 
-# ------------------------------------------------------------------------------------------------------- the floor
+# ----------------------------------------------------------------------------------------------------- lower bound
 
 
 class RawBroadcast:
@@ -75,7 +75,7 @@ class RawBroadcast:
     def seconds(self) -> float:
         start = time.perf_counter()
         _broadcast(self._group, self._buffer)
-        # gloo is done when the last byte is in the kernel's hands; one byte back says that it has arrived.
+        # gloo returns when the kernel has accepted the last byte; one byte sent back confirms that it arrived.
         self._group.recv([self._buffer[:1]], 1, 0).wait()
         return time.perf_counter() - start
 
@@ -99,19 +99,19 @@ def _broadcast(group: Any, tensor: torch.Tensor) -> None:
     group.broadcast([tensor], options).wait()
 
 
-# ------------------------------------------------------------------------------------------------------ what is timed
+# --------------------------------------------------------------------------------------------------------- weight sync
 
 
-class Neighbours:
-    """How much of the machine other programs use: a pair measured beside them says little."""
+class OtherPrograms:
+    """The share of the CPU that other programs use; a pair measured beside them is not reliable."""
 
     def __init__(self) -> None:
         self._mark = self._now()
 
     def share(self) -> float:
-        """Fraction of all cores used by programs that are not ours, since the last call."""
+        """Fraction of all cores used by other programs since the last call."""
         before, self._mark = self._mark, self._now()
-        busy, total, ours = (after - was for after, was in zip(self._mark, before, strict=True))
+        busy, total, ours = (end - start for end, start in zip(self._mark, before, strict=True))
         return max(0.0, busy - ours) / total if total else 0.0
 
     @staticmethod
@@ -128,48 +128,48 @@ class Neighbours:
 
 
 def measure(case: Case, urls: list[str], model: torch.nn.Module, raw: RawBroadcast, pairs: int) -> dict[str, float]:
-    """Run the pairs and print a line; returns the medians in seconds."""
-    neighbours = Neighbours()
-    disturbed = 0
+    """Run the pairs and print a line; return the medians in seconds."""
+    others = OtherPrograms()
+    repeats = 0
     pool = SGLangPool([SGLangClient(url) for url in urls[: case.num_servers]])
-    floor: list[float] = []
+    raw_s: list[float] = []
     reports: list[SyncReport] = []
     with contextlib.closing(WeightSync(pool, case.config)) as sync:
         for _ in range(WARM_UPS):
             sync.push(model)
             raw.seconds()
         while len(reports) < pairs:
-            neighbours.share()
+            others.share()
             seconds = raw.seconds()
             report = sync.push(model)
             assert report is not None
-            if neighbours.share() > MOST_DISTURBED and disturbed < MOST_RETRIES:
-                disturbed += 1
+            if others.share() > MAX_OTHER_SHARE and repeats < MAX_REPEATS:
+                repeats += 1
                 time.sleep(1)
                 continue
-            floor.append(seconds)
+            raw_s.append(seconds)
             reports.append(report)
-    ratios = [report.total_s / seconds for report, seconds in zip(reports, floor, strict=True)]
-    standstill = statistics.median(r.generation_paused_s / s for r, s in zip(reports, floor, strict=True))
+    ratios = [report.total_s / seconds for report, seconds in zip(reports, raw_s, strict=True)]
+    paused = statistics.median(r.generation_paused_s / s for r, s in zip(reports, raw_s, strict=True))
     shares = {
-        phase: statistics.median(report.seconds.get(phase, 0.0) / s for report, s in zip(reports, floor, strict=True))
+        phase: statistics.median(report.seconds.get(phase, 0.0) / s for report, s in zip(reports, raw_s, strict=True))
         for phase in reports[0].seconds
     }
     last = reports[-1]
     print(
-        f"{case.name:34} {statistics.median(ratios):5.2f}  {min(ratios):5.2f} ..{max(ratios):5.2f}  {standstill:6.2f}  "
-        f"{last.pause:7} {last.num_buckets:3} {disturbed:4}  "
+        f"{case.name:34} {statistics.median(ratios):5.2f}  {min(ratios):5.2f} ..{max(ratios):5.2f}  {paused:6.2f}  "
+        f"{last.pause:7} {last.num_buckets:5} {repeats:8}  "
         + "  ".join(f"{phase} {share:.2f}" for phase, share in shares.items())
     )
-    return {"raw": statistics.median(floor), "sync": statistics.median(report.total_s for report in reports)}
+    return {"raw": statistics.median(raw_s), "sync": statistics.median(report.total_s for report in reports)}
 
 
 def extra_memory(url: str, model: torch.nn.Module, config: SyncConfig) -> int:
-    """Peak resident bytes of this process during its first sync, over what it held before."""
+    """Peak resident bytes of this process during its first sync, beyond those before it."""
     with contextlib.closing(WeightSync(SGLangPool([SGLangClient(url)]), config)) as sync:
         sync.connect()
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         sync.push(model)
         return resident("VmHWM") - before
 
@@ -187,12 +187,12 @@ def make_cases(num_servers: list[int], bucket_bytes: int) -> list[Case]:
         servers = f"{count} server{'s' if count > 1 else ''}"
         cases.append(Case(name=servers, num_servers=count, config=SyncConfig(bucket_bytes=bucket_bytes)))
         if count == num_servers[0]:
-            for what, settings in (
-                ("no proof", {"verify": "off"}),
-                ("no proof, values unchecked", {"verify": "off", "check_values": False}),
+            for label, settings in (
+                ("not verified", {"verify": "off"}),
+                ("not verified, values unchecked", {"verify": "off", "check_values": False}),
             ):
                 config = SyncConfig(bucket_bytes=bucket_bytes, **settings)  # type: ignore[arg-type]
-                cases.append(Case(name=f"{servers}, {what}", num_servers=count, config=config))
+                cases.append(Case(name=f"{servers}, {label}", num_servers=count, config=config))
     return cases
 
 
@@ -201,45 +201,45 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint to serve and to send (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 3], help="numbers of servers to measure")
     parser.add_argument("--pairs", type=int, default=9, help="raw broadcasts and syncs per line")
-    parser.add_argument("--bucket-mb", type=float, default=64, help="most MB (2**20) per bucket")
-    given = parser.parse_args()
-    if given.model is None:
+    parser.add_argument("--bucket-mb", type=float, default=64, help="largest bucket, in MB (2**20 bytes)")
+    args = parser.parse_args()
+    if args.model is None:
         from torchrl_sglang.testing import smollm2_checkpoint
 
-        given.model = str(smollm2_checkpoint())
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+        args.model = str(smollm2_checkpoint())
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # memory of its own, as after a step; else pages of the file, read late
-    bucket_bytes = int(given.bucket_mb * 2**20)
+        parameter.data = parameter.data.clone()  # private memory, as after a step; not file pages that are read lazily
+    bucket_bytes = int(args.bucket_mb * 2**20)
     sizes = [parameter.nbytes for parameter in model.parameters()]
-    print(f"{given.model}: {sum(sizes) / 1e6:.0f} MB in {len(sizes)} tensors, the largest {max(sizes) / 1e6:.0f} MB")
+    print(f"{args.model}: {sum(sizes) / 1e6:.0f} MB in {len(sizes)} tensors, the largest {max(sizes) / 1e6:.0f} MB")
     print(
         f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} torch threads"
     )
     print("malloc: " + " ".join(f"{name}={os.environ[name]}" for name in MALLOC))
-    count = max(given.servers)
-    with AsyncSGLang.from_pretrained(given.model, dp_size=count, device="cpu", start_timeout_s=600) as engine:
-        run([client.url for client in engine.pool.clients], given, model, bucket_bytes)
+    count = max(args.servers)
+    with AsyncSGLang.from_pretrained(args.model, dp_size=count, device="cpu", start_timeout_s=600) as engine:
+        run([client.url for client in engine.pool.clients], args, model, bucket_bytes)
 
 
-def run(urls: list[str], given: argparse.Namespace, model: torch.nn.Module, bucket_bytes: int) -> None:
+def run(urls: list[str], args: argparse.Namespace, model: torch.nn.Module, bucket_bytes: int) -> None:
     peak = extra_memory(urls[0], model, SyncConfig(bucket_bytes=bucket_bytes))
     largest = max(parameter.nbytes for parameter in model.parameters())
     limit = 2 * bucket_bytes + largest
     print(f"trainer's peak extra memory {peak / 1e6:.0f} MB (2 buckets + largest tensor: {limit / 1e6:.0f} MB)\n")
     raw = RawBroadcast(sum(parameter.nbytes for parameter in model.parameters()))
-    title = f"x raw broadcast, median of {given.pairs}"
-    print(f"{title:34} whole   spread         still   pause  buckets again  phases")
+    title = f"x raw broadcast, median of {args.pairs}"
+    print(f"{title:34} whole  spread          paused  pause  buckets  repeats  phases")
     results: dict[str, dict[str, float]] = {}
     try:
-        for case in make_cases(given.servers, bucket_bytes):
-            results[case.name] = measure(case, urls, model, raw, given.pairs)
+        for case in make_cases(args.servers, bucket_bytes):
+            results[case.name] = measure(case, urls, model, raw, args.pairs)
     finally:
         raw.close()
-    first, *others = (results[case.name] for case in make_cases(given.servers, bucket_bytes) if "," not in case.name)
+    first, *others = (results[case.name] for case in make_cases(args.servers, bucket_bytes) if "," not in case.name)
     print(f"\nraw broadcast {first['raw']:.3f} s; load now {os.getloadavg()[0]:.1f}")
-    for count, other in zip(given.servers[1:], others, strict=True):
-        print(f"{given.servers[0]} -> {count} servers: {other['sync'] / first['sync']:.2f} times as long")
+    for count, other in zip(args.servers[1:], others, strict=True):
+        print(f"{args.servers[0]} -> {count} servers: {other['sync'] / first['sync']:.2f} times as long")
 
 
 if __name__ == "__main__":

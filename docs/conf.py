@@ -1,4 +1,4 @@
-"""How the site is built: `make docs` runs sphinx-build with warnings as errors, offline, without running a tutorial."""
+"""Sphinx configuration. `make docs` builds the site offline, with warnings as errors, and runs no tutorial."""
 
 import re
 import sys
@@ -17,13 +17,13 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "comma
 exclude_patterns = ["_build", "requirements.txt"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 
-# Markdown: definition lists and admonitions for troubleshooting; headings get anchors that links are checked against.
+# Markdown: definition lists and admonitions for troubleshooting; heading anchors, so that links to them are checked.
 myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 3
 
-# Docstrings are Google style with reStructuredText roles inside.
+# Docstrings are in Google style, with reStructuredText roles.
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True  # an attribute that is a property too would otherwise be described twice
+napoleon_use_ivar = True  # otherwise an attribute that is also a property would be described twice
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
@@ -33,11 +33,12 @@ python_display_short_literal_types = True
 add_module_names = False
 default_role = "code"
 
-# A reference to a public name that leads nowhere is a warning, so an error. Left alone: names of other projects, whose
-# inventories are on the network, and modules inside the package, which only type hints and module docstrings name.
+# A reference to a public name that does not exist is a warning, and so an error. Ignored are names of other projects,
+# whose inventories are on the network, and modules inside the package, which only type hints and docstrings mention.
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"torchrl_sglang\.\w+\..*"),
+    (r"py:.*", r"Weight(State|Source|Transport)"),  # internal classes
     (r"py:.*", r"(?!torchrl_sglang\b|SGLang|AsyncSG|Weight|Sync|Server|Client|Sampling|Generation$|Reward).*"),
 ]
 
@@ -59,8 +60,8 @@ html_theme_options = {
 }
 
 
-def find_among_public_names(app, env, node, contnode):
-    """Docstrings name what users import from the package root by its bare name, in whatever module they stand."""
+def resolve_public_name(app, env, node, contnode):
+    """Resolve a bare name in a docstring to the public name of the package root or of ``torchrl_sglang.errors``."""
     if node.get("refdomain") != "py":
         return None
     python, page = env.domains["py"], node.get("refdoc", "")
@@ -72,23 +73,24 @@ def find_among_public_names(app, env, node, contnode):
     return None
 
 
-# Napoleon takes "Nucleus sampling: keep ..." below a field for a type and its description. Our fields have annotations.
-KEPT_COLON = "\ue000"
+# Napoleon reads "Nucleus sampling: keep ..." in a field's docstring as a type and a description. The fields here have
+# annotations, so the colon is hidden from napoleon.
+HIDDEN_COLON = "\ue000"
 
 
 def hide_colons_from_napoleon(app, what, name, obj, options, lines):
-    """Before napoleon reads the docstring of a field."""
+    """Replace the colon in the first line of a field's docstring; runs before napoleon."""
     if what == "attribute" and lines:
-        lines[0] = lines[0].replace(":", KEPT_COLON)
+        lines[0] = lines[0].replace(":", HIDDEN_COLON)
 
 
-def show_colons_again(app, what, name, obj, options, lines):
-    """After it."""
-    lines[:] = [line.replace(KEPT_COLON, ":") for line in lines]
+def restore_colons(app, what, name, obj, options, lines):
+    """Put the colons back; runs after napoleon."""
+    lines[:] = [line.replace(HIDDEN_COLON, ":") for line in lines]
 
 
-def take_folders_as_text(app, docname, source):
-    """A link to a folder of the repository is one where the page is read there; on the site it is only text."""
+def unlink_folders(app, docname, source):
+    """Replace links to folders of the repository by their text: they work on the code host, but not on the site."""
 
     def text_of(link):
         return link[1] if (Path(app.srcdir) / link[2]).is_dir() else link[0]
@@ -97,8 +99,8 @@ def take_folders_as_text(app, docname, source):
 
 
 def setup(app):
-    """Sphinx calls this."""
-    app.connect("source-read", take_folders_as_text)
-    app.connect("missing-reference", find_among_public_names)
+    """Connect the functions above to Sphinx's events."""
+    app.connect("source-read", unlink_folders)
+    app.connect("missing-reference", resolve_public_name)
     app.connect("autodoc-process-docstring", hide_colons_from_napoleon, priority=400)
-    app.connect("autodoc-process-docstring", show_colons_again, priority=600)
+    app.connect("autodoc-process-docstring", restore_colons, priority=600)

@@ -1,13 +1,13 @@
-"""Runs the tutorials and writes their pages: prose, code, and what the code printed and drew in a real run.
+"""Runs the tutorials and writes their pages: prose, code, and the output and figures of a real run.
 
     make tutorials                                   # run all of them, about ten minutes on 2 cores
     python docs/render_tutorials.py run rollouts     # run one
-    python docs/render_tutorials.py prose            # only the prose has changed: keep what the last run printed
+    python docs/render_tutorials.py prose            # only the prose has changed: keep the last output
 
-A tutorial is a script in sphinx-gallery's form: a docstring, then blocks that begin with ``# %%`` and comment lines
+A tutorial is a script in sphinx-gallery's format: a docstring, then blocks that begin with ``# %%`` and comment lines
 (reStructuredText), followed by code. For ``tutorials/NAME.py`` three things are written to ``docs/tutorials/``:
 ``NAME.json`` (the record of the run), ``NAME_1.png``... (its figures) and ``NAME.rst`` (the page). `make docs` reads
-them and runs nothing.
+them and runs no tutorial.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ PACKAGES = ("torch", "torchrl", "tensordict", "transformers", "sglang")
 
 
 class TutorialError(Exception):
-    """A tutorial can't be rendered as it stands."""
+    """A tutorial can't be rendered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Prose and the code below it; one of the two may be empty.
+    """Prose and the code that follows it; one of the two may be empty.
 
     Attributes:
         prose: reStructuredText.
-        code: Python, without blank lines around it.
-        line: line of the script on which the code begins, from 1.
+        code: Python, without leading or trailing blank lines.
+        line: number of the script's line on which the code begins, counted from 1.
     """
 
     prose: str
@@ -54,10 +54,10 @@ class Block:
 
 
 def read_blocks(source: str) -> list[Block]:
-    """Cut a script in sphinx-gallery's form into its blocks; the first one's prose is the docstring."""
+    """Split a script in sphinx-gallery's format into its blocks; the prose of the first is the docstring."""
     docstring = ast.parse(source).body[0]
     if not (isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant) and docstring.end_lineno):
-        raise TutorialError("a tutorial begins with a docstring")
+        raise TutorialError("a tutorial has to begin with a docstring")
     lines = source.splitlines()
     starts = [docstring.end_lineno, *(i for i, line in enumerate(lines) if line.startswith("# %%")), len(lines)]
     blocks = []
@@ -79,10 +79,10 @@ def run(name: str) -> dict[str, Any]:
     """Run a tutorial block by block, in one namespace, and write its figures.
 
     Returns:
-        The record: per block its code, what it printed, and its figures; and what it ran on.
+        The record: the code, output and figures of each block, and the environment of the run.
 
     Raises:
-        TutorialError: it printed a path of this machine, which no reader has.
+        TutorialError: the output contains a path of this machine.
     """
     import matplotlib
 
@@ -109,7 +109,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def _save_figures(name: str, num_before: int) -> list[dict[str, str]]:
-    """Save and close what the block has drawn; a figure's first title is its text for those who can't see it."""
+    """Save and close the figures of a block; the alternative text of a figure consists of its titles."""
     import matplotlib.pyplot as plt
 
     figures = []
@@ -126,11 +126,11 @@ def _save_figures(name: str, num_before: int) -> list[dict[str, str]]:
 def _refuse_paths(text: str) -> None:
     for path in {str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir()}:
         if path in text:
-            raise TutorialError(f"the tutorial printed a path of this machine: {path}")
+            raise TutorialError(f"the tutorial's output contains a path of this machine: {path}")
 
 
 class _Tee(io.TextIOBase):
-    """Writes to several files: whoever renders wants to see how far it is."""
+    """Writes to several files, so that the output of a run is also shown as progress."""
 
     def __init__(self, *files: TextIO) -> None:
         self._files = files
@@ -143,17 +143,17 @@ class _Tee(io.TextIOBase):
 
 
 def page(name: str, blocks: list[Block], record: dict[str, Any]) -> str:
-    """The page of a tutorial, from its script and the record of a run.
+    """Make the page of a tutorial from its script and the record of a run.
 
     Raises:
         TutorialError: the code has changed since the run.
     """
     if [block.code for block in blocks] != [ran["code"] for ran in record["blocks"]]:
         raise TutorialError(
-            f"tutorials/{name}.py has other code than the run on record: "
+            f"the code of tutorials/{name}.py has changed since the recorded run: "
             f"python docs/render_tutorials.py run {name} runs it again"
         )
-    parts = [f".. Made from tutorials/{name}.py by docs/render_tutorials.py: change the script, not this page."]
+    parts = [f".. Made from tutorials/{name}.py by docs/render_tutorials.py: edit the script, not this page."]
     for block, ran in zip(blocks, record["blocks"], strict=True):
         parts.append(block.prose)
         if block.code:
@@ -163,8 +163,8 @@ def page(name: str, blocks: list[Block], record: dict[str, Any]) -> str:
         for figure in ran["figures"]:
             parts.append(f".. image:: {figure['file']}\n   :alt: {figure['alt']}")
         if block is blocks[0]:
-            note = f"What stands in boxes with a blue edge was printed by a real run on {record['ran_on']}."
-            download = f":download:`{name}.py <../../tutorials/{name}.py>` is this page as a script."
+            note = f"Boxes with a blue edge hold the output of a real run on {record['ran_on']}."
+            download = f"This page as a script: :download:`{name}.py <../../tutorials/{name}.py>`."
             parts.insert(2, f".. note::\n\n   {note} {download}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -175,13 +175,13 @@ def _literal(language: str, lines: list[str], *options: str) -> str:
 
 
 def stored_page(name: str) -> str:
-    """The page as it should be now, from the script as it stands and the run on record."""
+    """Make the page from the current script and the recorded run."""
     record = json.loads((PAGES / f"{name}.json").read_text())
     return page(name, read_blocks((SCRIPTS / f"{name}.py").read_text()), record)
 
 
 def main() -> None:
-    """Run tutorials, or renew the prose of their pages."""
+    """Run tutorials, or update only the prose of their pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "prose"])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(ORDER)}")

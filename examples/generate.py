@@ -1,7 +1,7 @@
-"""Ask a chat model through SGLang, and see what a policy returns: text, tokens, log-probs, why it stopped.
+"""Generate answers through SGLang and print the policy's output: text, tokens, log-probs and stop reason.
 
-    python examples/generate.py                            # SmolLM2 on a server of its own; no GPU needed
-    python examples/generate.py --url http://host:30000    # a server that is already running
+    python examples/generate.py                            # launches a server with SmolLM2; no GPU needed
+    python examples/generate.py --url http://host:30000    # attaches to a running server
 
 Expected of SmolLM2: "The capital of France is Paris.", 8 tokens with the end-of-turn mark, ended by "stop".
 """
@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 from torchrl_sglang import AsyncSGLang, SGLangWrapper, smollm2_checkpoint
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--url", help="base URL of a running server; without it one is started")
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+)
+parser.add_argument("--url", help="base URL of a running server; without it, one is launched")
 parser.add_argument("questions", nargs="*", default=["What is the capital of France?", "Write a line about rain."])
 args = parser.parse_args()
-set_list_to_stack(True).set()  # TorchRL's language model parts rely on it
+set_list_to_stack(True).set()  # TorchRL's language model classes need it
 
 with tqdm(bar_format="{desc}") as bar:
     bar.set_description_str("connecting")

@@ -1,38 +1,49 @@
-"""GRPO whose generation never waits: rollouts and training run side by side, and old tokens are weighted for their age.
+"""GRPO with rollouts and training side by side; importance weights correct for tokens of older weights.
 
     python examples/grpo_async.py                                    # no GPU: SmolLM2-135M-Instruct learns to add
     python examples/grpo_async.py --preset gpu train.lr=2e-6         # two servers, NCCL: config/grpo_async/gpu.yaml
-    python examples/grpo_async.py engine.url=http://host:30000       # servers that run already
-    python examples/grpo_async.py rollouts.ahead=0                   # the same, synchronous: to compare
-    python examples/grpo_async.py --resume outputs/grpo_async        # go on after Ctrl-C, or a crash
+    python examples/grpo_async.py --preset ray_cpu                   # a local Ray, two servers in actors on the CPU
+    python examples/grpo_async.py --preset ray_gpu engine.dp_size=8  # a Ray cluster: config/grpo_async/ray_gpu.yaml
+    python examples/grpo_async.py engine.url=http://host:30000       # attach to running servers
+    python examples/grpo_async.py rollouts.ahead=0                   # synchronous training, for comparison
+    python examples/grpo_async.py --resume outputs/grpo_async        # continue after Ctrl-C or a crash
 
-A thread collects the next batch while this one is trained on. When the weights are updated, the servers put requests
-in flight aside (pause: retract) and go on with them under the new weights, so one answer may hold tokens of several
-versions; each knows its own. Answers older than rollouts.max_staleness updates are not trained on. The others count
-with weight min(pi / mu, loss.importance_cap) per token: pi is the model being trained, mu what sampled the token.
+A thread collects the next batch while the trainer trains on the current one. During a weight update the servers
+interrupt running requests (pause: retract) and continue them with the new weights, so one answer may hold tokens of
+several versions; the version of each token is recorded. Answers older than rollouts.max_staleness updates are dropped.
+The others have weight min(pi / mu, loss.importance_cap) per token: pi is the trained model, mu the model that sampled
+the token. The loss is not TorchRL's GRPOLoss, which clips the ratio pi / mu itself: it would stop the gradient of every
+old token whose ratio has left the clip interval.
 
-Seen without a GPU, SmolLM2-135M-Instruct, 16 steps: the mean reward goes from 0.07 in the first fifth of the steps to
-0.84 in the last. All tokens but those of the first step, and of steps done after a resume, are one update old; the mean
-log-prob gap is 2e-6 on fresh tokens and 0.02 to 0.08 on those, the effective sample size 0.978 or more. On 2 cores it
-does 1.28 times the steps per minute of rollouts.ahead=0.
+With a Ray preset, Ray reserves a bundle per server (a placement group) and starts an actor in it, and the actor starts
+the server, which listens on its node's address and ends with the actor. TorchRL's RayLLMCollector runs the environments
+in another actor. Prompts, answers and weights do not pass through Ray: the collector queries the servers over HTTP, and
+the trainer sends its weights to all servers in one broadcast (weight_sync_schemes.policy.config.master_address is this
+machine's address as the servers see it).
 
-Files, in outputs/grpo_async/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per answer), report.png
-(redrawn as it goes), checkpoints/, and model/ (the last weights, for transformers).
+Measured without a GPU, SmolLM2-135M-Instruct, 16 steps: the mean reward rises from 0.07 in the first fifth of the steps
+to 0.84 in the last (ray_cpu: 0.12 to 0.77). All tokens are one update old, except those of the first step and of the
+first step after a resume; the mean log-prob gap is 2e-6 for fresh tokens and 0.02 to 0.08 for old ones, the effective
+sample size at least 0.978. On 2 cores it does 1.28 times the steps per minute of rollouts.ahead=0.
+
+Files in outputs/grpo_async/ (outputs/grpo_ray/ with Ray): config.yaml, metrics.csv (a line per step), samples.jsonl (a
+line per answer), report.png (redrawn during the run), checkpoints/, and model/ (the last weights, for transformers).
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
-# Without a GPU the trainer's threads share their cores with the server: they must sleep, not spin, while they wait for
-# each other. Read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Waiting CPU threads sleep instead of spinning, so that they leave the cores to other processes, such as the server.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # takes effect only before torch is imported
 
 import torch
 from omegaconf import DictConfig
 from torchrl.collectors import Collector
+from torchrl.collectors.llm import RayLLMCollector
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.envs.transforms import PolicyAgeFilter
 from torchrl.objectives.llm import MCAdvantage
@@ -46,18 +57,45 @@ STEP_LINE = (
 )
 
 
+def open_collector(stack: ExitStack, config: DictConfig, make_env: partial, serving: recipes.Serving) -> object:
+    """Collect in this process, or in a Ray actor if the preset has a node ``ray``; ``stack`` closes the collector."""
+    batch_size = config.train.questions * config.train.answers
+    if "ray" in config:
+        collector = RayLLMCollector(
+            make_env,
+            policy=serving.policy,
+            dialog_turns_per_batch=batch_size,
+            remote_config=dict(config.ray.collector),
+        )
+        stack.callback(recipes.end_ray_collector, collector)
+        serving.scheme.attach(collector)
+        return collector
+    collector = Collector(
+        make_env(),
+        serving.policy,
+        frames_per_batch=batch_size,
+        total_frames=-1,
+        weight_sync_schemes={"policy": serving.scheme},
+        auto_register_policy_transforms=False,
+    )
+    stack.callback(collector.shutdown)
+    return collector
+
+
 def train(config: DictConfig, resume: bool) -> bool:
     settings = recipes.TrainSettings(**config.train)
     tokenizer = recipes.load_tokenizer(config.model)
     model = recipes.load_model(config.model, settings.device)
-    with ExitStack() as stack:  # closes everything in reverse order, however this ends
+    with ExitStack() as stack:  # closes everything in reverse order, also after an error
         run = stack.enter_context(recipes.Run(config, {"model": model}, resume=resume))
         run.say("starting the servers")
-        serving = stack.enter_context(recipes.Serving(config, progress=run.say))
-        serving.push_first_weights(model, run.checkpoint)
+        serving_type = recipes.RayServing if "ray" in config else recipes.Serving
+        serving = stack.enter_context(serving_type(config, progress=run.say))
+        serving.push_first_weights(model, resumed_version=run.resumed_version)
 
         task = recipes.make_task(config.task)
-        env = recipes.make_env(
+        make_env = partial(
+            recipes.make_env,
             task,
             tokenizer,
             questions=settings.questions,
@@ -65,20 +103,12 @@ def train(config: DictConfig, resume: bool) -> bool:
             seed=settings.seed,
             start=run.position,
         )
-        collector = Collector(
-            env,
-            serving.policy,
-            frames_per_batch=settings.batch_size,
-            total_frames=-1,
-            weight_sync_schemes={"policy": serving.scheme},
-            auto_register_policy_transforms=False,
-        )
-        stack.callback(collector.shutdown)
+        collector = open_collector(stack, config, make_env, serving)
         test = config.evaluate
 
         def evaluation() -> dict[str, float]:
             test_env = recipes.make_test_env(task, tokenizer, questions=test.questions, answers=test.answers)
-            policy = serving.policy.get_new_version()  # the other one may be collecting
+            policy = serving.policy.get_new_version()  # serving.policy may be in use by the collector
             return recipes.evaluate(test_env, policy, answers=test.answers, ks=test.ks)
 
         run.evaluate(0, evaluation)
@@ -86,10 +116,8 @@ def train(config: DictConfig, resume: bool) -> bool:
             collector, ahead=config.rollouts.ahead, timeout_s=config.rollouts.timeout_s
         )
         stack.enter_context(rollouts)
-        # compares the answers to one question...
-        advantage = MCAdvantage(grpo_size=settings.answers)
-        # ...of which those whose oldest token is too old are then left out
-        is_fresh = PolicyAgeFilter(
+        advantage = MCAdvantage(grpo_size=settings.answers)  # compares the answers to one question
+        is_fresh = PolicyAgeFilter(  # afterwards drops answers whose oldest token is too old
             lambda: serving.weight_version,
             config.rollouts.max_staleness,
             policy_version_key=("generation", "policy_version"),
@@ -118,7 +146,7 @@ def train(config: DictConfig, resume: bool) -> bool:
                         run.say(f"training {tokens.stop}/{batch.num_tokens} tokens")
                         with autocast:
                             scores = recipes.score_tokens(model, part, temperature=temperature, entropy=epoch == 0)
-                        if epoch == 0:  # no step has been taken on this batch: pi is the policy before the update
+                        if epoch == 0:  # not updated on this batch yet: pi is the policy before the update
                             pi_N[tokens], entropy_N[tokens] = scores.log_probs_N.detach(), scores.entropy_N
                         weight_N = recipes.truncated_importance_weights(
                             pi_N[tokens], part.server_N, cap=config.loss.importance_cap
@@ -126,7 +154,7 @@ def train(config: DictConfig, resume: bool) -> bool:
                         loss_N = recipes.clipped_policy_loss(
                             scores.log_probs_N, pi_N[tokens], part.advantage_N, clip_epsilon=config.loss.clip_epsilon
                         )
-                        # sums over micro-batches, divided by the batch's tokens, add up to the batch's mean
+                        # the sums of the micro-batches, each divided by the batch's tokens, add up to the batch's mean
                         ((weight_N * loss_N).sum() / batch.num_tokens).backward()
                     grad_norm = run.optimizer_step()
 
@@ -142,7 +170,7 @@ def train(config: DictConfig, resume: bool) -> bool:
                 **signal,
                 "dropped_answers": num_dropped,
                 "generate_tokens_per_s": batch.num_tokens / rollouts.collect_s,
-                "collect_s": rollouts.collect_s,  # of this batch, beside the trainer's own work
+                "collect_s": rollouts.collect_s,  # of this batch, in the background
                 "sync_mb": serving.sync_mb,
                 "weight_version": serving.weight_version,
                 "grad_norm": grad_norm,

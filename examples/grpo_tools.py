@@ -1,34 +1,38 @@
-"""GRPO over several turns: the model writes Python, sees what it prints, and answers.
+"""GRPO over several turns: the model writes Python, reads the program's output, and answers.
 
     python examples/grpo_tools.py                            # no GPU: SmolLM2-135M-Instruct, sums of three digits
     python examples/grpo_tools.py --preset gpu task.largest=999999999     # config/grpo_tools/gpu.yaml
-    python examples/grpo_tools.py --resume outputs/grpo_tools             # go on after Ctrl-C, or a crash
+    python examples/grpo_tools.py --resume outputs/grpo_tools             # continue after Ctrl-C or a crash
 
-"Write a Python code block that prints 716 + 796." A program in the answer is run, and what it prints is the next
-message; an answer without one ends the conversation and is scored. The programs run in processes with limits, which is
-no sandbox: see recipes.run_python.
+"Write a Python code block that prints 716 + 796." A program in the answer is run, and its output is the next message;
+an answer without a program ends the conversation and is scored. Programs run in processes with limits, which are not a
+sandbox: see recipes.run_python.
 
-The tokens of a turn's prompt begin with all tokens of the turn before: nothing is tokenized again, so a conversation is
-one sequence, the servers find its beginning in their cache, and the trainer reads it once. Only what the model itself
-has written is trained on, with the advantage of the whole conversation.
+The tokens of a turn's prompt begin with all tokens of the turn before, and no text is tokenized twice. So a
+conversation is one sequence, the servers find its beginning in their prefix cache, and the trainer needs one forward
+pass for it. Only tokens that the model sampled are trained on, with the advantage of the whole conversation.
 
-Each slot of the environment starts its next conversation when one is over. Those under way when enough are done go on
-after the weight update, so a conversation's tokens may be of several versions, each weighted by
-min(pi / mu, loss.importance_cap), as in grpo_async.py.
+Each slot of the environment starts its next conversation when one ends. Conversations in progress at a weight update
+continue afterwards, so a conversation may hold tokens of several versions, each with weight
+min(pi / mu, loss.importance_cap) as in grpo_async.py. TorchRL's GRPOLoss is not used because it has no such weight.
 
-Seen without a GPU, SmolLM2-135M-Instruct, 16 steps of about a minute: answers with a program go from 31 to 100 %, right
-ones from 5 % in the first fifth of the steps to 82 % in the last, the mean reward from 0.13 to 0.85. Server and trainer
-agree to 2e-5 on fresh tokens; those from before an update count with an effective sample size of 0.994 or more.
+Measured without a GPU, SmolLM2-135M-Instruct, 16 steps of about a minute: answers with a program rise from 31 to 100 %,
+right answers from 5 % in the first fifth of the steps to 82 % in the last, the mean reward from 0.13 to 0.85. Server
+and trainer agree to 2e-5 on fresh tokens; the effective sample size of older tokens is at least 0.994.
 
-Files, in outputs/grpo_tools/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per conversation),
+Files in outputs/grpo_tools/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per conversation),
 report.png, checkpoints/, and model/ (the last weights, for transformers).
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
+
+# Waiting CPU threads sleep instead of spinning, so that they leave the cores to other processes, such as the server.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # takes effect only before torch is imported
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -44,7 +48,7 @@ STEP_LINE = (
     "{logprob_gap_mean:.1e}"
 )
 
-# LLMCollector's constructor warns of what it leaves no choice in.
+# LLMCollector's constructor warns about settings that it makes itself.
 warnings.filterwarnings("ignore", module="torchrl.collectors")
 
 
@@ -52,11 +56,11 @@ def train(config: DictConfig, resume: bool) -> bool:
     settings = recipes.TrainSettings(**config.train)
     tokenizer = recipes.load_tokenizer(config.model)
     model = recipes.load_model(config.model, settings.device)
-    with ExitStack() as stack:  # closes everything in reverse order, however this ends
+    with ExitStack() as stack:  # closes everything in reverse order, also after an error
         run = stack.enter_context(recipes.Run(config, {"model": model}, resume=resume))
         run.say("starting the servers")
         serving = stack.enter_context(recipes.Serving(config, progress=run.say))
-        serving.push_first_weights(model, run.checkpoint)
+        serving.push_first_weights(model, resumed_version=run.resumed_version)
 
         task = recipes.make_task(config.task)
 
@@ -88,13 +92,13 @@ def train(config: DictConfig, resume: bool) -> bool:
 
         run.evaluate(0, evaluation)
         rollouts = iter(collector)
-        # holds conversations back until a question has all of its
+        # returns a question's conversations when all of them are complete
         groups = MCAdvantage(grpo_size=settings.answers, prompt_key="position", trajectory_return="sum")
         autocast = torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bfloat16")
         temperature = serving.policy.sampling_params.temperature
 
         for step in run.steps():
-            run.say("talking")
+            run.say("generating")
             with run.clock("generate"):
                 turns, num_done = [], 0
                 while num_done < settings.batch_size:
@@ -102,7 +106,7 @@ def train(config: DictConfig, resume: bool) -> bool:
                     if complete is not None:
                         turns += complete.unbind(0)
                         num_done += int(complete["next", "done"].sum())
-                        run.say(f"talking {num_done}/{settings.batch_size}")
+                        run.say(f"generating {num_done}/{settings.batch_size}")
             batch, version = recipes.Conversations.from_turns(turns).to(run.device), serving.weight_version
             answers, written_N = batch.tokens, batch.written_N
 
@@ -113,7 +117,7 @@ def train(config: DictConfig, resume: bool) -> bool:
                         run.say(f"training {tokens.stop}/{answers.num_tokens} tokens")
                         with autocast:
                             scores = recipes.score_tokens(model, part, temperature=temperature, entropy=epoch == 0)
-                        if epoch == 0:  # no step has been taken on this batch: pi is the policy before the update
+                        if epoch == 0:  # not updated on this batch yet: pi is the policy before the update
                             pi_N[tokens], entropy_N[tokens] = scores.log_probs_N.detach(), scores.entropy_N
                         weight_N = recipes.truncated_importance_weights(
                             pi_N[tokens], part.server_N, cap=config.loss.importance_cap
@@ -121,9 +125,9 @@ def train(config: DictConfig, resume: bool) -> bool:
                         loss_N = recipes.clipped_policy_loss(
                             scores.log_probs_N, pi_N[tokens], part.advantage_N, clip_epsilon=config.loss.clip_epsilon
                         )
-                        # the assistant's tokens only; those of prompts and tools are read, and never learned
-                        mine_N = written_N[tokens]
-                        ((weight_N * loss_N)[mine_N].sum() / batch.num_written).backward()
+                        # only tokens that the assistant sampled, without those of prompts and tools
+                        sampled_N = written_N[tokens]
+                        ((weight_N * loss_N)[sampled_N].sum() / batch.num_written).backward()
                     grad_norm = run.optimizer_step()
 
             run.say("sending the weights")

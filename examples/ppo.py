@@ -1,29 +1,35 @@
-"""PPO: a critic instead of groups, a reward less the KL to a reference model that a second SGLang server scores.
+"""PPO: a critic instead of groups, and a penalty for the KL to a reference model on a second SGLang server.
 
     python examples/ppo.py                                            # no GPU: SmolLM2-135M-Instruct learns to add
     python examples/ppo.py --preset gpu                               # config/ppo/gpu.yaml
     python examples/ppo.py reference.kind=copy                        # the reference without a second server
     python examples/ppo.py engine.url=http://a:30000 reference_engine.url=http://b:30000
-    python examples/ppo.py --resume outputs/ppo                       # go on after Ctrl-C, or a crash
+    python examples/ppo.py --resume outputs/ppo                       # continue after Ctrl-C or a crash
 
-One server is sent the trained weights after every step; the other keeps the first ones and is asked for the log-prob of
-every sampled token. Each token's reward is the answer's, at its end, less ppo.kl_coef times log pi - log reference.
-Values come from a linear head on the policy's own hidden states, or from a critic of its own (critic.kind); advantages
-by GAE. Every batch is gone through train.epochs times with PPO's clipped losses.
+The trainer sends its weights to one server after every step; the other server keeps the initial weights and computes
+the reference log-prob of every sampled token. A token's reward is -ppo.kl_coef * (log pi - log reference), plus the
+answer's reward at the last token. The critic is a linear head on the policy's hidden states or a separate model
+(critic.kind); advantages are TorchRL's GAE. PPO's clipped losses pass train.epochs times over every batch. They are
+functions of one forward pass: TorchRL's ClipPPOLoss calls actor and critic separately and would compute their shared
+trunk twice.
 
-Seen without a GPU, SmolLM2-135M-Instruct, 16 steps of 40 s: the mean reward goes from 0.17 in the first fifth of the
-steps to 0.71 in the last, right answers from 22 to 98 %, the KL to the reference to 0.3 nats per token; server and
-trainer agree on every sampled token to 4e-5.
+Measured without a GPU, SmolLM2-135M-Instruct, 16 steps of 40 s: the mean reward rises from 0.17 in the first fifth of
+the steps to 0.71 in the last, right answers from 22 to 98 %, the KL to the reference to 0.3 nats per token; server and
+trainer agree on every sampled token's log-prob to 4e-5.
 
-Files, in outputs/ppo/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per answer), report.png
-(redrawn as it goes), checkpoints/ (policy and critic), and model/ (the last policy, for transformers).
+Files in outputs/ppo/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per answer), report.png
+(redrawn during the run), checkpoints/ (policy and critic), and model/ (the last policy, for transformers).
 """
 
 from __future__ import annotations
 
 import copy
+import os
 from contextlib import ExitStack
 from pathlib import Path
+
+# Waiting CPU threads sleep instead of spinning, so that they leave the cores to other processes, such as the server.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # takes effect only before torch is imported
 
 import torch
 from omegaconf import DictConfig
@@ -44,7 +50,7 @@ def train(config: DictConfig, resume: bool) -> bool:
     model = recipes.load_model(config.model, settings.device)
     trunk = copy.deepcopy(model.base_model) if config.critic.kind == "separate" else None
     critic = recipes.Critic(model.config.hidden_size, trunk).to(model.device)
-    with ExitStack() as stack:  # closes everything in reverse order, however this ends
+    with ExitStack() as stack:  # closes everything in reverse order, also after an error
         run = recipes.Run(
             config, {"model": model, "critic": critic}, resume=resume, learning_rates={"critic": config.critic.lr}
         )
@@ -52,7 +58,7 @@ def train(config: DictConfig, resume: bool) -> bool:
         run.say("starting the servers")
         serving = stack.enter_context(recipes.Serving(config, progress=run.say))
         reference = recipes.make_reference(config, serving.servers, micro_batch=settings.micro_batch, progress=run.say)
-        serving.push_first_weights(model, run.checkpoint)
+        serving.push_first_weights(model, resumed_version=run.resumed_version)
 
         task = recipes.make_task(config.task)
         test = config.evaluate
@@ -88,7 +94,7 @@ def train(config: DictConfig, resume: bool) -> bool:
                 batch = recipes.Sequences.from_tensordict(next(rollouts)).to(run.device)
             version, lengths_B = serving.weight_version, batch.lengths_B
 
-            # what policy, critic and reference say before the first step on this batch
+            # scores of policy, critic and reference before the update
             run.say("scoring")
             old_N, entropy_N, values_N = (torch.empty_like(batch.server_N) for _ in range(3))
             with run.clock("score"):
@@ -147,7 +153,7 @@ def train(config: DictConfig, resume: bool) -> bool:
                 "generate_tokens_per_s": batch.num_tokens / run.clock.seconds("generate"),
                 "sync_mb": serving.sync_mb,
                 "weight_version": serving.weight_version,
-                # of the last epoch's ratio new / old, the one that the loss clips
+                # of the ratio new / old in the last epoch, which the loss clips
                 "update_clip_fraction": ((moved_N - 1).abs() > ppo.clip_epsilon).float().mean(),
                 "explained_variance": 1 - (returns_N - values_N).var() / returns_N.var().clamp(min=1e-8),
                 "value_mean": values_N.mean(),

@@ -22,6 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"config", "model_files", "parallel", "tls"}),
     frozenset({"protocol"}),
+    frozenset({"http_errors"}),
     frozenset({"client"}),
     frozenset({"pool", "server"}),
     frozenset({"rollout", "weights", "engine", "chat", "scores"}),
@@ -34,10 +35,21 @@ PEERS = next(units for units in LAYERS if "engine" in units)
 NEVER_MEET = frozenset({"rollout", "weights"})
 LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 
+# Layers inside a package, lowest first: a subfolder or module imports those to its left, and nothing of the package
+# that is not named here. The package's own __init__ imports any of them.
+SUBLAYERS: dict[str, tuple[str, ...]] = {
+    "pool": (
+        *("state", "checks", "router_client", "balancing", "streaming", "dispatch", "batch", "dead_servers"),
+        *("pool", "resolve"),
+    ),
+    "recipes": ("setup", "data", "batch", "losses", "run", "tools"),
+    "weights": ("checkpoint", "source", "buckets", "group", "update", "transports", "sync", "scheme"),
+}
+
 # Where private names of libraries that move may be used: one place to mend when they do.
 PRIVATE_NAMES_ALLOWED = {
     ("torch.distributed", "torch._C._distributed_c10d"): {"weights/group/process_group.py"},
-    ("torchrl",): {"rollout/policy.py", "rollout/outputs.py", "weights/scheme.py"},
+    ("torchrl",): {"rollout/tensorclasses.py", "weights/scheme.py"},
 }
 # These are programs: what they print is their answer.
 PRINT = ("cli/", "server/supervisor.py")
@@ -65,7 +77,8 @@ def violations(root: Path) -> list[str]:
         tree = ast.parse(file.read_text(), filename=str(file))
         uses = list(uses_of(tree))
         graph[module_name(path)] = {use.name for use in uses if use.is_import and use.at_run_time}
-        for line, message in (*import_breaches(path, uses), *habit_breaches(path, tree, uses)):
+        breaches = (*import_breaches(path, uses), *sublayer_breaches(path, uses), *habit_breaches(path, tree, uses))
+        for line, message in breaches:
             found.append(f"{PACKAGE}/{path}:{line}: {message}")
     found += [f"{PACKAGE}: import cycle {' -> '.join(cycle)}" for cycle in cycles(graph)]
     for folder in ("examples", "tutorials"):
@@ -146,6 +159,27 @@ def import_breaches(path: str, uses: list[Use]) -> Iterator[tuple[int, str]]:
         for roots, allowed in PRIVATE_NAMES_ALLOWED.items():
             if path not in allowed and is_private_of(use.name, roots):
                 yield use.line, f"private name {use.name}: such names live in {', '.join(sorted(allowed))} alone"
+
+
+def sublayer_breaches(path: str, uses: list[Use]) -> Iterator[tuple[int, str]]:
+    """Imports inside a package of ``SUBLAYERS`` that go up, or to the package's own ``__init__``."""
+    package, _, rest = path.partition("/")
+    layers = SUBLAYERS.get(package)
+    own = Path(rest).parts[0].removesuffix(".py") if rest else ""
+    if layers is None or own in ("", "__init__"):
+        return
+    if own not in layers:
+        yield 1, f"{own} has no place among the layers of {package}: add it to SUBLAYERS in tests/test_architecture.py"
+        return
+    for use in uses:
+        parts = use.name.split(".")
+        if not use.is_import or parts[:2] != [PACKAGE, package]:
+            continue
+        other = parts[2] if len(parts) > 2 else ""
+        if other not in layers:
+            yield use.line, f"imports {package} itself: name the module that defines it"
+        elif layers.index(other) > layers.index(own):
+            yield use.line, f"{package}/{own} imports {package}/{other}, which lies above it"
 
 
 def may_import(unit: str, other: str) -> bool:
@@ -273,6 +307,22 @@ BREACHES = {
         "from torchrl_sglang import SGLangClient",
         "imports the package root",
     ),
+    "a lower layer of a package imports a higher one": (
+        "recipes/setup/serving.py",
+        "from torchrl_sglang.recipes.run.checkpoints import Checkpoint",
+        "recipes/setup imports recipes/run",
+    ),
+    "a lower layer of a package imports a higher one, for types only": (
+        "recipes/data/tasks.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torchrl_sglang.recipes.batch.sequences",
+        "recipes/data imports recipes/batch",
+    ),
+    "a layer of a package imports the package itself": (
+        "recipes/tools/episodes.py",
+        "from torchrl_sglang.recipes import Task",
+        "imports recipes itself",
+    ),
+    "a folder without a layer in its package": ("recipes/helpers/text.py", "", "helpers has no place among the layers"),
     "a relative import": ("pool.py", "from .client import SGLangClient", "relative import"),
     "a unit without a layer": ("helpers.py", "", "helpers has no place"),
     "sglang imported": ("server/server.py", "import sglang.srt", "imports sglang"),
@@ -366,6 +416,10 @@ def test_the_checker_accepts_what_is_allowed(tmp_path: Path):
         "server/cpu_stand_ins/triton/__init__.py": "import sglang\nprint('not ours')",
         "cli/chat.py": "from torchrl_sglang.testing import models\nprint(models)",
         "testing/models.py": "from torchrl_sglang.engine import AsyncSGLang",
+        "recipes/__init__.py": "from torchrl_sglang.recipes.run.table import Table",
+        "recipes/run/table.py": "import torchrl_sglang.recipes.setup.memory\nimport torchrl_sglang.recipes.run.clock",
+        "recipes/run/clock.py": "",
+        "recipes/setup/memory.py": "from torchrl_sglang.errors import ConfigError",
         "../examples/grpo.py": "from torchrl_sglang import AsyncSGLang, testing\nprint(testing.models.x, __name__)",
     }
     assert violations(write_tree(tmp_path, files)) == []

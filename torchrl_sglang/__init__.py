@@ -1,6 +1,7 @@
-"""TorchRL trains, SGLang generates: the policy and the weight sync that make them one system.
+"""TorchRL trains, SGLang generates: this package has the policy and the weight sync that connect them.
 
-Names are loaded when they are first used: settings and errors cost nothing, the policy brings torchrl along.
+Users import every name from here. Names are loaded on first use: settings and errors load no torch, the policy loads
+torchrl.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One server over HTTP: sends an :class:`HttpRequest`, translates every foreign error, knows what may be sent again."""
+"""HTTP client of one SGLang server: keys, time-outs, connections, and the retry of requests that cannot have run."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from torchrl_sglang.config import ClientConfig
-from torchrl_sglang.errors import (
-    ConfigError,
-    ProtocolError,
-    RequestRejectedError,
-    ServerLostError,
-    ServerTimeoutError,
-    ServerUnreachableError,
-)
-from torchrl_sglang.model_files import read_model_json
+from torchrl_sglang.errors import ConfigError, ProtocolError, RequestRejectedError
+from torchrl_sglang.http_errors import may_retry, raise_for_status, stream_cut_short, translate_error
+from torchrl_sglang.model_files import read_vocab_size
 from torchrl_sglang.protocol.dialect import (
     MODEL_INFO,
     SERVER_INFO,
@@ -33,24 +26,17 @@ from torchrl_sglang.protocol.dialect import (
 )
 from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
 from torchrl_sglang.protocol.version import WeightVersion
-from torchrl_sglang.tls import explain_tls, trusted_authorities
+from torchrl_sglang.tls import trusted_authorities
 
-__all__ = ["SGLangClient", "may_send_again", "read_vocab_size"]
+__all__ = ["SGLangClient"]
 
-# uvicorn closes a connection that was idle for 5 s. One of ours that idled nearly as long is not used again: the
-# request could meet the close half-way, and then nobody knows whether it ran.
+# uvicorn closes a connection that was idle for 5 s. A connection that was idle for nearly as long is not used again:
+# if the server closes it while a request is on its way, nobody knows whether the request ran.
 _IDLE_LIMIT_S = 3.0
 
 
-def may_send_again(request: HttpRequest, error: Exception) -> bool:
-    """The retry rule: only what cannot have run, or only reads, is sent a second time."""
-    if isinstance(error, ServerUnreachableError):
-        return True
-    return request.repeatable and isinstance(error, ServerLostError)
-
-
 class SGLangClient:
-    """Talks to one SGLang server. Thread-safe; pickles as its address and settings, and reconnects where it lands.
+    """Sends requests to one SGLang server. Thread-safe. A pickled copy opens connections of its own.
 
     Args:
         url: base URL, e.g. ``"http://127.0.0.1:30000"``; ``"host:port"`` is taken as ``http``.
@@ -87,14 +73,14 @@ class SGLangClient:
     def __repr__(self) -> str:
         return f"SGLangClient({self.url!r})"
 
-    # ------------------------------------------------------------------ what the server is
+    # ------------------------------------------------------------------ server info
 
     def connect(self) -> ServerInfo:
-        """Ask the server what it is; the answer is kept.
+        """Read the server's model, settings and API version, and keep them.
 
         Raises:
-            ServerUnreachableError: nothing listens there.
-            ProtocolError: something else listens there.
+            ServerUnreachableError: nothing listens at the URL.
+            ProtocolError: something other than an SGLang server listens at the URL.
         """
         try:
             model_info = self.send(MODEL_INFO)
@@ -115,12 +101,12 @@ class SGLangClient:
 
     @property
     def info(self) -> ServerInfo:
-        """What the server said of itself; connects on first use."""
+        """The server's model and settings; connects on first use."""
         return self._info or self.connect()
 
     @property
     def dialect(self) -> Dialect:
-        """Which form of the contract the server speaks; connects on first use."""
+        """Which version of SGLang's API the server has; connects on first use."""
         if self._dialect is None:
             self.connect()
         assert self._dialect is not None
@@ -129,18 +115,18 @@ class SGLangClient:
     # ------------------------------------------------------------------ sending
 
     def send(self, request: HttpRequest, *, timeout_s: float | None = None) -> Any:
-        """Send a request and return its parsed JSON (or its text, where the server answers text).
+        """Send a request and return the parsed JSON of the answer, or its text if it is not JSON.
 
         Args:
             request: what to send.
             timeout_s: seconds to wait for the answer instead of the configured time-out.
 
         Raises:
-            ServerUnreachableError: no connection was made, also not on the repeated tries.
+            ServerUnreachableError: no connection was made, and no retry made one.
             ServerLostError: the connection broke; the request may have run.
             ServerTimeoutError: no answer in time; the request may still be running.
-            RequestRejectedError: the server answered no.
-            ProtocolError: half a reply, or one that is not JSON though it says so.
+            RequestRejectedError: the server answered with an error status.
+            ProtocolError: half a reply, or invalid JSON.
         """
         response = self._send_with_retries(request, timeout_s, stream=False)
         return self._parse(request, response)
@@ -149,11 +135,11 @@ class SGLangClient:
         """Send a request and yield its server-sent events; closing the iterator closes the connection.
 
         Raises:
-            The same errors as :meth:`send`, also in the middle of the stream.
+            SGLangError: the same errors as :meth:`send`, also in the middle of the stream.
         """
         response = self._send_with_retries(request, timeout_s, stream=True)
         with response:
-            self._raise_for_status(request, response)
+            raise_for_status(response, request, url=self.url)
             finished = False
             try:
                 for line in response.iter_lines():
@@ -165,13 +151,13 @@ class SGLangClient:
                         break
                     yield json.loads(data)
             except requests.exceptions.ChunkedEncodingError as error:
-                raise self._cut_short(request) from error
+                raise stream_cut_short(request, url=self.url) from error
             except requests.RequestException as error:
-                raise self._translate(request, error, timeout_s) from error
+                raise self._translate(error, request, timeout_s) from error
             except json.JSONDecodeError as error:
                 raise ProtocolError(f"{self.url} streamed an event that is not JSON", server=self.url) from error
             if not finished:
-                raise self._cut_short(request)
+                raise stream_cut_short(request, url=self.url)
 
     def weight_version(self) -> str:
         """Version string of the weights that the server holds at this moment.
@@ -185,25 +171,21 @@ class SGLangClient:
         """:meth:`weight_version`, parsed."""
         return WeightVersion.parse(self.weight_version())
 
-    def _cut_short(self, request: HttpRequest) -> ServerLostError:
-        return ServerLostError(f"{self.url} ended the stream of {request.path} half-way", server=self.url)
-
     def _send_with_retries(self, request: HttpRequest, timeout_s: float | None, *, stream: bool) -> requests.Response:
         tries = 0
         while True:
             try:
                 return self._send_once(request, timeout_s, stream=stream)
             except requests.RequestException as foreign:
-                error = self._translate(request, foreign, timeout_s)
+                error = self._translate(foreign, request, timeout_s)
                 tries += 1
-                if not may_send_again(request, error) or tries > self.config.connect_retries:
+                if not may_retry(request, error) or tries > self.config.connect_retries:
                     raise error from foreign
                 time.sleep(0.05 * 2**tries)  # a server that restarts its listener needs a moment
 
     def _send_once(self, request: HttpRequest, timeout_s: float | None, *, stream: bool) -> requests.Response:
-        wait_s = timeout_s if timeout_s is not None else getattr(self.config, f"{request.timeout}_timeout_s")
-        # A server that is paused for an update freezes generation, whose connections may be all there are: what pauses
-        # it and lets it go on has connections of its own.
+        # While a server is paused, requests for generation may hold all connections of their session: the calls that
+        # pause it and continue have a session of their own.
         purpose = "generate" if request.timeout == "generate" else "control"
         session = self._fresh_session(purpose)
         try:
@@ -212,7 +194,7 @@ class SGLangClient:
                 self.url + request.path,
                 data=None if request.body is None else json.dumps(request.body),
                 headers=self._headers(request),
-                timeout=(self.config.connect_timeout_s, wait_s),
+                timeout=(self.config.connect_timeout_s, self._wait_s(request, timeout_s)),
                 stream=stream,
                 allow_redirects=False,
             )
@@ -224,7 +206,7 @@ class SGLangClient:
             session = self._sessions.get(purpose)
             if session is None:
                 self._sessions[purpose] = session = requests.Session()
-                session.trust_env = False  # no proxy or .netrc of the environment between trainer and server
+                session.trust_env = False  # no proxy and no .netrc: the servers are the trainer's own
                 session.verify = trusted_authorities(self.config.ca_certificate)
                 adapter = HTTPAdapter(
                     pool_connections=1,
@@ -235,14 +217,14 @@ class SGLangClient:
                 session.mount("http://", adapter)
                 session.mount("https://", adapter)
             elif time.monotonic() - self._last_used[purpose] > _IDLE_LIMIT_S:
-                session.close()  # drops idle connections only; requests under way keep theirs
+                session.close()  # closes idle connections only, not those of running requests
             self._last_used[purpose] = time.monotonic()
             return session
 
     def _headers(self, request: HttpRequest) -> dict[str, str]:
         headers = {"Content-Type": "application/json"} if request.body is not None else {}
         key = self.config.api_key
-        # With both keys set, SGLang opens control calls to the admin key only, and everything else to the other only.
+        # With both keys set, SGLang accepts only the admin key for control calls, and only the other key elsewhere.
         if request.timeout in ("control", "update") and self.config.admin_api_key is not None:
             key = self.config.admin_api_key
         if key is not None:
@@ -256,10 +238,8 @@ class SGLangClient:
             return error.status
         return 200
 
-    # ------------------------------------------------------------------ answers
-
     def _parse(self, request: HttpRequest, response: requests.Response) -> Any:
-        self._raise_for_status(request, response)
+        raise_for_status(response, request, url=self.url)
         if "json" not in response.headers.get("content-type", ""):
             return response.text
         try:
@@ -270,46 +250,12 @@ class SGLangClient:
                 server=self.url,
             ) from error
 
-    def _raise_for_status(self, request: HttpRequest, response: requests.Response) -> None:
-        if response.ok and not response.is_redirect:
-            return
-        detail = _detail(response)
-        advice = ""
-        if response.status_code in (401, 403):
-            advice = "; pass the server's key as api_key= (or admin_api_key=)"
-        raise RequestRejectedError(
-            f"{self.url} answered {response.status_code} to {request.path}: {detail}{advice}",
-            server=self.url,
-            status=response.status_code,
-            detail=detail,
-        )
+    def _wait_s(self, request: HttpRequest, timeout_s: float | None) -> float:
+        configured: float = getattr(self.config, f"{request.timeout}_timeout_s")
+        return configured if timeout_s is None else timeout_s
 
-    def _translate(self, request: HttpRequest, error: requests.RequestException, timeout_s: float | None) -> Exception:
-        where = f"{self.url}{request.path}"
-        reason = getattr(error.args[0], "reason", None) if error.args else None
-        if isinstance(error, requests.exceptions.SSLError) and (refusal := explain_tls(error, self.url)):
-            return refusal
-        if isinstance(error, requests.ConnectTimeout) or isinstance(reason, (NewConnectionError, ConnectTimeoutError)):
-            return ServerUnreachableError(
-                f"nothing accepts connections at {self.url}; is the server running and the address right?",
-                server=self.url,
-            )
-        if isinstance(error, requests.Timeout) or "timed out" in str(error):
-            wait_s = timeout_s if timeout_s is not None else getattr(self.config, f"{request.timeout}_timeout_s")
-            return ServerTimeoutError(
-                f"{where} did not answer within {wait_s:g} s; the request may still be running "
-                f"(ClientConfig.{request.timeout}_timeout_s sets the limit)",
-                server=self.url,
-            )
-        if isinstance(error, (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError)):
-            return ProtocolError(f"{where} sent half a reply: {error}", server=self.url)
-        if isinstance(error, requests.ConnectionError):
-            return ServerLostError(
-                f"the connection to {where} broke after the request was sent; it may have run, so it is not sent "
-                "again. Did the server die? Its log tells",
-                server=self.url,
-            )
-        return ProtocolError(f"{where}: {error}", server=self.url)
+    def _translate(self, error: requests.RequestException, request: HttpRequest, timeout_s: float | None) -> Exception:
+        return translate_error(error, request, url=self.url, wait_s=self._wait_s(request, timeout_s))
 
     def close(self) -> None:
         """Close idle connections. The client can still be used afterwards."""
@@ -328,25 +274,3 @@ def _normalise(url: str) -> str:
         loopback = "127.0.0.1" if parts.hostname == "0.0.0.0" else "[::1]"
         return f"{parts.scheme}://{loopback}" + (f":{parts.port}" if parts.port else "") + parts.path
     return parts.geturl()
-
-
-def _detail(response: requests.Response) -> str:
-    """The server's own words; it says errors as ``{"error": {"message"}}``, ``{"message"}``, ``{"detail"}`` or text."""
-    try:
-        value = response.json()
-    except ValueError:
-        return response.text[:500] or response.reason
-    for _ in range(3):
-        if not isinstance(value, dict):
-            break
-        value = next((value[key] for key in ("error", "message", "detail") if value.get(key)), str(value))
-    return str(value)[:500]
-
-
-def read_vocab_size(model_path: str) -> int | None:
-    """Rows of the checkpoint's embedding, from its ``config.json``; ``None`` if that can't be read from here."""
-    config = read_model_json(model_path, "config.json")
-    for section in (config, config.get("text_config") or {}, config.get("llm_config") or {}):
-        if isinstance(section.get("vocab_size"), int):
-            return int(section["vocab_size"])
-    return None

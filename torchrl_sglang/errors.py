@@ -1,4 +1,4 @@
-"""The exception tree. Every error says what happened, what state things are in, and what to do next.
+"""The exception tree. Every message says what happened, what state the servers are in, and what to do next.
 
 ::
 
@@ -6,12 +6,12 @@
     ├── ConfigError(ValueError)                    an argument can't be honoured
     ├── ProtocolError                              the answer is not what this SGLang version promises
     ├── ServerError(RuntimeError)
-    │   ├── ServerStartError                       the process did not become ready; carries the log's tail
+    │   ├── ServerStartError                       the process did not become ready; has the log's tail
     │   ├── ServerUnreachableError(ConnectionError)   no connection was made: nothing ran, safe to send again
     │   ├── ServerLostError(ConnectionError)       the connection broke after sending: the request may have run
     │   ├── ServerTimeoutError(TimeoutError)       no answer in time: the request may still be running
-    │   └── RequestRejectedError                   the server answered no
-    └── WeightSyncError(RuntimeError)              carries the state of every server's weights
+    │   └── RequestRejectedError                   the server answered with an error status
+    └── WeightSyncError(RuntimeError)              has the state of every server's weights
         ├── WeightCoverageError                    names, shapes, dtypes or values don't match, listed
         └── WeightUpdateError                      refused, timed out, or failed verification
 
@@ -42,13 +42,13 @@ __all__ = [
 ServerWeights = Literal["old", "new", "mixed", "stuck"]
 """What a server holds after a failed sync.
 
-``old``: nothing was changed; ``new``: complete and serving; ``mixed``: partly changed, taken out of routing until a
-full sync succeeds; ``stuck``: waiting inside a collective, it has to be restarted.
+``old``: nothing was changed; ``new``: complete and serving; ``mixed``: partly changed, quarantined until a full sync
+succeeds; ``stuck``: hangs in a collective and must be restarted.
 """
 
 
 class SGLangError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of all errors that this package raises itself."""
 
 
 class ConfigError(SGLangError, ValueError):
@@ -68,7 +68,7 @@ class ProtocolError(SGLangError):
 
 
 class ServerError(SGLangError, RuntimeError):
-    """A server did not do what it was asked.
+    """A server did not start, could not be reached, or did not do what a request asked for.
 
     Attributes:
         server: base URL of the server, if known.
@@ -83,7 +83,7 @@ class ServerStartError(ServerError):
     """A server process did not become ready.
 
     Attributes:
-        log_tail: the last lines the process wrote.
+        log_tail: the last lines of the process's log.
     """
 
     def __init__(self, message: str, *, server: str | None = None, log_tail: str = "") -> None:
@@ -96,7 +96,7 @@ class ServerUnreachableError(ServerError, ConnectionError):
 
 
 class ServerLostError(ServerError, ConnectionError):
-    """The connection broke after the request was sent: it may have run, so it is not sent again."""
+    """The connection broke after the request was sent: it may have run, so it was not sent again."""
 
 
 class ServerTimeoutError(ServerError, TimeoutError):
@@ -104,7 +104,7 @@ class ServerTimeoutError(ServerError, TimeoutError):
 
 
 class RequestRejectedError(ServerError):
-    """The server answered no.
+    """The server answered with an error status, or that it did not succeed.
 
     Attributes:
         status: HTTP status code.
@@ -121,7 +121,7 @@ class WeightSyncError(SGLangError, RuntimeError):
     """A weight sync did not finish.
 
     Attributes:
-        server_weights: per server URL, what it holds now (see :data:`ServerWeights`).
+        server_weights: per server URL, the state of its weights (see :data:`ServerWeights`).
     """
 
     def __init__(self, message: str, *, server_weights: Mapping[str, ServerWeights] | None = None) -> None:
@@ -154,4 +154,4 @@ class WeightCoverageError(WeightSyncError):
 
 
 class WeightUpdateError(WeightSyncError):
-    """A sync was refused, timed out or failed its proof; ``server_weights`` says what each server holds."""
+    """A server refused the sync, it timed out, or verification failed; ``server_weights`` has each server's state."""

@@ -1,6 +1,6 @@
-"""Policy, servers and weight sync from YAML, by TorchRL's hydra conventions.
+"""Build policy, servers and weight sync scheme from YAML, following TorchRL's hydra conventions.
 
-After :func:`register_hydra_configs` a config may say::
+After :func:`register_hydra_configs` a config can contain::
 
     defaults:
       - sglang_engine@engine: default
@@ -12,8 +12,8 @@ After :func:`register_hydra_configs` a config may say::
     weight_sync_schemes:
       policy: {servers: ${engine}, config: {bucket_bytes: 67108864}}
 
-and ``hydra.utils.instantiate`` builds the three around one and the same engine: hydra copies ``${engine}`` to both
-places, and :func:`shared_engine` gives equal arguments the same servers, until :func:`close_engines` ends them.
+``hydra.utils.instantiate`` builds policy and scheme on one engine: hydra copies ``${engine}`` to both nodes, and
+:func:`shared_engine` returns the same engine for equal arguments until :func:`close_engines` is called.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ def shared_engine(
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> AsyncSGLang:
-    """The engine for these arguments: made by the first call, the same object for every later one.
+    """Return the engine for these arguments; the first call makes it, later calls return the same object.
 
     Args:
-        url: base URL(s) of running servers to attach to...
-        model: ...or the checkpoint to launch servers with.
-        name: tells two engines of otherwise equal arguments apart.
+        url: base URL(s) of running servers to attach to; exclusive with ``model``.
+        model: the checkpoint to launch servers with.
+        name: distinguishes engines with otherwise equal arguments.
         progress: called with a line of text while servers load.
         **settings: further arguments of :meth:`AsyncSGLang.connect` or :meth:`AsyncSGLang.from_pretrained`.
 
     Raises:
-        ConfigError: neither or both of ``url`` and ``model``, or a setting the engine refuses.
+        ConfigError: neither or both of ``url`` and ``model`` are given, or the engine refuses a setting.
     """
     if (url is None) == (model is None):
         raise ConfigError("an engine needs either url (running servers) or model (servers to launch)")
@@ -82,32 +82,32 @@ def shared_engine(
 
 
 def close_engines() -> None:
-    """End all servers that :func:`shared_engine` launched and close all connections; later calls start anew."""
+    """Stop all servers that :func:`shared_engine` launched and close all connections; later calls make new engines."""
     atexit.unregister(close_engines)
     while _engines:
         _engines.popitem()[1].shutdown()
 
 
 def make_policy(engine: Any, **settings: Any) -> SGLangWrapper:
-    """A policy on an engine; ``settings`` are :class:`SGLangWrapper`'s, those that are ``None`` are left out."""
+    """Make a policy on an engine; ``settings`` are arguments of :class:`SGLangWrapper`, ``None`` means its default."""
     return SGLangWrapper(_engine_of(engine), **{name: value for name, value in settings.items() if value is not None})
 
 
 def make_scheme(servers: Any, config: Mapping[str, Any] | SyncConfig | None = None) -> SGLangWeightSyncScheme:
-    """A weight sync scheme for an engine; ``config`` holds fields of :class:`SyncConfig`."""
+    """Make a weight sync scheme for an engine; ``config`` holds fields of :class:`SyncConfig`."""
     sync = config if isinstance(config, SyncConfig) else SyncConfig(**dict(config or {}))
     return SGLangWeightSyncScheme(_engine_of(servers), config=sync)
 
 
 def _engine_of(value: Any) -> Any:
-    """Hydra hands nested nodes over as objects when they have a ``_target_``, else as mappings."""
+    """Resolve an engine node: hydra passes nested nodes as objects if they have a ``_target_``, else as mappings."""
     if isinstance(value, Mapping):
         return shared_engine(**{str(name): inner for name, inner in value.items() if name != "_target_"})
     return value
 
 
 def _plain(value: Any) -> Any:
-    """Lists and dicts instead of omegaconf's own, which nothing else knows."""
+    """Convert omegaconf's lists and mappings to Python's."""
     if isinstance(value, Mapping):
         return {str(name): _plain(inner) for name, inner in value.items()}
     return [_plain(each) for each in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
@@ -169,7 +169,7 @@ class SGLangWeightSyncSchemeConfig:
 
 
 def register_hydra_configs() -> None:
-    """Make the nodes known: ``sglang_engine``, ``sglang_policy``, and ``sglang`` among ``weight_sync_scheme``.
+    """Register the config groups ``sglang_engine`` and ``sglang_policy``, and ``sglang`` in ``weight_sync_scheme``.
 
     Raises:
         ConfigError: hydra is not installed.

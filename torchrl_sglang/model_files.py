@@ -1,6 +1,6 @@
-"""Files of a checkpoint on this machine: hub name or folder in, folder out. Nothing is downloaded.
+"""Finds and reads a checkpoint's files on this machine, from its folder or its hub name. Nothing is downloaded.
 
-Also loads the tokenizer that a server was told to use. Every other module that reads a checkpoint's files asks here.
+Also loads tokenizers. All other modules get checkpoint files through this one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,25 @@ from torchrl_sglang.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["find_model_file", "load_tokenizer", "read_model_json", "require_model_folder"]
+__all__ = [
+    "find_local_path",
+    "find_model_file",
+    "load_tokenizer",
+    "read_model_json",
+    "read_vocab_size",
+    "require_model_folder",
+]
+
+
+def find_local_path(model: str | Path) -> Path | None:
+    """The path of a checkpoint that is given as one; ``None`` for a hub name, also one in the local cache.
+
+    Examples:
+        >>> find_local_path("Qwen/Qwen3-0.6B") is None
+        True
+    """
+    path = Path(model).expanduser()
+    return path.absolute() if path.exists() else None
 
 
 def find_model_file(model: str | Path, name: str) -> Path | None:
@@ -31,8 +49,8 @@ def find_model_file(model: str | Path, name: str) -> Path | None:
         >>> find_model_file("/no/such/folder", "config.json") is None
         True
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = find_local_path(model)
+    if folder is not None and folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     from huggingface_hub import try_to_load_from_cache  # slow to import, and not needed for folders
     from huggingface_hub.errors import HFValidationError
@@ -54,8 +72,8 @@ def require_model_folder(model: str | Path, *, hint: str) -> Path:
     Raises:
         ConfigError: the checkpoint is not on this machine.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = find_local_path(model)
+    if folder is not None and folder.is_dir():
         return folder
     config = find_model_file(model, "config.json")
     if config is None:
@@ -73,6 +91,15 @@ def read_model_json(model: str | Path, name: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_vocab_size(model: str | Path) -> int | None:
+    """Rows of the checkpoint's embedding, from its ``config.json``; ``None`` if the file can't be read here."""
+    config = read_model_json(model, "config.json")
+    for section in (config, config.get("text_config") or {}, config.get("llm_config") or {}):
+        if isinstance(section.get("vocab_size"), int):
+            return int(section["vocab_size"])
+    return None
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -1,4 +1,4 @@
-"""Run a few blocking calls side by side and get every result or error back."""
+"""Runs a few blocking calls in parallel and returns every result or error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class Outcome(Generic[Result]):
-    """What became of one call: ``value`` if it returned, ``error`` if it raised one of this package's errors."""
+    """The result of one call: ``value`` if it returned, ``error`` if it raised one of this package's errors."""
 
     __slots__ = ("error", "value")
 
@@ -23,14 +23,14 @@ class Outcome(Generic[Result]):
         self.error = error
 
     def unwrap(self) -> Result:
-        """The value; raises the error instead if there was one."""
+        """Return the value, or raise the error."""
         if self.error is not None:
             raise self.error
         return self.value  # type: ignore[return-value]
 
 
 class Task(Generic[Result]):
-    """One call running in a daemon thread: an interrupted program never waits for a server that doesn't answer.
+    """One call in a daemon thread, so that an interrupted program does not wait for a server that doesn't answer.
 
     Args:
         call: what to run.
@@ -53,10 +53,10 @@ class Task(Generic[Result]):
     def _run(self) -> None:
         try:
             self._value = self._call()
-        except BaseException as error:  # noqa: BLE001  handed to whoever waits for the outcome, never swallowed
+        except BaseException as error:  # noqa: BLE001  outcome() returns or raises it
             self._error = error
         finally:
-            self._call = _nothing  # whatever the call held (a buffer, a group) is free again
+            self._call = _nothing  # frees what the call refers to (a buffer, a process group)
             self._finished.set()
             if self._on_done is not None:
                 self._on_done(self)
@@ -71,7 +71,7 @@ class Task(Generic[Result]):
         return self._finished.wait(timeout_s)
 
     def outcome(self) -> Outcome[Result]:
-        """Wait for the call and return its outcome; an error that is not one of ours is raised here."""
+        """Wait for the call and return its outcome; raises an error that is not one of this package's."""
         self._finished.wait()
         if self._error is None:
             return Outcome(value=self._value)

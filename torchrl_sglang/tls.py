@@ -1,4 +1,4 @@
-"""Servers behind ``https://``: whom to trust, and what a failed handshake means."""
+"""Servers behind ``https://``: which certificates to trust, and what a failed TLS handshake means."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torchrl_sglang.errors import ConfigError, ServerUnreachableError
 
 __all__ = ["explain_tls", "trusted_authorities"]
 
-# Reasons OpenSSL gives while the connection is being made. Any other may come later, when the request may have run.
+# OpenSSL's reasons during the handshake. Other reasons can come later, when the request may have run.
 _NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
 _NO_AGREEMENT = {"UNSUPPORTED_PROTOCOL", "SSLV3_ALERT_HANDSHAKE_FAILURE", "TLSV1_ALERT_PROTOCOL_VERSION"}
 
 
 def trusted_authorities(ca_certificate: str | None) -> str | bool:
-    """What ``requests`` wants as ``verify``.
+    """The value for ``verify`` of ``requests``.
 
     Args:
         ca_certificate: PEM file of a private authority (or several in one file); ``None`` trusts the public ones.
 
     Raises:
-        ConfigError: there is no certificate in that file.
+        ConfigError: the file can't be read, or holds no certificate.
     """
     if ca_certificate is None:
         return True
@@ -37,7 +37,7 @@ def trusted_authorities(ca_certificate: str | None) -> str | bool:
 
 
 def explain_tls(error: BaseException, url: str) -> ServerUnreachableError | None:
-    """The error for a handshake that failed, so that nothing was sent; ``None`` if it may have failed later.
+    """The error for a failed handshake, before which nothing was sent; ``None`` if the failure may have come later.
 
     Args:
         error: what was raised, with its causes.
@@ -54,12 +54,12 @@ def explain_tls(error: BaseException, url: str) -> ServerUnreachableError | None
     if inner is not None and inner.reason in _NO_TLS:
         return ServerUnreachableError(f"{url} does not speak TLS; is it http:// there?", server=url)
     if inner is not None and inner.reason in _NO_AGREEMENT:
-        return ServerUnreachableError(f"{url} and this machine's OpenSSL agree on no TLS ({inner})", server=url)
+        return ServerUnreachableError(f"{url} and this machine's OpenSSL share no TLS version ({inner})", server=url)
     return None
 
 
 def _innermost_tls_error(error: BaseException | None) -> ssl.SSLError | None:
-    """The wrapped one; urllib3 and requests put it into the arguments or the ``reason`` of their own."""
+    """The innermost ``SSLError``, which urllib3 and requests wrap in the arguments or ``reason`` of their errors."""
     pending: list[object] = [error]
     found: ssl.SSLError | None = None
     while pending:

@@ -2,13 +2,13 @@
 GRPO from scratch, to a learning curve
 ======================================
 
-GRPO (group relative policy optimisation) needs no value network: it asks a question several times
-and prefers the answers that did better than the others. This tutorial writes the whole loop out,
-without a collector and without a loss module, so that every number in it can be looked at: a real
-SGLang server generates, plain PyTorch trains, and the weights go to the server after each step. A
+GRPO (group relative policy optimisation) needs no value network: it samples several answers to a
+question and reinforces those with a higher reward than the others. This tutorial writes the whole
+loop without a collector and without a loss module, so that every number in it is visible: a real
+SGLang server generates, plain PyTorch trains, and the server gets the weights after each step. A
 135 million parameter chat model learns to do sums on a CPU in about five minutes.
 
-``TUTORIAL_STEPS=3 python tutorials/grpo_from_scratch.py`` makes it short;
+``TUTORIAL_STEPS=3 python tutorials/grpo_from_scratch.py`` runs three steps only;
 ``TUTORIAL_URL=http://host:30000`` uses a server that is already running.
 """
 
@@ -35,11 +35,11 @@ STEPS = int(os.environ.get("TUTORIAL_STEPS", "14"))
 QUESTIONS, ANSWERS = 4, 8  # per step: 4 questions, each answered 8 times
 
 # %%
-# Who generates and who trains
-# ----------------------------
-# The server holds one copy of the model, the trainer another. The server's random seed is set at
-# its start. Both compute in float32, so that they agree on log-probs to about 1e-5 and a difference
-# would mean a mistake.
+# Server and trainer
+# ------------------
+# The server holds one copy of the model, the trainer another. The server's random seed is set when
+# it starts. Both compute in float32, so they agree on log-probs to about 1e-5, and a larger
+# difference indicates an error.
 
 if url := os.environ.get("TUTORIAL_URL"):
     servers = AsyncSGLang.connect(url)
@@ -58,9 +58,9 @@ optimizer = torch.optim.AdamW(trainer.parameters(), lr=1e-5, betas=(0.9, 0.95), 
 # %%
 # The task and its reward
 # -----------------------
-# A question is a sum of two digits. A small model hardly ever answers with the bare number, and a
-# reward it never gets teaches it nothing. So there is something to be had on the way: for digits,
-# and for coming to an end. Before training, "What is 5 + 2?" gets these answers:
+# A question is a sum of two digits. A small model hardly ever answers with the bare number, and it
+# learns nothing from a reward that it never gets. So the reward also gives partial credit for digits
+# and for ending the answer. Before training, "What is 5 + 2?" gets these answers:
 
 
 def ask(sums):
@@ -90,8 +90,8 @@ for answer in policy(ask([(5, 2)]))["text", "response"][0]:
 # The trainer's log-probs
 # -----------------------
 # A language model gives the log-prob of every token of a sequence in one forward pass: logits at
-# position ``t`` predict token ``t + 1``. Sequences are filled up on the right, where a causal
-# model's earlier positions don't see it.
+# position ``t`` predict token ``t + 1``. Sequences are padded on the right; a causal model's earlier
+# positions do not depend on the padding.
 
 
 def response_log_probs(sequences, prompt_lengths):
@@ -107,12 +107,13 @@ def response_log_probs(sequences, prompt_lengths):
 # One step
 # --------
 # 1. The server answers every question ``ANSWERS`` times.
-# 2. An answer's *advantage* is its reward, less the mean of its group, over the group's spread.
+# 2. An answer's *advantage* is its reward minus the mean of its group, divided by the group's
+#    standard deviation.
 # 3. The loss raises the log-probs of tokens with a positive advantage and lowers the others. The
-#    ratio between the trainer's probability and the recorded one is clipped, so that one batch
-#    can't carry the model far.
-# 4. The weights go to the server. When ``update_weights`` returns, the next answers come from the
-#    new model.
+#    ratio between the trainer's probability and the recorded one is clipped, which limits the
+#    change from one batch.
+# 4. ``update_weights`` sends the weights to the server. When it returns, the next answers come from
+#    the new model.
 
 
 def grpo_step(step):
@@ -158,18 +159,18 @@ def grpo_step(step):
 # %%
 # The loop
 # --------
-# The *log-prob gap* is the largest difference between what the server recorded and what the trainer
-# says of the same token before its update. It is the loop's health: at 1e-5 the ratios above are one,
-# and the gradient is the policy gradient. Were a sync lost, or a temperature forgotten, it would show
-# here first. Two idle cores take about 20 seconds for a step; where one took longer in the run below,
-# the machine had other work.
+# The *log-prob gap* is the largest difference between the log-prob that the server recorded and the
+# one that the trainer computes for the same token before its update. It checks the whole loop: at
+# 1e-5 the ratios above are one, and the gradient is the policy gradient. A missed sync or a forgotten
+# temperature would show here first. A step takes about 20 seconds on two idle cores; longer steps in
+# the run below had to share the cores with other programs.
 
 curve = [grpo_step(step) for step in range(1, STEPS + 1)]
 
 # %%
-# What it has learned
-# -------------------
-# The same question again, answered by the weights of the last step.
+# Result
+# ------
+# The same question, answered with the weights of the last step.
 
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 5.2), layout="constrained", sharex=True, height_ratios=(3, 1))
 rewards, gaps = torch.tensor(curve).T
@@ -185,11 +186,11 @@ for answer in policy(ask([(5, 2)]))["text", "response"][0]:
     print(repr(answer))
 
 # %%
-# From here
-# ---------
-# The same with TorchRL's own parts (``ChatEnv``, ``Collector``, ``MCAdvantage``, ``GRPOLoss``) is
-# ``examples/grpo.py``: there the collector calls the policy, and
-# ``collector.update_policy_weights_(actor)`` sends the weights. To bring a task of your own, change
+# Next steps
+# ----------
+# ``examples/grpo_minimal.py`` and ``examples/grpo.py`` do the same with TorchRL's own components
+# (``ChatEnv``, ``Collector``, ``GRPOLoss``): the collector calls the policy, and
+# ``collector.update_policy_weights_(actor)`` sends the weights. For a task of your own, change
 # ``ask`` and ``reward``; for a larger model on GPUs, the name in ``from_pretrained``.
 
 servers.shutdown()

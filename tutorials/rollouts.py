@@ -2,13 +2,12 @@
 Rollouts as TensorDicts, and what log-probs mean
 ================================================
 
-A policy gradient needs three things of every sampled token: which token it was, how probable the
-policy thought it was when it drew it, and which policy that was. This tutorial generates a few
-answers on a real SGLang server, looks at what comes back, and checks the numbers against the model
-itself. It needs no GPU.
+A policy gradient needs three facts about every sampled token: its id, the probability that the
+policy gave it when it was sampled, and the version of the policy. This tutorial generates a few
+answers on a real SGLang server, shows the returned TensorDict, and compares its log-probs with the
+model's own. It needs no GPU.
 
-With a server of your own running, ``TUTORIAL_URL=http://host:30000 python tutorials/rollouts.py``
-uses that one.
+``TUTORIAL_URL=http://host:30000 python tutorials/rollouts.py`` uses a server that is already running.
 """
 
 import os
@@ -24,15 +23,15 @@ from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import AsyncSGLang, SGLangWrapper, smollm2_checkpoint, trainer_log_probs
 
-set_list_to_stack(True).set()  # TorchRL's language model parts rely on it
+set_list_to_stack(True).set()  # TorchRL's LLM components need it
 torch.manual_seed(0)
 
 # %%
 # A server and a policy
 # ---------------------
 # ``from_pretrained`` starts SGLang and waits until it is ready: about half a minute without a GPU.
-# ``connect`` attaches to a server that is already running, here or on another machine. From then on
-# there is no difference.
+# ``connect`` attaches to a server that is already running, on this or another machine. Both return
+# the same kind of object.
 
 if url := os.environ.get("TUTORIAL_URL"):
     servers = AsyncSGLang.connect(url)
@@ -42,9 +41,9 @@ else:
 policy = SGLangWrapper(servers, input_mode="history", generate_kwargs={"max_new_tokens": 24, "temperature": 0})
 
 # %%
-# The policy is an ordinary TorchRL module: a TensorDict goes in, one with more entries comes out. In
-# history mode the input is a batch of conversations. Temperature 0 takes the likeliest token each
-# time; training draws at temperature 1, as we will further down.
+# The policy is an ordinary TorchRL module: it takes a TensorDict and returns one with more entries.
+# In history mode the input is a batch of conversations. Temperature 0 takes the most likely token
+# each time; training samples at temperature 1, as a later section does.
 
 questions = ["What is the capital of France?", "Name a colour.", "Write a line about rain."]
 chats = History.from_chats([[{"role": "user", "content": question}] for question in questions])
@@ -55,10 +54,10 @@ for question, answer in zip(questions, out["text", "response"], strict=True):
     print(f"{question:32} {answer!r}")
 
 # %%
-# What is in it
-# -------------
-# The keys are those of TorchRL's own ``vLLMWrapper`` and ``TransformersWrapper``, so losses,
-# transforms and replay buffers find what they look for. Each of ``text``, ``tokens``, ``masks`` and
+# The entries of the output
+# -------------------------
+# The keys are those of TorchRL's own ``vLLMWrapper`` and ``TransformersWrapper``, so TorchRL's
+# losses, transforms and replay buffers work with it. Each of ``text``, ``tokens``, ``masks`` and
 # ``log_probs`` has a ``prompt``, a ``response`` and a ``full`` part. Answers differ in length, so
 # entries are *ragged*: one tensor for each sequence, read with ``as_list=True``.
 
@@ -67,8 +66,8 @@ for key in (("tokens", "prompt"), ("tokens", "response"), ("tokens", "full"), ("
     print(f"{'.'.join(key):22} {rows[0].dtype!s:14} lengths {[len(row) for row in rows]}")
 
 # %%
-# For tensors of one shape, ``pad_output=True`` fills prompts up on the left and responses on the
-# right. The mask says what is real.
+# ``pad_output=True`` returns dense tensors: prompts are padded on the left and responses on the
+# right. The mask marks the real tokens.
 
 padded = policy.get_new_version(pad_output=True)(prompts.copy())
 print("tokens.full                 ", tuple(padded["tokens", "full"].shape))
@@ -76,20 +75,20 @@ print("log_probs.response          ", tuple(padded["log_probs", "response"].shap
 print("masks.all_attention_mask    ", padded["masks", "all_attention_mask"].sum(-1).tolist(), "real tokens")
 
 # %%
-# ``num_samples`` asks for several answers to each prompt and adds a batch dimension, as GRPO wants
-# it. Each server still gets one HTTP request.
+# ``num_samples`` generates several answers to each prompt and adds a batch dimension, as GRPO
+# needs. Each server still gets one HTTP request.
 
-drawing = {"max_new_tokens": 24, "temperature": 1.0}
-grouped = policy.get_new_version(num_samples=4, generate_kwargs=drawing)(prompts.copy())
+sampling = {"max_new_tokens": 24, "temperature": 1.0}
+grouped = policy.get_new_version(num_samples=4, generate_kwargs=sampling)(prompts.copy())
 print("batch shape", tuple(grouped.batch_size))
 for answer in grouped["text", "response"][1]:
     print(repr(answer))
 
 # %%
-# What the tokens don't tell
-# --------------------------
-# Under ``generation`` lies what happened beside the tokens: why the answer ended, how many prompt
-# tokens came out of the server's cache, which weights made each token, how it was drawn.
+# Facts beside the tokens
+# -----------------------
+# ``generation`` holds the other facts of a reply: why the answer ended, how many prompt tokens were
+# in the server's cache, which weights generated each token, how it was sampled.
 
 for row in [*out["generation"].unbind(0), *grouped["generation"][1].unbind(0)]:
     print(
@@ -99,13 +98,13 @@ for row in [*out["generation"].unbind(0), *grouped["generation"][1].unbind(0)]:
     )
 
 # %%
-# ``truncated`` matters for training: an answer that was cut off at ``max_new_tokens`` was not ended
-# by the policy, and a reward for how it ends would be noise.
+# ``truncated`` matters for training: the policy did not end an answer that was cut off at
+# ``max_new_tokens``, so a reward for its ending would be noise.
 #
 # What a log-prob is
 # ------------------
 # ``log_probs.response`` holds one number per token: the natural logarithm of the probability that
-# the server's model gave to the token it drew. Here is the first answer, token by token.
+# the server's model gave to the sampled token. The figure shows the first answer, token by token.
 
 tokens = [servers.tokenizer.decode(token) for token in out[0]["tokens", "response"].tolist()]
 probabilities = out[0]["log_probs", "response"].exp().tolist()
@@ -113,39 +112,39 @@ probabilities = out[0]["log_probs", "response"].exp().tolist()
 figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
 axes.bar(range(len(tokens)), probabilities, color="#4393c3")
 axes.set_xticks(range(len(tokens)), [repr(token)[1:-1] for token in tokens], rotation=60, ha="right")
-axes.set(ylim=(0, 1.05), ylabel="probability when drawn")
-axes.set_title(f"How sure the model was of each token of its answer to {questions[0]!r}", loc="left")
+axes.set(ylim=(0, 1.05), ylabel="probability when sampled")
+axes.set_title(f"Probability of each token of the answer to {questions[0]!r}", loc="left")
 plt.show()
 
 # %%
-# The trainer can say the same numbers
-# ------------------------------------
+# The trainer computes the same numbers
+# -------------------------------------
 # An importance ratio compares two log-probs of one token: the one recorded by the server, and the
 # one of the model that is being trained. Before the first update these are the same model, so every
-# ratio must be one. If it isn't, the loss starts from a wrong place, and nothing will say so. So
-# let us look.
+# ratio must be one. Otherwise the loss starts from wrong ratios, and no error is raised. This is how
+# to check it.
 
 trainer = AutoModelForCausalLM.from_pretrained(servers.pool.info.model_path, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def largest_gap(recorded, sampling, **options):
-    ours = torch.cat(recorded.get(("log_probs", "response"), as_list=True))
-    return (ours - torch.cat(trainer_log_probs(trainer, recorded, sampling, **options))).abs().max().item()
+    served = torch.cat(recorded.get(("log_probs", "response"), as_list=True))
+    return (served - torch.cat(trainer_log_probs(trainer, recorded, sampling, **options))).abs().max().item()
 
 
 print(f"largest difference over all tokens: {largest_gap(out, policy.sampling_params):.1e}")
 
 # %%
-# Server and trainer compute in float32 here, so only rounding is left. In bfloat16 expect up to
+# Server and trainer compute in float32 here, so the difference is rounding. In bfloat16 expect up to
 # 0.07.
 #
 # Temperature
 # -----------
-# At a temperature other than 1 tokens are drawn from sharper or flatter probabilities, and the
-# server records *those*: the log-softmax of ``logits / temperature``. A loss that takes the
-# trainer's logits as they are would compare two different distributions. The picture shows both
-# comparisons for a policy at temperature 0.6.
+# At a temperature other than 1, tokens are sampled from sharper or flatter probabilities, and the
+# server records the log-probs of that distribution: the log-softmax of ``logits / temperature``. A
+# loss that uses the trainer's logits unchanged would compare two different distributions. The figure
+# shows both comparisons for a policy at temperature 0.6.
 
 cold = policy.get_new_version(generate_kwargs={"max_new_tokens": 24, "temperature": 0.6}, num_samples=4)
 sampled = cold(prompts.copy()).reshape(-1)
@@ -155,28 +154,28 @@ with torch.no_grad():
     raw = torch.cat(trainer_log_probs(trainer, sampled, policy.sampling_params))
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharex=True, sharey=True)
-comparisons = {"Trainer's logits as they are": raw, "Trainer's logits divided by 0.6": tempered}
-for axes, (title, said) in zip(panels, comparisons.items(), strict=True):
+comparisons = {"Trainer's logits unchanged": raw, "Trainer's logits divided by 0.6": tempered}
+for axes, (title, computed) in zip(panels, comparisons.items(), strict=True):
     axes.axline((0, 0), slope=1, color="#b2182b", linewidth=1)
-    axes.scatter(recorded, said, s=14, color="#2166ac", alpha=0.6)
+    axes.scatter(recorded, computed, s=14, color="#2166ac", alpha=0.6)
     axes.set(xlabel="log-prob recorded by the server", aspect="equal")
     axes.set_title(title, loc="left")
-panels[0].set_ylabel("log-prob said by the trainer")
+panels[0].set_ylabel("log-prob computed by the trainer")
 plt.show()
-for said, what in ((raw, "as they are"), (tempered, "divided by 0.6")):
-    ratios = (said - recorded).exp()
-    print(f"importance ratios, logits {what}: from {ratios.min():.4f} to {ratios.max():.4f}")
+for computed, treatment in ((raw, "unchanged"), (tempered, "divided by 0.6")):
+    ratios = (computed - recorded).exp()
+    print(f"importance ratios, logits {treatment}: from {ratios.min():.4f} to {ratios.max():.4f}")
 
 # %%
 # In a training loop ``temper(model, 0.6)`` divides the model's logits from then on, so that any
-# TorchRL loss sees the distribution that was sampled.
+# TorchRL loss uses the distribution that was sampled.
 #
 # Top-p, top-k, min-p
 # -------------------
-# These cut unlikely tokens off before drawing. SGLang records log-probs from *before* the cut, so
-# they are honest about the model and wrong about the draw: the probabilities of the tokens that
-# were left don't add up to one. The policy says so, once as a warning and in every row as
-# ``generation.exact_log_probs``.
+# These options remove unlikely tokens before sampling. SGLang records log-probs from *before* this
+# truncation. They are right for the model and wrong for the sampling distribution: the
+# probabilities of the remaining tokens don't add up to one. The policy reports this, once as a
+# warning and in every row as ``generation.exact_log_probs``.
 
 nucleus = {"max_new_tokens": 24, "top_p": 0.8, "top_k": 50}
 with warnings.catch_warnings(record=True) as caught:
@@ -186,22 +185,21 @@ print(textwrap.fill(str(caught[-1].message), 100))
 print("exact_log_probs:", cut["generation"].exact_log_probs.tolist())
 
 # %%
-# With ``exact_log_probs=True`` the server also reports which tokens were left to choose from, and
-# the recorded log-prob is the one among those. The trainer can repeat it from
-# ``generation.support``.
+# With ``exact_log_probs=True`` the server also reports which tokens remained, and the recorded
+# log-prob is normalised over those. The trainer can compute the same from ``generation.support``.
 
 exact = policy.get_new_version(generate_kwargs=nucleus, exact_log_probs=True)
-drawn = exact(prompts.copy())
-choices = (drawn[0]["generation"].support >= 0).sum(-1).tolist()
-print("exact_log_probs:", drawn["generation"].exact_log_probs.tolist())
-print("tokens left to choose from, first answer:", choices)
-print(f"largest difference: {largest_gap(drawn, exact.sampling_params, generation_key='generation'):.1e}")
+sampled = exact(prompts.copy())
+support_sizes = (sampled[0]["generation"].support >= 0).sum(-1).tolist()
+print("exact_log_probs:", sampled["generation"].exact_log_probs.tolist())
+print("number of remaining tokens, first answer:", support_sizes)
+print(f"largest difference: {largest_gap(sampled, exact.sampling_params, generation_key='generation'):.1e}")
 
 # %%
 # Scoring
 # -------
-# The same class scores sequences that are already there: ``generate=False``. This is how a
-# reference model for a KL term is served, and how one model's answers are judged by another.
+# With ``generate=False`` the same class scores existing sequences. Use it to serve a reference model
+# for a KL term, or to score one model's answers with another model.
 
 scorer = SGLangWrapper(servers, input_mode="tokens", generate=False)
 scored = scorer(out.select("tokens"))
@@ -211,7 +209,7 @@ for i in range(len(questions)):
     print(f"{len(full)} tokens scored, the answer's log-probs differ by {gap:.1e} from those recorded while generating")
 
 # %%
-# A server that was started here ends with ``shutdown`` (or at the end of a ``with`` block, or with
-# the program).
+# ``shutdown`` ends a server that ``from_pretrained`` started (so does the end of a ``with`` block or
+# of the program).
 
 servers.shutdown()

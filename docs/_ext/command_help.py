@@ -1,4 +1,4 @@
-"""The directive ``command-help``: what ``torchrl-sglang COMMAND --help`` prints, asked when the site is built."""
+"""The directive ``command-help``: the output of ``torchrl-sglang COMMAND --help`` when the site is built."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torchrl_sglang.cli import main
 
 
 class CommandHelp(SphinxDirective):
-    """``.. command-help:: serve`` shows the help of that command; without an argument that of the program."""
+    """``.. command-help:: serve`` shows the help of that command; without an argument, the help of the program."""
 
     optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """Ask, and show the answer as it would look on a terminal."""
-        words = [*self.arguments, "--help"]
-        said = io.StringIO()
-        # argparse wraps to the terminal's width, and the machine that builds the site has none
-        as_wide = mock.patch.dict(os.environ, COLUMNS="100")
-        with as_wide, contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-            main(words)
-        shown = f"$ torchrl-sglang {' '.join(words)}\n{said.getvalue()}"
-        return [nodes.literal_block(shown, shown, language="text")]
+        """Run the command and return its output as a literal block."""
+        arguments = [*self.arguments, "--help"]
+        output = io.StringIO()
+        # argparse wraps to the terminal's width, and a build has no terminal
+        fixed_width = mock.patch.dict(os.environ, COLUMNS="100")
+        with fixed_width, contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+            main(arguments)
+        text = f"$ torchrl-sglang {' '.join(arguments)}\n{output.getvalue()}"
+        return [nodes.literal_block(text, text, language="text")]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

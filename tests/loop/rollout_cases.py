@@ -1,4 +1,4 @@
-"""The same inputs for every wrapper, and what Hugging Face itself says of them."""
+"""Inputs for every wrapper, and the results of Hugging Face on them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def largest_gap(model: Any, samples: Iterable[Mapping[str, Any]]) -> float:
 
 
 def greedy(model: Any, ids_T: list[int], max_new_tokens: int, **kwargs: Any) -> list[int]:
-    """What Hugging Face's own greedy decoding answers to one prompt alone."""
+    """Hugging Face's greedy decoding of one prompt."""
     prompt = torch.tensor([ids_T])
     with torch.no_grad():
         out = model.generate(

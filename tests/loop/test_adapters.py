@@ -137,7 +137,7 @@ def test_a_refused_adapter_leaves_requests_with_the_one_before(lora_pool: SGLang
     sync.close()
 
 
-def test_an_adapter_that_fails_its_proof_is_forgotten_and_its_number_not_used_again(tiny_llama: Path) -> None:
+def test_an_adapter_that_fails_verification_is_unloaded_and_its_number_is_not_used_again(tiny_llama: Path) -> None:
     with FakeServer(FakeSettings(model_path=tiny_llama, enable_lora=True)) as fake:  # its log-probs are no model's
         pool = SGLangPool([SGLangClient(fake.url)])
         sync = WeightSync(pool, SyncConfig(transport="lora"))

@@ -1,6 +1,6 @@
-"""A batch on several servers of which some die: every prompt has exactly one answer, or the error says what was lost.
+"""Batches on several servers of which some die: every prompt gets exactly one reply, or the error names the lost ones.
 
-Fake servers in processes of their own, killed in the middle; ``test_engine.py`` has the same with real ones.
+The servers are fake ones in processes of their own, killed while generating; ``test_engine.py`` uses real ones.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def pool_of(servers: list[ForkedServer]) -> SGLangPool:
     return pool
 
 
-def in_the_middle(pool: SGLangPool, servers: list[ForkedServer], **options: Any) -> Task[list[GenerateReply]]:
-    """A batch that all servers have begun to work on."""
+def start_batch(pool: SGLangPool, servers: list[ForkedServer], **options: Any) -> Task[list[GenerateReply]]:
+    """A batch that has reached all servers."""
     batch = Task(lambda: pool.generate(PROMPTS, SAMPLING, **options), name="batch")
     wait_until(lambda: all(each.requests("/generate") for each in servers), "the batch never arrived", 30)
     return batch
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_the_share_of_a_server_killed_in_the_middle_is_generated_by_the_other(
+def test_the_prompts_of_a_server_killed_while_generating_are_generated_by_the_other(
     serve: Callable[..., list[ForkedServer]], streamed: bool
 ) -> None:
     servers = serve(2)
@@ -67,10 +67,10 @@ def test_the_share_of_a_server_killed_in_the_middle_is_generated_by_the_other(
 
     assert [reply.output_ids for reply in replies] == [reply.output_ids for reply in expected]
     assert {reply.server for reply in replies} == {survivor.url}
-    assert survivor.requests("/generate") == before + 2, "its own share, and the other's once"
+    assert survivor.requests("/generate") == before + 2, "its own share, and the dead server's once"
     assert list(pool.quarantined) == [victim.url]
     assert "died while generating" in pool.quarantined[victim.url]
-    # And from now on nobody is asked who is dead.
+    # Later batches need no liveness check.
     assert len(pool.generate(PROMPTS, SAMPLING)) == len(PROMPTS)
 
 
@@ -79,7 +79,7 @@ def test_when_all_servers_die_the_error_names_the_prompts_without_an_answer(
 ) -> None:
     servers = serve(2)
     pool = pool_of(servers)
-    batch = in_the_middle(pool, servers)
+    batch = start_batch(pool, servers)
     for each in servers:
         each.kill()
     with pytest.raises(ServerError, match=r"no server is left, 8 of 8 prompts .*numbers 0, 1, 2, 3, 4, 5, 6, 7") as e:
@@ -98,13 +98,13 @@ def test_a_request_that_may_have_run_on_a_living_server_is_sent_once(
         pool.generate(PROMPTS, SAMPLING)
     assert [each.requests("/generate") for each in servers] == [1] * servers_alive
     assert not pool.quarantined
-    assert len(pool.generate(PROMPTS, SAMPLING)) == len(PROMPTS), "the server lives: it goes on being used"
+    assert len(pool.generate(PROMPTS, SAMPLING)) == len(PROMPTS), "the server is alive and stays in use"
 
 
-def test_a_server_that_hangs_is_not_taken_for_dead(serve: Callable[..., list[ForkedServer]]) -> None:
+def test_a_server_that_hangs_is_not_marked_dead(serve: Callable[..., list[ForkedServer]]) -> None:
     servers = serve(2)
     pool = pool_of(servers)
-    batch = in_the_middle(pool, servers, timeout_s=3.0)
+    batch = start_batch(pool, servers, timeout_s=3.0)
     servers[0].suspend()
     try:
         with pytest.raises(ServerError, match="may still be running"):
@@ -115,7 +115,7 @@ def test_a_server_that_hangs_is_not_taken_for_dead(serve: Callable[..., list[For
     assert not pool.quarantined
 
 
-def test_an_interrupted_stream_of_a_dead_server_is_an_error_not_a_short_answer(
+def test_an_interrupted_stream_of_a_dead_server_is_an_error(
     serve: Callable[..., list[ForkedServer]],
 ) -> None:
     (server,) = serve(1)
@@ -130,7 +130,7 @@ def test_an_interrupted_stream_of_a_dead_server_is_an_error_not_a_short_answer(
 @pytest.mark.parametrize(
     ("count", "versions"), [(1, ["default", "dirty-4", "3@t"]), (2, ["3@t"])], ids=["alone", "beside another"]
 )
-def test_a_server_that_somebody_started_anew_is_used_again_if_its_weights_are_not_older(
+def test_a_restarted_server_is_used_again_if_its_weights_are_not_older(
     serve: Callable[..., list[ForkedServer]], processes: ProcessFactory, count: int, versions: list[str]
 ) -> None:
     servers = serve(count, step_s=0)
@@ -141,8 +141,8 @@ def test_a_server_that_somebody_started_anew_is_used_again_if_its_weights_are_no
     victim = servers[0]
     port = int(victim.url.rsplit(":", 1)[1])
 
-    def look() -> bool:
-        """Whether the pool has looked at the new server; it does so when somebody generates."""
+    def has_been_queried() -> bool:
+        """Whether the pool has queried the new server; it does so in generate()."""
         with contextlib.suppress(ServerError):
             pool.generate(PROMPTS, SAMPLING)
         return victim.requests("/model_info", answered=True) > 0
@@ -153,9 +153,9 @@ def test_a_server_that_somebody_started_anew_is_used_again_if_its_weights_are_no
             pool.generate(PROMPTS, SAMPLING)
         assert victim.url in pool.quarantined
         victim = processes.start_server(replace(servers[0].settings, port=port, weight_version=version))
-        wait_until(look, "nobody looked at the new server", 30)
+        wait_until(has_been_queried, "the pool did not query the new server", 30)
         if version == "3@t":
-            wait_until(lambda: not pool.quarantined, "it was not taken back", 10)
+            wait_until(lambda: not pool.quarantined, "it was not restored", 10)
             assert len(pool.generate(PROMPTS, SAMPLING)) == len(PROMPTS)
             assert victim.requests("/generate") > 0
         else:

@@ -1,4 +1,4 @@
-"""Chat against real servers: the words are those of the model itself, in every form, and with images."""
+"""Chat on real servers: responses equal those of the model in transformers, streamed or not, and with images."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_a_chat_says_what_the_model_says_with_true_log_probs(chat: SGLangChat, tiny_llama: Path) -> None:
+def test_a_chat_returns_the_models_tokens_and_log_probs(chat: SGLangChat, tiny_llama: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
     messages = [{"role": "system", "content": "Be brief."}, *QUESTION]
@@ -62,7 +62,7 @@ def test_a_chat_says_what_the_model_says_with_true_log_probs(chat: SGLangChat, t
     assert chat.chat(QUESTION)[0].log_probs is None
 
 
-def test_the_pieces_of_a_stream_are_the_whole_text(chat: SGLangChat) -> None:
+def test_the_pieces_of_a_stream_joined_are_the_whole_text(chat: SGLangChat) -> None:
     whole = chat.chat(QUESTION)[0]
     finished: list[Response] = []
     pieces = list(chat.iter_chat(QUESTION, on_finish=finished.append))
@@ -90,7 +90,7 @@ def test_stop_strings_end_a_response_and_are_not_in_it_streamed_or_not(chat: SGL
     assert response.response_length < NEW_TOKENS
 
 
-def test_several_responses_are_several_and_settings_of_a_call_win_over_the_defaults(chat: SGLangChat) -> None:
+def test_a_call_can_ask_for_several_responses_and_its_settings_replace_the_defaults(chat: SGLangChat) -> None:
     responses = chat.chat(QUESTION, num_return_sequences=3, temperature=1.0, max_new_tokens=8)
     assert len(responses) == 3
     assert len({r.token_ids for r in responses}) > 1
@@ -99,7 +99,7 @@ def test_several_responses_are_several_and_settings_of_a_call_win_over_the_defau
     prompt = chat.chat(QUESTION)[0].prompt_length
     assert chat.chat(QUESTION, max_length=prompt + 5, ignore_eos=True)[0].response_length == 5
     raw = chat.chat([*QUESTION, {"role": "assistant", "content": "5"}], skip_special_tokens=False, stop_token_ids=[])
-    assert raw[0].prompt_length != prompt, "an assistant's last message is continued, not asked again"
+    assert raw[0].prompt_length != prompt, "an assistant's last message is continued"
 
 
 def test_leaving_a_stream_early_ends_the_request_on_the_server(chat: SGLangChat) -> None:
@@ -118,7 +118,7 @@ def test_leaving_a_stream_early_ends_the_request_on_the_server(chat: SGLangChat)
     assert running == 0
 
 
-def test_what_the_server_cannot_honour_is_refused_before_it_is_asked(chat: SGLangChat) -> None:
+def test_settings_that_the_server_can_not_honour_are_refused_before_sending(chat: SGLangChat) -> None:
     for words, call in {
         "would ignore it": {"seed": 1, "temperature": 1.0},
         "--enable-lora": {"adapter": "kind"},
@@ -137,7 +137,7 @@ def test_what_the_server_cannot_honour_is_refused_before_it_is_asked(chat: SGLan
         SGLangChat("http://127.0.0.1:9")
 
 
-def test_tool_calls_are_found_by_the_servers_own_parser_too(server: SGLangServer, tiny_llama: Path) -> None:
+def test_tool_calls_can_be_parsed_by_the_server(server: SGLangServer, tiny_llama: Path) -> None:
     from torchrl_sglang.client import SGLangClient
     from torchrl_sglang.protocol.tool_calls import build_parse_tool_calls, parse_tool_calls_answer
 
@@ -202,7 +202,7 @@ def pictures() -> list[Any]:
 
 
 @pytest.mark.slow
-def test_a_model_that_sees_is_shown_images_in_any_form(
+def test_a_vision_model_gets_the_same_image_in_every_form(
     special_server: Callable[..., SGLangServer], vision_model: Path, pictures: list[Any], tmp_path: Path
 ) -> None:
     import numpy as np

@@ -1,4 +1,4 @@
-"""Recorded log-probs are those of the distribution that was sampled, and the trainer can say the same ones."""
+"""Recorded log-probs are those of the sampled distribution, and the trainer can compute the same ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from tests.loop.rollout_cases import make_input, rows
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
-from torchrl_sglang.rollout.exactness import temper, trainer_log_probs
+from torchrl_sglang.rollout.log_probs import temper, trainer_log_probs
 
 SAMPLING = {
     "plain": {},
@@ -52,7 +52,7 @@ def test_log_probs_under_temperature_and_penalties_are_exact(engine: AsyncSGLang
 
 
 @pytest.mark.parametrize("name", TRUNCATED)
-def test_truncated_sampling_says_that_its_log_probs_are_those_before_the_cut(
+def test_truncated_sampling_warns_that_log_probs_are_those_before_truncation(
     engine: AsyncSGLang, model: Any, name: str
 ) -> None:
     with pytest.warns(UserWarning, match="exact_log_probs"):
@@ -66,7 +66,7 @@ def test_truncated_sampling_says_that_its_log_probs_are_those_before_the_cut(
 
 @pytest.mark.parametrize("pad_output", [False, True], ids=["ragged", "padded"])
 @pytest.mark.parametrize("name", TRUNCATED)
-def test_exact_log_probs_are_those_among_the_tokens_that_were_left(
+def test_exact_log_probs_are_those_of_the_truncated_distribution(
     engine: AsyncSGLang, model: Any, name: str, pad_output: bool
 ) -> None:
     kwargs = {"exact_log_probs": True, "pad_output": pad_output, "num_samples": 2}

@@ -1,4 +1,4 @@
-"""The examples, run as a reader runs them: a process of their own, a real server, a tiny model."""
+"""The examples, run from the command line against a real server with a tiny model."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ pytestmark = [pytest.mark.usefixtures("needs_sglang"), pytest.mark.timeout(2 * D
 
 
 def start_example(log: Path, name: str, *words: str) -> subprocess.Popen[bytes]:
-    # into a file: nobody would read a pipe while the example runs
+    # a file instead of a pipe, which would fill up while the example runs
     with log.open("w") as output:
         command = [sys.executable, str(EXAMPLES / name), *words]
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
 
 def watch(example: subprocess.Popen[bytes], until: Callable[[], bool] = lambda: False) -> set[psutil.Process]:
-    """Wait for the end of ``example`` (or for ``until``); returns every process it had below it."""
+    """Wait for the end of ``example`` (or for ``until``); returns all its child processes."""
     parent, seen, deadline = psutil.Process(example.pid), set(), time.monotonic() + DEADLINE_S
     while example.poll() is None and not until():
         assert time.monotonic() < deadline, f"{example.args} did not end within {DEADLINE_S} s"
@@ -59,15 +59,20 @@ def still_alive(processes: set[psutil.Process]) -> list[psutil.Process]:
 
 def kill(example: subprocess.Popen[bytes]) -> None:
     if example.poll() is None:
-        example.kill()  # the server dies with it
+        example.kill()  # its server ends with it
         example.wait()
 
 
 def grpo_arguments(model: Path, output: Path, steps: int) -> list[str]:
     # A high learning rate: a tiny random model must change visibly within a step.
     return [
-        *("--model", str(model), "--output", str(output), "--steps", str(steps), "--questions", str(QUESTIONS)),
-        *("--answers", str(ANSWERS), "--micro-batch", "3", "--max-new-tokens", "6", "--lr", "1e-2", "--device", "cpu"),
+        *(f"model={model}", f"run.folder={output}", f"train.steps={steps}", f"train.questions={QUESTIONS}"),
+        *(
+            f"train.answers={ANSWERS}",
+            "train.micro_batch=3",
+            "policy.generate_kwargs.max_new_tokens=6",
+            "train.lr=1e-2",
+        ),
     ]
 
 
@@ -128,7 +133,7 @@ def test_quickstart_rewards_what_its_task_says(quickstart: Any) -> None:
 def test_the_previous_checkpoint_made_the_last_samples_and_the_last_one_did_not(quickstart: Any) -> None:
     last = [sample for sample in quickstart.samples if sample["step"] == STEPS]
     assert largest_gap(load(quickstart.output / "checkpoint-previous"), last) < 1e-3
-    # once in 500 runs no answer holds a number: equal rewards, and nothing to learn from
+    # in one of 500 runs no answer contains a number: rewards are equal, and no update changes the weights
     rewards = [sample["reward"] for sample in quickstart.samples]
     groups = [rewards[i : i + ANSWERS] for i in range(0, len(rewards), ANSWERS)]
     learned = any(len(set(group)) > 1 for group in groups)
@@ -140,7 +145,7 @@ def test_quickstart_draws_a_report(quickstart: Any) -> None:
 
 
 def test_quickstart_leaves_no_process(quickstart: Any) -> None:
-    assert len(quickstart.processes) >= 2  # the watching itself works: there was a server
+    assert len(quickstart.processes) >= 2  # checks the watching itself: there was a server
     assert still_alive(quickstart.processes) == []
 
 
@@ -150,7 +155,7 @@ def test_interrupting_the_quickstart_stops_the_server_keeps_what_was_measured_an
 ) -> None:
     metrics, log = tmp_path / "metrics.csv", tmp_path / "log.txt"
     words = grpo_arguments(tiny_llama, tmp_path, 100_000)
-    if kind == "fake":  # is up in seconds; what it says is no model's
+    if kind == "fake":  # starts within seconds; its log-probs are no model's
         words += [f"engine.python={make_python(tmp_path)}", "+weight_sync_schemes.policy.config.verify=off"]
     example = start_example(log, "grpo.py", *words)
     try:

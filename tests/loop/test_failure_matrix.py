@@ -99,7 +99,7 @@ def orphaned(phase: str, *, servers: int = 1, failing_server: int = 0) -> Row:
         servers=servers,
         failing_server=failing_server,
         dirty=half_way,
-        # It knocks at the dead trainer's store until torch's time-out of 30 minutes.
+        # It retries the dead trainer's store until torch's time-out of 30 minutes.
         repair="restart" if phase == "joining the group" else "",
     )
 
@@ -283,7 +283,7 @@ def test_the_table_knows_how_many_buckets_there_are(runner: MatrixRunner) -> Non
         with_server.kill()
 
 
-def test_the_bystander_would_notice_other_weights_than_its_label_says(runner: MatrixRunner) -> None:
+def test_the_other_client_detects_weights_other_than_its_label_says(runner: MatrixRunner) -> None:
     server = runner.serve()
     try:
         with BackgroundClients([server]) as clients:

@@ -1,4 +1,4 @@
-"""The policy against Hugging Face on the same checkpoint, over every mode; TorchRL's own wrapper agrees key for key."""
+"""The policy against Hugging Face on the same checkpoint in every mode, and against TransformersWrapper key by key."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_scoring_writes_what_transformers_wrapper_writes(
 
 @pytest.mark.parametrize("generate", [True, False], ids=["generate", "score"])
 @pytest.mark.parametrize("mode", MODES)
-def test_inplace_says_where_the_answer_is_written(engine: AsyncSGLang, mode: str, generate: bool) -> None:
+def test_inplace_decides_where_the_output_is_written(engine: AsyncSGLang, mode: str, generate: bool) -> None:
     def run(inplace: Any) -> tuple[TensorDictBase, TensorDictBase]:
         td = make_input(mode, generate=generate)
         td["extra"] = torch.zeros(3)

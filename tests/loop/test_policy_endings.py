@@ -1,4 +1,4 @@
-"""However a response ends or is interrupted, its ids, log-probs, masks, text and facts stay aligned."""
+"""Ids, log-probs, masks and text stay aligned however a response ends or is interrupted."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def test_a_stop_token_is_part_of_the_response(
     td = said(engine, stop_token_ids=[whole[end]])
     assert_aligned(model, td, whole[: end + 1])
     assert td["text"].response == tokenizer.decode(whole[: end + 1])
-    facts = td["generation"]
-    assert (facts.finish_reason, facts.matched, bool(facts.truncated)) == ("stop", whole[end], False)
+    generation = td["generation"]
+    assert (generation.finish_reason, generation.matched, bool(generation.truncated)) == ("stop", whole[end], False)
 
 
-def test_a_stop_string_is_in_the_ids_and_in_the_text_unless_unwanted(
+def test_a_stop_string_is_in_the_ids_and_in_the_text_unless_trimmed(
     engine: AsyncSGLang, model: Any, tokenizer: Any, whole: list[int]
 ) -> None:
     text = tokenizer.decode(whole)
@@ -99,14 +99,14 @@ def test_no_new_tokens_are_an_empty_response(engine: AsyncSGLang, mode: str, pad
     assert not any(mask.any() for mask in rows(td, "masks", "all_assistant_mask"))
 
 
-def test_prompt_log_probs_come_when_asked_for(engine: AsyncSGLang, model: Any) -> None:
+def test_prompt_logprobs_fills_the_full_log_probs(engine: AsyncSGLang, model: Any) -> None:
     td = said(engine, prompt_logprobs=True)
     expected = reference_log_probs(model, td["tokens", "full"])
     torch.testing.assert_close(td["log_probs", "full"], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("on_error", ["raise", "mask"])
-def test_a_prompt_longer_than_the_context_is_dealt_with_before_it_is_sent(engine: AsyncSGLang, on_error: str) -> None:
+def test_a_prompt_longer_than_the_context_is_not_sent(engine: AsyncSGLang, on_error: str) -> None:
     td = lazy_stack([TensorDict({("tokens", "prompt"): torch.full((n,), 5)}) for n in (3, 4000)])
     policy = SGLangWrapper(engine, input_mode="tokens", on_error=on_error, generate_kwargs={"max_new_tokens": 4})
     if on_error == "raise":
@@ -116,10 +116,10 @@ def test_a_prompt_longer_than_the_context_is_dealt_with_before_it_is_sent(engine
         assert (cut.prompt_tokens + cut.dropped_tokens).tolist() == [3, 4000]
         assert cut.completion_tokens.tolist() == [4, 4]
     else:
-        facts = policy(td)["generation"]
-        assert facts.completion_tokens.tolist() == [4, 0]
-        assert facts.finish_reason[1] == "error"
-        assert "4000 tokens" in facts.error[1]
+        generation = policy(td)["generation"]
+        assert generation.completion_tokens.tolist() == [4, 0]
+        assert generation.finish_reason[1] == "error"
+        assert "4000 tokens" in generation.error[1]
 
 
 def test_progress_is_shown_and_changes_nothing(engine: AsyncSGLang, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +150,7 @@ def run_interrupted(policy: SGLangWrapper, interrupt: Any) -> TensorDictBase:
 LONG = {"max_new_tokens": 1500, "temperature": 0, "ignore_eos": True}
 
 
-def test_an_aborted_batch_comes_back_whole(pristine_server: SGLangServer, model: Any) -> None:
+def test_an_aborted_batch_is_completed(pristine_server: SGLangServer, model: Any) -> None:
     def abort(client: SGLangClient) -> None:
         client.send(build_pause("abort"))
         client.send(build_continue())
@@ -167,7 +167,7 @@ def test_an_aborted_batch_comes_back_whole(pristine_server: SGLangServer, model:
 
 
 @pytest.mark.parametrize("mode", ["abort", "retract"])
-def test_every_token_names_the_weights_that_made_it(
+def test_every_token_has_the_version_of_the_weights_that_generated_it(
     pristine_server: SGLangServer, model: Any, tiny_llama_b: Path, mode: str
 ) -> None:
     def update(client: SGLangClient) -> None:

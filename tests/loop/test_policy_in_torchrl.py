@@ -1,4 +1,4 @@
-"""The policy wherever TorchRL uses one: collectors, conversations with tools, losses, reference models."""
+"""The policy in TorchRL's collectors, conversations with tools, losses and reference models."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def assert_sampled_from(model: Any, batch: TensorDictBase) -> int:
 # ----------------------------------------------------------------------------------------------------------- collectors
 
 
-def test_a_collector_yields_what_the_model_said(engine: AsyncSGLang, model: Any, tiny_llama: Path) -> None:
+def test_a_collector_yields_the_models_tokens_and_log_probs(engine: AsyncSGLang, model: Any, tiny_llama: Path) -> None:
     collector = Collector(make_env(tiny_llama), make_policy(engine), frames_per_batch=4, total_frames=8)
     batches = list(collector)
     collector.shutdown()
@@ -143,9 +143,7 @@ def test_environments_in_threads_share_the_policy(engine: AsyncSGLang, model: An
     collector.shutdown()
 
 
-def test_workers_of_a_multi_collector_get_copies_that_answer(
-    server: SGLangServer, model: Any, tiny_llama: Path
-) -> None:
+def test_workers_of_a_multi_collector_get_working_copies(server: SGLangServer, model: Any, tiny_llama: Path) -> None:
     make = functools.partial(make_env, tiny_llama)
     # padded, and one step per worker: TorchRL can't stack workers' ragged batches
     collector = MultiSyncCollector(
@@ -190,7 +188,7 @@ def test_a_conversation_with_a_tool_keeps_its_tokens_turn_after_turn(
             before = step["tokens", "full"].tolist()
 
 
-def test_tokens_of_an_episode_that_has_ended_are_not_taken_for_the_next(engine: AsyncSGLang, tokenizer: Any) -> None:
+def test_tokens_of_an_ended_episode_are_not_used_for_the_next(engine: AsyncSGLang, tokenizer: Any) -> None:
     policy = make_policy(engine, prefer_tokens=True)
     first, second = (
         TensorDict(history=ChatHistory(prompt=History.from_chats([[c]]), batch_size=[1]), batch_size=[1])
@@ -265,7 +263,7 @@ def test_a_server_can_be_the_reference_model(engine: AsyncSGLang, model: Any, to
         assert float(kl.detach().abs().max()) < 1e-4
 
 
-def test_a_server_can_price_divergence_into_the_reward(engine: AsyncSGLang, tiny_llama: Path) -> None:
+def test_a_server_can_be_the_reference_of_a_kl_reward(engine: AsyncSGLang, tiny_llama: Path) -> None:
     env = make_env(tiny_llama, batch=1)
     env.append_transform(KLRewardTransform(SGLangWrapper(engine, generate=False, input_mode="tokens"), coef=1.0))
     batch = env.rollout(1, make_policy(engine)).reshape(-1)
@@ -273,7 +271,7 @@ def test_a_server_can_price_divergence_into_the_reward(engine: AsyncSGLang, tiny
     assert batch["next", "reward"].shape[-2] == batch["tokens", "full"].shape[-1]
 
 
-def test_sft_stays_close_to_a_server_that_holds_the_reference(engine: AsyncSGLang, model: Any, tokenizer: Any) -> None:
+def test_a_server_can_be_the_reference_of_sft(engine: AsyncSGLang, model: Any, tokenizer: Any) -> None:
     history = History.from_chats(ANSWERED[::2])
     data = TensorDict(history=ChatHistory(full=history), batch_size=[2], next=TensorDict(batch_size=[2]))
     reference = RetrieveLogProb(

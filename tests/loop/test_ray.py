@@ -126,7 +126,7 @@ def test_a_collector_in_an_actor_gets_new_weights_from_the_trainers_process_and_
         ray.kill(collector._collector)  # TorchRL leaves the actor to the end of the program
 
 
-def test_the_recipe_for_a_cluster_trains_on_what_an_actor_collects(
+def test_the_recipes_ray_preset_trains_on_batches_that_an_actor_collects(
     pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[str] = []
@@ -134,25 +134,25 @@ def test_the_recipe_for_a_cluster_trains_on_what_an_actor_collects(
         was = getattr(kind, name)
         monkeypatch.setattr(kind, name, lambda self, was=was, kind=kind: ended.append(kind.__name__) or was(self))
     words = settings(tiny_llama, pristine_server.url, tmp_path, steps=3)
-    assert run_here("grpo_ray", [*words, "rollouts.ahead=0"])
+    assert run_here("grpo_async", ["--preset", "ray_cpu", *words, "rollouts.ahead=0"])
     for row in rows_of(tmp_path):
         assert row["staleness_max"] == 0
         assert row["logprob_gap_max"] < 1e-3
     assert served_version(pristine_server.url) == 4
     positions = [sample["position"] for sample in samples_of(tmp_path)]
-    # TorchRL's LLMCollector resets its environment once too often: the first questions are asked by nobody
+    # TorchRL's LLMCollector resets its environment once too often, so the first questions are skipped
     assert positions == [QUESTIONS + n for n in range(3 * QUESTIONS) for _ in range(ANSWERS)]
     gc.collect()
-    assert ended == ["RayLLMCollector", "RayServing"], "a call after Ray's end would start a new one"
-    wait_until(lambda: ray.available_resources().get("CPU") == 2, "the collector's actor is left", 30)
+    assert ended == ["RayLLMCollector", "RayServing"], "a later shutdown call would start a new Ray"
+    wait_until(lambda: ray.available_resources().get("CPU") == 2, "the collector's actor is still running", 30)
 
 
 @pytest.mark.slow
-def test_a_run_with_a_ray_of_its_own_ends_with_it(
+def test_a_run_shuts_down_the_ray_that_it_started(
     pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path
 ) -> None:
     words = settings(tiny_llama, pristine_server.url, tmp_path / "run", steps=2)
-    process = start("grpo_ray", tmp_path / "log", words)
+    process = start("grpo_async", tmp_path / "log", ["--preset", "ray_cpu", *words])
     try:
         wait_for(lambda: (tmp_path / "run" / "model").exists(), process, tmp_path / "log")
         children = psutil.Process(process.pid).children(recursive=True)

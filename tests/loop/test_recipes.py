@@ -1,7 +1,7 @@
-"""Every recipe for a few steps against the run's shared server; runs that are killed and resumed.
+"""Every recipe for a few steps against the shared server; runs that are killed and resumed.
 
-What only needs steps to be taken runs in this process, which has imported everything already; what is killed is a
-process of its own. ``test_examples.py`` runs the quick start as its user does, and interrupts it.
+Most tests run the recipe in this process, which has imported everything already; a recipe that is killed runs in its
+own process. ``test_examples.py`` runs the quick start from the command line and interrupts it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.usefixtures("needs_sglang"), pytest.mark.timeout(2 * D
 
 @pytest.fixture(autouse=True)
 def rewards_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model never answers right; equal rewards would leave the advantages, and so every step, at nought."""
+    """A random model is never right; with equal rewards the advantages, and so every update, would be 0."""
     monkeypatch.setattr("torchrl_sglang.recipes.data.tasks.score_sum", lambda answer, *_: (len(answer) / 20, False))
 
 
@@ -53,7 +53,7 @@ def settings(model: Path, url: str, folder: Path, *, steps: int) -> list[str]:
 
 
 def run_here(name: str, words: list[str]) -> bool:
-    """The recipe's own ``train`` in this process."""
+    """Run the recipe's own ``train`` in this process."""
     path = EXAMPLES / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", path)
     assert spec is not None
@@ -82,7 +82,7 @@ def served_version(url: str) -> int:
 
 
 def check_run(folder: Path, steps: int) -> list[dict[str, Any]]:
-    """Every step once, every question's group once and in order, files there."""
+    """Check that every step and every question's group occur once and in order, and that the files exist."""
     rows, samples = rows_of(folder), samples_of(folder)
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert [sample["step"] for sample in samples] == [step for step in range(1, steps + 1) for _ in range(BATCH)]
@@ -119,17 +119,17 @@ def test_grpo_async_trains_on_tokens_one_update_old_and_weights_them(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").num_parameters() > 0
 
 
-def test_answers_under_way_while_the_weights_change_go_on_and_each_token_knows_its_version(
+def test_answers_in_progress_during_an_update_continue_and_each_token_has_its_version(
     pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path
 ) -> None:
     words = settings(tiny_llama, pristine_server.url, tmp_path, steps=4)
     words[-1] = "policy.generate_kwargs.max_new_tokens=200"
-    # far ahead, so that generation never stops; answers long enough to meet an update
+    # far ahead, so that generation never stops; answers long enough to span an update
     far_ahead = ["rollouts.ahead=8", "rollouts.max_staleness=8", "train.micro_batch=8"]
     assert run_here("grpo_async", [*words, *far_ahead, "+policy.generate_kwargs.ignore_eos=true"])
     rows, samples = check_run(tmp_path, 4), samples_of(tmp_path)
     mixed = [sample["weight_versions"] for sample in samples if len(set(sample["weight_versions"])) > 1]
-    # how many there are is a matter of timing; test_weight_sync_in_flight.py makes sure of some
+    # their number depends on timing; test_weight_sync_in_flight.py makes sure that some exist
     assert all(versions == sorted(versions) and len(versions) == 200 for versions in mixed)
     for row in rows:
         ages = dict(pair.split(":") for pair in row["staleness_histogram"].split())
@@ -147,9 +147,7 @@ def test_grpo_async_without_batches_ahead_is_on_policy(
         assert row["ess"] == pytest.approx(1, abs=1e-3)
 
 
-def test_answers_that_are_too_old_are_not_trained_on(
-    pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_answers_that_are_too_old_are_dropped(pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path) -> None:
     words = settings(tiny_llama, pristine_server.url, tmp_path, steps=3)
     assert run_here("grpo_async", [*words, "rollouts.max_staleness=0"])
     rows = rows_of(tmp_path)
@@ -174,7 +172,7 @@ def test_ppo_with_a_reference_in_its_own_process(
     assert rows[0]["update_clip_fraction"] > 0, "the second epoch sees a policy that has moved"
 
 
-def test_ppo_asks_a_second_server_for_the_reference(
+def test_ppo_scores_the_reference_on_a_second_server(
     pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path
 ) -> None:
     words = settings(tiny_llama, pristine_server.url, tmp_path, steps=1)
@@ -251,13 +249,13 @@ def steps_written(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("name", ["grpo_async", pytest.param("grpo", marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_anywhere_goes_on_where_its_checkpoint_was(
+def test_a_run_killed_at_any_moment_resumes_from_its_checkpoint(
     name: str, pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path
 ) -> None:
     folder, log = tmp_path / "run", tmp_path / "log.txt"
     words = settings(tiny_llama, pristine_server.url, folder, steps=100_000)
     killed_after, delay_s = random.randint(2, 6), random.uniform(0, 0.5)
-    told = f"killed {delay_s:.3f} s after step {killed_after} was written"
+    context = f"killed {delay_s:.3f} s after step {killed_after} was written"
     process = start(name, log, [*words, "checkpoint.every=2"])
     try:
         wait_for(lambda: steps_written(folder) >= killed_after, process, log)
@@ -267,8 +265,8 @@ def test_a_run_that_is_killed_anywhere_goes_on_where_its_checkpoint_was(
         process.wait()
     before = rows_of(folder)
     kept = recipes.Checkpoints(folder / "checkpoints").latest()
-    assert kept is not None, told
-    assert kept.step >= killed_after - 2, told
+    assert kept is not None, context
+    assert kept.step >= killed_after - 2, context
     last = kept.step + 2
 
     assert run_here(name, ["--resume", str(folder), f"train.steps={last}"])
@@ -277,31 +275,31 @@ def test_a_run_that_is_killed_anywhere_goes_on_where_its_checkpoint_was(
     done = ("step", "reward_mean", "weight_version", "grad_norm")
     assert [[row[key] for key in done] for row in rows[: kept.step]] == [
         [row[key] for key in done] for row in before[: kept.step]
-    ], told
+    ], context
     assert rows[kept.step]["learning_rate"] == pytest.approx(1e-2)
-    # generated by the resumed weights: the trainer, put back to the checkpoint, agrees with the server
-    assert rows[kept.step]["staleness_max"] == 0, told
-    assert rows[kept.step]["logprob_gap_max"] < 1e-3, told
+    # generated by the resumed weights: the restored trainer agrees with the server
+    assert rows[kept.step]["staleness_max"] == 0, context
+    assert rows[kept.step]["logprob_gap_max"] < 1e-3, context
     assert (
         gap_to_checkpoint(tiny_llama, kept, [one for one in samples_of(folder) if one["step"] == kept.step + 1]) < 1e-3
     )
     versions = [row["weight_version"] for row in rows]
-    assert versions == sorted(set(versions)), told
-    assert served_version(pristine_server.url) == versions[-1], told
+    assert versions == sorted(set(versions)), context
+    assert served_version(pristine_server.url) == versions[-1], context
 
 
 def gap_to_checkpoint(model_path: Path, kept: recipes.Checkpoint, samples: list[dict[str, Any]]) -> float:
-    """Between the recorded log-probs and those of the checkpoint's weights."""
+    """Largest gap between the recorded log-probs and those of the checkpoint's weights."""
     model = load(model_path)
     model.load_state_dict(dict(kept.modules["model"]))
     return largest_gap(model, samples)
 
 
-def test_what_is_wrong_is_said_in_one_line() -> None:
+def test_a_wrong_setting_ends_the_program_with_one_line() -> None:
     path = EXAMPLES / "grpo_async.py"
     with pytest.raises(SystemExit, match=r"^grpo_async\.py: unknown setting 'train\.learning_rate'\."):
-        recipes.run_program(path, never, arguments=recipes.parse_arguments(path, ["train.learning_rate=1"]))
+        recipes.run_program(path, never, words=["train.learning_rate=1"])
 
 
 def never(config: Any, resume: bool) -> bool:
-    raise AssertionError("nothing may be loaded before the configuration is right")
+    raise AssertionError("nothing may be loaded before the configuration is checked")

@@ -1,4 +1,4 @@
-"""``grpo_tools.py`` against the run's shared server, with a tiny model that takes to writing programs at random."""
+"""``grpo_tools.py`` against the shared server, with a tiny random model whose answers often match as programs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torchrl_sglang.server import SGLangServer
 
 pytestmark = pytest.mark.usefixtures("needs_sglang")
 
-WITH_A_VOWEL = "(.*[aeiou].*)"  # is a program, in these conversations: most have several turns
+WITH_A_VOWEL = "(.*[aeiou].*)"  # any answer with a vowel counts as a program, so most conversations have several turns
 
 
 def test_conversations_with_a_tool_are_trained_on_where_the_model_wrote_them(
     pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path
 ) -> None:
     words = settings(tiny_llama, pristine_server.url, tmp_path, steps=2)
-    words += [recipes.override("tool.program", WITH_A_VOWEL), "tool.max_turns=3"]
+    words += [f"tool.program='{WITH_A_VOWEL}'", "tool.max_turns=3"]
     assert run_here("grpo_tools", [*words, "evaluate.every=2", "evaluate.questions=2", "evaluate.answers=4"])
 
     rows, samples = rows_of(tmp_path), samples_of(tmp_path)

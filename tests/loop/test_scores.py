@@ -1,4 +1,4 @@
-"""Scores of a real served reward model: those of transformers, in a list and as a TorchRL reward."""
+"""Scores of a served reward model equal those of transformers, as a list and as a TorchRL reward."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_scores_are_the_logits_of_transformers(rewards: RewardModel, classifier:
     )
 
 
-def test_what_cannot_be_scored_is_refused(rewards: RewardModel, server: SGLangServer) -> None:
+def test_texts_that_can_not_be_scored_are_refused(rewards: RewardModel, server: SGLangServer) -> None:
     with pytest.raises(ConfigError, match="must be a list"):
         rewards.get_scores("one text")
     with pytest.raises(ConfigError, match="text 1 must be a string"):
@@ -101,7 +101,7 @@ def test_a_chat_env_gets_the_score_as_its_reward(rewards: RewardModel, classifie
     assert reward.flatten().tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_nothing_to_score_says_so(rewards: RewardModel) -> None:
+def test_a_step_without_text_is_refused(rewards: RewardModel) -> None:
     empty = TensorDict({"other": torch.zeros(2)}, batch_size=(2,))
     with pytest.raises(ConfigError, match="nothing to score"):
         RewardModelTransform(rewards)._step(empty, empty.clone())

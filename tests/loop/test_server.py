@@ -1,6 +1,6 @@
-"""Real SGLang servers as child processes: they serve, side by side too, they fail with reasons, and they leave nothing.
+"""Real SGLang servers as child processes: several in parallel, errors with their causes, and no process left behind.
 
-Each start costs about 20 s, so a start serves several assertions. What can be shown without SGLang is in
+A start takes about 20 s, so each serves several assertions. Tests that need no SGLang are in
 ``tests/processes/test_server_life.py``.
 """
 
@@ -54,7 +54,7 @@ def test_two_servers_start_side_by_side_serve_and_go_one_by_one(tiny_llama: Path
             assert KEY not in server.log_path.read_text()
             assert not any(KEY in Path(f"/proc/{pid}/cmdline").read_text() for pid in tree(server))
 
-        # Asked to end, SGLang ends by itself.
+        # After SIGTERM, SGLang ends by itself.
         pids = tree(first)
         folder = first.log_path and first.log_path.parent
         first.stop()
@@ -63,7 +63,7 @@ def test_two_servers_start_side_by_side_serve_and_go_one_by_one(tiny_llama: Path
         assert not folder.exists()
         assert "SIGTERM received" in first.log_tail() or "Gracefully exiting" in first.log_tail()
 
-        # The other one crashes: an id outside the vocabulary is an error its scheduler does not survive.
+        # The other one crashes: an id outside the vocabulary crashes its scheduler.
         assert second.is_running
         assert generate(second)
         pids = tree(second)
@@ -113,7 +113,7 @@ def test_no_process_of_a_real_server_outlives_an_owner_killed_with_sigkill(tiny_
         requests.get(f"{url}/model_info", timeout=30)
 
 
-def test_what_sglang_refuses_is_told_with_the_end_of_its_log(tiny_llama: Path, tmp_path: Path) -> None:
+def test_what_sglang_refuses_is_reported_with_the_end_of_its_log(tiny_llama: Path, tmp_path: Path) -> None:
     unknown_flag = SGLangServer(
         ServerConfig(model=str(tiny_llama), device="cpu", extra_args=("--no-such-flag", "3"), start_timeout_s=200)
     )

@@ -86,7 +86,7 @@ def test_a_collector_updates_the_server_again_and_again(
             assert_serves(url, model, version)
             assert versions_in(next(batches)) == {version}
         assert scheme.last_report is not None
-        assert scheme.last_report.max_logprob_gap < 1e-4  # the proof asked the model itself
+        assert scheme.last_report.max_logprob_gap < 1e-4  # verification called the model itself
         with pytest.raises(ConfigError, match=r"update_policy_weights_\(model\)"):
             collector.update_policy_weights_()
         assert_serves(url, model_a, version=2)

@@ -1,8 +1,7 @@
-"""A server's process tree ends with its owner, however the owner ends, and failures say what happened.
+"""The life cycle of servers and routers: their processes end with the owner, and errors say what happened.
 
-What is launched here is a small program in SGLang's place that behaves worse than SGLang does: it ignores SIGTERM,
-starts a child that leaves the session and another that is orphaned, and fails on demand. The real server goes through
-the same in ``tests/loop/test_server.py``.
+A small program takes SGLang's place and behaves worse than SGLang: it ignores SIGTERM, starts a child that leaves the
+session and another that is orphaned, and fails on demand. ``tests/loop/test_server.py`` tests the real server.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from pathlib import Path
 import pytest
 
 from tests.processes.process_trees import tree, wait_gone
-from torchrl_sglang.config import ServerConfig
+from torchrl_sglang.config import RouterConfig, ServerConfig
 from torchrl_sglang.errors import ConfigError, ServerError, ServerStartError
-from torchrl_sglang.server import SGLangServer, start_fleet, stop_fleet
+from torchrl_sglang.server import SGLangRouter, SGLangServer, start_fleet, stop_fleet
 from torchrl_sglang.server.ports import is_bindable
 from torchrl_sglang.server.supervisor import process_table
 
 pytestmark = pytest.mark.usefixtures("logs_go_with_the_test")
 
-# Stands where `python` would: the supervisor runs in the real one, `-m sglang.launch_server ...` is answered here.
+# Used as `python`: runs the supervisor in the real Python, and acts as the server for `-m sglang.launch_server ...`.
 PROGRAM = """#!{python}
 import http.server, os, signal, socket, subprocess, sys, time
 if sys.argv[1] == "-I":
@@ -118,7 +117,7 @@ def test_an_exception_in_the_block_ends_the_server_at_once(make: Callable[..., S
     assert not pids & process_table().keys()
 
 
-def test_a_server_nobody_holds_any_more_ends(make: Callable[..., SGLangServer], program: Path) -> None:
+def test_a_server_ends_when_its_object_is_collected(make: Callable[..., SGLangServer], program: Path) -> None:
     server = SGLangServer(ServerConfig(model="org/model", python=str(program), device="cpu")).start()
     pids = tree(server)
     del server
@@ -166,12 +165,12 @@ def test_nothing_is_left_when_the_owner_ends(program: Path, ending: str) -> None
     owner.stdout.close()
 
 
-def test_a_thread_that_ends_does_not_take_the_server_along(make: Callable[..., SGLangServer]) -> None:
+def test_a_server_outlives_the_thread_that_started_it(make: Callable[..., SGLangServer]) -> None:
     server = make()
     thread = threading.Thread(target=server.start)
     thread.start()
     thread.join()
-    time.sleep(1.2)  # more than two rounds of the supervisor's look at its owner
+    time.sleep(1.2)  # the supervisor checks its owner every 0.5 s
     assert server.is_running
 
 
@@ -207,7 +206,9 @@ def test_a_raw_fork_that_exits_normally_ends_nothing(make: Callable[..., SGLangS
     assert server.is_running
 
 
-def test_an_attached_copy_tells_when_the_server_is_gone_and_starts_nothing(make: Callable[..., SGLangServer]) -> None:
+def test_an_attached_copy_reports_that_the_server_has_ended_and_starts_nothing(
+    make: Callable[..., SGLangServer],
+) -> None:
     server = make().start()
     copy = pickle.loads(pickle.dumps(server))
     assert copy.is_running
@@ -230,7 +231,9 @@ def test_a_crash_during_the_start_shows_the_log_and_what_to_do(make: Callable[..
     assert not server.is_running
 
 
-def test_a_python_without_sglang_says_what_to_install(make: Callable[..., SGLangServer], tmp_path: Path) -> None:
+def test_a_python_without_sglang_is_reported_with_what_to_install(
+    make: Callable[..., SGLangServer], tmp_path: Path
+) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True, timeout=60)
     server = make(python=str(tmp_path / "bare" / "bin" / "python"))
     with pytest.raises(ServerStartError, match="torchrl-sglang install-cpu-server"):
@@ -261,13 +264,13 @@ def test_ctrl_c_while_it_starts_ends_it(make: Callable[..., SGLangServer]) -> No
     assert not pids & process_table().keys()
 
 
-def test_a_crash_later_on_is_told_with_its_log(make: Callable[..., SGLangServer]) -> None:
+def test_a_crash_of_a_ready_server_is_reported_with_its_log(make: Callable[..., SGLangServer]) -> None:
     server = make().start()
     server.check()
     pids = tree(server)
     assert server.pid is not None
     os.kill(server.pid, signal.SIGSEGV)
-    assert wait_gone(pids - {min(pids)}) == set()  # all but the supervisor, whose exit status is ours to take
+    assert wait_gone(pids - {min(pids)}) == set()  # all but the supervisor, a zombie until stop()
     with pytest.raises(ServerError, match=r"(?s)exit code 139 \(SIGSEGV\).*server_args=") as caught:
         server.check()
     assert caught.value.server == server.url
@@ -286,13 +289,13 @@ def test_nothing_is_left_when_the_supervisor_itself_is_killed(make: Callable[...
     os.kill(supervisor_pid, signal.SIGKILL)
     assert wait_gone({server.pid}) == set()
     assert not server.is_running
-    # What left the session cannot be found any more; SGLang's processes don't, and ask for the kernel's signal too.
+    # Processes that left the session can't be found any more. SGLang's stay in it, and have a parent-death signal.
     strays = pids & process_table().keys()
     for pid in strays:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_restarted_server_has_its_old_address(make: Callable[..., SGLangServer]) -> None:
+def test_a_restarted_server_has_the_same_address(make: Callable[..., SGLangServer]) -> None:
     server = make().start()
     url, pid = server.url, server.pid
     server.restart()
@@ -308,7 +311,9 @@ def test_a_second_start_is_refused_while_it_runs(make: Callable[..., SGLangServe
     assert server.is_running
 
 
-def test_a_stolen_port_is_replaced_when_the_choice_was_ours(make: Callable[..., SGLangServer], tmp_path: Path) -> None:
+def test_a_picked_port_that_another_program_takes_is_replaced(
+    make: Callable[..., SGLangServer], tmp_path: Path
+) -> None:
     server = make("port stolen once").start()
     assert server.is_running
     (tmp_path / "flag").unlink()
@@ -325,7 +330,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(make: Callable[..., SGL
         make(host="192.0.2.1").start()
 
 
-def test_keys_appear_neither_in_the_log_nor_on_a_command_line_nor_in_a_file(
+def test_keys_are_neither_in_the_log_nor_on_a_command_line_nor_in_a_file(
     make: Callable[..., SGLangServer], tmp_path: Path
 ) -> None:
     key = 'correct-horse\\"battery'
@@ -337,11 +342,11 @@ def test_keys_appear_neither_in_the_log_nor_on_a_command_line_nor_in_a_file(
         assert not any(key in command for command in commands)
         assert key not in repr(server)
         assert [path.name for path in (tmp_path / "logs").iterdir()] == [server.log_path and server.log_path.name]
-    assert (tmp_path / "logs").exists(), "a log folder of the user's own is left alone"
+    assert (tmp_path / "logs").exists(), "the user's log folder must stay"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::1", "::"])
-def test_other_hosts_than_ipv4_loopback_are_reached(make: Callable[..., SGLangServer], host: str) -> None:
+def test_servers_on_other_hosts_than_ipv4_loopback_are_reached(make: Callable[..., SGLangServer], host: str) -> None:
     if ":" in host and not is_bindable("::1", 31162):
         pytest.skip("this machine has no IPv6")
     server = make(host=host).start()
@@ -349,7 +354,7 @@ def test_other_hosts_than_ipv4_loopback_are_reached(make: Callable[..., SGLangSe
         assert answer.status == 200
 
 
-def test_a_fleet_comes_up_side_by_side_and_goes_as_a_whole(make: Callable[..., SGLangServer]) -> None:
+def test_a_fleet_starts_and_stops_in_parallel(make: Callable[..., SGLangServer]) -> None:
     config = make().config
     lines: list[str] = []
     servers = start_fleet([config, config, config], progress=lines.append)
@@ -359,7 +364,7 @@ def test_a_fleet_comes_up_side_by_side_and_goes_as_a_whole(make: Callable[..., S
     assert not pids & process_table().keys()
 
 
-def test_a_fleet_of_which_one_fails_leaves_none(make: Callable[..., SGLangServer]) -> None:
+def test_a_fleet_in_which_one_server_fails_is_stopped(make: Callable[..., SGLangServer]) -> None:
     good, stuck, bad = make().config, make("stuck").config, make("crash").config
     before = set(process_table())
     with pytest.raises(ServerStartError, match="Out of memory"):
@@ -369,3 +374,33 @@ def test_a_fleet_of_which_one_fails_leaves_none(make: Callable[..., SGLangServer
     with pytest.raises(ConfigError):
         start_fleet([good, ServerConfig(model="/no/such/model", device="cpu")])
     assert {pid for pid, row in process_table().items() if row.parent == os.getpid()} - before == set()
+
+
+def test_a_router_has_the_life_cycle_of_a_server(program: Path) -> None:
+    router = SGLangRouter(RouterConfig(python=str(program), start_timeout_s=30))
+    with pytest.raises(ConfigError, match="the router's address is known once it is launched"):
+        _ = router.url
+    url, pids = router.start().url, tree(router)
+    assert router.pid is not None
+    os.kill(router.pid, signal.SIGSEGV)
+    assert wait_gone(pids - {min(pids)}) == set()
+    assert router.has_crashed
+    assert not router.is_running
+    assert "server_args=" in router.log_tail()
+    assert router.start().url == url, "a restarted router must have the same address"
+    pids = tree(router)
+    del router
+    gc.collect()
+    assert not pids & process_table().keys()
+
+
+def test_a_router_that_does_not_start_is_reported_with_its_log(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODE", "crash")
+    router = SGLangRouter(RouterConfig(python=str(program), start_timeout_s=30))
+    with pytest.raises(ServerStartError, match=r"the router ended with exit code 1\. Out of memory") as caught:
+        router.start()
+    assert "CUDA out of memory" in caught.value.log_tail
+    assert caught.value.server == router.url
+    monkeypatch.setenv("MODE", "stuck")
+    with pytest.raises(ServerStartError, match=r"the router is not ready after 1 s"):
+        SGLangRouter(RouterConfig(python=str(program), start_timeout_s=1)).start()

@@ -1,4 +1,4 @@
-"""Ports: chosen ones are free and promised once, across threads and processes."""
+"""Ports: those that are picked are free and reserved once, across threads and processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_many_starts_at_the_same_moment_get_different_ports() -> None:
         reservation.close()
 
 
-def test_a_port_promised_in_another_process_is_refused_until_that_process_ends() -> None:
+def test_a_port_reserved_in_another_process_is_refused_until_that_process_ends() -> None:
     script = (
         "from torchrl_sglang.server.ports import reserve_port; r = reserve_port('127.0.0.1'); "
         "print(r.port, flush=True); input()"
@@ -42,7 +42,7 @@ def test_a_port_promised_in_another_process_is_refused_until_that_process_ends()
 
 
 @pytest.mark.parametrize("listener", ["127.0.0.1", "0.0.0.0"])
-def test_a_port_somebody_listens_on_is_refused(listener: str) -> None:
+def test_a_port_on_which_a_program_listens_is_refused(listener: str) -> None:
     with socket.socket() as busy:
         busy.bind((listener, 0))
         busy.listen()
@@ -52,17 +52,17 @@ def test_a_port_somebody_listens_on_is_refused(listener: str) -> None:
     assert is_bindable("127.0.0.1", port)
 
 
-def test_who_listens_is_told_by_process_and_not_by_an_answer() -> None:
+def test_the_listener_is_found_by_its_process() -> None:
     with socket.socket() as ours:
         ours.bind(("127.0.0.1", 0))
         ours.listen()
         port = ours.getsockname()[1]
-        assert listens_on(os.getppid(), port)  # we are below our parent
-        bystander = subprocess.Popen(["sleep", "60"])
-        assert not listens_on(bystander.pid, port)
-        bystander.kill()
-        bystander.wait(10)
+        assert listens_on(os.getppid(), port)  # this process is a descendant of its parent
+        other = subprocess.Popen(["sleep", "60"])
+        assert not listens_on(other.pid, port)
+        other.kill()
+        other.wait(10)
 
 
-def test_a_host_that_is_not_this_machines_has_no_port() -> None:
+def test_a_host_of_another_machine_has_no_free_port() -> None:
     assert reserve_port("192.0.2.1", 31150) is None

@@ -1,4 +1,4 @@
-"""The import stand-ins: what SGLang does with the real packages at import time works, and nothing else changes."""
+"""The import stand-ins: they support what SGLang does at import time, and change nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(script: str, **variables: str) -> str:
     return done.stdout
 
 
-def test_kernels_can_be_defined_but_the_helpers_are_real() -> None:
+def test_kernels_can_be_defined_and_the_helpers_work() -> None:
     run(
         """
 import triton, triton.language as tl
@@ -58,7 +58,7 @@ else:
     )
 
 
-def test_a_kernel_that_is_not_there_says_so_when_called() -> None:
+def test_calling_a_missing_kernel_raises_an_error_that_names_it() -> None:
     run(
         """
 from sgl_kernel import verify_tree_greedy_cpu
@@ -89,7 +89,7 @@ else:
     assert run(script, **variables).strip() == ("[0.0, 0.0]" if patched else "untouched")
 
 
-def test_the_trainer_never_meets_a_stand_in() -> None:
+def test_the_trainer_does_not_import_the_stand_ins() -> None:
     import torchrl_sglang.server  # noqa: F401
 
     assert not any(path and os.path.samefile(path, STAND_INS_PATH) for path in sys.path if os.path.exists(path))  # noqa: PTH110, PTH121

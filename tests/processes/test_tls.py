@@ -1,6 +1,6 @@
-"""Servers behind ``https://``: a private authority is trusted when it is named, and everything else is refused.
+"""Servers behind ``https://``: a private authority is trusted if the settings name it; all others are refused.
 
-A front that ends TLS stands before the fake server, as a reverse proxy would; its certificates are made by OpenSSL.
+A TLS-terminating proxy is in front of the fake server; OpenSSL makes its certificates.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torchrl_sglang import AsyncSGLang, ConfigError, ServerLostError, ServerUnre
 IDS = [[3, 4, 5], [6, 7]]
 
 
-class Front:
-    """Ends TLS and passes the bytes on; ``cut`` closes the next connection once the request has been passed on."""
+class TlsProxy:
+    """Terminates TLS and forwards the bytes; ``cut`` closes the next connection after forwarding the request."""
 
     def __init__(self, target: int, certificate: Path, key: Path) -> None:
         self._target = target
@@ -48,8 +48,7 @@ class Front:
         with contextlib.suppress(OSError), raw:
             client = self._context.wrap_socket(raw, server_side=True)
             with client, socket.create_connection(("127.0.0.1", self._target)) as server:
-                back = threading.Thread(target=self._pass, args=(server, client), daemon=True)
-                back.start()
+                threading.Thread(target=self._forward, args=(server, client), daemon=True).start()
                 while data := client.recv(65536):
                     server.sendall(data)
                     if self.cut.is_set() and b"/generate" in data:
@@ -58,7 +57,7 @@ class Front:
                         return
 
     @staticmethod
-    def _pass(source: socket.socket, target: socket.socket) -> None:
+    def _forward(source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 target.sendall(data)
@@ -95,35 +94,35 @@ def fake(tiny_llama: Path) -> Iterator[FakeServer]:
 
 
 @pytest.fixture
-def front(fake: FakeServer, certificates: Path) -> Iterator[Front]:
-    made = Front(int(fake.url.rsplit(":", 1)[1]), certificates / "server.pem", certificates / "server.key")
+def proxy(fake: FakeServer, certificates: Path) -> Iterator[TlsProxy]:
+    made = TlsProxy(int(fake.url.rsplit(":", 1)[1]), certificates / "server.pem", certificates / "server.key")
     yield made
     made.close()
 
 
-def test_a_server_with_a_certificate_of_a_private_authority_is_used_when_that_is_named(
-    front: Front, certificates: Path
+def test_a_certificate_of_a_private_authority_is_trusted_if_the_settings_name_the_authority(
+    proxy: TlsProxy, certificates: Path
 ) -> None:
     settings = {"ca_certificate": str(certificates / "ca.pem"), "api_key": "open-sesame"}
-    with AsyncSGLang.connect(f"https://127.0.0.1:{front.port}", **settings) as engine:
+    with AsyncSGLang.connect(f"https://127.0.0.1:{proxy.port}", **settings) as engine:
         replies = engine.generate(input_ids=IDS, max_new_tokens=3, ignore_eos=True)
         assert [len(reply.output_ids) for reply in replies] == [3, 3]
         assert list(engine.stream(IDS[0], max_new_tokens=3, ignore_eos=True))[-1].completion_tokens == 3
 
 
 def test_an_unknown_authority_and_a_wrong_name_are_refused_before_the_key_is_sent(
-    fake: FakeServer, front: Front, certificates: Path
+    fake: FakeServer, proxy: TlsProxy, certificates: Path
 ) -> None:
     before = len(fake.events)
     with pytest.raises(ServerUnreachableError, match=r"not trusted: .*pass its certificate as ca_certificate") as error:
-        AsyncSGLang.connect(f"https://127.0.0.1:{front.port}", api_key="open-sesame")
+        AsyncSGLang.connect(f"https://127.0.0.1:{proxy.port}", api_key="open-sesame")
     assert "open-sesame" not in str(error.value)
     with pytest.raises(ServerUnreachableError, match="the name in the URL must be one the certificate was made for"):
-        AsyncSGLang.connect(f"https://localhost:{front.port}", ca_certificate=str(certificates / "ca.pem"))
+        AsyncSGLang.connect(f"https://localhost:{proxy.port}", ca_certificate=str(certificates / "ca.pem"))
     assert len(fake.events) == before
 
 
-def test_https_to_a_server_that_speaks_http_says_so(fake: FakeServer) -> None:
+def test_https_to_an_http_server_is_named_as_the_cause(fake: FakeServer) -> None:
     with pytest.raises(ServerUnreachableError, match="does not speak TLS; is it http://"):
         AsyncSGLang.connect(fake.url.replace("http://", "https://"))
 
@@ -137,14 +136,14 @@ def test_a_certificate_that_cannot_be_read_is_refused(tmp_path: Path, content: s
         AsyncSGLang.connect("https://127.0.0.1:9", ca_certificate=str(file))
 
 
-def test_a_connection_that_breaks_after_the_request_does_not_count_as_refused(
-    fake: FakeServer, front: Front, certificates: Path
+def test_a_connection_that_breaks_after_the_request_is_not_taken_for_a_failed_handshake(
+    fake: FakeServer, proxy: TlsProxy, certificates: Path
 ) -> None:
-    """TLS adds an error of its own to a broken connection; taken for a failed handshake, the request would go again."""
+    """TLS adds an error to a broken connection; if that counted as a failed handshake, the request would be retried."""
     settings = {"ca_certificate": str(certificates / "ca.pem"), "api_key": "open-sesame"}
-    with AsyncSGLang.connect(f"https://127.0.0.1:{front.port}", **settings) as engine:
-        asked = [event for event in fake.events if event["path"] == "/generate"]
-        front.cut.set()
+    with AsyncSGLang.connect(f"https://127.0.0.1:{proxy.port}", **settings) as engine:
+        before = [event for event in fake.events if event["path"] == "/generate"]
+        proxy.cut.set()
         with pytest.raises(ServerLostError, match="it may have run"):
             engine.generate(input_ids=IDS, max_new_tokens=3)
-        assert len([event for event in fake.events if event["path"] == "/generate"]) <= len(asked) + 1
+        assert len([event for event in fake.events if event["path"] == "/generate"]) <= len(before) + 1

@@ -1,4 +1,4 @@
-"""Images, videos and sounds in every form become URLs that carry exactly them."""
+"""Images, videos and sounds in every form become URLs with exactly their content."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def test_a_tensor_of_three_rows_and_columns_has_its_channels_first_and_an_array_
     ("item", "kind", "words"),
     [
         ("no/such/file.png", "image", "can't be read"),
-        (b"", "image", "holds nothing"),
-        (b"RIFF....WAVEfmt ", "image", "no image: it holds audio/wav"),
-        (b"\x89PNG\r\n\x1a\n...", "audio", "no audio: it holds image/png"),
+        (b"", "image", "expected image, found nothing"),
+        (b"RIFF....WAVEfmt ", "image", "expected image, found audio/wav"),
+        (b"\x89PNG\r\n\x1a\n...", "audio", "expected audio, found image/png"),
         (np.zeros((2, 2, 2)), "image", "an image is a path"),
         (np.zeros((0, 2, 3)), "image", "an image is a path"),
         (np.full((2, 2, 3), 2.0), "image", r"values in \[0, 1\]"),
@@ -79,7 +79,7 @@ def test_a_tensor_of_three_rows_and_columns_has_its_channels_first_and_an_array_
         ((np.zeros(5, dtype=np.int32), 16000), "audio", "int16 or floating point"),
     ],
 )
-def test_what_is_no_such_medium_is_refused_with_the_reason(item: object, kind: str, words: str) -> None:
+def test_media_of_the_wrong_kind_or_shape_are_refused_with_the_reason(item: object, kind: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         media_url(item, kind)
 
@@ -92,7 +92,7 @@ def test_a_sound_keeps_its_samples_and_rate() -> None:
             assert np.frombuffer(sound.readframes(9), "<i2").tolist() == [0, 32767, -32767, 16384]
 
 
-def test_frames_become_a_film_whose_index_finds_every_frame() -> None:
+def test_frames_become_a_video_whose_index_finds_every_frame() -> None:
     frames = [np.full((16, 24, 3), value, dtype=np.uint8) for value in (10, 120, 250)]
     data = content(media_url({"frames": frames, "fps": 4}, "video"))
     assert data[:4] + data[8:12] == b"RIFFAVI "
@@ -112,7 +112,7 @@ def test_frames_become_a_film_whose_index_finds_every_frame() -> None:
     )
 
 
-def test_media_stand_in_the_request_beside_the_prompt_they_belong_to() -> None:
+def test_media_are_sent_beside_the_prompt_they_belong_to() -> None:
     media = [Media(images=("u", "v"), audios=("s",)), Media()]
     body = build_generate([[1], [2]], SamplingParams(), media=media).body
     assert body is not None

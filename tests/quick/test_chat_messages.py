@@ -1,4 +1,4 @@
-"""Messages in all their usual forms, and what does not fit together."""
+"""Messages in all usual forms, and messages that are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_text_stays_text() -> None:
     talk = read_conversation([{"role": "user", "content": parts}], system="be kind")
     assert talk.messages == [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
     assert not talk.media
-    assert read_conversation("a <image> tag").messages[0]["content"] == "a <image> tag", "no images: nothing is meant"
+    assert read_conversation("a <image> tag").messages[0]["content"] == "a <image> tag", "no images: the tag is text"
 
 
 def test_media_are_found_in_the_order_of_their_mention() -> None:
@@ -83,6 +83,6 @@ def test_openai_sounds_and_tool_calls_are_read() -> None:
         ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], {}, "not JSON"),
     ],
 )
-def test_what_does_not_fit_is_refused(messages: object, more: dict[str, object], words: str) -> None:
+def test_invalid_messages_are_refused(messages: object, more: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         read_conversation(messages, **more)

@@ -1,4 +1,4 @@
-"""Tools, settings, templates and pieces of text: the parts of a chat that need no server."""
+"""The parts of a chat that need no server: tools, settings, templates and text deltas."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sglang.chat.deltas import TextDeltas
+from torchrl_sglang.chat.defaults import GenerationDefaults
 from torchrl_sglang.chat.messages import read_conversation
 from torchrl_sglang.chat.response import Response, ToolCall
-from torchrl_sglang.chat.settings import GenerationDefaults
 from torchrl_sglang.chat.template import ChatTemplate
-from torchrl_sglang.chat.tools import find_tool_calls, read_tools
+from torchrl_sglang.chat.text_deltas import TextDeltas
+from torchrl_sglang.chat.tool_calls import find_tool_calls
+from torchrl_sglang.chat.tool_schemas import read_tools
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import read_model_json
 
@@ -39,7 +40,7 @@ def test_a_tool_call_is_found_however_it_is_written(way: str) -> None:
     assert find_tool_calls(CALLS[way], ["add"]) == ("", (ADD,))
 
 
-def test_words_around_calls_stay_and_several_calls_keep_their_order() -> None:
+def test_text_around_calls_stays_and_several_calls_keep_their_order() -> None:
     other = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
     assert find_tool_calls(f"Well. {CALLS['hermes']}{other}", []) == ("Well.", (ADD, ToolCall(name="now")))
     nested = '[TOOL_CALLS]f[ARGS]{"x": {"y": 1}}[TOOL_CALLS]g[ARGS]{}'
@@ -76,7 +77,7 @@ def test_a_response_is_the_next_message() -> None:
     assert read_conversation([{"role": "user", "content": "?"}, response.message]).messages[1] == response.message
 
 
-def test_settings_of_the_call_win_over_the_chats_over_the_checkpoints() -> None:
+def test_settings_of_a_call_replace_the_chats_and_those_the_checkpoints() -> None:
     defaults = GenerationDefaults(
         given={"max_tokens": 50, "temperature": 0.5, "stop": "a", "min_new_tokens": 10},
         checkpoint={"temperature": 0.9, "top_k": 20, "eos_token_id": 7, "do_sample": True},
@@ -105,7 +106,7 @@ def test_settings_of_the_call_win_over_the_chats_over_the_checkpoints() -> None:
     assert free.sampling({}, prompt_length=10, context_length=None).max_new_tokens == 1024
 
 
-def test_a_template_tells_what_ends_a_turn(tiny_llama: Path) -> None:
+def test_the_tokens_that_end_a_turn_are_read_from_the_template(tiny_llama: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert ChatTemplate(tokenizer).turn_end_ids() == (end,)
@@ -116,7 +117,7 @@ def test_a_template_tells_what_ends_a_turn(tiny_llama: Path) -> None:
         ChatTemplate(tokenizer)
 
 
-def test_a_template_is_not_trusted_with_what_it_leaves_out(tiny_llama: Path) -> None:
+def test_media_without_a_placeholder_in_the_template_are_refused(tiny_llama: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
     talk = read_conversation("hi", images=["http://host/a.png"])
     with pytest.raises(ConfigError, match="no place for images"):
@@ -151,7 +152,7 @@ def test_a_generation_config_is_read_where_there_is_one(tmp_path: Path) -> None:
 
 
 @given(st.text(alphabet="abS ", max_size=30), st.lists(st.text(alphabet="abS", min_size=1, max_size=4), max_size=3))
-def test_pieces_are_the_final_text_and_never_show_a_stop(text: str, stops: list[str]) -> None:
+def test_pieces_joined_are_the_final_text_without_a_stop_string(text: str, stops: list[str]) -> None:
     """The server's side: text grows by a character, ends when a stop string is complete, and is cut before it."""
     deltas, shown = TextDeltas(stops), ""
     for end in range(1, len(text) + 1):

@@ -1,4 +1,4 @@
-"""The command line as typed, without a server: what it prints, and how it ends."""
+"""The command line without a server: output and exit codes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from torchrl_sglang.cli import main
 from torchrl_sglang.cli.main import COMMANDS
 
-NOBODY = "http://127.0.0.1:9"
+NO_SERVER = "http://127.0.0.1:9"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_a_help_that_says_what_it_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
@@ -30,8 +30,8 @@ def test_every_command_has_a_help_that_says_what_it_does(command: str, capsys: p
         (["serve"], 2, "the following arguments are required: MODEL"),
         (["generate", "hi", "--url", "a", "--model", "b"], 2, "not allowed with argument"),
         (["generate"], 2, "no prompt: standard input is empty"),
-        (["generate", "hi", "--url", NOBODY], 1, "nothing accepts connections at http://127.0.0.1:9"),
-        (["chat", "--url", NOBODY], 1, "nothing accepts connections"),
+        (["generate", "hi", "--url", NO_SERVER], 1, "nothing accepts connections at http://127.0.0.1:9"),
+        (["chat", "--url", NO_SERVER], 1, "nothing accepts connections"),
         (["generate", "hi", "--url", "ftp://x"], 2, "is not the URL of a server"),
         (["generate", "hi", "--api-key-file", "/no/such/file"], 2, "can't be read"),
         (["serve", "./no-such-model"], 2, "there is no such file or folder"),
@@ -40,7 +40,7 @@ def test_every_command_has_a_help_that_says_what_it_does(command: str, capsys: p
         (["install-cpu-server", "--venv", "{folder}"], 2, "is no virtual environment"),
     ],
 )
-def test_what_is_wrong_is_one_message_with_its_exit_code(
+def test_an_error_is_one_message_with_its_exit_code(
     words: list[str],
     code: int,
     message: str,
@@ -54,7 +54,7 @@ def test_what_is_wrong_is_one_message_with_its_exit_code(
         found = main([word.format(folder=tmp_path) for word in words])
     except SystemExit as end:  # argparse's own
         found = end.code
-    said = capsys.readouterr()
-    assert (found, said.out) == (code, "")
-    assert message in said.err
+    output = capsys.readouterr()
+    assert (found, output.out) == (code, "")
+    assert message in output.err
     assert [file.name for file in tmp_path.iterdir()] == ["something.txt"]

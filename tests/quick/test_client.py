@@ -1,4 +1,4 @@
-"""What one client sends again, and what it never does."""
+"""Which requests a client retries, and which it never sends twice."""
 
 from __future__ import annotations
 
@@ -11,45 +11,46 @@ import pytest
 
 from tests.fake_sglang import FakeServer, FakeSettings, Fault
 from torchrl_sglang import AsyncSGLang, ClientConfig, ConfigError, ServerLostError, ServerTimeoutError
-from torchrl_sglang.client import SGLangClient, may_send_again
+from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.engine.launching import server_configs
 from torchrl_sglang.errors import ServerUnreachableError
+from torchrl_sglang.http_errors import may_retry
 from torchrl_sglang.protocol.control import build_flush, build_ready
 from torchrl_sglang.protocol.generate import build_generate
 
 GENERATE = build_generate([[3, 4]], SamplingParams(max_new_tokens=2))
 
 
-def times_asked(fake: FakeServer, path: str) -> int:
+def times_received(fake: FakeServer, path: str) -> int:
     return sum(event["path"] == path for event in fake.events)
 
 
 @pytest.mark.parametrize(
-    ("request_", "error", "again"),
+    ("request_", "error", "retried"),
     [
         (GENERATE, ServerUnreachableError(""), True),  # it never arrived
         (GENERATE, ServerLostError(""), False),  # it may have run
         (GENERATE, ServerTimeoutError(""), False),  # it may be running
         (build_flush(), ServerLostError(""), False),
         (build_ready(), ServerLostError(""), True),  # it only reads
-        (build_ready(), ServerTimeoutError(""), False),  # the server has no time: asking twice helps nobody
+        (build_ready(), ServerTimeoutError(""), False),  # the server is overloaded: a second request makes it worse
     ],
 )
-def test_only_what_cannot_have_run_or_only_reads_is_sent_again(request_, error, again: bool) -> None:  # type: ignore[no-untyped-def]
-    assert may_send_again(request_, error) is again
+def test_only_what_cannot_have_run_or_only_reads_is_sent_again(request_, error, retried: bool) -> None:  # type: ignore[no-untyped-def]
+    assert may_retry(request_, error) is retried
 
 
-def test_a_lost_reply_is_asked_for_again_only_where_that_changes_nothing(tiny_llama: Path) -> None:
+def test_a_request_without_a_reply_is_retried_only_if_it_changes_nothing(tiny_llama: Path) -> None:
     with FakeServer(FakeSettings(model_path=tiny_llama)) as fake:
         client = SGLangClient(fake.url)
         fake.arm(Fault(path="/ready", action="drop", at="handled"))
         client.send(build_ready())
-        assert times_asked(fake, "/ready") == 2
+        assert times_received(fake, "/ready") == 2
         fake.arm(Fault(path="/generate", action="drop", at="handled"))
         with pytest.raises(ServerLostError, match="it may have run, so it is not sent again"):
             client.send(GENERATE)
-        assert times_asked(fake, "/generate") == 1
+        assert times_received(fake, "/generate") == 1
         client.close()
 
 
@@ -60,10 +61,10 @@ def test_control_calls_get_through_when_generation_holds_every_connection(tiny_l
         threads = [threading.Thread(target=client.send, args=(GENERATE,)) for _ in range(3)]
         for thread in threads:
             thread.start()
-        while times_asked(fake, "/generate") < 2:
+        while times_received(fake, "/generate") < 2:
             time.sleep(0.01)
         client.send(build_ready())
-        assert all(thread.is_alive() for thread in threads), "generation was over: this showed nothing"
+        assert all(thread.is_alive() for thread in threads), "generation was over: a connection was free"
         for thread in threads:
             thread.join(timeout=60)
         client.close()
@@ -83,7 +84,7 @@ def test_a_server_that_opens_its_port_a_moment_later_is_reached(tiny_llama: Path
         fake.stop()
 
 
-def test_retries_can_be_switched_off_and_end_soon_otherwise() -> None:
+def test_retries_can_be_switched_off_and_are_limited() -> None:
     start = time.monotonic()
     for retries in (0, 2):
         with pytest.raises(ServerUnreachableError):

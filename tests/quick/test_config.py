@@ -1,4 +1,4 @@
-"""The settings check themselves: every rule, in both directions."""
+"""The settings check themselves: every rule, with values that are refused and values that are accepted."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_sampling_value_that_cannot_be_honoured_is_refused_by_name(field: str,
         ("stop_token_ids", 0),
     ],
 )
-def test_values_on_the_rim_are_taken(field: str, good: object):
+def test_values_at_the_limits_are_accepted(field: str, good: object):
     SamplingParams(**{field: good})
 
 
@@ -177,7 +177,7 @@ def test_updating_keeps_the_rest_and_checks_again():
         params.updated(top_p=2)
 
 
-def test_the_wire_carries_what_differs_and_always_the_length():
+def test_to_wire_has_the_fields_that_differ_from_the_defaults_and_always_the_length():
     assert SamplingParams().to_wire() == {"max_new_tokens": 128}
     wire = SamplingParams(stop="a", stop_token_ids=[2], logit_bias={"3": -1.0}, temperature=0, top_k=5).to_wire()
     assert wire == {
@@ -223,7 +223,7 @@ def test_every_field_reaches_the_wire_under_its_own_name():
         ({"logit_bias": {"1": 1.0}}, False, True),
     ],
 )
-def test_it_knows_what_its_log_probs_leave_out(kwargs: dict, truncates: bool, penalises: bool):
+def test_truncates_and_penalises_tell_what_changes_the_distribution(kwargs: dict, truncates: bool, penalises: bool):
     params = SamplingParams(**kwargs)
     assert (params.truncates, params.penalises) == (truncates, penalises)
 
@@ -315,7 +315,7 @@ def test_a_sync_setting_that_cannot_be_honoured_is_refused_by_name(field: str, b
         SyncConfig(**{field: bad})
 
 
-def test_the_disk_road_needs_a_folder():
+def test_the_disk_transport_needs_a_folder():
     with pytest.raises(ConfigError, match="disk_dir"):
         SyncConfig(transport="disk")
     assert SyncConfig(transport="disk", disk_dir="shared").disk_dir == Path("shared")
@@ -327,9 +327,9 @@ def test_a_deadline_grows_with_the_bytes():
     assert config.deadline_s(1000) == 20
 
 
-# -------------------------------------------------------------------------------------------------------- the nearest
+# ------------------------------------------------------------------------------------------------------- nearest_name
 
 
-def test_the_nearest_name_is_offered_only_when_one_is_near():
+def test_the_nearest_name_is_offered_only_when_one_is_similar():
     assert nearest_name("temprature", ["temperature", "top_p"]) == " Did you mean 'temperature'?"
     assert nearest_name("zzz", ["temperature", "top_p"]) == ""

@@ -1,4 +1,4 @@
-"""What the doctor says, and that it can say no."""
+"""What the doctor reports, for good and for faulty environments and servers."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torchrl_sglang.doctor import Check, Diagnosis, check_server
 from torchrl_sglang.doctor.self_test import placed_server
 
 
-def test_the_table_shows_the_next_step_under_what_needs_one() -> None:
+def test_the_table_shows_the_next_step_below_a_failed_check() -> None:
     diagnosis = Diagnosis()
     diagnosis.add(
         Check(name="one", status="pass", detail="fine"),
-        Check(name="another", status="fail", detail="broken", next_step="mend it"),
+        Check(name="another", status="fail", detail="broken", next_step="repair it"),
     )
     lines = diagnosis.table(width=80).splitlines()
     assert [line.split() for line in lines] == [
         ["ok", "one", "fine"],
         ["FAIL", "another", "broken"],
-        ["->", "mend", "it"],
+        ["->", "repair", "it"],
     ]
     assert not diagnosis.ok
 
 
-def test_a_half_updated_server_fails_and_names_the_cure(tiny_llama: Path) -> None:
+def test_a_server_with_mixed_weights_fails_and_the_next_step_says_what_to_do(tiny_llama: Path) -> None:
     with FakeServer(FakeSettings(model_path=tiny_llama, weight_version="dirty-3@abcd")) as server:
         checks = {check.name: check for check in check_server(server.url)}
     assert checks["server"].status == "pass"
@@ -41,9 +41,9 @@ def test_a_half_updated_server_fails_and_names_the_cure(tiny_llama: Path) -> Non
     ("num_gpus", "tp_size", "gpus", "device", "dtype"),
     [
         (0, 1, None, "cpu", "float32"),
-        (1, 1, None, "cpu", "float32"),  # NCCL joins no two processes on one
+        (1, 1, None, "cpu", "float32"),  # NCCL can't connect two processes on one GPU
         (2, 1, (0,), "auto", "bfloat16"),
-        (2, 2, None, "cpu", "float32"),  # none would be left for the trainer
+        (2, 2, None, "cpu", "float32"),  # no GPU would be left for the trainer
         (4, 2, (0, 1), "auto", "bfloat16"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The exception tree: what it derives from, that it crosses process boundaries whole."""
+"""The exception tree: base classes, and that errors pickle with their attributes."""
 
 from __future__ import annotations
 
@@ -64,17 +64,17 @@ def test_an_error_is_caught_as_the_builtin_people_expect(error: type[Exception],
 
 
 def test_a_protocol_error_is_not_a_server_error():
-    # Whoever restarts servers on ServerError must not do so because of a wrong address.
+    # Code that restarts servers on ServerError must not do so because of a wrong address.
     assert not issubclass(errors.ProtocolError, errors.ServerError)
 
 
-def test_only_an_unreachable_server_counts_as_never_asked():
-    # The retry rule rests on telling the two apart.
+def test_only_an_unreachable_server_counts_as_not_having_received_the_request():
+    # The retry rule needs this difference.
     assert not issubclass(errors.ServerLostError, errors.ServerUnreachableError)
     assert not issubclass(errors.ServerTimeoutError, errors.ServerUnreachableError)
 
 
-def test_lists_of_names_are_kept_as_they_were_when_the_error_was_made():
+def test_an_error_copies_the_lists_and_mappings_it_gets():
     missing, weights = ["a"], {URL: "old"}
     error = errors.WeightCoverageError("what", missing=missing, server_weights=weights)
     missing.append("b")

@@ -26,14 +26,14 @@ def answer(ids: list[int], log_probs: list[float]) -> dict[str, Any]:
     }
 
 
-def test_a_token_that_was_thrown_away_leaves_no_log_prob() -> None:
+def test_the_log_prob_of_a_discarded_token_is_dropped() -> None:
     (reply,) = parse_generate([answer([], [-1.25])], num_expected=1, server="s", prompt_logprobs=True)
     assert reply.output_ids == []
     assert reply.output_logprobs == []
     assert reply.prompt_logprobs == [None, -0.5]
 
 
-def test_an_event_of_a_stream_claims_no_version_for_its_tokens_before_the_end() -> None:
+def test_a_stream_event_before_the_last_has_no_weight_spans() -> None:
     event = answer([4, 5], [-0.5, -0.5])
     event["meta_info"] |= {"finish_reason": None, "weight_version": "dirty-4@me"}
     reply = parse_one(event, server="s")
@@ -45,6 +45,6 @@ def test_an_event_of_a_stream_claims_no_version_for_its_tokens_before_the_end() 
 
 
 @pytest.mark.parametrize("log_probs", [[], [-0.5], [-0.5, -0.5, -0.5]])
-def test_log_probs_that_do_not_line_up_are_refused(log_probs: list[float]) -> None:
+def test_log_probs_of_another_length_than_the_tokens_are_refused(log_probs: list[float]) -> None:
     with pytest.raises(ProtocolError, match=f"{len(log_probs)} log-probs for 2 tokens"):
         parse_generate([answer([4, 5], log_probs)], num_expected=1, server="s")

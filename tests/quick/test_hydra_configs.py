@@ -1,4 +1,4 @@
-"""Policy, servers and scheme built from YAML, around one engine."""
+"""Policy and scheme built from YAML share one engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and put back everything; tables and samples go on without a gap."""
+"""Checkpoints are atomic and restore everything; tables and samples continue without a gap."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def save(checkpoints: recipes.Checkpoints, trainer: Trainer, step: int) -> Path:
     return checkpoints.save(step=step, data_position=4 * step, weight_version=step + 1, **trainer.parts())
 
 
-def test_a_restored_run_takes_the_very_steps_the_first_one_took(tmp_path: Path) -> None:
+def test_a_restored_run_repeats_the_steps_exactly(tmp_path: Path) -> None:
     random.seed(1)
     trainer, checkpoints = Trainer(), recipes.Checkpoints(tmp_path)
     trainer.step()
@@ -68,7 +68,7 @@ def test_frozen_parameters_are_left_out(tmp_path: Path) -> None:
         found.restore(**Trainer().parts())
 
 
-def test_an_unfinished_checkpoint_is_not_seen_and_the_next_one_takes_its_place(tmp_path: Path) -> None:
+def test_an_unfinished_checkpoint_is_ignored_and_replaced(tmp_path: Path) -> None:
     trainer, checkpoints = Trainer(), recipes.Checkpoints(tmp_path)
     save(checkpoints, trainer, 1)
     torn = tmp_path / "step-000002.unfinished"
@@ -84,7 +84,7 @@ def test_an_unfinished_checkpoint_is_not_seen_and_the_next_one_takes_its_place(t
     assert latest.step == 2
 
 
-def test_only_so_many_are_kept_and_the_newest_by_number(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_by_number_are_kept(tmp_path: Path) -> None:
     trainer, checkpoints = Trainer(), recipes.Checkpoints(tmp_path, keep=2)
     for step in (9, 10, 11):
         save(checkpoints, trainer, step)
@@ -133,7 +133,7 @@ def test_a_new_run_replaces_an_earlier_one(tmp_path: Path) -> None:
     assert recipes.Checkpoints(tmp_path / "checkpoints").latest() is None
 
 
-def test_loggers_get_every_number_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
+def test_loggers_receive_every_number_and_an_unknown_logger_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path, range(1, 3), loggers=["csv"])
     (scalars,) = (tmp_path / "logs").rglob("reward_mean.csv")
     assert scalars.read_text().splitlines() == ["1,0.125", "2,0.25"]
@@ -141,7 +141,7 @@ def test_loggers_get_every_number_and_an_unknown_one_is_refused(tmp_path: Path) 
         RunFolder(tmp_path, loggers=["wandbb"])
 
 
-def test_the_report_is_a_picture_whatever_columns_there_are(tmp_path: Path) -> None:
+def test_the_report_is_drawn_from_any_columns(tmp_path: Path) -> None:
     nan = float("nan")
     rows = [{"step": 1, "reward_mean": 0.5, "train_s": 1.0, "ess": nan}, {"step": 2, "reward_mean": 1.0, "ess": 0.5}]
     recipes.draw_report(rows, [{"step": 0, "eval_pass_at_1": 0.1}], tmp_path / "report.png")
@@ -149,7 +149,7 @@ def test_the_report_is_a_picture_whatever_columns_there_are(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
 
 
-def test_a_column_that_comes_later_is_refused(tmp_path: Path) -> None:
+def test_a_new_column_after_the_first_row_is_refused(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as folder:
         folder.log({"step": 1})
         with pytest.raises(ConfigError, match="'late'"):

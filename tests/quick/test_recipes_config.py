@@ -1,7 +1,8 @@
-"""A recipe's configuration: presets, overrides, errors that name the nearest key, and what a resume reads."""
+"""A recipe's configuration: presets, overrides, errors that name the nearest key, and resuming."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from torchrl_sglang.hydra_configs import close_engines, shared_engine
 from torchrl_sglang.recipes.setup.config import load_config, parse_arguments, save_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RECIPES = sorted(folder.name for folder in (EXAMPLES / "config").iterdir() if folder.name != "common")
+PRESETS = sorted((file.parent.name, file.stem) for file in (EXAMPLES / "config").glob("*/*.yaml"))
+PRESETS = [(name, preset) for name, preset in PRESETS if name != "common"]
 RECIPE = EXAMPLES / "grpo_async.py"
 
 
@@ -22,14 +24,23 @@ def load(*words: str, recipe: Path = RECIPE) -> OmegaConf:
     return load_config(recipe, parse_arguments(recipe, ["model=/some/model", *words]))
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("preset", ["cpu", "gpu"])
-def test_every_preset_of_every_recipe_is_whole(name: str, preset: str) -> None:
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_every_preset_of_every_recipe_is_complete(name: str, preset: str) -> None:
     recipe = EXAMPLES / f"{name}.py"
     assert recipe.exists(), f"config/{name} belongs to no recipe"
-    config = load("--preset", preset, recipe=recipe)
+    config = load("--preset", preset, "train.seed=7", recipe=recipe)
+    assert config.train.seed == 7, "overrides may follow an option"
     assert OmegaConf.to_container(config, resolve=True)["policy"]["engine"]["model"] == "/some/model"
     recipes.TrainSettings(**config.train)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in PRESETS}))
+def test_every_recipe_sets_the_threads_wait_policy_before_it_imports_torch(name: str) -> None:
+    code = (EXAMPLES / f"{name}.py").read_text()
+    before, _, after = code.partition('os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")')
+    assert "import torch" in after, "the policy is not set"
+    loaded = re.findall(r"^(?:import|from) (torch\w*|tensordict|peft)", before, re.MULTILINE)
+    assert loaded == [], "torch is loaded before the policy is set"
 
 
 @pytest.mark.parametrize(
@@ -41,6 +52,11 @@ def test_every_preset_of_every_recipe_is_whole(name: str, preset: str) -> None:
         (["policy.generate_kwargs.top_k=5"], r"added with \+policy.generate_kwargs.top_k="),
         (["train.lr=fast"], "'fast' of type 'str' could not be converted to Float"),
         (["train.answers=0"], "answers must be positive, got 0"),
+        (["train.answers=1"], "train.answers must be at least 2: GRPO compares"),
+        (["train.steps=0"], "steps must be positive, got 0"),
+        (["train.questions=-1"], "questions must be positive, got -1"),
+        (["train.micro_batch=0"], "micro_batch must be positive, got 0"),
+        (["policy.generate_kwargs.max_new_tokens=0"], "max_new_tokens must be at least 1, got 0"),
         (["train.schedule=cosin"], "Did you mean 'cosine'"),
         (["evaluate.ks=[1,64]"], "pass@64 can't be estimated from 8 answers"),
         (["train.lr"], "written key=value"),
@@ -48,18 +64,39 @@ def test_every_preset_of_every_recipe_is_whole(name: str, preset: str) -> None:
         (["--resume", "/nowhere"], "no run to resume in /nowhere"),
     ],
 )
-def test_what_is_wrong_with_the_command_line_is_said(words: list[str], complaint: str) -> None:
+def test_an_invalid_command_line_is_refused_with_the_reason(words: list[str], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         load(*words)
 
 
-def test_an_unknown_preset_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_preset_is_refused_with_a_list_of_presets(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(RECIPE, ["--preset", "tpu"])
     assert "cpu, gpu" in capsys.readouterr().err.replace("'", "")
 
 
-def test_a_url_takes_the_place_of_launching_and_reaches_policy_and_scheme() -> None:
+@pytest.mark.parametrize("words", [["--steps", "3"], ["--res", "outputs/run"], ["--pre=gpu"], ["-p", "gpu"]])
+def test_unknown_and_abbreviated_options_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(EXAMPLES / "grpo.py", words)
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_a_critic_needs_no_groups() -> None:
+    assert load("train.answers=1", recipe=EXAMPLES / "ppo.py").train.answers == 1
+
+
+def test_a_model_inside_the_run_folder_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "run" / "checkpoint"
+    model.mkdir(parents=True)
+    recipe = EXAMPLES / "grpo.py"
+    with pytest.raises(ConfigError, match=r"is inside run\.folder=.* set another run\.folder"):
+        load(f"run.folder={tmp_path / 'run'}", f"model={model}", recipe=recipe)
+    load(f"run.folder={tmp_path / 'other'}", f"model={model}", recipe=recipe)
+    load("run.folder=.", "model=Qwen/Qwen3-0.6B", recipe=recipe)
+
+
+def test_a_url_replaces_launching_and_reaches_policy_and_scheme() -> None:
     config = load("engine.url=http://host:1")
     for node in (config.engine, config.policy.engine, config.weight_sync_schemes.policy.servers):
         assert node.url == "http://host:1"
@@ -67,7 +104,7 @@ def test_a_url_takes_the_place_of_launching_and_reaches_policy_and_scheme() -> N
         assert node.dtype is None
 
 
-def test_a_saved_configuration_is_resumed_and_still_changed_in_one_place(tmp_path: Path) -> None:
+def test_one_override_changes_a_resumed_configuration_everywhere(tmp_path: Path) -> None:
     config = load("train.lr=0.5", "engine.url=http://old:1")
     save_config(config, tmp_path)
     again = load_config(RECIPE, parse_arguments(RECIPE, ["--resume", str(tmp_path), "engine.url=http://new:1"]))
@@ -76,7 +113,7 @@ def test_a_saved_configuration_is_resumed_and_still_changed_in_one_place(tmp_pat
     assert again.run.folder == str(tmp_path)
 
 
-def test_a_task_given_whole_has_nothing_of_the_presets() -> None:
+def test_a_whole_task_replaces_the_presets_task() -> None:
     assert load("task={name: jsonl, path: /a, prompt_key: q}").task == {
         "name": "jsonl",
         "path": "/a",
@@ -86,8 +123,12 @@ def test_a_task_given_whole_has_nothing_of_the_presets() -> None:
 
 
 def test_overrides_carry_any_text() -> None:
-    for text in ("/a b/c=d,{x}[1]", "it's back\\slash\\", "null"):
-        assert load(recipes.override("run.folder", text)).run.folder == text
+    for quoted, text in (
+        ("'/a b/c=d,{x}[1]'", "/a b/c=d,{x}[1]"),
+        ("'it\\'s back\\slash\\\\'", "it's back\\slash\\"),
+        ("'null'", "null"),
+    ):
+        assert load(f"run.folder={quoted}").run.folder == text
 
 
 def test_engines_are_shared_by_equal_arguments_until_they_are_closed(tiny_llama: Path) -> None:
@@ -102,7 +143,7 @@ def test_engines_are_shared_by_equal_arguments_until_they_are_closed(tiny_llama:
         close_engines()
 
 
-def test_no_launched_server_gets_lists_of_omegaconf() -> None:
+def test_launched_servers_get_plain_lists() -> None:
     config = OmegaConf.create({"gpus": [[0], [1]]})
-    with pytest.raises(ConfigError, match="gpus"):  # refused by the engine, not by whatever meets a ListConfig first
+    with pytest.raises(ConfigError, match="gpus"):  # the engine's own check, not an error about a ListConfig
         shared_engine(model="/nowhere", dp_size=3, gpus=config.gpus)

@@ -1,4 +1,4 @@
-"""Questions that can be entered anywhere, tasks, rewards inside an environment, and rollouts beside training."""
+"""Question streams that start anywhere, tasks, rewards in an environment, and background rollouts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def queries(stream: recipes.QuestionStream, count: int) -> list[str]:
     return [item["query"] for item in itertools.islice(stream, count)]
 
 
-def test_a_stream_entered_later_goes_on_with_the_same_questions() -> None:
+def test_a_stream_with_a_later_start_continues_with_the_same_questions() -> None:
     whole = queries(recipes.QuestionStream(QUESTIONS, seed=3), 30)
     for start in (0, 5, 7, 20):
         assert queries(recipes.QuestionStream(QUESTIONS, seed=3, start=start), 30 - start) == whole[start:]
@@ -33,7 +33,7 @@ def test_a_stream_entered_later_goes_on_with_the_same_questions() -> None:
     assert queries(recipes.QuestionStream(QUESTIONS, seed=4), 30) != whole
 
 
-def test_training_never_sees_what_is_held_out(tmp_path: Path) -> None:
+def test_held_out_questions_are_not_in_the_training_set(tmp_path: Path) -> None:
     lines = [f'{{"question": "What is {i}?", "answer": "#### {i}"}}' for i in range(20)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n\n")
     settings = {"name": "jsonl", "path": str(tmp_path / "data.jsonl"), "prompt_key": "question", "held_out": 5}
@@ -60,7 +60,7 @@ def test_training_never_sees_what_is_held_out(tmp_path: Path) -> None:
         ({"name": "jsonl", "path": "bad.jsonl", "score": "numbr"}, "Did you mean 'number'"),
     ],
 )
-def test_what_is_wrong_with_a_task_is_said(
+def test_an_invalid_task_is_refused_with_the_reason(
     settings: dict[str, Any], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "answer": "b"}\nnothing\n')
@@ -101,15 +101,15 @@ def policy(tiny_llama: Path) -> SGLangWrapper:
     return SGLangWrapper(EchoPool(), tokenizer=tokenizer, input_mode="history", generate_kwargs={"max_new_tokens": 4})
 
 
-def test_an_environment_asks_in_groups_from_where_it_is_told_and_nothing_is_lost(policy: SGLangWrapper) -> None:
+def test_an_environment_asks_groups_of_questions_from_its_start_position_without_gaps(policy: SGLangWrapper) -> None:
     task = recipes.make_task({"name": "arithmetic"})
     env = recipes.make_env(task, policy.tokenizer, questions=3, answers=2, seed=0, start=11)
     collector = Collector(env, policy, frames_per_batch=6, total_frames=18, auto_register_policy_transforms=False)
     batches = [recipes.Sequences.from_tensordict(batch) for batch in collector]
     assert torch.cat([batch.position_B for batch in batches]).tolist() == [n for n in range(11, 20) for _ in range(2)]
     assert all(batch.num_tokens == sum(batch.lengths_B) for batch in batches)
-    asked = recipes.QuestionStream(task.train, seed=0).at(11).query
-    assert asked in policy.tokenizer.decode(batches[0].prompt_B_T[0])
+    query = recipes.QuestionStream(task.train, seed=0).at(11).query
+    assert query in policy.tokenizer.decode(batches[0].prompt_B_T[0])
     collector.shutdown()
 
 
@@ -130,7 +130,7 @@ def test_an_evaluation_asks_the_same_held_out_questions_each_time(policy: SGLang
     assert seen == [truth for truth in ("4", "5", "6") for _ in range(4)] * 2
 
 
-def test_a_torchrl_environment_is_a_task_and_can_be_entered_later(policy: SGLangWrapper) -> None:
+def test_a_torchrl_environment_is_a_task_and_can_start_later(policy: SGLangWrapper) -> None:
     settings = {"num_count": 3, "max_number": 9}
     task = recipes.make_task(
         {"name": "torchrl_env", "env": "CountdownEnv", "settings": settings, "held_out": {"seed": 99}}
@@ -162,11 +162,11 @@ def test_a_torchrl_environment_is_a_task_and_can_be_entered_later(policy: SGLang
         recipes.make_task({"name": "torchrl_env", "env": "GSM8Env"})
 
 
-# ---------------------------------------------------------------------------------------- rollouts beside training
+# ---------------------------------------------------------------------------------------- background rollouts
 
 
 class Batches:
-    """Yields numbers when it is let; counts what was started."""
+    """Yields a number when allowed; counts the batches that were started."""
 
     def __init__(self) -> None:
         self.started = 0
@@ -181,7 +181,7 @@ class Batches:
             yield self.started
 
 
-def test_no_more_is_collected_ahead_than_is_allowed() -> None:
+def test_no_batch_is_collected_further_ahead_than_allowed() -> None:
     batches = Batches()
     with recipes.BackgroundRollouts(batches, ahead=2, timeout_s=30) as rollouts:
         for _ in range(10):
@@ -204,7 +204,7 @@ def test_ahead_0_collects_only_while_the_trainer_waits() -> None:
             assert batches.begun.acquire(timeout=30)
 
 
-def test_what_ends_the_thread_is_raised_where_the_batch_is_missed() -> None:
+def test_take_raises_the_error_that_ended_the_thread() -> None:
     def failing() -> Any:
         yield 1
         raise ServerError("the server is gone")
@@ -215,7 +215,7 @@ def test_what_ends_the_thread_is_raised_where_the_batch_is_missed() -> None:
             rollouts.take()
 
 
-def test_a_collector_that_hangs_ends_in_an_error_and_one_that_ends_says_so() -> None:
+def test_take_times_out_and_raises_stop_iteration_at_the_end() -> None:
     batches = Batches()
     rollouts = recipes.BackgroundRollouts(batches, ahead=1, timeout_s=0.2)
     with pytest.raises(ServerTimeoutError, match="no rollouts"):

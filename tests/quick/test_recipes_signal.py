@@ -1,15 +1,17 @@
-"""Statistics of the training signal, importance weights, losses and advantages, against slow and plain versions."""
+"""Statistics of the training signal, importance weights, losses and advantages, against simple implementations."""
 
 from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensordict import TensorDict, TensorDictBase, lazy_stack
 
 from torchrl_sglang import ConfigError, recipes
 from torchrl_sglang.recipes.batch.sequences import Sequences
@@ -20,7 +22,7 @@ LOG_PROBS = st.lists(st.floats(-30, 0), min_size=1, max_size=20)
 
 
 def answers(*pairs: tuple[list[int], list[int]]) -> Sequences:
-    """Answers with made-up server log-probs."""
+    """Answers with invented server log-probs."""
     num_tokens = sum(len(response) for _, response in pairs)
     return Sequences(
         prompt_B_T=[torch.tensor(prompt) for prompt, _ in pairs],
@@ -37,10 +39,10 @@ def answers(*pairs: tuple[list[int], list[int]]) -> Sequences:
 RAGGED = answers(([5, 6, 7, 8, 9], [10, 11]), ([12], [13, 14, 15, 16]), ([17, 18, 19], [20]))
 
 
-# ----------------------------------------------------------------------------------------------- what a model says
+# ----------------------------------------------------------------------------------------------- model scores
 
 
-def test_scores_of_a_padded_batch_are_those_of_each_answer_alone(model: torch.nn.Module) -> None:
+def test_scores_of_a_padded_batch_equal_those_of_each_answer_alone(model: torch.nn.Module) -> None:
     scores = recipes.score_tokens(model, RAGGED, temperature=0.7, entropy=True, hidden=True)
     expected, entropies, hidden = [], [], []
     for prompt, response in zip(RAGGED.prompt_B_T, RAGGED.response_B_R, strict=True):
@@ -70,7 +72,7 @@ def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(model: torch.nn
     torch.testing.assert_close(in_parts, recipes.score_tokens(model, RAGGED).log_probs_N.detach())
 
 
-def test_a_critic_starts_at_zero_and_its_gradient_reaches_the_trunk_only_where_it_is_to(model: torch.nn.Module) -> None:
+def test_a_critic_starts_at_zero_and_a_head_passes_its_gradient_to_the_trunk(model: torch.nn.Module) -> None:
     model.zero_grad()
     head = Critic(model.config.hidden_size)
     values_N = head(RAGGED, recipes.score_tokens(model, RAGGED, hidden=True))
@@ -82,10 +84,65 @@ def test_a_critic_starts_at_zero_and_its_gradient_reaches_the_trunk_only_where_i
         head(RAGGED, recipes.score_tokens(model, RAGGED))
 
 
+def as_batch(batch: Sequences) -> TensorDictBase:
+    """The answers as a collector and ``MCAdvantage`` write them."""
+    rows = [
+        TensorDict(
+            {
+                "tokens": {"prompt": prompt, "response": response},
+                "log_probs": {"response": server},
+                "generation": {"weight_version": version, "truncated": torch.tensor(False)},
+                "advantage": advantage.reshape(1, 1),
+                "next": {"reward": torch.zeros(1, 1)},
+            }
+        )
+        for prompt, response, server, version, advantage in zip(
+            batch.prompt_B_T,
+            batch.response_B_R,
+            batch.per_answer(batch.server_N),
+            batch.per_answer(batch.version_N),
+            torch.tensor([1.0, -0.5, 2.0]),
+            strict=True,
+        )
+    ]
+    return lazy_stack(rows)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_torchrls_loss_is_the_clipped_surrogate_at_the_sampling_temperature(
+    model: torch.nn.Module, temperature: float
+) -> None:
+    scores = recipes.score_tokens(model, RAGGED, temperature=temperature)
+    near_N = scores.log_probs_N.detach() + torch.linspace(-0.3, 0.3, RAGGED.num_tokens)  # within and outside the clip
+    batch = replace(RAGGED, server_N=near_N)
+    advantage_N = torch.tensor([1.0, -0.5, 2.0]).repeat_interleave(torch.tensor(batch.lengths_B))
+    expected = recipes.clipped_policy_loss(scores.log_probs_N, near_N, advantage_N, clip_epsilon=0.2).mean()
+    model.zero_grad()
+    expected.backward()
+    gradient = model.get_input_embeddings().weight.grad.clone()
+
+    actor = recipes.GRPOActor(model, temperature=temperature, entropy=True)
+    loss = recipes.make_grpo_loss(actor, clip_epsilon=0.2)(as_batch(batch))
+    model.zero_grad()
+    loss.loss_objective.backward()
+    torch.testing.assert_close(loss.loss_objective.detach(), expected.detach())
+    torch.testing.assert_close(model.get_input_embeddings().weight.grad, gradient)
+    torch.testing.assert_close(actor.scores.log_probs_N, scores.log_probs_N.detach())
+    assert not actor.scores.log_probs_N.requires_grad
+    assert actor.scores.entropy_N is not None
+
+
+def test_the_actor_refuses_other_tokens_than_those_it_scored(model: torch.nn.Module) -> None:
+    loss = recipes.make_grpo_loss(recipes.GRPOActor(model, temperature=1.0))
+    loss.set_keys(action=("tokens", "prompt"))
+    with pytest.raises(ConfigError, match="response tokens only"):
+        loss(as_batch(RAGGED))
+
+
 # ------------------------------------------------------------------------------------------------------ statistics
 
 
-def test_the_signal_counts_what_it_says() -> None:
+def test_the_training_signal_matches_its_definitions() -> None:
     server = torch.tensor([0.5, 0.5, 0.5, 0.5]).log()
     trainer = torch.tensor([0.5, 0.75, 0.25, 0.5]).log()
     signal = recipes.training_signal(trainer_N=trainer, server_N=server, clip_epsilon=0.4)
@@ -124,12 +181,12 @@ def test_statistics_stay_finite_and_in_their_bounds(log_probs: list[float], shuf
     assert signal["logprob_gap_mean"] <= signal["logprob_gap_max"] + 1e-9
 
 
-def test_an_empty_batch_gives_nan_and_no_error() -> None:
+def test_an_empty_batch_gives_nan() -> None:
     signal = recipes.training_signal(trainer_N=torch.zeros(0), server_N=torch.zeros(0), clip_epsilon=0.2)
     assert all(math.isnan(value) for value in signal.values())
 
 
-def test_numbers_of_a_batch_count_age_from_the_weights_that_were_trained() -> None:
+def test_the_age_of_tokens_counts_from_the_trained_weights() -> None:
     numbers = recipes.batch_numbers(RAGGED, weight_version=8)
     assert numbers["staleness_histogram"] == "2:1 3:1 4:1 5:1 6:1 7:1 8:1"
     assert numbers["staleness_mean"] == 5.0
@@ -148,17 +205,11 @@ def test_truncated_weights_are_the_ratio_up_to_the_cap(log_probs: list[float], c
     torch.testing.assert_close(weights_N, torch.tensor(expected), rtol=1e-4, atol=1e-6)
 
 
-def test_weights_pass_no_gradient_on_and_bad_bounds_are_refused() -> None:
+def test_weights_pass_no_gradient_and_a_cap_that_is_not_positive_is_refused() -> None:
     log_pi_N = torch.zeros(2, requires_grad=True)
-    for weights_N in (
-        recipes.truncated_importance_weights(log_pi_N, torch.zeros(2)),
-        recipes.masked_importance_weights(log_pi_N, torch.zeros(2)),
-    ):
-        assert not weights_N.requires_grad
+    assert not recipes.truncated_importance_weights(log_pi_N, torch.zeros(2)).requires_grad
     with pytest.raises(ConfigError, match="positive"):
         recipes.truncated_importance_weights(log_pi_N, log_pi_N, cap=0)
-    with pytest.raises(ConfigError, match="enclose 1"):
-        recipes.masked_importance_weights(log_pi_N, log_pi_N, low=1.5, high=2)
 
 
 def test_importance_weights_make_the_gradient_of_old_tokens_that_of_the_current_policy() -> None:
@@ -173,7 +224,7 @@ def test_importance_weights_make_the_gradient_of_old_tokens_that_of_the_current_
     torch.testing.assert_close(off_policy, on_policy)
 
 
-def test_a_policy_that_has_moved_far_enough_is_pushed_no_further() -> None:
+def test_the_clipped_loss_has_no_gradient_beyond_the_clip() -> None:
     old_N = torch.full((4,), 0.5).log()
     new_N = torch.tensor([0.7, 0.7, 0.3, 0.3]).log().requires_grad_()
     advantage_N = torch.tensor([1.0, -1.0, 1.0, -1.0])
@@ -182,9 +233,9 @@ def test_a_policy_that_has_moved_far_enough_is_pushed_no_further() -> None:
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.0), (0.9, 0.95)])
-def test_advantages_are_the_sums_gae_is_defined_by(gamma: float, lam: float) -> None:
-    lengths = [3, 1, 2]
-    rewards_N, values_N = torch.randn(6), torch.randn(6)
+@pytest.mark.parametrize("lengths", [[3, 1, 2], [1, 1], [1], [40, 7]])
+def test_advantages_match_the_definition_of_gae(lengths: list[int], gamma: float, lam: float) -> None:
+    rewards_N, values_N = torch.randn(sum(lengths)), torch.randn(sum(lengths))
     advantages_N, returns_N = recipes.token_advantages(rewards_N, values_N, lengths, gamma=gamma, lam=lam)
     expected = []
     for rewards_R, values_R in zip(rewards_N.split(lengths), values_N.split(lengths), strict=True):
@@ -197,14 +248,14 @@ def test_advantages_are_the_sums_gae_is_defined_by(gamma: float, lam: float) -> 
 
 @pytest.mark.parametrize("right", [0, 1, 3, 6])
 @pytest.mark.parametrize("k", [1, 2, 5, 6])
-def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(right: int, k: int) -> None:
+def test_pass_at_k_is_the_fraction_of_draws_with_a_right_answer(right: int, k: int) -> None:
     outcomes = [True] * right + [False] * (6 - right)
     draws = list(combinations(outcomes, k))
     assert recipes.pass_at_k(6, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_the_learning_rate_rises_and_then_falls_as_told(schedule: str) -> None:
+def test_the_learning_rate_rises_and_then_follows_the_schedule(schedule: str) -> None:
     factor = learning_rate_factor(schedule, warmup_steps=4, total_steps=20)
     assert [factor(n) for n in range(4)] == [0.25, 0.5, 0.75, 1.0]
     rest = [factor(n) for n in range(4, 21)]

@@ -22,7 +22,7 @@ def test_only_a_closed_block_is_a_program() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"max_turns": 0}, {"reply": "done"}, {"bonus": 1.0}, {"bonus": -0.1}])
-def test_a_tool_refuses_what_makes_no_sense(wrong: dict[str, Any]) -> None:
+def test_a_tool_refuses_invalid_arguments(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         PythonTool(score_number, **wrong)
 
@@ -49,7 +49,7 @@ def turn(
     )
 
 
-def test_a_conversation_is_one_sequence_in_which_the_assistants_tokens_are_marked() -> None:
+def test_a_conversation_is_one_sequence_with_a_mask_of_the_assistants_tokens() -> None:
     conversations = Conversations.from_turns(
         [
             turn([1, 2], [3, 4], done=False, reward=0.25),
@@ -74,12 +74,12 @@ def test_a_conversation_is_one_sequence_in_which_the_assistants_tokens_are_marke
     assert conversations.num_written == 4
 
 
-def test_tokens_that_changed_from_one_turn_to_the_next_are_refused() -> None:
+def test_tokens_that_changed_between_turns_are_refused() -> None:
     turns = [turn([1, 2], [3, 4], done=False), turn([1, 2, 34, 50], [6], done=True)]
     with pytest.raises(ConfigError, match="prompt of turn 2 .* prefer_tokens=True"):
         Conversations.from_turns(turns)
 
 
-def test_a_conversation_that_is_cut_off_is_refused() -> None:
+def test_an_incomplete_conversation_is_refused() -> None:
     with pytest.raises(ConfigError, match="yield_completed_trajectories=True"):
         Conversations.from_turns([turn([1], [2], done=True), turn([1], [2], done=False)])

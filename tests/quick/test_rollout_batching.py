@@ -1,4 +1,4 @@
-"""Calls of many threads become few batches, and each gets its own results, errors and deadline."""
+"""Batcher: calls of many threads become few batches, and each call gets its own results, errors and deadline."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_no_batch_is_larger_than_allowed_unless_one_call_is() -> None:
     assert max(sizes) <= 3
 
 
-def test_a_lonely_call_runs_when_its_time_is_up() -> None:
+def test_a_single_call_runs_when_its_wait_is_over() -> None:
     batcher: Batcher[int, int] = Batcher(min_items=100, wait_s=0.05)
     assert batcher.submit([7], lambda items: items) == [7]
 
@@ -81,7 +81,7 @@ def test_calls_that_come_shortly_one_after_the_other_are_one_batch() -> None:
         return batcher.submit([index], run)
 
     assert at_once([lambda i=i: call(i) for i in range(16)]) == [[i] for i in range(16)]
-    assert len(sizes) < 8, "hardly any call found company"
+    assert len(sizes) < 8, "hardly any calls were merged"
 
 
 def test_a_batch_does_not_wait_for_the_one_before() -> None:
@@ -109,7 +109,7 @@ def test_a_batch_does_not_wait_for_the_one_before() -> None:
     assert not batcher.state["processing"]
 
 
-def test_a_caller_never_waits_for_a_batch_that_it_has_no_part_in() -> None:
+def test_a_caller_never_waits_for_a_batch_of_other_calls() -> None:
     running, more = threading.Event(), threading.Event()
 
     def run(items: Sequence[int]) -> Sequence[int]:
@@ -134,7 +134,7 @@ def test_a_caller_never_waits_for_a_batch_that_it_has_no_part_in() -> None:
     first.join(timeout=60)
 
 
-def test_an_error_reaches_every_caller_of_its_batch_and_nobody_else() -> None:
+def test_an_error_reaches_every_caller_of_its_batch_and_no_other() -> None:
     def fail(items: Sequence[int]) -> Sequence[int]:
         raise RuntimeError(f"could not run {len(items)}")
 
@@ -151,7 +151,7 @@ def test_a_batch_that_loses_results_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("end", ["cancel", "flush"])
-def test_waiting_calls_can_be_given_up_or_sent_at_once(end: str) -> None:
+def test_waiting_calls_can_be_cancelled_or_sent_at_once(end: str) -> None:
     batcher: Batcher[int, int] = Batcher(min_items=100, wait_s=60)
 
     def end_soon() -> None:

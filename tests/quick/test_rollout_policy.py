@@ -1,4 +1,4 @@
-"""The policy on a pool that needs no server: what goes in comes out aligned, whatever the shapes."""
+"""The policy on an EchoPool, without a server: ids, log-probs, masks and versions are aligned in every shape."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_ids_log_probs_masks_and_versions_stay_aligned(
     expected = EchoPool().generate(ids_B_T, SamplingParams.from_kwargs(**kwargs))
     assert out.batch_size == (len(ids_B_T),) + (() if num_samples is None else (num_samples,))
     widths = [max(map(len, ids_B_T)), max(len(r.output_ids) for r in expected)]
-    facts = out["generation"].reshape(-1)
+    generation = out["generation"].reshape(-1)
     for index, (prompt, response, full, attended, written, scores, versions) in enumerate(
         zip(
             rows(out, "tokens", "prompt"),
@@ -75,26 +75,26 @@ def test_ids_log_probs_masks_and_versions_stay_aligned(
             strict=True,
         )
     ):
-        asked, reply = ids_B_T[index // n], expected[index // n]
+        prompt_ids, reply = ids_B_T[index // n], expected[index // n]
         made = len(reply.output_ids)
         if pad:
             assert [len(prompt), len(response)] == widths
         assert torch.equal(full, torch.cat([prompt, response]))
-        assert full[attended].tolist() == [*asked, *reply.output_ids]
+        assert full[attended].tolist() == [*prompt_ids, *reply.output_ids]
         assert full[written].tolist() == reply.output_ids
-        assert int(attended.sum()) == len(asked) + made
+        assert int(attended.sum()) == len(prompt_ids) + made
         assert scores[:made].tolist() == pytest.approx(reply.output_logprobs)
         assert not scores[made:].any()
         assert versions[:made].tolist() == [0] * made
         assert (versions[made:] == NO_TOKEN).all()
         assert [len(response)] * 2 == [len(scores), len(versions)]
-        assert int(facts.prompt_tokens[index]) == len(asked)
-        assert int(facts.completion_tokens[index]) == made
-        assert bool(facts.truncated[index]) == (reply.finish_reason != "stop")
+        assert int(generation.prompt_tokens[index]) == len(prompt_ids)
+        assert int(generation.completion_tokens[index]) == made
+        assert bool(generation.truncated[index]) == (reply.finish_reason != "stop")
 
 
 @pytest.mark.parametrize("pad", [False, True])
-def test_full_log_probs_have_no_number_for_prompt_tokens_unless_asked(pad: bool) -> None:
+def test_full_log_probs_are_nan_for_prompt_tokens_without_prompt_logprobs(pad: bool) -> None:
     silent = policy(pad_output=pad)(ragged([[5, 6], [7]]))
     for full, written in zip(
         rows(silent, "log_probs", "full"), rows(silent, "masks", "all_assistant_mask"), strict=True
@@ -102,11 +102,11 @@ def test_full_log_probs_have_no_number_for_prompt_tokens_unless_asked(pad: bool)
         assert len(full) == len(written)
         assert full[~written].isnan().all()
         assert not full[written].isnan().any()
-    asked = policy(pad_output=pad, generate_kwargs={"max_new_tokens": 4, "prompt_logprobs": True})(
+    scored = policy(pad_output=pad, generate_kwargs={"max_new_tokens": 4, "prompt_logprobs": True})(
         ragged([[5, 6], [7]])
     )
-    assert rows(asked, "log_probs", "prompt")[0].tolist() == pytest.approx([0.0, -0.006])
-    assert not any(full.isnan().any() for full in rows(asked, "log_probs", "full"))
+    assert rows(scored, "log_probs", "prompt")[0].tolist() == pytest.approx([0.0, -0.006])
+    assert not any(full.isnan().any() for full in rows(scored, "log_probs", "full"))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (4,), (2, 2), (2, 1, 2)])
@@ -123,7 +123,7 @@ def test_every_batch_shape_comes_back_with_samples_last(shape: tuple[int, ...], 
         assert out is td
 
 
-def test_an_empty_batch_asks_no_server() -> None:
+def test_an_empty_batch_sends_no_request() -> None:
     pool = EchoPool()
     td = TensorDict(batch_size=0)
     assert policy(pool)(td) is td
@@ -131,20 +131,20 @@ def test_an_empty_batch_asks_no_server() -> None:
     assert pool.requests == []
 
 
-def test_all_prompts_travel_in_one_request_and_without_padding() -> None:
+def test_all_prompts_are_sent_in_one_request_without_padding() -> None:
     pool = EchoPool()
     td = TensorDict({("tokens", "prompt"): torch.tensor([[0, 0, 5], [6, 7, 8]])}, batch_size=2)
     policy(pool)(td)
     assert pool.requests == [[[5], [6, 7, 8]]]
 
 
-def test_every_output_goes_where_its_key_says() -> None:
+def test_every_output_is_written_at_its_key() -> None:
     out = policy(
-        tokens_key=("agent", "tok"), masks_key="m", log_probs_key="lp", generation_key=("agent", "facts"), inplace=False
+        tokens_key=("agent", "tok"), masks_key="m", log_probs_key="lp", generation_key=("agent", "gen"), inplace=False
     )(ragged([[5, 6]]))
     assert set(out.keys()) == {"agent", "m", "lp"}
     assert out["agent", "tok", "full"].tolist() == [[5, 6, 6, 5, 6, 5]]
-    assert out["agent", "facts"].completion_tokens.tolist() == [4]
+    assert out["agent", "gen"].completion_tokens.tolist() == [4]
     assert "generation" not in policy(generation_key=None)(ragged([[5]]))
 
 
@@ -182,65 +182,65 @@ def test_a_bad_prompt_is_refused_by_index_and_nothing_is_sent(bad: list[int], me
 
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize(("bad", "message"), BAD)
-def test_a_bad_prompt_is_marked_and_the_others_are_served(bad: list[int], message: str, pad: bool) -> None:
+def test_a_bad_prompt_is_masked_and_the_others_are_served(bad: list[int], message: str, pad: bool) -> None:
     pool = EchoPool(context_length=32)
     out = policy(pool, on_error="mask", pad_output=pad, num_samples=2)(ragged([[5, 6], bad, [7]]))
     assert pool.requests == [[[5, 6], [7]]]
-    facts = out["generation"].reshape(-1)
-    assert [bool(e) for e in facts.error] == [False, False, True, True, False, False]
-    assert "prompt 1" in facts.error[2]
-    assert facts.finish_reason[2] == "error"
-    assert facts.completion_tokens.tolist() == [4, 4, 0, 0, 4, 4]
+    generation = out["generation"].reshape(-1)
+    assert [bool(e) for e in generation.error] == [False, False, True, True, False, False]
+    assert "prompt 1" in generation.error[2]
+    assert generation.finish_reason[2] == "error"
+    assert generation.completion_tokens.tolist() == [4, 4, 0, 0, 4, 4]
     written = rows(out, "masks", "all_assistant_mask")
     assert [int(w.sum()) for w in written] == [4, 4, 0, 0, 4, 4]
     assert all(0 <= int(i) < 320 for full in rows(out, "tokens", "full") for i in full)
 
 
-def test_a_row_of_the_wrong_dtype_is_marked_too() -> None:
+def test_a_row_of_the_wrong_dtype_is_masked_too() -> None:
     td = lazy_stack([TensorDict(tokens=Tokens(prompt=p)) for p in (torch.tensor([5, 6]), torch.tensor([0.5]))])
     with pytest.raises(ConfigError, match="batch index 1.*float32"):
         policy()(td)
-    facts = policy(on_error="mask")(td)["generation"]
-    assert "float32" in facts.error[1]
-    assert facts.error[0] == ""
+    generation = policy(on_error="mask")(td)["generation"]
+    assert "float32" in generation.error[1]
+    assert generation.error[0] == ""
 
 
-def test_a_batch_that_the_server_rejects_is_halved_until_the_offender_is_alone() -> None:
+def test_a_rejected_batch_is_halved_until_the_bad_prompt_is_alone() -> None:
     class Picky(EchoPool):
         def generate(self, ids_B_T: Any, *args: Any, **kwargs: Any) -> list[GenerateReply]:
             if any(13 in ids_T for ids_T in ids_B_T):
-                raise RequestRejectedError("13 brings bad luck")
+                raise RequestRejectedError("13 is not allowed")
             return super().generate(ids_B_T, *args, **kwargs)
 
     prompts = [[i] for i in range(10, 18)]
     with pytest.raises(RequestRejectedError):
         policy(Picky())(ragged(prompts))
-    facts = policy(Picky(), on_error="mask")(ragged(prompts))["generation"]
-    assert ["bad luck" in error for error in facts.error] == [i == 13 for (i,) in prompts]
+    generation = policy(Picky(), on_error="mask")(ragged(prompts))["generation"]
+    assert ["not allowed" in error for error in generation.error] == [i == 13 for (i,) in prompts]
 
 
-def test_a_rejected_prompt_does_not_spoil_those_of_other_threads_in_its_request() -> None:
+def test_a_rejected_prompt_does_not_mask_those_of_other_threads_in_its_request() -> None:
     class Picky(EchoPool):
         def generate(self, ids_B_T: Any, *args: Any, **kwargs: Any) -> list[GenerateReply]:
             replies = super().generate(ids_B_T, *args, **kwargs)
             if any(13 in ids_T for ids_T in ids_B_T):
-                raise RequestRejectedError("13 brings bad luck")
+                raise RequestRejectedError("13 is not allowed")
             return replies
 
     pool = Picky()
     together = policy(pool, on_error="mask", batching=True, min_batch_size=2)
     errors: dict[int, str] = {}
 
-    def ask(token: int) -> None:
+    def call(token: int) -> None:
         errors[token] = together(ragged([[token]]))["generation"].error[0]
 
-    threads = [threading.Thread(target=ask, args=(token,)) for token in (13, 14)]
+    threads = [threading.Thread(target=call, args=(token,)) for token in (13, 14)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
     assert errors[14] == ""
-    assert "bad luck" in errors[13]
+    assert "not allowed" in errors[13]
     assert sorted(pool.requests[0]) == [[13], [14]]
 
 
@@ -260,7 +260,7 @@ def test_nan_temperature_is_refused_when_the_policy_is_made() -> None:
 
 
 class Interrupted(EchoPool):
-    """Ends every response after ``after`` tokens with an abort, as a weight update does, and counts a version up."""
+    """Aborts every response after ``after`` tokens and increments the version, as a weight update does."""
 
     def __init__(self, after: int) -> None:
         super().__init__()
@@ -285,7 +285,7 @@ class Interrupted(EchoPool):
         )
 
 
-def test_what_is_cut_too_near_to_the_end_of_the_context_stays_cut_and_harms_nobody() -> None:
+def test_a_response_aborted_near_the_end_of_the_context_is_not_resumed() -> None:
     pool = Interrupted(after=3)
     pool.max_prompt_tokens = 7
     out = policy(pool, generate_kwargs={"max_new_tokens": 6})(ragged([[5, 6, 7, 8, 9], [7]]))
@@ -293,7 +293,7 @@ def test_what_is_cut_too_near_to_the_end_of_the_context_stays_cut_and_harms_nobo
     assert out["generation"].completion_tokens.tolist() == [3, 6]
 
 
-def test_an_interrupted_response_goes_on_from_its_tokens_and_keeps_their_versions() -> None:
+def test_an_interrupted_response_continues_from_its_tokens_and_keeps_their_versions() -> None:
     pool = Interrupted(after=2)
     out = policy(pool, generate_kwargs={"max_new_tokens": 5})(ragged([[5, 6], [7]]))
     first = rows(out, "tokens", "response")[0]
@@ -306,7 +306,7 @@ def test_an_interrupted_response_goes_on_from_its_tokens_and_keeps_their_version
     assert out["generation"].prompt_tokens.tolist() == [2, 1]
 
 
-def test_resuming_ends_at_the_cap_and_leaves_what_there_is() -> None:
+def test_resuming_ends_at_max_resumes_and_keeps_the_partial_response() -> None:
     out = policy(Interrupted(after=1), max_resumes=2, generate_kwargs={"max_new_tokens": 9})(ragged([[5]]))
     assert rows(out, "tokens", "response")[0].tolist() == [5, 5, 5]
     assert list(out["generation"].finish_reason) == ["abort"]
@@ -317,11 +317,11 @@ def test_resuming_ends_at_the_cap_and_leaves_what_there_is() -> None:
 # -------------------------------------------------------------------------------------------------- copies and batching
 
 
-def test_a_new_version_loses_nothing() -> None:
+def test_a_new_version_keeps_all_settings() -> None:
     first = policy(
         num_samples=2,
         tokens_key="tok",
-        generation_key="facts",
+        generation_key="gen",
         on_error="mask",
         on_overlong="truncate_left",
         max_resumes=3,
@@ -426,13 +426,13 @@ def test_an_argument_that_cannot_be_honoured_is_refused(kwargs: dict[str, Any], 
         policy(**kwargs)
 
 
-def test_without_log_probs_none_are_asked_for_or_written() -> None:
+def test_without_log_probs_none_are_written() -> None:
     for made in (policy(return_log_probs=False), policy(generate_kwargs={"logprobs": False})):
-        assert made.out_keys == ["masks", "tokens", "generation"]
-        assert "log_probs" not in made(ragged([[5]]))
+        assert made.out_keys == ["masks", "tokens"]
+        assert set(made(ragged([[5]])).keys()) == {"masks", "tokens", "generation"}
 
 
-def test_a_server_has_no_logits_to_give() -> None:
+def test_logits_are_not_supported() -> None:
     scorer = policy(generate=False)
     with pytest.raises(NotImplementedError):
         scorer(ragged([[5]]), logits_only=True)

@@ -1,4 +1,4 @@
-"""What a TensorDict asks for: padding removed, order kept, bad input named."""
+"""Prompts read from a TensorDict: padding is removed, the order kept, bad input named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ids = st.lists(st.lists(st.integers(1, 319), min_size=1, max_size=12), min_size=
 
 
 def never() -> tuple[int, int]:
-    raise AssertionError("the padding value was asked for where nothing is padded")
+    raise AssertionError("the padding value was requested although nothing is padded")
 
 
 def padded(ids_B_T: list[list[int]], side: str, value: int = PAD) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_a_padded_tensor_gives_back_the_ids_that_were_padded(ids_B_T: list[list[
 
 @settings(deadline=None)
 @given(ids)
-def test_ragged_ids_are_taken_as_they_are_even_where_they_hold_the_padding_id(ids_B_T: list[list[int]]) -> None:
+def test_ragged_ids_keep_the_padding_id(ids_B_T: list[list[int]]) -> None:
     ids_B_T = [[*i, PAD] for i in ids_B_T] + [[5]]  # the last keeps the lengths uneven
     tensors = [torch.tensor(i) for i in ids_B_T]
     as_lazy = lazy_stack([TensorDict({"x": t}) for t in tensors])
@@ -51,7 +51,7 @@ def test_ragged_ids_are_taken_as_they_are_even_where_they_hold_the_padding_id(id
 
 @settings(deadline=None)
 @given(ids, st.data())
-def test_an_attention_mask_decides_and_not_the_padding_value(ids_B_T: list[list[int]], data: Any) -> None:
+def test_an_attention_mask_takes_precedence_over_the_padding_value(ids_B_T: list[list[int]], data: Any) -> None:
     dense = padded(ids_B_T, "left")
     mask = data.draw(
         st.lists(
@@ -65,7 +65,7 @@ def test_an_attention_mask_decides_and_not_the_padding_value(ids_B_T: list[list[
     assert read_tokens(td, "x", mask_keys=("m",), padding=never).ids_B_T == expected
 
 
-def test_a_mask_of_other_lengths_belongs_to_other_tokens() -> None:
+def test_a_mask_of_other_lengths_is_ignored() -> None:
     td = TensorDict({"x": torch.tensor([[7, 8]]), "m": torch.tensor([[True, True, False]])}, batch_size=1)
     assert read_tokens(td, "x", mask_keys=("m",), padding=lambda: (PAD, EOS)).ids_B_T == [[7, 8]]
 
@@ -99,12 +99,12 @@ def test_an_assistant_mask_loses_the_same_padding_as_its_tokens() -> None:
         (torch.zeros(2, 3, 4, dtype=torch.long), "shape"),
     ],
 )
-def test_what_are_no_token_ids_is_refused_by_name(value: torch.Tensor, message: str) -> None:
+def test_values_that_are_not_token_ids_are_refused_with_the_reason(value: torch.Tensor, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_tokens(TensorDict({"x": value}, batch_size=2), "x", padding=never)
 
 
-def test_one_row_that_holds_no_ids_is_a_problem_of_that_row() -> None:
+def test_a_row_without_ids_is_reported_for_that_row_alone() -> None:
     td = lazy_stack([TensorDict({"x": torch.tensor([1, 2])}), TensorDict({"x": torch.tensor([0.5])})])
     read = read_tokens(td, "x", padding=never)
     assert read.ids_B_T == [[1, 2], []]

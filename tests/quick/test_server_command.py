@@ -1,4 +1,4 @@
-"""The command line of a server: what is on it, what wins, and what is refused before anything starts."""
+"""The command line of a server: its words, their order, and what is refused before anything starts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def value_of(command: list[str], flag: str) -> str:
     return command[positions[-1] + 1]
 
 
-def test_a_cpu_server_gets_the_flags_without_which_sglang_does_not_start_on_a_cpu(checkpoint: Path) -> None:
+def test_a_cpu_server_gets_the_flags_that_sglang_needs_on_a_cpu(checkpoint: Path) -> None:
     command = command_of(ServerConfig(model=str(checkpoint)))
     assert command[:3] == [sys.executable, "-m", "sglang.launch_server"]
     expected = {
@@ -87,14 +87,14 @@ def test_a_long_context_enlarges_the_kv_cache_of_a_cpu_server(checkpoint: Path) 
     assert value_of(command, "--max-total-tokens") == "20000"
 
 
-def test_extra_args_come_last_so_that_they_win(checkpoint: Path) -> None:
+def test_extra_args_come_last_and_override(checkpoint: Path) -> None:
     extra = ("--grammar-backend", "xgrammar", "--enable-lora")
     command = command_of(ServerConfig(model=str(checkpoint), extra_args=extra), key_file=Path("keys.yaml"))
     assert tuple(command[-3:]) == extra
     assert value_of(command, "--grammar-backend") == "xgrammar"
 
 
-def test_keys_travel_in_a_file_that_sglangs_own_parser_reads_and_never_on_the_command_line(checkpoint: Path) -> None:
+def test_keys_are_in_a_file_that_sglang_reads_and_never_on_the_command_line(checkpoint: Path) -> None:
     config = ServerConfig(model=str(checkpoint), api_key='s3:"cr\\et', admin_api_key="yes")
     command = command_of(config, key_file=Path("keys.yaml"))
     assert value_of(command, "--config") == "keys.yaml"
@@ -120,7 +120,7 @@ def test_a_second_config_file_beside_keys_is_refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "-x", "two words"])
-def test_a_key_that_cannot_travel_is_refused_without_being_shown(checkpoint: Path, key: str) -> None:
+def test_an_invalid_key_is_refused_and_not_shown(checkpoint: Path, key: str) -> None:
     with pytest.raises(ConfigError, match="admin_api_key must not") as caught:
         check_config(ServerConfig(model=str(checkpoint), admin_api_key=key))
     assert key == "" or key not in str(caught.value).replace("start with '-'", "")
@@ -131,7 +131,7 @@ def test_a_python_that_does_not_exist_is_refused(checkpoint: Path) -> None:
         check_config(ServerConfig(model=str(checkpoint), python=str(checkpoint / "bin" / "python")))
 
 
-def test_a_virtual_environments_python_stays_the_link_that_it_is(tmp_path: Path) -> None:
+def test_the_link_to_a_virtual_environments_python_is_not_resolved(tmp_path: Path) -> None:
     link = tmp_path / "python"
     link.symlink_to(sys.executable)
     assert find_python(ServerConfig(model="m", python=str(link))) == str(link)
@@ -143,7 +143,7 @@ def test_a_path_without_a_checkpoint_is_refused(model: str) -> None:
         check_config(ServerConfig(model=model))
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused_with_what_it_holds(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_checkpoint_is_refused_and_its_files_are_listed(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").touch()
     with pytest.raises(ConfigError, match=r"without config\.json \(it holds weights\.bin\)"):
         check_config(ServerConfig(model=str(tmp_path)))
@@ -166,7 +166,7 @@ def test_the_url_names_the_host_with_ipv6_in_brackets(host: str, url: str) -> No
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
-def test_the_url_of_a_server_on_all_interfaces_names_one_of_them(host: str) -> None:
+def test_the_url_of_a_server_on_all_interfaces_has_the_address_of_one(host: str) -> None:
     url = build_url(ServerConfig(model="m", host=host), 80)
     assert url.startswith("http://")
     assert url.endswith(":80")

@@ -1,4 +1,4 @@
-"""What a failed server's log is taken to mean. The lines are SGLang's, torch's and Python's own."""
+"""Causes that are read from a failed server's log. The lines are SGLang's, torch's and Python's own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torchrl_sglang.server.diagnosis import describe_exit, explain_failure, last
         ("/x/bin/python: Error while finding module specification for 'sglang.launch_server' "
          "(ModuleNotFoundError: No module named 'sglang')", 1, "install-cpu-server"),
         ("/x/bin/python: No module named sglang", 1, "install-cpu-server"),
+        ("ModuleNotFoundError: No module named 'sglang_router'", 1, "torchrl-sglang[router]"),
         ("ModuleNotFoundError: No module named 'orjson'", 1, "lacks the module 'orjson'"),
         ("ModuleNotFoundError: No module named 'sglang.srt.foo'", 1, "lacks the module 'sglang.srt.foo'"),
         ("sglang serve: error: unrecognized arguments: --no-such-flag 3", 2, "doesn't know --no-such-flag 3"),
@@ -27,15 +28,15 @@ from torchrl_sglang.server.diagnosis import describe_exit, explain_failure, last
         ("", -9, "killed from outside"),
     ],
 )  # fmt: skip
-def test_known_failures_come_with_what_to_do(log: str, code: int, advice: str) -> None:
+def test_known_failures_have_advice(log: str, code: int, advice: str) -> None:
     assert advice in explain_failure(f"starting\n{log}\n", code)
 
 
-def test_an_unknown_failure_gets_no_invented_cause() -> None:
+def test_an_unknown_failure_has_no_cause() -> None:
     assert explain_failure("ValueError: something new", 1) == ""
 
 
-def test_what_every_start_says_is_no_cause_and_a_suicide_is_told_from_a_kill() -> None:
+def test_lines_of_every_start_are_no_cause_and_sglang_killing_itself_differs_from_a_kill_from_outside() -> None:
     start = (
         "[2026-11-22 03:05:14] server_args={'on_error': 'out of memory'}\n"
         "[2026-11-22 03:05:40] Ignore import error when loading sglang.srt.models.inkling: No module named 'cutlass'\n"
@@ -54,7 +55,7 @@ def test_exit_codes_are_named() -> None:
     ]
 
 
-def test_the_line_to_show_is_the_latest_that_says_something() -> None:
+def test_the_progress_line_is_the_latest_meaningful_line() -> None:
     log = (
         "[2026-01-01 10:00:00 TP0] Load weight begin. avail mem=3 GB\n"
         "Loading safetensors: 50% 1/2\rLoading safetensors: 100% 2/2\r\n"

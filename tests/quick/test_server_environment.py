@@ -1,4 +1,4 @@
-"""The environment of a server: cleaned of the trainer's rank, otherwise inherited, and ours is never written."""
+"""The environment of a server: inherited without the trainer's rank; the trainer's own is never written."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_nccl_settings_pass_so_that_both_sides_agree() -> None:
 
 
 @pytest.mark.parametrize("cpu", [False, True])
-def test_the_configs_env_wins_over_everything_and_the_parent_stays_as_it_is(cpu: bool) -> None:
+def test_the_configs_env_overrides_everything_and_the_parents_stays_unchanged(cpu: bool) -> None:
     parent = {"A": "parent", "OMP_NUM_THREADS": "1", "PYTHONPATH": "/mine"}
     before = dict(parent)
     real = dict(os.environ)
@@ -58,13 +58,13 @@ def test_the_configs_env_wins_over_everything_and_the_parent_stays_as_it_is(cpu:
     assert dict(os.environ) == real
 
 
-def test_a_crashed_server_ends_at_once_unless_dumps_were_asked_for() -> None:
+def test_a_crashed_server_ends_at_once_unless_dumps_are_requested() -> None:
     name = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"
     assert environment(ServerConfig(model="m"), {})[name] == "0"
     assert environment(ServerConfig(model="m"), {name: "1"})[name] == "1"
 
 
-def test_another_python_does_not_get_this_ones_module_path() -> None:
+def test_another_python_does_not_inherit_the_module_path() -> None:
     parent = {"PYTHONPATH": "/mine", "PYTHONHOME": "/p", "VIRTUAL_ENV": "/v"}
     assert environment(ServerConfig(model="m"), parent).items() >= parent.items()
     assert not environment(ServerConfig(model="m", python="/other/python"), parent).keys() & parent.keys()
@@ -88,7 +88,7 @@ def test_a_cpu_server_hides_gpus_from_sglang() -> None:
     )
 
 
-def test_each_cpu_rank_computes_on_cores_of_its_own() -> None:
+def test_each_cpu_rank_has_its_own_cores() -> None:
     variables = cpu_environment(ServerConfig(model="m", tp_size=2), cores=[0, 1])
     assert variables["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1"
     assert variables["OMP_NUM_THREADS"] == "1"
@@ -112,7 +112,7 @@ def test_torch_is_patched_for_lora_alone(extra_args: tuple[str, ...], patched: b
     assert ("SGLANG_CPU_STAND_INS_NO_PINNED_MEMORY" in variables) is patched
 
 
-def test_a_hub_model_may_be_downloaded_and_a_local_one_asks_nobody(tmp_path: object) -> None:
+def test_a_hub_model_may_be_downloaded_and_a_local_one_needs_no_network(tmp_path: object) -> None:
     assert cpu_environment(ServerConfig(model=str(tmp_path)), cores=[0])["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in cpu_environment(ServerConfig(model="Qwen/Qwen3-0.6B"), cores=[0])
 
@@ -143,7 +143,7 @@ def test_a_gpu_that_is_not_visible_is_refused() -> None:
         visible_devices({"CUDA_VISIBLE_DEVICES": "4"}, None, 2)
 
 
-def test_a_ray_workers_narrowed_view_does_not_bind_its_server() -> None:
+def test_gpus_in_a_ray_worker_are_the_machines_numbers() -> None:
     ray = {"CUDA_VISIBLE_DEVICES": "0", "RAY_JOB_ID": "01000000"}
     assert visible_devices(ray, (2, 3), 2) == "2,3"
     assert visible_devices(ray, None, 1) == "0"
@@ -165,7 +165,7 @@ def test_hidden_gpus_are_not_visible(variables: dict[str, str], num_gpus: int, v
     assert has_visible_gpu(variables, num_gpus) is visible
 
 
-def test_asking_for_a_device_decides_without_a_look_at_the_machine() -> None:
+def test_an_explicit_device_decides_without_a_driver_call() -> None:
     assert needs_cpu_engine(ServerConfig(model="m", device="cpu"), {})
     assert not needs_cpu_engine(ServerConfig(model="m", device="cuda"), {"CUDA_VISIBLE_DEVICES": ""})
     assert needs_cpu_engine(ServerConfig(model="m"), {"CUDA_VISIBLE_DEVICES": ""})

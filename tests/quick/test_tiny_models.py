@@ -1,4 +1,4 @@
-"""Tiny models: real checkpoints, the same from the same arguments, with a template that TorchRL understands."""
+"""Tiny models: real checkpoints that depend on their arguments only, with a chat template that TorchRL can use."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def test_tied_embeddings_are_stored_once(make_model: Callable[..., Path]):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_weights_have_the_dtype_asked_for(dtype: str, make_model: Callable[..., Path]):
+def test_the_weights_have_the_requested_dtype(dtype: str, make_model: Callable[..., Path]):
     path = make_model(dtype=dtype)
     assert {tensor.dtype for tensor in weights(path).values()} == {getattr(torch, dtype)}
     assert json.loads((path / "config.json").read_text())["dtype"] == dtype
 
 
-def test_the_seed_alone_decides_the_weights_and_the_callers_generator_is_left_alone(tmp_path: Path):
+def test_only_the_seed_decides_the_weights_and_the_callers_generator_is_unchanged(tmp_path: Path):
     torch.manual_seed(1)
     first = weights(make_tiny_model(tmp_path / "a", seed=3))
     drawn = torch.rand(4)
@@ -98,7 +98,7 @@ def test_greedy_output_is_varied_enough_to_tell_models_apart(tiny_llama: Path, t
         ({"layers": 0}, "sizes must be positive"),
     ],
 )
-def test_arguments_that_make_no_model_are_refused(arguments: dict, message: str, tmp_path: Path):
+def test_invalid_arguments_are_refused(arguments: dict, message: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
         make_tiny_model(tmp_path / "model", **arguments)
     assert list(tmp_path.iterdir()) == []
@@ -109,7 +109,7 @@ def test_arguments_that_make_no_model_are_refused(arguments: dict, message: str,
 
 @given(st.text())
 @settings(deadline=None)
-def test_every_text_comes_back_from_its_tokens(tokenizer, text: str):
+def test_decoding_the_tokens_of_a_text_returns_the_text(tokenizer, text: str):
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert all(0 <= token < VOCAB_SIZE for token in ids)
@@ -122,14 +122,14 @@ def test_special_tokens_are_one_token_each(tokenizer):
 
 
 def test_a_text_has_more_than_one_tokenization(tokenizer):
-    # What makes decoding and encoding again a different prompt, as with real tokenizers.
+    # Decoding and encoding again may give other tokens, as with real tokenizers.
     merged = tokenizer("the")["input_ids"]
     letters = [token for letter in "the" for token in tokenizer(letter)["input_ids"]]
     assert merged != letters
     assert tokenizer.decode(merged) == tokenizer.decode(letters)
 
 
-def test_torchrl_masks_exactly_the_assistants_words(tokenizer):
+def test_torchrl_masks_exactly_the_assistants_messages(tokenizer):
     history = History.from_chats([CHAT])
     answer = history.apply_chat_template(
         tokenizer=tokenizer, add_generation_prompt=False, return_assistant_tokens_mask=True, return_dict=True
@@ -139,7 +139,7 @@ def test_torchrl_masks_exactly_the_assistants_words(tokenizer):
     assert 0 < mask.sum() < len(mask)
 
 
-def test_torchrl_reads_a_conversation_back_from_its_text(tokenizer):
+def test_torchrl_parses_a_conversation_from_its_text(tokenizer):
     history = History.from_chats([CHAT])
     [text] = history.apply_chat_template(tokenizer=tokenizer, add_generation_prompt=False)
     back = History.from_text(text, tokenizer=tokenizer)
@@ -147,7 +147,7 @@ def test_torchrl_reads_a_conversation_back_from_its_text(tokenizer):
     assert all(back.is_complete)
 
 
-def test_our_template_says_what_torchrls_chatml_says(tokenizer):
+def test_the_template_renders_like_torchrls_chatml(tokenizer):
     history = History.from_chats([CHAT[:-1]])
     ours = history.apply_chat_template(tokenizer=tokenizer, add_generation_prompt=True)
     theirs = history.apply_chat_template(
@@ -171,21 +171,21 @@ def test_the_same_model_is_not_made_twice_and_another_replaces_it(tmp_path: Path
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_folder_with_somebody_elses_files_is_left_as_it_is(tmp_path: Path):
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="not overwritten"):
         make_tiny_model(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_file_in_the_way_is_left_as_it_is(tmp_path: Path):
+def test_a_file_at_the_path_is_refused_and_unchanged(tmp_path: Path):
     (tmp_path / "model").write_text("mine")
     with pytest.raises(ConfigError, match="is a file"):
         make_tiny_model(tmp_path / "model")
     assert (tmp_path / "model").read_text() == "mine"
 
 
-def test_an_interrupted_build_leaves_nothing_that_looks_finished(tmp_path: Path):
+def test_an_interrupted_build_leaves_no_folder(tmp_path: Path):
     def build(folder: Path) -> None:
         (folder / "half").write_text("half")
         raise KeyboardInterrupt
@@ -195,7 +195,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_finished(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_when_two_processes_build_the_same_both_get_it(tmp_path: Path):
+def test_two_processes_that_build_the_same_folder_both_get_it(tmp_path: Path):
     def build(folder: Path) -> None:
         if not (tmp_path / "model").exists():  # the other one, faster
             cached_folder(tmp_path / "model", {"version": 1}, lambda other: (other / "a").write_text("other's"))

@@ -17,12 +17,12 @@ VERSIONS = st.builds(
 
 
 @given(VERSIONS)
-def test_what_is_written_reads_back_the_same(version: WeightVersion):
+def test_parsing_the_string_of_a_version_returns_the_version(version: WeightVersion):
     assert WeightVersion.parse(str(version)) == version
 
 
 @given(st.text())
-def test_any_text_can_be_parsed_and_a_number_is_never_invented(text: str):
+def test_any_text_can_be_parsed_and_the_number_is_one_in_the_text(text: str):
     number = WeightVersion.parse(text).number
     assert number in (FOREIGN, 0) or str(number) in text
 
@@ -38,20 +38,20 @@ def test_any_text_can_be_parsed_and_a_number_is_never_invented(text: str):
         ("dirty-13@a1b2", 13, "a1b2", True),
     ],
 )
-def test_the_forms_we_write(text: str, number: int, owner: str | None, dirty: bool):
+def test_the_forms_of_this_package(text: str, number: int, owner: str | None, dirty: bool):
     assert WeightVersion.parse(text) == WeightVersion(number=number, owner=owner, dirty=dirty)
 
 
 @pytest.mark.parametrize(
     "text", ["", "step-12", "12 ", " 12", "-1", "1.5", "12@", "12@a b", "v12", "DEFAULT", "12\n", "١٢", "9" * 5000]
 )
-def test_a_string_somebody_else_wrote_has_no_number_and_is_not_dirty(text: str):
+def test_a_string_in_another_form_is_foreign_and_not_dirty(text: str):
     assert WeightVersion.parse(text) == WeightVersion(number=FOREIGN)
     assert version_number(text) == FOREIGN
 
 
 @pytest.mark.parametrize("text", ["dirty-", "dirty-x", "dirty-13 "])
-def test_a_mark_of_mixed_weights_is_kept_even_when_the_rest_makes_no_sense(text: str):
+def test_the_dirty_mark_counts_even_when_the_rest_is_invalid(text: str):
     assert WeightVersion.parse(text).dirty
 
 

@@ -1,6 +1,9 @@
-"""Messages in, text out: a chat on SGLang servers, with tools, adapters, images, videos and sounds."""
+"""Chats with served models: messages in, text out, with tools, adapters, images, videos and sounds.
 
-from torchrl_sglang.chat.conversation import SGLangChat
+May be imported from here: the names in ``__all__``; they are also in the package root, except ``ToolCall``.
+"""
+
+from torchrl_sglang.chat.chat import SGLangChat
 from torchrl_sglang.chat.response import Response, ToolCall
 
 __all__ = ["Response", "SGLangChat", "ToolCall"]

@@ -1,4 +1,4 @@
-"""Images, videos and sounds in any form people hold them in, as the URLs that ``/generate`` takes."""
+"""Images, videos and sounds as the URLs that ``/generate`` takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["MediaKind", "media_url"]
 
 MediaKind = Literal["image", "video", "audio"]
 
-# (offset, bytes found there, what the file is)
+# (offset, bytes at that offset, MIME type of the file)
 _SIGNATURES = (
     (0, b"\x89PNG\r\n\x1a\n", "image/png"),
     (0, b"\xff\xd8\xff", "image/jpeg"),
@@ -39,9 +39,9 @@ _SIGNATURES = (
     (0, b"fLaC", "audio/flac"),
     (0, b"OggS", "audio/ogg"),
 )
-# Containers that hold sound as well as pictures, and animations.
-_ALSO = {"image/gif": "video", "video/mp4": "audio", "video/webm": "audio", "audio/ogg": "video"}
-# SGLang's image processors look at two frames a second at most, so none is dropped.
+# The second kind of media that a container may hold.
+_SECOND_KIND = {"image/gif": "video", "video/mp4": "audio", "video/webm": "audio", "audio/ogg": "video"}
+# SGLang's image processors sample at most two frames per second, so none is dropped.
 _FRAMES_PER_S = 2.0
 
 
@@ -57,10 +57,10 @@ def media_url(item: Any, kind: MediaKind) -> str:
               ``{"frames": ..., "fps": ...}``; sent as motion JPEG;
             * audio: ``(samples, rate)`` or ``{"array": ..., "sampling_rate": ...}`` with samples of shape ``(N,)`` or
               ``(N, channels)``, int16 or floating point in [-1, 1]; sent as 16-bit WAV.
-        kind: what it is.
+        kind: the kind of media.
 
     Raises:
-        ConfigError: no such file, a file of another kind, or values that can't be read as this kind.
+        ConfigError: no such file, a file of another kind, or values of the wrong shape, type or range.
 
     Examples:
         >>> media_url("https://host/cat.png", "image")
@@ -89,8 +89,8 @@ def _read(path: str | Path, kind: MediaKind) -> bytes:
 
 def _as_data_url(data: bytes, kind: MediaKind, what: str) -> str:
     found = next((mime for at, mark, mime in _SIGNATURES if data[at : at + len(mark)] == mark), None)
-    if not data or (found is not None and kind not in (found.split("/")[0], _ALSO.get(found))):
-        raise ConfigError(f"{what} is no {kind}: it holds {found or 'nothing'}")
+    if not data or (found is not None and kind not in (found.split("/")[0], _SECOND_KIND.get(found))):
+        raise ConfigError(f"wrong content in {what}: expected {kind}, found {found or 'nothing'}")
     mime = found if found is not None and found.startswith(kind) else f"{kind}/{found.split('/')[1] if found else '*'}"
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
@@ -123,7 +123,7 @@ def as_pillow(image: Any) -> Any:
         )
     if np.issubdtype(pixels.dtype, np.floating):
         if not (pixels.min() >= 0 and pixels.max() <= 1):
-            raise ConfigError("a floating-point image must have values in [0, 1]; is it normalised for a model?")
+            raise ConfigError("a floating-point image must have values in [0, 1]; was it normalised for a model?")
         pixels = np.round(pixels * 255).astype(np.uint8)
     if pixels.dtype != np.uint8:
         raise ConfigError(f"an image's values must be uint8 or floating point in [0, 1], got {pixels.dtype}")

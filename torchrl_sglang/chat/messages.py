@@ -1,4 +1,4 @@
-"""What a caller says, put into one form: messages of plain parts, with the media they mention in order."""
+"""``Conversation``: messages in one form, with the media that they mention in order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PLACEHOLDER = re.compile(r"<(image|video|audio)>")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """Messages as chat templates read them, and their media.
+    """Messages in the form that chat templates read, and their media.
 
     Attributes:
         messages: ``role`` and ``content``; the content is a string, or, where media are mentioned, a list of parts
@@ -32,7 +32,7 @@ class Conversation:
     media: Media
 
     def without(self, kind: str) -> list[dict[str, Any]]:
-        """The messages with all mentions of one kind of media left out."""
+        """The messages without the mentions of one kind of media."""
         return [
             {**message, "content": [part for part in message["content"] if part["type"] != kind]}
             if isinstance(message["content"], list)
@@ -51,15 +51,15 @@ def read_conversation(
 ) -> Conversation:
     """Read messages in any of the usual forms.
 
-    A message mentions media by a part with the item in it (``{"type": "image", "image": item}``, or OpenAI's
+    A message mentions media by a part that holds the item (``{"type": "image", "image": item}``, or OpenAI's
     ``{"type": "image_url", "image_url": {"url": ...}}``), by a bare part ``{"type": "image"}``, or by ``<image>`` in a
     string. Bare mentions take the items of ``images`` in order, and their number must be the same. Where no message
     has a bare mention, ``images`` come before the words of the last user message. Videos and audios likewise.
 
     Args:
         messages: the conversation, or one user message's text.
-        system: a system message, to go first.
-        images: what bare mentions of images stand for (see :func:`~torchrl_sglang.chat.data_urls.media_url`).
+        system: a system message, put first.
+        images: the images that bare mentions refer to, in order (see :func:`~torchrl_sglang.chat.data_urls.media_url`).
         videos: likewise.
         audios: likewise.
 
@@ -73,15 +73,15 @@ def read_conversation(
         >>> talk.media.images
         ('http://host/a.png',)
     """
-    talk: list[Mapping[str, Any]] = (
+    given_messages: list[Mapping[str, Any]] = (
         [{"role": "user", "content": messages}] if isinstance(messages, str) else [*messages]
     )
-    if not talk:
+    if not given_messages:
         raise ConfigError("messages is empty; give at least one user message")
     given: dict[str, list[Any]] = {
         kind: _as_list(kind, items) for kind, items in zip(_KINDS, (images, videos, audios), strict=True)
     }
-    read = [_read_message(index, message, given) for index, message in enumerate(talk)]
+    read = [_read_message(index, message, given) for index, message in enumerate(given_messages)]
     if system is not None:
         if read[0]["role"] == "system":
             raise ConfigError("a system message is given twice: as system= and as the first message")
@@ -90,7 +90,7 @@ def read_conversation(
         if given[kind] and not any(part["type"] == kind and "item" not in part for part in _parts(read)):
             _put_first(read, [{"type": kind} for _ in given[kind]], kind)
     urls: dict[str, list[str]] = {kind: [] for kind in _KINDS}
-    waiting = {kind: iter(items) for kind, items in given.items()}
+    remaining = {kind: iter(items) for kind, items in given.items()}
     for kind in _KINDS:
         bare = sum(part["type"] == kind and "item" not in part for part in _parts(read))
         if bare != len(given[kind]):
@@ -99,10 +99,10 @@ def read_conversation(
             )
     for part in _parts(read):
         if part["type"] != "text":
-            item = part.pop("item") if "item" in part else next(waiting[part["type"]])
+            item = part.pop("item") if "item" in part else next(remaining[part["type"]])
             urls[part["type"]].append(media_url(item, part["type"]))
     media = Media(images=tuple(urls["image"]), videos=tuple(urls["video"]), audios=tuple(urls["audio"]))
-    return Conversation(messages=[_simplest(message) for message in read], media=media)
+    return Conversation(messages=[_join_text(message) for message in read], media=media)
 
 
 def _as_list(kind: str, items: Any) -> list[Any]:
@@ -132,7 +132,7 @@ def _read_message(index: int, message: Any, given: Mapping[str, Sequence[Any]]) 
 
 
 def _split_placeholders(text: str, given: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """``<image>`` is a mention only where images are given; elsewhere it is what somebody typed."""
+    """Split at ``<image>``, ``<video>`` and ``<audio>``; a kind of which no media are given stays text."""
     words = ""
     for piece in re.split(r"(<(?:image|video|audio)>)", text):
         match = _PLACEHOLDER.fullmatch(piece)
@@ -153,7 +153,7 @@ def _read_part(index: int, part: Any) -> dict[str, Any]:
     name = part.get("type") if isinstance(part, Mapping) else None
     if name == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
-    if name == "input_audio":  # OpenAI's: base64 with the format beside it
+    if name == "input_audio":  # OpenAI's form: base64, and the format in a field of its own
         sound = part["input_audio"]
         return {"type": "audio", "item": f"data:audio/{sound.get('format', '*')};base64,{sound['data']}"}
     kind = name.removesuffix("_url") if isinstance(name, str) else None
@@ -167,7 +167,7 @@ def _read_part(index: int, part: Any) -> dict[str, Any]:
 
 
 def _read_tool_call(index: int, call: Any) -> dict[str, Any]:
-    """Templates want the arguments as an object, OpenAI's clients hold them as its JSON."""
+    """Parse the arguments: chat templates read them as an object, OpenAI's clients send them as JSON text."""
     function = dict(call.get("function", call))
     if isinstance(function.get("arguments"), str):
         try:
@@ -188,11 +188,11 @@ def _put_first(messages: list[dict[str, Any]], parts: list[dict[str, Any]], kind
         if message["role"] == "user":
             message["content"] = [*parts, *message["content"]]
             return
-    raise ConfigError(f"{kind}s are given, but there is no user message to put them into")
+    raise ConfigError(f"{kind}s are given, but there is no user message to add them to")
 
 
-def _simplest(message: dict[str, Any]) -> dict[str, Any]:
-    """Templates of text-only models know no parts."""
+def _join_text(message: dict[str, Any]) -> dict[str, Any]:
+    """Join text parts to a string, since templates of text-only models do not read parts."""
     content = message["content"]
     if isinstance(content, list) and all(part["type"] == "text" for part in content):
         return {**message, "content": "".join(part["text"] for part in content)}

@@ -1,4 +1,4 @@
-"""Frames as a motion-JPEG AVI: a video that every decoder reads, written without a video library."""
+"""Frames as a motion-JPEG AVI file, written without a video library; every common decoder reads it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_avi(frames: Sequence[Any], *, fps: float) -> bytes:
         fps: frames per second.
 
     Raises:
-        ConfigError: no frames, or of different sizes.
+        ConfigError: no frames, frames of different sizes, or a bad ``fps``.
     """
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:

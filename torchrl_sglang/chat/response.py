@@ -1,4 +1,4 @@
-"""What a chat gives back."""
+"""Responses of a chat."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Response", "ToolCall"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A tool the model asks for.
+    """One call of a tool, as the model wrote it.
 
     Attributes:
         name: the tool's name, as the model wrote it.
-        arguments: what to call it with.
+        arguments: the arguments by name.
     """
 
     name: str
@@ -24,20 +24,20 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """One answer. ``T`` is ``response_length``.
+    """One response. ``T`` is ``response_length``.
 
     Attributes:
         text: what the model wrote, tool calls included; stop strings are trimmed.
         prompt_length: tokens of the prompt, images included.
-        response_length: tokens of the response, the one that ended it included.
-        finish_reason: ``"stop"`` (it ended by itself or by a stop string), ``"length"`` (it was cut off), ``"abort"``
-            (somebody ended it, e.g. a weight update).
+        response_length: tokens of the response, including the one that ended it.
+        finish_reason: ``"stop"`` (EOS, a stop token or a stop string), ``"length"`` (``max_new_tokens`` reached),
+            ``"abort"`` (the request was aborted, e.g. by a weight update).
         token_ids: the response's token ids, length ``T``.
-        log_probs: natural-log probability of each response token, length ``T``; ``None`` when not asked for. They are
-            those of the distribution after temperature and before top-p, top-k and min-p.
-        tool_calls: the tools the model asks for, in order; empty without ``tools``.
+        log_probs: natural-log probability of each response token, length ``T``; ``None`` without
+            ``return_log_probs``. They are those after temperature and before top-p, top-k and min-p.
+        tool_calls: the tool calls in the text, in order; empty without ``tools``.
         content: ``text`` without the tool calls.
-        weight_version: version of the weights that made the response, as the server names it.
+        weight_version: the server's name for the weights that generated the response.
     """
 
     text: str
@@ -52,7 +52,7 @@ class Response:
 
     @property
     def message(self) -> dict[str, Any]:
-        """This response as a message, to go on with.
+        """This response as a message, to append to the conversation.
 
         Examples:
             >>> Response(text="4", content="4", prompt_length=9, response_length=2, finish_reason="stop").message

@@ -1,4 +1,4 @@
-"""A model's chat template: conversations to token ids, and the tokens that end a turn."""
+"""``ChatTemplate``: a model's chat template, which turns conversations into token ids."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torchrl_sglang.errors import ConfigError
 
 __all__ = ["ChatTemplate"]
 
-_MARK = "7f3b-here-ends-what-was-said"
+_MARK = "7f3b-end-of-content"
 
 
 class ChatTemplate:
-    """Renders with the processor's template where there is a processor, else with the tokenizer's.
+    """The processor's chat template if it has one, else the tokenizer's.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        processor: a Hugging Face processor of a model that sees or hears.
+        processor: a Hugging Face processor of a multimodal model.
 
     Raises:
         ConfigError: there is no chat template.
@@ -31,7 +31,7 @@ class ChatTemplate:
         self._renderer = processor if getattr(processor, "chat_template", None) else tokenizer
         if not getattr(self._renderer, "chat_template", None):
             raise ConfigError(
-                "this model's tokenizer has no chat template, so it is no chat model: set tokenizer.chat_template, "
+                "this model's tokenizer has no chat template: set tokenizer.chat_template, "
                 "pass processor=, or generate from plain text with AsyncSGLang.generate"
             )
 
@@ -41,20 +41,21 @@ class ChatTemplate:
         tools: Sequence[Any] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, up to where the assistant goes on.
+        """Token ids of a conversation, up to the start of the assistant's answer.
 
-        An assistant's message at the end is continued. Media stand as the template's placeholders, one each.
+        If the last message is the assistant's, the ids end with it, so that the model continues it. Each medium is one
+        placeholder of the template.
 
         Args:
-            conversation: what was said.
+            conversation: the messages.
             tools: JSON schemas or Python functions.
             extra: variables of the template, e.g. ``{"enable_thinking": False}``.
 
         Raises:
-            ConfigError: the template refuses the conversation, or knows nothing of its media.
+            ConfigError: the template refuses the conversation, or has no placeholder for its media.
         """
         text = self._render(conversation.messages, tools, extra)
-        # A template of a text-only model leaves the parts out, or prints the list itself.
+        # The template of a text-only model drops the parts, or prints the list of parts.
         printed = any(str(m["content"]) in text for m in conversation.messages if isinstance(m["content"], list))
         for kind in ("image", "video", "audio"):
             given = getattr(conversation.media, f"{kind}s")
@@ -63,19 +64,19 @@ class ChatTemplate:
                     f"the chat template has no place for {kind}s: is it the template of a model that takes them? "
                     "(pass processor= if the model's template is in its processor)"
                 )
-        # The template has put every special token into the text; adding BOS once more would be a different prompt.
+        # The rendered text has all special tokens; a second BOS would make a different prompt.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _render(
-        self, messages: Sequence[Any], tools: Any, extra: Mapping[str, Any] | None, open_end: bool = True
+        self, messages: Sequence[Any], tools: Any, extra: Mapping[str, Any] | None, continue_chat: bool = True
     ) -> str:
-        continues = open_end and messages[-1]["role"] == "assistant"
+        continues = continue_chat and messages[-1]["role"] == "assistant"
         try:
             text: str = self._renderer.apply_chat_template(
                 list(messages),
                 tools=tools or None,
                 tokenize=False,
-                add_generation_prompt=open_end and not continues,
+                add_generation_prompt=continue_chat and not continues,
                 continue_final_message=continues,
                 **(extra or {}),
             )
@@ -84,11 +85,11 @@ class ChatTemplate:
         return text
 
     def turn_end_ids(self) -> tuple[int, ...]:
-        """The special token that the template writes after an assistant's words, if it writes one; with EOS."""
+        """The tokens that end a turn: EOS, and the special token after an assistant's message in the template."""
         found = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
         try:
-            _, mark, tail = self._render(messages, None, None, open_end=False).partition(_MARK)
+            _, mark, tail = self._render(messages, None, None, continue_chat=False).partition(_MARK)
         except ConfigError:
             return tuple(found)
         ids = list(self.tokenizer(tail, add_special_tokens=False)["input_ids"]) if mark else []

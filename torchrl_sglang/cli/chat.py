@@ -1,13 +1,13 @@
-"""Talk to a model in the terminal.
+"""Chat with a model in the terminal.
 
     torchrl-sglang chat                          # with the server at http://127.0.0.1:30000
-    torchrl-sglang chat --model Qwen/Qwen3-0.6B  # launch one for as long as the chat lasts
+    torchrl-sglang chat --model Qwen/Qwen3-0.6B  # launches a server until the chat ends
 
-Type a message and Enter. Ctrl-C cuts an answer short, Ctrl-D leaves.
+Type a message and press Enter. Ctrl-C interrupts an answer, Ctrl-D ends the chat.
 
-    /image PATH   show the model an image with the next message (for models that see)
-    /reset        forget what was said
-    /exit         leave
+    /image PATH   send an image with the next message (for vision models)
+    /reset        delete the conversation so far
+    /exit         end the chat
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torchrl_sglang.errors import SGLangError
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
-SUMMARY = "talk to a model in the terminal"
+SUMMARY = "chat with a model in the terminal"
 
-_HELP = "/image PATH shows an image with the next message, /reset forgets what was said, /exit leaves"
+_HELP = "/image PATH sends an image with the next message, /reset deletes the conversation, /exit ends the chat"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,18 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talk until the input ends."""
+    """Chat until the input ends."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  importing it gives input() a history and arrow keys
+        import readline  # noqa: F401  gives input() a history and arrow keys
     with target(args) as (url, config):
         chat = SGLangChat(url, adapter=args.adapter, client=config, **generation_settings(args))
         print(f"{chat.pool.info.model_path} at {url}", file=sys.stderr)
         print(_HELP, file=sys.stderr)
-        _Talk(chat, args.system).loop()
+        _Conversation(chat, args.system).loop()
     return 0
 
 
-class _Talk:
+class _Conversation:
     def __init__(self, chat: SGLangChat, system: str | None) -> None:
         self._chat = chat
         self._system = system
@@ -62,7 +62,7 @@ class _Talk:
             if word == "/reset":
                 self._messages.clear()
                 self._images.clear()
-                print("forgotten", file=sys.stderr)
+                print("conversation deleted", file=sys.stderr)
             elif word == "/image":
                 self._add_image(rest.strip())
             elif word.startswith("/") and word[1:].isalpha():
@@ -75,7 +75,7 @@ class _Talk:
             return input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return None
-        except KeyboardInterrupt:  # as in a shell: the line is thrown away
+        except KeyboardInterrupt:  # as in a shell: discards the line
             print(file=sys.stderr)
             return "" if sys.stdin.isatty() else None
 
@@ -84,16 +84,16 @@ class _Talk:
 
         try:
             if not path:
-                print("which one? /image PATH", file=sys.stderr)
+                print("the path is missing: /image PATH", file=sys.stderr)
                 return
             self._images.append(media_url(path, "image"))
         except SGLangError as error:
             print(error, file=sys.stderr)
             return
-        print(f"{len(self._images)} image(s) go with the next message", file=sys.stderr)
+        print(f"{len(self._images)} image(s) will be sent with the next message", file=sys.stderr)
 
     def _answer(self, text: str) -> None:
-        """One turn; what fails or is cut short before its first word leaves the history as it was."""
+        """Run one turn. If it fails, or is interrupted before the first token, the conversation stays unchanged."""
         parts: Any = text
         if self._images:
             parts = [*({"type": "image", "image": url} for url in self._images), {"type": "text", "text": text}]
@@ -108,7 +108,7 @@ class _Talk:
                     pieces.append(piece)
                     print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            print(" [cut short]", end="", file=sys.stderr)
+            print(" [interrupted]", end="", file=sys.stderr)
         except SGLangError as error:
             print(f"{error}", file=sys.stderr)
             return

@@ -1,7 +1,7 @@
-"""Continue prompts, or answer them.
+"""Generate responses to prompts.
 
-Prompts are given as words of the command, or one per line on standard input. Responses go to standard output in the
-same order. With --chat each prompt is a user's message and goes through the model's chat template.
+Prompts are arguments of the command, or lines of standard input. Responses go to standard output in the same order.
+With --chat each prompt is a user's message and goes through the model's chat template.
 
     torchrl-sglang generate "The capital of France is" --max-new-tokens 8
     torchrl-sglang generate --chat "What is 2 + 2?" --temperature 0
@@ -21,12 +21,12 @@ from torchrl_sglang.errors import ConfigError
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
-SUMMARY = "continue or answer prompts"
+SUMMARY = "generate responses to prompts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text; without any, lines of standard input")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text; if there is none, lines of standard input")
     parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
     parser.add_argument("-n", type=int, default=1, help="responses per prompt (default: 1)")
     parser.add_argument(
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 def _lines() -> list[str]:
     if sys.stdin.isatty():
         raise ConfigError(
-            'no prompt: give one as a word of the command (torchrl-sglang generate "..."), or lines to read'
+            'no prompt: give one as an argument (torchrl-sglang generate "..."), or lines on standard input'
         )
     lines = [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not lines:

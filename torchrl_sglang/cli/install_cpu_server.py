@@ -1,13 +1,13 @@
-"""Make an environment with an SGLang server that runs without a GPU.
+"""Make a virtual environment with an SGLang server that runs without a GPU.
 
-It holds SGLang with exactly the packages its CPU engine needs (SGLang's own list is that of its GPU build). Takes a few
-minutes and about 3 GB. Afterwards:
+It holds SGLang and exactly the packages that SGLang's CPU engine needs (SGLang's own requirements are those of its GPU
+build). This takes a few minutes and about 3 GB. Afterwards:
 
     torchrl-sglang serve MODEL
 
-or, if it was put elsewhere with --venv, torchrl-sglang serve MODEL --python DIR/bin/python
+or, if it is in another folder (--venv), torchrl-sglang serve MODEL --python DIR/bin/python
 
-Python 3.11 and 3.12 have packages for it.
+The packages exist for Python 3.11 and 3.12.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make it, or bring an existing one up to date."""
+    """Make the environment, or update an existing one."""
     folder = args.venv.expanduser().absolute()
     if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").is_file():
         raise ConfigError(f"{folder} exists and is no virtual environment: name another folder with --venv")
@@ -48,17 +48,17 @@ def run(args: argparse.Namespace) -> int:
     if not python.exists():
         _step(1, f"an empty environment in {folder}", [args.python, "-m", "venv", str(folder)])
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
-    # torch alone and with its dependencies: pip takes the CPU build where there is one, else the CUDA build, which
-    # works without a GPU too, but not without its libraries.
+    # torch first, with its dependencies: pip takes the CPU build if the index has one, else the CUDA build, which also
+    # works without a GPU, but not without its libraries.
     _step(2, "torch", [*pip, "--constraint", str(REQUIREMENTS_PATH), "torch"])
-    # Everything else exactly as listed: SGLang's own dependencies are those of its GPU build.
+    # Then exactly the listed packages: SGLang's own dependencies are those of its GPU build.
     count = sum("==" in line for line in REQUIREMENTS_PATH.read_text().splitlines())
     _step(
         3, f"SGLang and what it needs, {count} packages", [*pip, "--no-deps", "--requirement", str(REQUIREMENTS_PATH)]
     )
     _step(
         4,
-        "a look whether it starts",
+        "check that it can be imported",
         [
             str(python),
             "-c",
@@ -93,6 +93,6 @@ def _step(number: int, what: str, command: list[str]) -> None:
     done = subprocess.run(command, stdout=sys.stderr, check=False)
     if done.returncode != 0:
         raise ServerError(
-            f"step {number} ({what}) failed with exit code {done.returncode}; its own words are above. What is there "
-            "already stays: the same command goes on from here"
+            f"step {number} ({what}) failed with exit code {done.returncode}; its output is above. Finished steps are "
+            "kept: the same command goes on from here"
         )

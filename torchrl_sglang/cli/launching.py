@@ -1,4 +1,4 @@
-"""Options of commands that launch a server, and the launch with a line that shows it is alive."""
+"""Options of commands that launch a server, and the launch with a progress line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torchrl_sglang.server import SGLangServer, needs_cpu_engine
 __all__ = ["CPU_SERVER", "add_server_options", "launch", "server_config"]
 
 CPU_SERVER = Path("~/.cache/torchrl-sglang/cpu-server")
-"""Where ``install-cpu-server`` puts a server when it isn't told, and where it is looked for then."""
+"""Default folder of ``install-cpu-server``; commands that launch a server look for one there."""
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """Add what a server can be told."""
+    """Add the options of a launched server."""
     group = parser.add_argument_group("the server")
     group.add_argument(
         "--python", metavar="PATH", help="Python that has SGLang (default: this one, else that of install-cpu-server)"
@@ -43,7 +43,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def server_config(args: argparse.Namespace, **more: object) -> ServerConfig:
-    """The server that the options describe."""
+    """The settings that the options describe."""
     config = ServerConfig(
         model=args.model,
         python=args.python,
@@ -53,7 +53,7 @@ def server_config(args: argparse.Namespace, **more: object) -> ServerConfig:
         context_length=args.context_length,
         start_timeout_s=args.start_timeout,
         extra_args=tuple(shlex.split(args.server_args)),
-        stop_timeout_s=0.0,  # SGLang has nothing to save, and takes 6-9 s to end by itself
+        stop_timeout_s=0.0,  # SGLang has nothing to save, and takes 6-9 s to end after SIGTERM
         **more,  # type: ignore[arg-type]
     )
     installed = CPU_SERVER.expanduser() / "bin" / "python"
@@ -64,7 +64,7 @@ def server_config(args: argparse.Namespace, **more: object) -> ServerConfig:
 
 
 def launch(config: ServerConfig) -> SGLangServer:
-    """Launch a server, with one line on the terminal that is rewritten while it loads."""
+    """Launch a server and wait until it is ready; a terminal shows one progress line meanwhile."""
     server = SGLangServer(config)
     shown = sys.stderr.isatty()
 

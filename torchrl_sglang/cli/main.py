@@ -1,4 +1,4 @@
-"""The command line: finds the subcommand, runs it, and says errors in one message."""
+"""The command line: runs the subcommand, and prints an error as one message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchrl_sglang.errors import ConfigError, SGLangError
 
 __all__ = ["COMMANDS", "main"]
 
-# A subcommand is a module of this folder with SUMMARY, add_arguments(parser) and run(args) -> int. One more: one line.
+# A subcommand is a module of this folder with SUMMARY, add_arguments(parser) and run(args) -> int.
 COMMANDS = {
     "serve": "serve",
     "generate": "generate",
@@ -29,28 +29,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: its words; ``None`` takes those the program was started with.
+        argv: the arguments; ``None`` takes those of the program.
 
     Returns:
-        The exit code: 0, 1 when something failed, 2 when it was called wrongly, 130 after Ctrl-C.
+        The exit code: 0 for success, 1 after a failure, 2 for a wrong call, 130 after Ctrl-C.
     """
     parser = _parser()
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
     except ConfigError as error:
-        return _say(error, _USAGE)
+        return _print_error(error, _USAGE)
     except SGLangError as error:
-        return _say(error, _FAILURE)
+        return _print_error(error, _FAILURE)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return _INTERRUPTED
-    except BrokenPipeError:  # the reader of our output is gone: `torchrl-sglang ... | head`
+    except BrokenPipeError:  # the reader of the output has ended: `torchrl-sglang ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILURE
 
 
-def _say(error: SGLangError, code: int) -> int:
+def _print_error(error: SGLangError, code: int) -> int:
     print(f"torchrl-sglang: {error}", file=sys.stderr)
     return code
 
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchrl-sglang",
         description="SGLang servers from the command line, with and without a GPU.",
-        epilog="torchrl-sglang COMMAND --help says more about each.",
+        epilog="torchrl-sglang COMMAND --help describes one command.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, module_name in COMMANDS.items():

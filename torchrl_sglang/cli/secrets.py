@@ -1,4 +1,4 @@
-"""Keys come from files: words on a command line can be read by everyone on the machine."""
+"""Reads keys from files: everyone on the machine can read a command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ __all__ = ["key_from"]
 
 
 def key_from(path: Path | None) -> str | None:
-    """The key in a file, without white space around it; ``None`` without a file."""
+    """The key in a file, without surrounding white space; ``None`` if ``path`` is ``None``.
+
+    Raises:
+        ConfigError: the file can't be read, or is empty.
+    """
     if path is None:
         return None
     try:

@@ -1,10 +1,10 @@
 """Launch an SGLang server and keep it running until Ctrl-C.
 
-When it is ready, its address is printed on a line of its own on standard output:
+When the server is ready, the command prints its address to standard output, on a line of its own:
 
     ready http://127.0.0.1:30000
 
-and from then on the server's log on standard error.
+From then on it copies the server's log to standard error.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="path or hub name of the checkpoint")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=30000, help="port to listen on (default: 30000)")
-    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that calls must carry")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that requests must have")
     parser.add_argument("--quiet", action="store_true", help="do not show the server's log")
     add_server_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until interrupted, or until the server ends by itself."""
+    """Serve until Ctrl-C or SIGTERM, or until the server ends by itself."""
     config = server_config(args, host=args.host, port=args.port, api_key=key_from(args.api_key_file))
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -52,10 +52,10 @@ def _serve(config: ServerConfig, *, quiet: bool) -> int:
     server = launch(config)
     try:
         print(f"ready {server.url}", flush=True)
-        print("Ctrl-C ends the server", file=sys.stderr, flush=True)
+        print("Ctrl-C stops the server", file=sys.stderr, flush=True)
         _follow(server, quiet=quiet)
     except KeyboardInterrupt:
-        print("\nending the server", file=sys.stderr, flush=True)
+        print("\nstopping the server", file=sys.stderr, flush=True)
     finally:
         server.stop()
     return 0

@@ -1,4 +1,4 @@
-"""Options of commands that talk to a model: a running server's address, or a model to launch one for."""
+"""Options of commands that use a model: the address of a running server, or a model for which to launch one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ _SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_pena
 
 
 def add_target_options(parser: argparse.ArgumentParser) -> None:
-    """Add where the model is."""
+    """Add the options that select the server."""
     group = parser.add_argument_group("the model")
     where = group.add_mutually_exclusive_group()
     where.add_argument("--url", help="address of a running server (default: http://127.0.0.1:30000)")
-    where.add_argument(
-        "--model", help="path or hub name of a checkpoint: a server is launched for the time of the command"
-    )
+    where.add_argument("--model", help="path or hub name of a checkpoint: launches a server until the command ends")
     group.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the server's key")
     group.add_argument(
         "--ca-certificate", metavar="FILE", help="certificate of the private authority of an https:// server"
@@ -34,7 +32,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Add how tokens are drawn. What is not set is the checkpoint's own."""
+    """Add the options of generation; the checkpoint decides those that are not given."""
     group = parser.add_argument_group("generation")
     group.add_argument(
         "--max-new-tokens",
@@ -57,7 +55,7 @@ def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def target(args: argparse.Namespace) -> Iterator[tuple[str, ClientConfig]]:
-    """Address of the server to talk to, and its key; a launched server ends with the block."""
+    """The server's address and the client's settings; a launched server stops at the end of the block."""
     key = key_from(args.api_key_file)
     config = ClientConfig(api_key=key, ca_certificate=args.ca_certificate)
     if args.model is None:

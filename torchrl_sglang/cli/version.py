@@ -1,4 +1,4 @@
-"""Print the versions of this package and of what it works with."""
+"""Print the versions of this package and of the packages it works with."""
 
 from __future__ import annotations
 

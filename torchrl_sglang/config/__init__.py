@@ -1,4 +1,8 @@
-"""What can be set, as frozen keyword-only records that check themselves when they are made."""
+"""Settings as frozen keyword-only records that check themselves when they are made.
+
+Other folders import the records and :func:`nearest_name` from this package, and checks for records of their own from
+:mod:`.checking`. This folder imports ``errors`` only.
+"""
 
 from torchrl_sglang.config.checking import nearest_name
 from torchrl_sglang.config.client import ClientConfig

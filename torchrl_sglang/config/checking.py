@@ -1,4 +1,4 @@
-"""Small checks that settings make of themselves."""
+"""Checks with which settings verify their own fields."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["nearest_name", "require", "require_positive", "words"]
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str:
-    """`` Did you mean 'x'?`` for the closest of ``known``, or an empty string when nothing is close."""
+    """The hint `` Did you mean 'x'?`` with the closest of ``known``; an empty string when none is close."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -24,7 +24,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(config: object, *names: str, zero: bool = False) -> None:
-    """Each of the fields that is not ``None`` must be a finite number above 0 (or 0 itself, with ``zero``)."""
+    """Raise :class:`ConfigError` unless each field is ``None`` or a finite number above 0 (or 0, with ``zero``)."""
     for name in names:
         value = getattr(config, name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -35,6 +35,6 @@ def require_positive(config: object, *names: str, zero: bool = False) -> None:
 
 
 def words(name: str, value: Sequence[str]) -> tuple[str, ...]:
-    """A sequence of strings as a tuple; a plain string, which is a sequence of its letters too, is refused."""
+    """A sequence of strings as a tuple. Refuses a plain string, which Python treats as a sequence of its letters."""
     require(not isinstance(value, str), f"{name} must be a sequence of strings, got the string {value!r}")
     return tuple(str(word) for word in value)

@@ -1,4 +1,4 @@
-"""How servers are talked to: keys, time-outs, limits."""
+"""Settings of the HTTP client: keys, time-outs, limits."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ __all__ = ["ClientConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientConfig:
-    """How servers are talked to."""
+    """Settings of the HTTP client of a server."""
 
     api_key: str | None = field(default=None, repr=False)
-    """The server's ``--api-key``; sent on every call."""
+    """The server's ``--api-key``; sent with every request."""
     admin_api_key: str | None = field(default=None, repr=False)
-    """The server's ``--admin-api-key``; sent on control calls (pause, update, flush...) in place of ``api_key``."""
+    """The server's ``--admin-api-key``; sent with control calls (pause, update, flush...) instead of ``api_key``."""
     ca_certificate: str | None = None
     """PEM file with a private authority's certificate, for ``https://`` servers; ``None`` trusts the public ones."""
     connect_timeout_s: float = 5.0
-    """To open a connection. A server that runs accepts at once, even under load."""
+    """To open a connection. A running server accepts at once, even under load."""
     probe_timeout_s: float = 10.0
-    """For answers that touch no model (`/ready`, `/model_info`); long enough for a busy machine."""
+    """For requests that don't use the model (``/ready``, ``/model_info``); long enough for a busy machine."""
     control_timeout_s: float = 60.0
-    """For pause, flush and group calls, which wait for the scheduler to come round."""
+    """For pause, flush and process-group calls, which wait for the scheduler's next step."""
     generate_timeout_s: float = 1800.0
-    """For one batch of generations; the whole batch is one request, so this bounds the slowest sequence."""
+    """For one batch of generations. The batch is one request, so this limits the slowest sequence."""
     update_timeout_s: float = 300.0
-    """For each other step of a weight update: opening and closing the session, loading a checkpoint from disk, the
-    proof. The update's own deadline ends it earlier. A bucket has :attr:`SyncConfig.bucket_timeout_s`."""
+    """For each step of a weight update but the buckets: begin and end of the session, loading a checkpoint from disk,
+    verification. The update's deadline may be earlier. For a bucket see :attr:`SyncConfig.bucket_timeout_s`."""
     max_connections: int = 32
-    """Most connections kept open per server; more threads than this wait for a free one."""
+    """Most open connections per server; when all are in use, further threads wait for one."""
     connect_retries: int = 2
-    """How often a request that never reached the server is sent again."""
+    """How often a request that did not reach the server is retried."""
     unchecked_vocab: bool = False
-    """Allow generation though the vocabulary size is unknown. An unknown id kills a server, so the default refuses."""
+    """Allow generation when the vocabulary size is unknown. Refused by default: an unknown id crashes a server."""
     vocab_size: int | None = None
-    """Number of valid token ids, for servers whose checkpoint path can't be read from here."""
+    """Number of valid token ids, for servers whose checkpoint can't be read on this machine."""
 
     def __post_init__(self) -> None:
         require_positive(self, *(f.name for f in fields(self) if f.name.endswith("_timeout_s")))

@@ -1,4 +1,4 @@
-"""How a router before several servers is launched."""
+"""Settings of a launched router."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class RouterConfig:
     """How an ``sglang-router`` process is launched. Everything not named here goes into ``extra_args``."""
 
     policy: Literal["cache_aware", "power_of_two", "round_robin", "random"] = "cache_aware"
-    """Which server gets a request: the one that has most of the prompt in its cache (until loads differ too much), the
-    less busy of two, or the next one."""
+    """Which server gets a request. ``cache_aware``: the one that has most of the prompt in its cache, unless loads
+    differ too much; ``power_of_two``: the less busy of two random ones; ``round_robin``: the next one."""
     python: str | None = None
-    """Python that has sglang-router installed; ``None`` is this one."""
+    """Python that has sglang-router installed; ``None`` is the current one."""
     host: str = "127.0.0.1"
-    """Address to listen on. Who reaches it can add workers of their own: not for open networks."""
+    """Address to listen on. Everybody who reaches it can add workers: do not use it on open networks."""
     port: int | None = None
     """Port to listen on; ``None`` picks a free one."""
     extra_args: tuple[str, ...] = ()
     """More of the router's command-line words, appended as they are."""
     start_timeout_s: float = 60.0
-    """From launch to listening; a second, unless the machine is busy."""
+    """From launch to ready; takes a second, unless the machine is busy."""
     log_dir: Path | None = None
-    """Where its log goes; ``None`` is a temporary folder, removed after a clean stop, kept after a failure."""
+    """Folder of its log; ``None`` is a temporary folder, removed after a clean stop, kept after a failure."""
 
     def __post_init__(self) -> None:
         policies = ("cache_aware", "power_of_two", "round_robin", "random")
@@ -43,7 +43,7 @@ class RouterConfig:
             flag = word.partition("=")[0]
             require(
                 flag not in _OWN_FLAGS,
-                f"{flag} in extra_args: host, port and policy have fields, workers are told by the engine, and each "
+                f"{flag} in extra_args: host, port and policy have fields, the engine adds the workers, and each "
                 "request brings its own key",
             )
         if self.log_dir is not None:

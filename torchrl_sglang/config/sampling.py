@@ -1,4 +1,4 @@
-"""How tokens are drawn: one record, and every name that other libraries have for its fields."""
+"""Settings of sampling, and the names that other libraries use for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["SamplingParams"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are drawn. Field names are SGLang's; :meth:`from_kwargs` takes the other ecosystems' names too.
+    """How tokens are sampled. Field names are SGLang's; :meth:`from_kwargs` takes other libraries' names too.
 
     Source: SGLang's ``/generate`` ``sampling_params`` (0.5.23).
 
@@ -29,11 +29,11 @@ class SamplingParams:
     """
 
     max_new_tokens: int = 128
-    """Most tokens to generate per sequence; 0 generates none (scoring)."""
+    """Most tokens per response; 0 generates none (scoring)."""
     min_new_tokens: int = 0
-    """EOS and stop tokens are suppressed until this many tokens exist."""
+    """EOS and stop tokens are suppressed until the response has this many tokens."""
     n: int = 1
-    """Sequences per prompt; answers come prompt by prompt."""
+    """Responses per prompt; those of one prompt follow each other."""
     temperature: float = 1.0
     """Logits are divided by it; 0 is greedy decoding."""
     top_p: float = 1.0
@@ -43,21 +43,21 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less likely than this fraction of the likeliest."""
     frequency_penalty: float = 0.0
-    """Subtracted from a token's logit per earlier occurrence in the response."""
+    """Subtracted from a token's logit for each earlier occurrence in the response."""
     presence_penalty: float = 0.0
-    """Subtracted once from the logit of a token that already occurred."""
+    """Subtracted once from the logit of each token that already occurred."""
     repetition_penalty: float = 1.0
-    """Divides (multiplies, when negative) the logits of tokens already seen; 1 is off."""
+    """Positive logits of earlier tokens are divided by it, negative ones multiplied; 1 is off."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response; trimmed from the text, their tokens stay in the ids."""
+    """Strings that end a response; removed from the text, while their tokens stay in the ids."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a response, besides EOS."""
     stop_regex: tuple[str, ...] = ()
     """Regular expressions that end a response."""
     ignore_eos: bool = False
-    """Go on after EOS, up to ``max_new_tokens``."""
+    """Continue after EOS, up to ``max_new_tokens``."""
     skip_special_tokens: bool = True
-    """Leave special tokens out of the decoded text (never out of the ids)."""
+    """Leave special tokens out of the decoded text; the ids keep them."""
     spaces_between_special_tokens: bool = True
     """Put spaces between special tokens in the decoded text."""
     no_stop_trim: bool = False
@@ -71,14 +71,14 @@ class SamplingParams:
     structural_tag: str | None = None
     """Constrain tagged parts of the response (needs a grammar backend)."""
     logit_bias: Mapping[str, float] | None = None
-    """Added to the logits of these token ids (ids as strings, as JSON wants them)."""
+    """Added to the logits of these token ids (ids as strings, as JSON requires)."""
     sampling_seed: int | None = None
     """Seed of this request. SGLang honours it only under ``--enable-deterministic-inference``."""
     custom_params: Mapping[str, Any] | None = None
     """Passed to a custom logit processor."""
     sampling_mask: bool = False
-    """Report which tokens top-k, top-p and min-p left to choose from, and the chosen token's log-prob among them.
-    SGLang does so for ``1 < top_k <= 4096`` only (0.5.23)."""
+    """Return which tokens top-k, top-p and min-p kept, and the sampled token's log-prob among them. SGLang (0.5.23)
+    does so only for ``1 < top_k <= 4096``."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "stop_regex"):
@@ -126,15 +126,15 @@ class SamplingParams:
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> SamplingParams:
-        """Build from any mix of SGLang's, Hugging Face's, vLLM's and TorchRL's argument names.
+        """Make from any mix of SGLang's, Hugging Face's, vLLM's and TorchRL's argument names.
 
         Translated: ``max_tokens`` (max_new_tokens), ``min_tokens`` (min_new_tokens), ``num_return_sequences`` (n),
         ``stop_sequences`` and ``stop_strings`` (stop), ``eos_token_id`` (stop_token_ids), ``seed`` (sampling_seed),
         ``do_sample=False`` (temperature 0), ``include_stop_str_in_output`` (no_stop_trim), ``top_k=0`` (-1).
-        Where an old and a standard name are both given, the old one wins, as in TorchRL's wrappers.
+        If an alias and SGLang's name are both given, the alias wins, as in TorchRL's wrappers.
 
         Raises:
-            ConfigError: an unknown name (the nearest valid one is offered), a beam-search argument, or a bad value.
+            ConfigError: an unknown name (the error names the nearest one), a beam-search argument, or a bad value.
         """
         return cls(**cls._translate(kwargs))
 
@@ -174,22 +174,23 @@ class SamplingParams:
 
     @property
     def truncates(self) -> bool:
-        """Whether top-p, top-k or min-p cut the distribution that tokens are drawn from."""
+        """Whether top-p, top-k or min-p truncate the distribution that tokens are sampled from."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k != -1 or self.min_p > 0)
 
     @property
     def penalises(self) -> bool:
-        """Whether penalties or a logit bias change the distribution that tokens are drawn from."""
+        """Whether penalties or a logit bias change the distribution that tokens are sampled from."""
         return bool(
             self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0 or self.logit_bias
         )
 
     def to_wire(self) -> dict[str, Any]:
-        """The JSON object SGLang reads: what differs from SGLang's own defaults, and ``max_new_tokens`` always."""
+        """SGLang's ``sampling_params``: fields that differ from SGLang's defaults, and always ``max_new_tokens``."""
         wire: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in ("max_new_tokens", "sampling_mask") and value != f.default:  # the mask has its own place
+            # sampling_mask is a field of the request, beside sampling_params
+            if f.name not in ("max_new_tokens", "sampling_mask") and value != f.default:
                 wire[f.name] = list(value) if isinstance(value, tuple) else value
         return wire
 

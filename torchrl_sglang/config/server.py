@@ -1,4 +1,4 @@
-"""How one server process is launched."""
+"""Settings of a launched server."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ __all__ = ["ServerConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """How one SGLang server process is launched. Everything not named here goes into ``extra_args``."""
+    """How one SGLang server process is launched. SGLang's other flags go into ``extra_args``."""
 
     model: str
     """Path or hub name of the checkpoint to serve."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """``auto`` serves on a GPU when one is visible, else on SGLang's CPU engine."""
+    """``auto`` uses a GPU if one is visible, else SGLang's CPU engine."""
     python: str | None = None
-    """Python that has SGLang installed; ``None`` is this one. SGLang pins its own torch, so it is often another."""
+    """Python that has SGLang installed; ``None`` is the current one. Often another one: SGLang pins its torch."""
     host: str = "127.0.0.1"
-    """Address to listen on; loopback unless other machines must reach it."""
+    """Address to listen on; the default, loopback, is not reachable from other machines."""
     port: int | None = None
     """Port to listen on; ``None`` picks a free one."""
     tp_size: int = 1
     """Tensor-parallel ranks."""
     gpus: tuple[int, ...] | None = None
-    """GPUs of this server, as the launching process numbers them; ``None`` takes the first ``tp_size``."""
+    """GPUs of this server, as numbered in the launching process; ``None`` takes the first ``tp_size``."""
     dtype: str | None = None
     """SGLang's ``--dtype``; ``None`` is float32 on a CPU, and on a GPU SGLang's own choice: the checkpoint's, but
     float16 for a float32 one."""
@@ -40,19 +40,19 @@ class ServerConfig:
     max_total_tokens: int | None = None
     """Size of the KV cache in tokens; ``None`` is SGLang's own (8192 on a CPU)."""
     api_key: str | None = field(default=None, repr=False)
-    """Key that every call has to carry."""
+    """Key that every request must have."""
     admin_api_key: str | None = field(default=None, repr=False)
-    """Key that control calls have to carry."""
+    """Key that control calls must have."""
     extra_args: tuple[str, ...] = ()
     """More SGLang command-line words, appended as they are; the last of a repeated flag wins."""
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Environment variables of the child process, on top of ours; ours is never changed."""
+    """Environment variables of the server process. They override inherited ones; this process's stay unchanged."""
     start_timeout_s: float = 600.0
-    """From launch to ready; a large checkpoint on a network disk takes minutes."""
+    """From launch to ready; loading a large checkpoint from a network disk takes minutes."""
     stop_timeout_s: float = 10.0
-    """From SIGTERM to SIGKILL. SGLang takes 6-9 s to stop by itself."""
+    """From SIGTERM to SIGKILL. SGLang takes 6-9 s to end after SIGTERM."""
     log_dir: Path | None = None
-    """Where the server's log goes; ``None`` is a temporary folder, removed after a clean stop, kept after a failure."""
+    """Folder of the server's log; ``None`` is a temporary folder, removed after a clean stop, kept after a failure."""
 
     def __post_init__(self) -> None:
         require(bool(self.model), "model must be the path or hub name of a checkpoint")
@@ -70,12 +70,12 @@ class ServerConfig:
             f"mem_fraction_static is a fraction below 1, got {self.mem_fraction_static}",
         )
         object.__setattr__(self, "extra_args", words("extra_args", self.extra_args))
-        # The words of a command line are for everyone on the machine to see, and part of our own repr.
+        # Everyone on the machine can read a command line, and extra_args are part of the repr.
         for key in ("api_key", "admin_api_key"):
             flag = "--" + key.replace("_", "-")
             require(
                 not any(word.split("=")[0] == flag for word in self.extra_args),
-                f"{flag} does not belong into extra_args: use {key}=",
+                f"{flag} must not be in extra_args: use {key}=",
             )
         for name, value in self.env.items():
             require(isinstance(value, str), f"env[{name!r}] must be a string, got {value!r}")

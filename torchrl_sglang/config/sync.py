@@ -1,4 +1,4 @@
-"""How weights reach the servers."""
+"""Settings of a weight sync."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class SyncConfig:
     verify_atol: float | None = None
     """Largest log-prob difference that verification accepts; ``None`` is 1e-3 for float32, 0.5 for half precision."""
     name_map: Mapping[str, str] = field(default_factory=dict)
-    """Trainer's tensor name to checkpoint name, for custom models; applied before every check."""
+    """From the trainer's tensor names to the checkpoint's, for custom models; applied before every check."""
     ignore: tuple[str, ...] = ()
     """Names (``fnmatch`` patterns) that are neither required from the trainer nor sent."""
     blocking: bool = True
     """Whether a collector's update waits until the servers have the weights. If not, the next rollout may start, and
-    an error is raised by the next update; the trainer has to leave the parameters alone until then."""
+    the next update raises an error of this one; until then the trainer must not change the parameters."""
     only_trainable: bool = False
     """After the first full sync, send only parameters with ``requires_grad``."""
     check_values: bool = True
     """Refuse tensors that hold NaN or infinity."""
     master_address: str | None = None
-    """Address of the trainer as the servers reach it; ``None`` is the address of the interface that reaches them."""
+    """Address at which servers reach the trainer; ``None`` is that of the interface that reaches the servers."""
     master_port: int | None = None
     """Port of the rendezvous store; ``None`` picks a free one. ``groups="per_server"`` uses one port per server, from
     this one on."""
@@ -59,7 +59,7 @@ class SyncConfig:
     fixed_timeout_s: float = 60.0
     """Fixed part of a sync's deadline."""
     assumed_bytes_per_s: float = 100e6
-    """Slowest transfer to expect; a sync's deadline is ``fixed_timeout_s + bytes / assumed_bytes_per_s``."""
+    """Slowest expected transfer; a sync's deadline is ``fixed_timeout_s + bytes / assumed_bytes_per_s``."""
     disk_dir: Path | None = None
     """Folder that trainer and servers share, for ``transport="disk"``."""
 

@@ -1,4 +1,7 @@
-"""``torchrl-sglang doctor``: what is here, what fits what, and a proof of the whole transport that anyone can run."""
+"""``torchrl-sglang doctor``: checks of the installation and of servers, and a self-test of a whole weight sync.
+
+Other folders import the names below from this package. This folder imports everything but ``cli`` and ``recipes``.
+"""
 
 from torchrl_sglang.doctor.checks import Check, Diagnosis
 from torchrl_sglang.doctor.environment import check_environment

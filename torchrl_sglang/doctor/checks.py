@@ -1,4 +1,4 @@
-"""What the doctor found, as records, a table and JSON."""
+"""Results of checks, as records, a table and JSON."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _MARKS: dict[Status, str] = {"pass": "ok", "warn": "warn", "fail": "FAIL", "skip
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: what was looked at, a few words.
-        status: ``"pass"``, ``"warn"`` (works, but read the next step), ``"fail"`` or ``"skip"`` (can't be tried here).
+        name: what was checked, in a few words.
+        status: ``"pass"``, ``"warn"`` (works, but read the next step), ``"fail"`` or ``"skip"`` (not possible here).
         detail: what was found.
-        next_step: what to do about it; empty when nothing.
+        next_step: what to do about it; empty for nothing.
     """
 
     name: str
@@ -33,10 +33,10 @@ class Check:
 
 @dataclass(slots=True, kw_only=True)
 class Diagnosis:
-    """All checks of one visit, with the figures that were measured.
+    """The results of all checks, with the measured figures.
 
     Attributes:
-        checks: in the order they were made.
+        checks: in the order in which they ran.
         figures: measured values by name; the unit is part of the name.
 
     Examples:
@@ -50,12 +50,12 @@ class Diagnosis:
     figures: dict[str, float] = field(default_factory=dict)
 
     def add(self, *checks: Check) -> None:
-        """Note what was found."""
+        """Add results."""
         self.checks.extend(checks)
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed."""
+        """Whether no check failed."""
         return all(check.status != "fail" for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Diagnosis:
         return {"ok": self.ok, "checks": [asdict(check) for check in self.checks], "figures": dict(self.figures)}
 
     def table(self, *, width: int = 100) -> str:
-        """As text: one row a check, the next step under those that need one."""
+        """As text: one row per check, and below it the next step, if there is one."""
         name_width = max((len(check.name) for check in self.checks), default=0)
         lines: list[str] = []
         for check in self.checks:

@@ -1,4 +1,4 @@
-"""What is installed and visible on both sides: the trainer's Python and the server's."""
+"""Checks of the installation: the trainer's Python, the server's Python, GPUs and NCCL."""
 
 from __future__ import annotations
 
@@ -15,59 +15,58 @@ import torch
 
 from torchrl_sglang.doctor.checks import Check
 
-__all__ = ["check_environment", "look_into"]
+__all__ = ["check_environment"]
 
 _PROBE = """
 import importlib.metadata as m, json
 def version(name):
     try: return m.version(name)
     except m.PackageNotFoundError: return None
-facts = {"sglang": version("sglang"), "torch": version("torch"), "cuda": None, "nccl": None}
+found = {"sglang": version("sglang"), "torch": version("torch"), "nccl": None}
 try:
     import torch
-    facts["cuda"] = torch.version.cuda
-    facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None
+    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None
 except ImportError: pass
-print(json.dumps(facts))
+print(json.dumps(found))
 """
 
 _PROBE_TIMEOUT_S = 120.0
-"""Importing torch from a cold disk takes this long at worst."""
+"""The longest that importing torch from a cold disk takes."""
 
 
-def look_into(python: str) -> Mapping[str, Any]:
-    """Versions that another Python would use: keys ``sglang``, ``torch``, ``cuda``, ``nccl``; ``None`` where missing.
+def _read_versions(python: str) -> Mapping[str, Any]:
+    """Versions in another Python: keys ``sglang``, ``torch`` and ``nccl``; ``None`` for what is missing.
 
     Raises:
         OSError: that Python can't be run.
         subprocess.SubprocessError: it fails or hangs.
     """
     done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=True)
-    facts: Mapping[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return facts
+    versions: Mapping[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return versions
 
 
 def check_environment(server_python: str | None = None) -> list[Check]:
-    """Look at both Pythons and the GPUs.
+    """Check both Pythons, the GPUs, and that both sides have the same NCCL.
 
     Args:
-        server_python: the Python that has SGLang; ``None`` is this one.
+        server_python: the Python that has SGLang; ``None`` is the current one.
     """
     checks = [_trainer(), _gpus()]
     python = server_python or sys.executable
     try:
-        facts = look_into(python)
+        versions = _read_versions(python)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         checks.append(
             Check(
                 name="server's Python",
                 status="fail",
-                detail=f"{python} can't be asked: {error}",
+                detail=f"{python} can't be run: {error}",
                 next_step="name the Python of the environment that has SGLang",
             )
         )
         return checks
-    return [*checks, _server(python, facts), _nccl(facts)]
+    return [*checks, _server(python, versions), _nccl(versions)]
 
 
 def _trainer() -> Check:
@@ -82,7 +81,7 @@ def _gpus() -> Check:
         return Check(
             name="GPUs",
             status="skip",
-            detail="none visible: SGLang runs on its CPU engine and weights travel over gloo",
+            detail="none visible: SGLang runs on its CPU engine, and weights are sent over gloo",
         )
     found = [torch.cuda.get_device_properties(index) for index in range(count)]
     listed = ", ".join(f"{each.name} ({each.total_memory / 2**30:.0f} GiB)" for each in found)
@@ -93,7 +92,7 @@ def _gpus() -> Check:
             name="GPUs",
             status="warn",
             detail=detail,
-            next_step="NCCL can't join two processes on one GPU: give the server another one, or use "
+            next_step="NCCL can't connect two processes on one GPU: give the server another one, or use "
             "SyncConfig(transport='disk')",
         )
     topology = _nvidia_smi("topo", "-m")
@@ -101,8 +100,8 @@ def _gpus() -> Check:
     return Check(name="GPUs", status="pass", detail=f"{detail}; {links}")
 
 
-def _server(python: str, facts: Mapping[str, Any]) -> Check:
-    if facts["sglang"] is None:
+def _server(python: str, versions: Mapping[str, Any]) -> Check:
+    if versions["sglang"] is None:
         return Check(
             name="server's Python",
             status="fail",
@@ -110,26 +109,26 @@ def _server(python: str, facts: Mapping[str, Any]) -> Check:
             next_step="without a GPU: torchrl-sglang install-cpu-server; with one: pip install sglang into an "
             "environment of its own, then ServerConfig(python=...)",
         )
-    old = tuple(int(part) for part in facts["sglang"].split(".")[:3] if part.isdigit()) < (0, 5, 20)
+    old = tuple(int(part) for part in versions["sglang"].split(".")[:3] if part.isdigit()) < (0, 5, 20)
     return Check(
         name="server's Python",
         status="warn" if old else "pass",
-        detail=f"{python}: sglang {facts['sglang']}, torch {facts['torch']}",
-        next_step="only 0.5.20 and later were tried; upgrade SGLang" if old else "",
+        detail=f"{python}: sglang {versions['sglang']}, torch {versions['torch']}",
+        next_step="only 0.5.20 and later are tested; upgrade SGLang" if old else "",
     )
 
 
-def _nccl(facts: Mapping[str, Any]) -> Check:
+def _nccl(server_versions: Mapping[str, Any]) -> Check:
     if torch.version.cuda is None or torch.cuda.device_count() == 0:
         return Check(name="NCCL", status="skip", detail="no GPU here, gloo is used")
-    ours = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-    theirs = facts["nccl"]
-    if ours == theirs:
-        return Check(name="NCCL", status="pass", detail=f"{ours} on both sides")
+    trainers = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    servers = server_versions["nccl"]
+    if trainers == servers:
+        return Check(name="NCCL", status="pass", detail=f"{trainers} on both sides")
     return Check(
         name="NCCL",
         status="fail",
-        detail=f"the trainer has {ours}, the server {theirs}: NCCL refuses to mix versions",
+        detail=f"the trainer has {trainers}, the server {servers}: NCCL refuses to mix versions",
         next_step="install the same torch on both sides, or use SyncConfig(transport='disk')",
     )
 

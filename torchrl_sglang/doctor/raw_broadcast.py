@@ -1,4 +1,4 @@
-"""How fast a bare broadcast between two processes of this machine is: what a weight sync is measured against."""
+"""Times a bare broadcast between two processes of this machine, for comparison with a weight sync."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def raw_broadcast_s(num_bytes: int, backend: str) -> float:
         backend: ``"gloo"`` (CPU memory) or ``"nccl"`` (GPUs 0 and 1).
 
     Raises:
-        ServerTimeoutError: the other process did not take part.
+        ServerTimeoutError: the other process did not join the broadcast.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")  # a forked child of a process that has threads or CUDA may hang
+    context = mp.get_context("spawn")  # a fork of a process with threads or CUDA may hang
     peer = context.Process(target=_run, args=(1, port, num_bytes, backend), daemon=True)
     peer.start()
     try:

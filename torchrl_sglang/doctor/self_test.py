@@ -1,4 +1,4 @@
-"""A small end-to-end test: start a server, generate, compare with the model, sync new weights, verify, measure."""
+"""The doctor's end-to-end test: start a server, generate, compare with the model, sync new weights, verify, measure."""
 
 from __future__ import annotations
 
@@ -35,62 +35,62 @@ _NEW_TOKENS = 32
 def self_test(
     diagnosis: Diagnosis, server: ServerConfig | None = None, *, progress: Callable[[str], None] | None = None
 ) -> None:
-    """Try everything a training run needs and note how it went.
+    """Run every step of a training run once and add the results to ``diagnosis``.
 
-    With enough GPUs the server gets the first ones and the trainer the last, so that weights travel over NCCL, in
+    With enough GPUs the server gets the first ones and the trainer the last, and weights are sent over NCCL in
     bfloat16. Otherwise everything runs on the CPU, over gloo, in float32.
 
     Args:
-        diagnosis: where findings go.
-        server: how to launch the server (its Python, say); the model is ours.
-        progress: called with a line of text now and then.
+        diagnosis: gets the results.
+        server: how to launch the server (its Python, for example); its model is replaced by a small one.
+        progress: called with a line of text for each step.
     """
-    say = progress or (lambda line: None)
+    report = progress or (lambda line: None)
     with tempfile.TemporaryDirectory(prefix="torchrl-sglang-doctor-") as folder:
-        say("making a small model")
+        report("making a small model")
         model_path = make_tiny_model(Path(folder) / "tiny", hidden=512, layers=8, heads=8, kv_heads=4)
         config = placed_server(replace(server or ServerConfig(model="-"), model=str(model_path)))
-        say("starting a server (20 s and more)")
+        report("starting a server (20 s and more)")
         launched = SGLangServer(config)
         try:
             with _step(diagnosis, "server start", "its log's tail is above; `torchrl-sglang serve` shows all of it"):
                 start = time.monotonic()
-                launched.start(progress=say)
+                launched.start(progress=report)
                 diagnosis.figures["server_start_s"] = time.monotonic() - start
             pool = SGLangPool([SGLangClient(launched.url)])
-            _try_everything(diagnosis, pool, model_path, say)
-        except _Stop:
+            _test_pool(diagnosis, pool, model_path, report)
+        except _StepFailed:
             pass
         finally:
             launched.stop(kill=True)
 
 
-class _Stop(Exception):
-    """A step failed on which the rest depends."""
+class _StepFailed(Exception):
+    """A step failed, and the next steps depend on it."""
 
 
 @contextmanager
 def _step(diagnosis: Diagnosis, name: str, next_step: str) -> Iterator[dict[str, str]]:
-    """Note how a step went; what the block puts under ``detail`` is shown."""
+    """Add the result of a step; the block may set ``detail``, which is shown in place of the duration."""
     found: dict[str, str] = {"detail": ""}
     start = time.monotonic()
     try:
         yield found
     except (SGLangError, AssertionError) as error:
         diagnosis.add(Check(name=name, status="fail", detail=str(error), next_step=next_step))
-        raise _Stop from error
+        raise _StepFailed from error
     detail = found["detail"] or f"{time.monotonic() - start:.1f} s"
     diagnosis.add(Check(name=name, status="pass", detail=detail))
 
 
-def _try_everything(diagnosis: Diagnosis, pool: SGLangPool, model_path: Path, say: Callable[[str], None]) -> None:
+def _test_pool(diagnosis: Diagnosis, pool: SGLangPool, model_path: Path, report: Callable[[str], None]) -> None:
     from transformers import AutoModelForCausalLM
 
     on_gpu = pool.info.device != "cpu"
     dtype, tolerance = (torch.bfloat16, 0.3) if on_gpu else (torch.float32, 1e-3)
     device = torch.device("cuda", torch.cuda.device_count() - 1) if on_gpu else torch.device("cpu")
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).to(device).eval()
-    say("comparing the server with the model")
+    report("comparing the server with the model")
     with _step(
         diagnosis, "log-probs equal the model's", "trainer and server compute differently: check dtypes"
     ) as found:
@@ -101,25 +101,25 @@ def _try_everything(diagnosis: Diagnosis, pool: SGLangPool, model_path: Path, sa
     with _step(diagnosis, "generation", "see the server's log") as found:
         tokens_per_s = _throughput(pool)
         diagnosis.figures["generate_tokens_per_s"] = tokens_per_s
-        found["detail"] = f"{tokens_per_s:.0f} tokens/s with {_NUM_PROMPTS} prompts side by side"
+        found["detail"] = f"{tokens_per_s:.0f} tokens/s with {_NUM_PROMPTS} prompts in parallel"
     sync = WeightSync(pool, SyncConfig())
     try:
-        _try_syncs(diagnosis, pool, sync, model, tolerance, say)
+        _test_syncs(diagnosis, pool, sync, model, tolerance, report)
     finally:
         sync.close()
 
 
-def _try_syncs(
+def _test_syncs(
     diagnosis: Diagnosis,
     pool: SGLangPool,
     sync: WeightSync,
     model: Any,
     tolerance: float,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> None:
-    say("sending new weights")
+    progress("sending new weights")
     backend = "gloo" if pool.info.device == "cpu" else "NCCL"
-    advice = f"{backend} could not carry the weights; SyncConfig(transport='disk') needs no process group"
+    advice = f"{backend} could not transfer the weights; SyncConfig(transport='disk') needs no process group"
     with _step(diagnosis, f"weight sync over {backend}", advice) as found:
         reports = [_perturb_and_push(sync, model) for _ in range(_NUM_SYNCS)]
         report = reports[-1]
@@ -131,15 +131,15 @@ def _try_syncs(
             f"{num_bytes / 1e6:.0f} MB in {min(seconds):.2f} s ({rate:.2f} GB/s), version {report.version}"
         )
     with _step(
-        diagnosis, "the server answers as the new model", "weights arrived wrongly: please report this"
+        diagnosis, "the server answers as the new model", "the server has wrong weights: please report this"
     ) as found:
         gap = _gap(pool, model)
         assert gap < tolerance, f"log-probs differ by {gap:.2g} from the model whose weights were sent"
         found["detail"] = f"largest log-prob difference {gap:.1e} after {_NUM_SYNCS} syncs"
         diagnosis.figures["logprob_gap_after_sync"] = gap
-    say("timing a bare broadcast")
+    progress("timing a bare broadcast")
     with _step(
-        diagnosis, "beside a bare broadcast", "the network between two processes is at fault, not this library"
+        diagnosis, "compared with a bare broadcast", "the fault is in the network between two processes, not here"
     ) as found:
         raw_s = raw_broadcast_s(num_bytes, backend.lower())
         diagnosis.figures |= {"raw_broadcast_s": raw_s, "transfer_to_raw": min(seconds) / raw_s}
@@ -150,7 +150,7 @@ def _try_syncs(
 
 
 def placed_server(config: ServerConfig) -> ServerConfig:
-    """The server on the first GPUs, the trainer on the last: NCCL can't join two processes on one."""
+    """Settings with the server on the first GPUs; the last is the trainer's (NCCL needs one GPU per process)."""
     if torch.cuda.device_count() > config.tp_size and config.device != "cpu":
         return replace(config, dtype="bfloat16", gpus=config.gpus or tuple(range(config.tp_size)))
     return replace(config, dtype="float32", device="cpu" if config.device == "auto" else config.device)
@@ -179,5 +179,5 @@ def _perturb_and_push(sync: WeightSync, model: nn.Module) -> SyncReport:
     for parameter in model.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
     report = sync.push(model)
-    assert report is not None  # only helping ranks of a sharded model get none
+    assert report is not None  # only ranks > 0 of a sharded model get none
     return report

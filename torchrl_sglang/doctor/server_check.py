@@ -1,4 +1,4 @@
-"""A look at a running server: what it is, and whether it can take weights."""
+"""Checks of a running server: its model and settings, and whether it can receive weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["check_server"]
 
 
 def check_server(url: str, config: ClientConfig | None = None) -> list[Check]:
-    """Ask a server what it is. Nothing on it is changed.
+    """Check a server; changes nothing on it.
 
     Args:
         url: base URL.
@@ -43,7 +43,7 @@ def _vocabulary(info: ServerInfo) -> Check:
             name="vocabulary",
             status="warn",
             detail=f"the size can't be read: {info.model_path!r} is not on this machine",
-            next_step="pass vocab_size=... when connecting: an unknown token id kills a server",
+            next_step="pass vocab_size=... when connecting: an unknown token id crashes a server",
         )
     return Check(
         name="vocabulary", status="pass", detail=f"{info.vocab_size} ids, context {info.context_length} tokens"
@@ -55,10 +55,10 @@ def _updates(info: ServerInfo) -> Check:
         return Check(
             name="weight updates",
             status="fail",
-            detail=f"dp_size={info.dp_size}, pp_size={info.pp_size}: a process group can't reach all of it",
+            detail=f"dp_size={info.dp_size}, pp_size={info.pp_size}: a process group can't reach all ranks",
             next_step="use several servers instead of dp_size, tensor instead of pipeline parallelism",
         )
-    return Check(name="weight updates", status="pass", detail=f"possible; {info.tp_size} rank(s) in a weight group")
+    return Check(name="weight updates", status="pass", detail=f"possible; {info.tp_size} rank(s) in the process group")
 
 
 def _weights(info: ServerInfo) -> Check:
@@ -67,7 +67,7 @@ def _weights(info: ServerInfo) -> Check:
         return Check(
             name="weights",
             status="fail",
-            detail=f"half-updated ({info.weight_version}): a trainer died or failed in the middle of a sync",
+            detail=f"mixed weights ({info.weight_version}): a trainer died or failed during a sync",
             next_step="send all weights again: WeightSync(pool).push(model), or restart the server",
         )
     return Check(name="weights", status="pass", detail=f"version {info.weight_version}")

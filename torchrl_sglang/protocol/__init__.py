@@ -1,1 +1,4 @@
-"""SGLang's HTTP contract as pure functions: requests are built and replies parsed without a socket or a tensor."""
+"""SGLang's HTTP API as pure functions: they build requests and parse replies, without a socket or a tensor.
+
+Other folders import from this package's modules by name. This folder imports ``errors`` and ``config`` only.
+"""

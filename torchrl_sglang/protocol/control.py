@@ -1,4 +1,4 @@
-"""Control calls: everything that steers a server besides generating."""
+"""Control calls: requests to a server other than for generation and scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ __all__ = [
     "build_end_update",
     "build_flush",
     "build_init_group",
-    "build_load_lora",
     "build_load_lora_from_tensors",
     "build_loads",
     "build_pause",
@@ -39,17 +38,17 @@ def _post(path: str, body: Mapping[str, Any], **options: Any) -> HttpRequest:
 
 
 def build_ready() -> HttpRequest:
-    """Answers in milliseconds, also while paused; ``/health`` would generate a token, and says 503 while paused."""
+    """Readiness check: answers in milliseconds, also while paused. ``/health`` generates a token; paused it is 503."""
     return HttpRequest(method="GET", path="/ready", timeout="probe", repeatable=True)
 
 
 def build_loads(*, legacy: bool = False) -> HttpRequest:
-    """How many requests a server holds; ``legacy`` for servers before 0.5.21."""
+    """Number of requests on a server; ``legacy`` for servers before 0.5.21."""
     return HttpRequest(method="GET", path="/get_load" if legacy else "/v1/loads", timeout="probe", repeatable=True)
 
 
 def parse_loads(answer: Any) -> int:
-    """Number of requests running or waiting, from either form of the answer.
+    """Number of running and waiting requests, from either form of the answer.
 
     Examples:
         >>> parse_loads({"loads": [{"num_running_reqs": 2, "num_waiting_reqs": 1}]})
@@ -67,34 +66,34 @@ def parse_loads(answer: Any) -> int:
 
 
 def build_pause(mode: Literal["abort", "retract", "in_place"]) -> HttpRequest:
-    """Stop generating; ``mode`` says what happens to requests in flight (see :class:`SyncConfig`)."""
+    """Pause generation; ``mode`` decides what happens to requests in flight (see :class:`SyncConfig`)."""
     return _post("/pause_generation", {"mode": mode})
 
 
 def build_continue() -> HttpRequest:
-    """Go on generating after a pause."""
+    """Continue generation after a pause."""
     return _post("/continue_generation", {})
 
 
 def build_flush(*, wait_s: float | None = None) -> HttpRequest:
-    """Empty the prefix cache. Refused while requests run; ``wait_s`` waits for them that long."""
+    """Empty the prefix cache. Refused while requests run; with ``wait_s`` the server waits that long for them."""
     return _post("/flush_cache" if wait_s is None else f"/flush_cache?timeout={wait_s:g}", {})
 
 
 def build_abort(request_id: str | None = None) -> HttpRequest:
-    """End one request, or all of them; each still answers with the tokens it has."""
+    """Abort one request, or all; each answers with the tokens it has so far."""
     return _post("/abort_request", {"abort_all": True} if request_id is None else {"rid": request_id})
 
 
 def build_set_version(version: str) -> HttpRequest:
-    """Name the weights a server holds, without touching them or the requests in flight."""
+    """Set the version string of a server's weights; changes neither the weights nor requests in flight."""
     return _post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
 
 def build_init_group(
     *, address: str, port: int, rank_offset: int, world_size: int, name: str, backend: str
 ) -> HttpRequest:
-    """Join a process group as ranks ``rank_offset .. rank_offset + tp_size - 1``; answers once all ranks are there."""
+    """Join a process group as ranks ``rank_offset .. rank_offset + tp_size - 1``; answers once all ranks joined."""
     body = {
         "master_address": address,
         "master_port": port,
@@ -112,7 +111,7 @@ def build_destroy_group(name: str) -> HttpRequest:
 
 
 def build_begin_update() -> HttpRequest:
-    """Open the weight-update session that SGLang demands since 0.5.21."""
+    """Begin the weight-update session that SGLang requires since 0.5.21."""
     return _post("/begin_weight_update", {}, timeout="update")
 
 
@@ -124,7 +123,7 @@ def build_update_bucket(
     group: str,
     flush_cache: bool = False,
 ) -> HttpRequest:
-    """Announce one bucket; the server then receives it over the group, loads it and answers.
+    """Announce one bucket; the server then receives it over the process group, loads it and answers.
 
     Args:
         names: checkpoint names, in the order of their bytes.
@@ -146,12 +145,12 @@ def build_update_bucket(
 
 
 def build_end_update() -> HttpRequest:
-    """Close the weight-update session; the server then finishes what loading left open (e.g. re-packing)."""
+    """End the weight-update session; the server then finishes loading (e.g. re-packing)."""
     return _post("/end_weight_update", {}, timeout="update")
 
 
 def build_update_from_disk(path: str, *, version: str, flush_cache: bool = True) -> HttpRequest:
-    """Load a checkpoint folder that the server can read. Needs no session."""
+    """Load a checkpoint folder that the server can read. Needs no weight-update session."""
     body = {"model_path": path, "weight_version": version, "flush_cache": flush_cache}
     return _post("/update_weights_from_disk", body, timeout="update")
 
@@ -179,11 +178,6 @@ def parse_checksum(answer: Any) -> dict[str, str]:
     return flat
 
 
-def build_load_lora(name: str, path: str) -> HttpRequest:
-    """Load an adapter from a folder that the server can read."""
-    return _post("/load_lora_adapter", {"lora_name": name, "lora_path": path}, timeout="update")
-
-
 def build_load_lora_from_tensors(name: str, config: Mapping[str, Any], payloads: Sequence[str]) -> HttpRequest:
     """Load an adapter from tensors in the request: one base64 pickle per tensor-parallel rank."""
     body = {"lora_name": name, "config_dict": dict(config), "serialized_named_tensors": list(payloads)}
@@ -191,29 +185,29 @@ def build_load_lora_from_tensors(name: str, config: Mapping[str, Any], payloads:
 
 
 def build_unload_lora(name: str) -> HttpRequest:
-    """Forget an adapter."""
+    """Unload an adapter."""
     return _post("/unload_lora_adapter", {"lora_name": name})
 
 
 def build_release_memory(tags: Sequence[str]) -> HttpRequest:
-    """Give GPU memory back: ``"weights"``, ``"kv_cache"``, ``"cuda_graph"``.
+    """Release GPU memory: ``"weights"``, ``"kv_cache"``, ``"cuda_graph"``.
 
-    SGLang (0.5.23) answers 200 also without ``--enable-memory-saver``, and frees nothing then; a server that is not
-    idle dies of it.
+    Without ``--enable-memory-saver``, SGLang (0.5.23) answers 200 too, but frees nothing. A server with running
+    requests crashes.
     """
     return _post("/release_memory_occupation", {"tags": list(tags)}, timeout="update")
 
 
 def build_resume_memory(tags: Sequence[str]) -> HttpRequest:
-    """Take GPU memory again. SGLang (0.5.23) dies of a tag that is not released."""
+    """Allocate released GPU memory again. SGLang (0.5.23) crashes on a tag that is not released."""
     return _post("/resume_memory_occupation", {"tags": list(tags)}, timeout="update")
 
 
 def check_success(answer: Any, *, server: str, what: str) -> None:
-    """Some control calls answer 200 with ``success: false``: make that an error.
+    """Raise for a control call that was answered with status 200 and ``success: false``.
 
     Raises:
-        RequestRejectedError: the answer says it did not succeed.
+        RequestRejectedError: with the server's message.
     """
     if isinstance(answer, Mapping) and answer.get("success") is False:
         detail = str(answer.get("message") or answer.get("error_message") or answer)

@@ -1,7 +1,7 @@
-"""What a server is and which endpoints it speaks: asked once, on connect.
+"""A server's model, settings and API version, which the client reads once, on connect.
 
-SGLang 0.5.20 and before take weights without a session and report load at ``/get_load``; from 0.5.21 on begin and end
-are mandatory and ``/v1/loads`` is the only load report.
+SGLang 0.5.20 and before update weights without a session and report load at ``/get_load``; from 0.5.21 on the session
+is mandatory and ``/v1/loads`` is the only load report.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ __all__ = ["MODEL_INFO", "SERVER_INFO", "SESSION_PROBE", "Dialect", "parse_diale
 MODEL_INFO = HttpRequest(method="GET", path="/model_info", timeout="probe", repeatable=True)
 SERVER_INFO = HttpRequest(method="GET", path="/server_info", timeout="probe", repeatable=True)
 SESSION_PROBE = HttpRequest(method="GET", path="/begin_weight_update", timeout="probe", repeatable=True)
-"""The endpoint only takes POST: asked by GET it answers 405 where it exists and 404 where not, and opens nothing."""
+"""The endpoint accepts only POST. To GET it answers 405 if it exists and 404 if not, and begins no session."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """Which form of the contract a server speaks.
+    """Which version of SGLang's API a server has.
 
     Attributes:
-        weight_session: updates stand between ``/begin_weight_update`` and ``/end_weight_update``.
+        weight_session: updates must be between ``/begin_weight_update`` and ``/end_weight_update``.
     """
 
     weight_session: bool
 
 
 def parse_dialect(session_probe_status: int) -> Dialect:
-    """Read the status that :data:`SESSION_PROBE` came back with.
+    """Read the HTTP status of the answer to :data:`SESSION_PROBE`.
 
     Examples:
         >>> parse_dialect(405).weight_session, parse_dialect(404).weight_session
@@ -43,7 +43,7 @@ def parse_dialect(session_probe_status: int) -> Dialect:
 
 
 def parse_info(model_info: Any, server_info: Any, *, url: str, vocab_size: int | None = None) -> ServerInfo:
-    """Read ``/model_info`` and ``/server_info``.
+    """Read the answers to :data:`MODEL_INFO` and :data:`SERVER_INFO`.
 
     Raises:
         ProtocolError: this is not an SGLang server, or one too old to serve (no ``weight_version``).
@@ -53,8 +53,8 @@ def parse_info(model_info: Any, server_info: Any, *, url: str, vocab_size: int |
             f"{url} answers, but not like an SGLang server: /model_info has no model_path. Is the port right?",
             server=url,
         )
-    # SGLang 0.5.23 reports max_req_input_len = context_length - 6 and refuses prompts of that length too ("exceeds the
-    # maximum"); prompt plus response may fill the context to its end.
+    # SGLang 0.5.23 reports max_req_input_len = context_length - 6, and refuses prompts of that length too ("exceeds the
+    # maximum"). Prompt plus response may fill the whole context.
     limit = server_info.get("max_req_input_len")
     context = server_info.get("context_length") or (limit + 6 if limit else None)
     return ServerInfo(

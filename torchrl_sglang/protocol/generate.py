@@ -28,20 +28,20 @@ def build_generate(
     cache_salt: str | None = None,
     media: Sequence[Media] | None = None,
 ) -> HttpRequest:
-    """One request that carries the whole batch, so that the server's continuous batching sees everything at once.
+    """One request for the whole batch, so that the server's continuous batching sees all prompts at once.
 
     Args:
         ids_B_T: prompt token ids.
         sampling: how tokens are drawn; ``sampling.n`` sequences per prompt.
-        return_logprobs: ask for the log-prob of every response token.
-        prompt_logprobs: ask for the log-prob of every prompt token too. The server then recomputes the whole prompt:
+        return_logprobs: return the log-prob of every response token.
+        prompt_logprobs: return the log-prob of every prompt token too. The server then recomputes the whole prompt:
             it can't use its prefix cache.
         stream: answer with server-sent events.
-        request_ids: one id per prompt, by which the server can be asked to abort; not possible with ``n > 1``.
+        request_ids: one id per prompt, for :func:`~.control.build_abort`; not possible with ``n > 1``.
         lora: name of a loaded adapter.
-        cache_salt: name-space in the prefix cache: only requests with the same one share prefixes.
-        media: images, videos and sounds of each prompt. Each stands in the ids as the *one* placeholder that the chat
-            template writes; the server widens it to the item's size.
+        cache_salt: name-space in the prefix cache: only requests with the same salt share prefixes.
+        media: images, videos and sounds of each prompt. In the ids each has the *one* placeholder that the chat
+            template writes; the server expands it to the item's number of tokens.
 
     Examples:
         >>> request = build_generate([[1, 2], [3]], SamplingParams(max_new_tokens=4))
@@ -62,7 +62,7 @@ def build_generate(
     if request_ids is not None:
         body["rid"] = list(request_ids)
     if lora is not None:
-        body["lora_path"] = lora  # a loaded adapter's name, in spite of the field's name
+        body["lora_path"] = lora  # a loaded adapter's name, despite the field's name
     if cache_salt is not None:
         body["extra_key"] = cache_salt
     if media is not None:
@@ -81,7 +81,7 @@ def parse_generate(
     items = answer if isinstance(answer, list) else [answer]
     if len(items) != num_expected:
         raise ProtocolError(
-            f"{server} answered {len(items)} sequences where {num_expected} were asked for; nothing of it is used",
+            f"{server} answered {len(items)} sequences where {num_expected} were requested; none is used",
             server=server,
         )
     return [
@@ -94,7 +94,7 @@ def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_lo
     """Read one sequence of an answer, or one (cumulative) event of a stream.
 
     Raises:
-        ProtocolError: a field is missing, or the log-probs don't line up with the token ids.
+        ProtocolError: a field is missing, or there are not as many log-probs as token ids.
     """
     try:
         ids_T: list[int] = item["output_ids"]
@@ -104,21 +104,13 @@ def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_lo
         prompt_T = [entry[0] for entry in meta["input_token_logprobs"]] if prompt_logprobs else None
         support_R_K = meta.get("output_token_sampling_mask")
         support_logprobs_R = meta.get("output_token_sampling_logprobs")
-        version = str(meta.get("weight_version", "default"))
-        spans = tuple(
-            WeightSpan(version=str(span["version"]), start=span["start"], end=span["end"])
-            for span in meta.get("weight_versions") or ()
-        )
+        spans = _weight_spans(meta, len(ids_T))
     except (KeyError, TypeError, IndexError) as error:
         raise ProtocolError(
             f"{server} answered /generate without the field {error}: not the reply SGLang promises", server=server
         ) from error
-    # In a stream, servers tell spans at its end. Until then the version is the one the server has when it sends the
-    # event, perhaps the mark of an update that began after the tokens were made.
-    if not spans and meta["finish_reason"] is not None:
-        spans = (WeightSpan(version=version, start=0, end=len(ids_T)),)
     if logprobs_T is not None and not ids_T:
-        # Asked for no token beside running requests, SGLang (0.5.23) may tell the log-prob of the one it threw away.
+        # For max_new_tokens=0 beside running requests, SGLang (0.5.23) may return the log-prob of a discarded token.
         logprobs_T = []
     if logprobs_T is not None and len(logprobs_T) != len(ids_T):
         raise ProtocolError(f"{server} answered {len(logprobs_T)} log-probs for {len(ids_T)} tokens", server=server)
@@ -138,9 +130,26 @@ def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_lo
         prompt_tokens=meta.get("prompt_tokens", 0),
         completion_tokens=meta.get("completion_tokens", len(ids_T)),
         cached_tokens=meta.get("cached_tokens", 0),
-        weight_version=version,
+        weight_version=_weight_version(meta),
         weight_spans=spans,
         request_id=str(meta.get("id", "")),
         latency_s=float(meta.get("e2e_latency") or 0.0),
         server=server,
     )
+
+
+def _weight_version(meta: Mapping[str, Any]) -> str:
+    return str(meta.get("weight_version", "default"))
+
+
+def _weight_spans(meta: Mapping[str, Any], num_tokens: int) -> tuple[WeightSpan, ...]:
+    """Which weights generated which tokens; empty for all events of a stream but the last."""
+    spans = tuple(
+        WeightSpan(version=str(span["version"]), start=span["start"], end=span["end"])
+        for span in meta.get("weight_versions") or ()
+    )
+    # The version in an earlier event of a stream is the server's version at that moment, which may be the dirty mark of
+    # an update that began after the tokens were generated.
+    if spans or meta["finish_reason"] is None:
+        return spans
+    return (WeightSpan(version=_weight_version(meta), start=0, end=num_tokens),)

@@ -1,4 +1,4 @@
-"""What a batch has to satisfy before it may be sent: SGLang dies of an unknown token id and of an empty prompt."""
+"""Checks a batch before it is sent: SGLang crashes on an unknown token id and on an empty prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_prompts(
     max_prompt_tokens: int | None,
     context_length: int | None,
 ) -> None:
-    """Refuse a batch the servers could not serve, naming the first offending prompt and the limit.
+    """Refuse a batch that the servers can't serve; the error names the first such prompt and the limit.
 
     Args:
         ids_B_T: prompt token ids.
@@ -46,7 +46,7 @@ ids (0..63); is this the served model's tokenizer?
             position = next(i for i, value in enumerate(ids_T) if value < 0)
             raise ConfigError(
                 f"prompt {index} holds the negative token id {ids_T[position]} at position {position}; "
-                "is padding or an ignore label left in it?"
+                "does it still hold padding or an ignore label?"
             )
         if vocab_size is not None and max(ids_T) >= vocab_size:
             position = next(i for i, value in enumerate(ids_T) if value >= vocab_size)

@@ -1,4 +1,4 @@
-"""Images, videos and sounds of a prompt, as ``/generate`` takes them: addresses, or the bytes as ``data:`` URLs."""
+"""Images, videos and sounds of a prompt, as ``/generate`` takes them: URLs, or the bytes as ``data:`` URLs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Media", "media_fields"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Media:
-    """What goes with one prompt, in the order of the prompt's placeholders.
+    """The media of one prompt, in the order of the prompt's placeholders.
 
     Attributes:
         images: one URL per image: ``http(s)://``, which the *server* fetches, or ``data:image/...;base64,...``.
@@ -27,7 +27,7 @@ class Media:
 
 
 def media_fields(media_B: Sequence[Media]) -> dict[str, list[list[str]]]:
-    """The body's fields for a batch, one list per prompt; a kind that no prompt has is left out.
+    """The fields of the request body for a batch, one list per prompt; kinds that no prompt has are left out.
 
     Examples:
         >>> media_fields([Media(images=("http://host/a.png",)), Media()])

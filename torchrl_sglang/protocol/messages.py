@@ -1,4 +1,4 @@
-"""What crosses the wire, as values: a request to send, a generation that came back, what a server is."""
+"""Records of SGLang's HTTP API: a request, a generated sequence, and a server's model and settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 __all__ = ["GenerateReply", "HttpRequest", "ServerInfo", "TimeoutKind", "WeightSpan"]
 
 TimeoutKind = Literal["probe", "control", "generate", "update"]
-"""Which of :class:`~torchrl_sglang.ClientConfig`'s time-outs a request runs under."""
+"""Which of :class:`~torchrl_sglang.ClientConfig`'s time-outs applies to a request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,7 @@ class HttpRequest:
         path: absolute path on the server.
         body: JSON body; ``None`` sends none.
         timeout: which time-out applies.
-        repeatable: the request only reads, so it may be sent again even when an earlier copy may have run.
+        repeatable: the request only reads, so it may be sent again even if the first one may have run.
     """
 
     method: Literal["GET", "POST", "DELETE"]
@@ -33,7 +33,7 @@ class HttpRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSpan:
-    """Tokens ``start <= i < end`` of a response were made by weight version ``version`` (the server's string)."""
+    """Weight version ``version`` (the server's string) generated the response tokens ``start <= i < end``."""
 
     version: str
     start: int
@@ -46,21 +46,20 @@ class GenerateReply:
 
     Attributes:
         output_ids: response token ids, length ``T``; a matched stop token is included.
-        output_logprobs: natural-log probability of each response token, length ``T``; ``None`` when not asked for.
-        prompt_logprobs: one entry per prompt token, the first ``None``; ``None`` when not asked for.
-        support_ids: per response token the ids that top-k, top-p and min-p had left to choose from; ``None`` when not
-            asked for.
-        support_logprobs: log-prob of each response token among those; ``None`` when not asked for.
+        output_logprobs: natural-log probability of each response token, length ``T``; ``None`` when not requested.
+        prompt_logprobs: one entry per prompt token, the first ``None``; ``None`` when not requested.
+        support_ids: per response token the ids that top-k, top-p and min-p kept; ``None`` when not requested.
+        support_logprobs: log-prob of each response token among those ids; ``None`` when not requested.
         text: the server's decoded response (stop strings trimmed).
         finish_reason: ``"stop"``, ``"length"`` or ``"abort"``.
         matched: the stop token id or stop string that ended the response, if one did.
-        abort_message: the server's words when ``finish_reason`` is ``"abort"``.
+        abort_message: the server's message when ``finish_reason`` is ``"abort"``.
         prompt_tokens: number of prompt tokens.
         completion_tokens: number of response tokens.
         cached_tokens: prompt tokens served from the prefix cache.
         weight_version: weight version at the end of the response (the server's string).
-        weight_spans: which tokens were made by which version, in order, covering ``[0, T)``; empty in a stream until
-            its end, when servers tell.
+        weight_spans: which version generated which tokens, in order, covering ``[0, T)``; in a stream only the last
+            event has them.
         request_id: the server's id of the request.
         latency_s: seconds from arrival to completion as the server measured them.
         server: base URL of the server that answered.
@@ -87,27 +86,27 @@ class GenerateReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
-    """What a server said of itself on connect.
+    """A server's model and settings, as it reported them on connect.
 
     Attributes:
         url: base URL.
         version: SGLang's version string.
-        model_path: the served checkpoint, as the server was told.
-        tokenizer_path: the served tokenizer, as the server was told.
+        model_path: the served checkpoint, as given to the server.
+        tokenizer_path: the served tokenizer, as given to the server.
         dtype: the server's ``--dtype``: ``"auto"``, ``"float32"``, ``"bfloat16"``...
         architectures: the checkpoint's architectures, e.g. ``("LlamaForCausalLM",)``.
         is_generation: ``False`` for embedding and reward models.
-        tp_size: tensor-parallel ranks (each is one rank of the weight group).
+        tp_size: tensor-parallel ranks (each is one rank of the process group for weights).
         dp_size: data-parallel replicas inside this server; weight updates need 1.
         pp_size: pipeline-parallel stages; weight updates need 1.
         max_prompt_tokens: longest prompt the server accepts, in tokens.
-        context_length: prompt plus response limit, in tokens; ``None`` when the server does not say.
-        vocab_size: number of valid token ids; ``None`` when it can't be learned (a remote path we can't read).
+        context_length: limit of prompt plus response, in tokens; ``None`` when the server does not report it.
+        vocab_size: number of valid token ids; ``None`` when unknown (the checkpoint can't be read on this machine).
         weight_version: the server's weight version string at connect time.
         device: ``"cpu"``, ``"cuda"``, ...
         lora_enabled: whether adapters can be loaded.
         quantization: the server's ``--quantization``, if any.
-        raw: ``/server_info`` as it came, for what has no field here.
+        raw: the answer of ``/server_info``, for settings without a field here.
     """
 
     url: str

@@ -1,4 +1,4 @@
-"""The part of sglang-router (0.3.2) that says who its workers are; generation through it is SGLang's own call."""
+"""The worker list of sglang-router (0.3.2), and what its ``/generate`` forwards to the servers behind it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = [
     "worker_in_error",
 ]
 
-# The router reads a request into fields it knows, writes those out again and forgets the others, without a word. These
-# were seen to arrive (0.3.2), numbers rounded to 32 bits; `rid` and `lora_path` it takes as a single string only.
-_CARRIED = {
+# The router parses a request into the fields it knows and silently drops the others. These arrive at the server (tried
+# with 0.3.2; numbers are rounded to 32 bits). `rid` and `lora_path` must be single strings.
+_FORWARDED = {
     *("input_ids", "sampling_params", "return_logprob", "logprob_start_len", "stream", "extra_key"),
     *("image_data", "video_data", "audio_data"),
 }
-_CARRIED_SAMPLING = {
+_FORWARDED_SAMPLING = {
     *("max_new_tokens", "min_new_tokens", "n", "sampling_seed", "ignore_eos", "stop", "stop_token_ids"),
     *("no_stop_trim", "skip_special_tokens", "temperature", "top_p", "top_k", "min_p", "frequency_penalty"),
     *("presence_penalty", "repetition_penalty", "json_schema", "regex", "ebnf"),
@@ -33,7 +33,7 @@ _CARRIED_SAMPLING = {
 
 
 def router_forwards(request: HttpRequest) -> bool:
-    """Whether a request for generation arrives at a server behind the router as it was sent.
+    """Whether the router forwards a request for generation to a server without dropping a field.
 
     Examples:
         >>> body = {"input_ids": [[1]], "sampling_params": {"temperature": 0.5}}
@@ -46,40 +46,41 @@ def router_forwards(request: HttpRequest) -> bool:
     body = request.body or {}
     lora = body.get("lora_path", "")
     return (
-        body.keys() - {"lora_path"} <= _CARRIED
+        body.keys() - {"lora_path"} <= _FORWARDED
         and isinstance(lora, str)
-        and body.get("sampling_params", {}).keys() <= _CARRIED_SAMPLING
+        and body.get("sampling_params", {}).keys() <= _FORWARDED_SAMPLING
     )
 
 
 def build_readiness() -> HttpRequest:
-    """200 as soon as a worker can serve; ``/health`` says 200 without any."""
+    """Readiness check: 200 as soon as a worker can serve; ``/health`` is 200 without any worker."""
     return HttpRequest(method="GET", path="/readiness", timeout="probe", repeatable=True)
 
 
 def build_add_worker(url: str) -> HttpRequest:
-    """Have a server looked at and taken in; answers at once, it is done in the background.
+    """Add a server. The router answers at once, and checks and adds the server in the background.
 
-    The server's key is not told: a router that knows it would serve everybody who asks. Each request brings its own.
+    The request does not hold the server's key: a router that knows the key would serve every caller. Each request for
+    generation has its own key.
     """
     return HttpRequest(method="POST", path="/workers", body={"url": url}, timeout="probe")
 
 
 def build_list_workers() -> HttpRequest:
-    """All workers."""
+    """List all workers."""
     return HttpRequest(method="GET", path="/workers", timeout="probe", repeatable=True)
 
 
 def build_remove_worker(worker_id: str) -> HttpRequest:
-    """Send nothing more to a worker; answers at once, it is done in the background."""
+    """Remove a worker. The router answers at once, and removes it in the background."""
     return HttpRequest(method="DELETE", path=f"/workers/{worker_id}", timeout="probe")
 
 
 def parse_workers(answer: Any, *, router: str) -> dict[str, str]:
-    """Workers by URL, with their ids.
+    """The ids of all workers, by URL.
 
     Raises:
-        ProtocolError: this is no answer of a router.
+        ProtocolError: the answer is not a router's.
 
     Examples:
         >>> parse_workers({"workers": [{"id": "7", "url": "http://a:1", "is_healthy": True}]}, router="r")
@@ -91,12 +92,12 @@ def parse_workers(answer: Any, *, router: str) -> dict[str, str]:
 
 
 def has_no_workers(error: SGLangError) -> bool:
-    """Whether the router sent a request nowhere, because it has nobody to send it to."""
+    """Whether the router refused a request because it has no worker that can serve."""
     return isinstance(error, RequestRejectedError) and error.status == 503 and "No available workers" in error.detail
 
 
 def worker_in_error(error: SGLangError, urls: Iterable[str]) -> str | None:
-    """The worker that a request was on when the router lost it; ``None`` if the error names none of ``urls``.
+    """The worker to which the router lost the connection during a request; ``None`` if it is none of ``urls``.
 
     Examples:
         >>> error = RequestRejectedError("", status=500, detail="error sending request. URL: http://a:1/generate")

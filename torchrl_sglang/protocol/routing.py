@@ -1,4 +1,4 @@
-"""Which prompt goes to which server: even shares, repeated prompts together so that they share a prefix cache."""
+"""Splits a batch over servers: even shares, with repeated prompts on one server so that they share its prefix cache."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def split_batch(ids_B_T: Sequence[Sequence[int]], load_S: Sequence[int]) -> list
 
     Args:
         ids_B_T: prompt token ids.
-        load_S: sequences already under way at each server.
+        load_S: sequences that each server already generates.
 
     Returns:
-        For each server the ascending indices of its prompts; every index stands in exactly one share.
+        For each server the ascending indices of its prompts; every index is in exactly one share.
 
-    Equal prompts stay on one server as long as that leaves no server idle: a run of them longer than an even share
-    is cut. Work is counted in sequences, since their lengths are unknown beforehand.
+    Equal prompts go to one server unless that leaves another one idle: a group larger than an even share is split. Work
+    is counted in sequences, because their lengths are unknown beforehand.
 
     Examples:
         >>> split_batch([[1], [1], [2], [2], [3], [3]], [0, 0])

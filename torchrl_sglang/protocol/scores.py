@@ -1,4 +1,4 @@
-"""``/classify``: token ids in, the numbers of a reward model's head out."""
+"""``/classify``: token ids in, the outputs of a reward model's head out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ __all__ = ["build_scores", "parse_scores"]
 
 
 def build_scores(ids_B_T: Sequence[Sequence[int]]) -> HttpRequest:
-    """Ask for the scores of a batch of texts.
+    """Request the scores of a batch of texts.
 
-    ``/v1/score`` looks alike but compares the probabilities of given labels as next token of a *generating* model.
+    ``/v1/score`` is something else: it compares the probabilities of given labels as the next token of a *generative*
+    model.
 
     Args:
         ids_B_T: token ids of each text.
@@ -49,7 +50,7 @@ def parse_scores(answer: Any, *, num_expected: int, server: str) -> list[list[fl
         ) from error
     if len(scores_BL) != num_expected or not all(scores_BL):
         raise ProtocolError(
-            f"{server} answered {len(scores_BL)} scores where {num_expected} were asked for; nothing of it is used",
+            f"{server} answered {len(scores_BL)} scores where {num_expected} were requested; none is used",
             server=server,
         )
     return scores_BL

@@ -1,4 +1,4 @@
-"""``/parse_function_call``: the server's own parsers for the ways in which models write tool calls."""
+"""``/parse_function_call``: the server's parsers for the formats in which models write tool calls."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["build_parse_tool_calls", "parse_tool_calls_answer"]
 
 
 def build_parse_tool_calls(text: str, tools: Sequence[Mapping[str, Any]], parser: str) -> HttpRequest:
-    """Have the server find the tool calls in a response.
+    """Request the tool calls in a response.
 
     Args:
         text: the response, special tokens included.
         tools: the tools' JSON schemas, in OpenAI's form.
-        parser: SGLang's name of the model's way, e.g. ``"qwen25"``, ``"llama3"``, ``"mistral"``, ``"deepseekv3"``.
+        parser: SGLang's name of the model's format, e.g. ``"qwen25"``, ``"llama3"``, ``"mistral"``, ``"deepseekv3"``.
     """
     body = {"text": text, "tools": [dict(tool) for tool in tools], "tool_call_parser": parser}
     return HttpRequest(method="POST", path="/parse_function_call", body=body, timeout="control", repeatable=True)

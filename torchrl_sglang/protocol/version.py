@@ -1,7 +1,7 @@
-"""Weight versions as strings a server carries: a counter, who wrote it, and whether an update is half done.
+"""Weight versions as strings that a server stores: a counter, the trainer, and whether an update is unfinished.
 
-``"12"`` or ``"12@a1b2"`` is version 12 (written by trainer ``a1b2``); ``"dirty-13@a1b2"`` means an update to 13 was
-begun and not finished, so the server holds mixed weights. SGLang's own start value ``"default"`` counts as version 0.
+``"12"`` or ``"12@a1b2"`` is version 12 (written by trainer ``a1b2``); ``"dirty-13@a1b2"`` means that an update to 13
+began and did not finish, so the server holds mixed weights. SGLang's start value ``"default"`` counts as version 0.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 __all__ = ["FOREIGN", "WeightVersion", "version_number"]
 
 FOREIGN = -1
-"""The number given to a version string somebody else wrote in a form we can't count."""
+"""The number of a version string that another program wrote in a form without a counter."""
 
 _PATTERN = re.compile(r"(?P<dirty>dirty-)?(?P<number>[0-9]{1,18})(?:@(?P<owner>[0-9a-zA-Z_.-]+))?")
 
@@ -22,9 +22,9 @@ class WeightVersion:
     """A parsed weight version.
 
     Attributes:
-        number: the counter; :data:`FOREIGN` for a string we did not write.
+        number: the counter; :data:`FOREIGN` for a string in another form.
         owner: id of the trainer that wrote it, or ``None``.
-        dirty: an update to ``number`` was begun and not finished.
+        dirty: an update to ``number`` began and did not finish.
 
     Examples:
         >>> WeightVersion.parse("default").number
@@ -43,7 +43,7 @@ class WeightVersion:
 
     @classmethod
     def parse(cls, text: str) -> WeightVersion:
-        """Read a server's version string; never raises, an unknown form has number :data:`FOREIGN`."""
+        """Read a server's version string; never raises: an unknown form has number :data:`FOREIGN`."""
         if text == "default":
             return cls(number=0)
         match = _PATTERN.fullmatch(text)

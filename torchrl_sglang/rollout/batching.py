@@ -1,4 +1,4 @@
-"""Concurrent callers in one request: prompts of many threads are collected and generated together."""
+"""``Batcher``: merges calls that several threads make at the same time into one batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 _QUIET_S = 0.01
-_MOST_QUIET_S = 0.1
+_MAX_QUIET_S = 0.1
 
 
 @dataclass(eq=False, slots=True)
@@ -32,13 +32,13 @@ class _Call(Generic[Item, Result]):
 class Batcher(Generic[Item, Result]):
     """Collects items of calls made at the same time and runs them as one batch.
 
-    There is no thread of its own: among the callers of a batch one leads, takes what has gathered and runs it. Batches
-    don't wait for each other: a server works on all of them at once. A batch starts when ``min_items`` have gathered
-    and for 10 ms no further call has come (threads that call together don't arrive together), or with ``max_items``,
-    or ``wait_s`` after its first call.
+    The batcher has no thread: one of the callers in a batch runs it for all. Batches run concurrently, since a server
+    processes several requests at once. A batch starts when ``min_items`` have arrived and no further call has come for
+    10 ms (threads that call together don't arrive together), or when ``max_items`` have arrived, or ``wait_s`` after
+    its first call.
 
     Args:
-        min_items: start when this many items have gathered.
+        min_items: start when this many items have arrived.
         max_items: most items in one batch; a single call with more runs alone. ``None`` is no limit.
         wait_s: longest time a call waits for ``min_items``, in seconds.
 
@@ -68,14 +68,14 @@ class Batcher(Generic[Item, Result]):
             kind: only calls with equal kinds share a batch.
 
         Raises:
-            CancelledError: :meth:`cancel` was called meanwhile.
+            CancelledError: :meth:`cancel` was called while this call waited.
         """
         call = _Call(kind, items, run, time.monotonic() + self.wait_s)
         with self._changed:
             self._queue.append(call)
             try:
                 self._wait_and_lead(call)
-            except BaseException:  # Ctrl-C: nobody wants these results any more
+            except BaseException:  # e.g. Ctrl-C: the caller no longer waits for these results
                 if call in self._queue:
                     self._queue.remove(call)
                     self._changed.notify_all()
@@ -83,33 +83,36 @@ class Batcher(Generic[Item, Result]):
         return call.future.result()
 
     def _wait_and_lead(self, call: _Call[Item, Result]) -> None:
-        """Until ``call`` is in a batch that runs; called with the lock held."""
+        """Wait until ``call`` is in a running batch, and run that batch if this caller is the first to see it ready.
+
+        Called with the lock held.
+        """
         while call in self._queue:
             ready_in = self._ready_in(call.kind)
-            if ready_in > 0:  # of all waiting callers, the last to come knows best when that is
+            if ready_in > 0:
                 self._changed.wait(ready_in)
             elif call in (batch := self._next_batch(call.kind)):
                 self._lead(batch)
-            else:  # one of those in it leads, and this call comes after them
+            else:  # one of the batch's callers runs it; this call is in a later batch
                 self._changed.notify_all()
                 self._changed.wait()
 
     def _ready_in(self, kind: Hashable) -> float:
         """Seconds until the next batch of this kind may start."""
         calls = [call for call in self._queue if call.kind == kind]
-        gathered = sum(len(call.items) for call in calls)
-        if self.max_items is not None and gathered >= self.max_items:
+        arrived = sum(len(call.items) for call in calls)
+        if self.max_items is not None and arrived >= self.max_items:
             return 0.0
         start = calls[0].deadline
-        if gathered >= self.min_items:
-            start = min(start, calls[-1].since + _QUIET_S, calls[0].since + _MOST_QUIET_S)
+        if arrived >= self.min_items:
+            start = min(start, calls[-1].since + _QUIET_S, calls[0].since + _MAX_QUIET_S)
         return start - time.monotonic()
 
     def _lead(self, batch: Sequence[_Call[Item, Result]]) -> None:
         """Run one batch; called with the lock held, which is released while the batch runs."""
         self._queue = [call for call in self._queue if call not in batch]
         self._num_running += 1
-        self._changed.notify_all()  # its callers need not wait for company any longer
+        self._changed.notify_all()  # wakes the batch's callers
         self._changed.release()
         try:
             self._run(batch)
@@ -124,7 +127,7 @@ class Batcher(Generic[Item, Result]):
             results = batch[0].run(items)
             if len(results) != len(items):
                 raise RuntimeError(f"a batch of {len(items)} items gave {len(results)} results")
-        except BaseException as error:  # noqa: BLE001 -- belongs to every caller of the batch: each of them raises it
+        except BaseException as error:  # noqa: BLE001 -- every caller of the batch raises it
             for call in batch:
                 call.future.set_exception(error)
             return
@@ -134,27 +137,27 @@ class Batcher(Generic[Item, Result]):
             start += len(call.items)
 
     def _next_batch(self, kind: Hashable) -> list[_Call[Item, Result]]:
-        gathered = 0
+        arrived = 0
         batch: list[_Call[Item, Result]] = []
         for call in self._queue:
             if call.kind != kind:
                 continue
-            if batch and self.max_items is not None and gathered + len(call.items) > self.max_items:
+            if batch and self.max_items is not None and arrived + len(call.items) > self.max_items:
                 break
             batch.append(call)
-            gathered += len(call.items)
+            arrived += len(call.items)
         return batch
 
     def cancel(self) -> None:
         """End every waiting call with :class:`~concurrent.futures.CancelledError`."""
         with self._changed:
             for call in self._queue:
-                call.future.set_exception(CancelledError("the batch was given up by cleanup_batching()"))
+                call.future.set_exception(CancelledError("the batch was cancelled by cleanup_batching()"))
             self._queue.clear()
             self._changed.notify_all()
 
     def flush(self) -> None:
-        """Let every waiting call run now, without waiting for more company."""
+        """Let every waiting call run now, without waiting for more calls."""
         with self._changed:
             for call in self._queue:
                 call.deadline = 0.0
@@ -162,7 +165,7 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def state(self) -> dict[str, int | bool]:
-        """How many calls and items wait, and whether any batch runs."""
+        """Number of waiting items and calls, and whether a batch runs."""
         with self._changed:
             waiting = sum(len(call.items) for call in self._queue)
             return {"queue_size": waiting, "pending_futures": len(self._queue), "processing": self._num_running > 0}

@@ -1,4 +1,4 @@
-"""What a response is beside its tokens: why it ended, which weights made each token, how it was drawn.
+"""``Generation``: why a response ended, which weights generated each token, and how tokens were sampled.
 
 Shapes: ``R`` is the number of response tokens of one sequence (its padded width when the output is padded).
 """
@@ -16,16 +16,16 @@ from torchrl_sglang.protocol.version import version_number
 __all__ = ["NO_ID", "NO_TOKEN", "Generation", "token_versions"]
 
 NO_TOKEN = -2
-"""Weight version of a padding position; -1 is a token made by weights whose version string is not a number."""
+"""Weight version at a padding position. -1 is a token from weights whose version string is not a number."""
 
 NO_ID = -1
-"""Fills up :attr:`Generation.support` where a token had fewer ids to be chosen among."""
+"""Fills :attr:`Generation.support` where a token was chosen among fewer ids."""
 
 
 class Generation(TensorClass["nocast"]):  # type: ignore[name-defined]
-    """Facts of a generated sequence that tokens and log-probs don't tell. One entry per sequence.
+    """How a sequence was generated, beside its tokens and log-probs. One entry per sequence.
 
-    All tensors have the batch shape of the TensorDict they lie in; ``weight_version`` has one dimension more.
+    All tensors have the batch shape of the TensorDict that holds them; ``weight_version`` has one dimension more.
 
     Attributes:
         finish_reason: ``"stop"`` (EOS, stop token or stop string), ``"length"``, ``"abort"``, or ``"error"`` for a
@@ -36,23 +36,24 @@ class Generation(TensorClass["nocast"]):  # type: ignore[name-defined]
         completion_tokens: int64; tokens of the response.
         cached_tokens: int64; prompt tokens the server took from its prefix cache.
         dropped_tokens: int64; prompt tokens cut off on the left by ``on_overlong="truncate_left"``.
-        resumes: int64; how often an interrupted response was taken up again.
-        weight_version: int64, one per response token, aligned with ``Tokens.response``: the weights that made it.
-            :data:`NO_TOKEN` (-2) on padding, -1 where the server's version string is not one of ours.
-        policy_version: int64; the oldest weights that made a token of the response (those at its end if it is empty).
+        resumes: int64; how often an interrupted response was continued.
+        weight_version: int64, one per response token, aligned with ``Tokens.response``: the weights that generated it.
+            :data:`NO_TOKEN` (-2) on padding, -1 where the server's version string was not set by this package.
+        policy_version: int64; the oldest weights that generated a token of the response (those at its end if it is
+            empty).
             TorchRL's ``PolicyAgeFilter`` reads it with ``policy_version_key=("generation", "policy_version")``.
         temperature: float32; logits were divided by it. 0 is greedy, for which log-probs count as temperature 1.
-        top_p: float32; nucleus the token was drawn from, 1 for all.
+        top_p: float32; probability mass of the nucleus, 1 for all tokens.
         top_k: int64; -1 for all tokens.
         min_p: float32; 0 for no floor.
-        exact_log_probs: bool; the recorded log-probs are those of the distribution tokens were drawn from. ``False``
-            under top-p, top-k or min-p, unless ``exact_log_probs=True`` was asked for: then they are the tempered ones
-            before truncation.
-        support: int64 of shape ``(R, K)``, only with ``exact_log_probs=True``: the ids each token was chosen among,
-            filled up with -1.
+        exact_log_probs: bool; the recorded log-probs are those of the distribution that tokens were drawn from.
+            ``False`` under top-p, top-k or min-p without ``exact_log_probs=True``: the log-probs are then those after
+            temperature and before truncation.
+        support: int64 of shape ``(R, K)``, only with ``exact_log_probs=True``: the ids that each token was chosen
+            among, filled with -1.
         server: base URL of the server that answered.
         latency_s: float32; seconds from arrival to completion, as the server measured them.
-        error: what was wrong with this sequence, ``""`` when nothing was.
+        error: why this sequence was not generated, ``""`` if it was.
     """
 
     finish_reason: str
@@ -79,7 +80,7 @@ class Generation(TensorClass["nocast"]):  # type: ignore[name-defined]
 def token_versions(reply: GenerateReply) -> list[int]:
     """The weight version of every response token, from the server's spans.
 
-    A token that no span covers carries the version at the end of the response.
+    A token that no span covers has the version at the end of the response.
 
     Examples:
         >>> spans = (WeightSpan(version="3@a", start=0, end=2), WeightSpan(version="4@a", start=2, end=3))
@@ -95,6 +96,6 @@ def token_versions(reply: GenerateReply) -> list[int]:
 
 
 def join_spans(first: Sequence[WeightSpan], second: Sequence[WeightSpan], offset: int) -> tuple[WeightSpan, ...]:
-    """Spans of a response made in two goes, the second beginning at token ``offset``."""
+    """Weight spans of a response that was generated in two parts, the second beginning at token ``offset``."""
     moved = (WeightSpan(version=s.version, start=s.start + offset, end=s.end + offset) for s in second)
     return (*first, *moved)

@@ -1,249 +1,124 @@
-"""Replies as TorchRL's TensorClasses: ragged inside, padded once at the rim.
+"""The rows that a policy returns: one TensorDict per sequence, with every TensorClass under its key.
 
-Shapes: ``B`` prompts, ``n`` responses each, ``S = B * n`` sequences prompt-major; ``P`` prompt, ``R`` response tokens.
-Ragged values are one tensor per sequence. Padded ones are dense: prompts padded on the left, responses on the right.
+Shapes: ``S`` sequences prompt-major, ``P`` prompt tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
-import torch
-from tensordict import LazyStackedTensorDict, MetaData, NonTensorData, TensorDict, TensorDictBase
-from torchrl.data.llm import History
-from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
+from tensordict import TensorDict
+from torchrl.modules.llm.policies import ChatHistory, Text
 
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.protocol.messages import GenerateReply
-from torchrl_sglang.protocol.version import version_number
-from torchrl_sglang.rollout.generation import NO_ID, NO_TOKEN, Generation, token_versions
+from torchrl_sglang.rollout.decoding import decode_contents, decode_responses
+from torchrl_sglang.rollout.prompts import Prompts
+from torchrl_sglang.rollout.requests import Answers
+from torchrl_sglang.rollout.scoring import score_rows
+from torchrl_sglang.rollout.settings import RolloutSettings
+from torchrl_sglang.rollout.tensorclasses import (
+    Padding,
+    chat_rows,
+    generation_rows,
+    text_rows,
+    token_rows,
+)
 
-__all__ = ["Padding", "chat_rows", "first_zero", "generation_rows", "stack_rows", "text_rows", "to_rows", "token_rows"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Padding:
-    """How the tensors of a batch are shaped.
-
-    Attributes:
-        enabled: dense tensors rather than one per sequence.
-        value: token id put where there is no token; log-probs are 0 there, masks ``False``.
-        prompt_width: least padded width of the prompts, when they came in a wider tensor.
-    """
-
-    enabled: bool
-    value: int = 0
-    prompt_width: int = 0
+__all__ = ["generated_rows", "scored_rows"]
 
 
-def _ragged(values_S_T: Sequence[Sequence[Any]], dtype: torch.dtype) -> list[torch.Tensor]:
-    """One tensor per sequence, each with storage of its own: a row kept in a buffer must not keep its whole batch."""
-    flat = torch.tensor(list(chain.from_iterable(values_S_T)), dtype=dtype)
-    return [row.clone() for row in flat.split([len(v) for v in values_S_T])]  # type: ignore[no-untyped-call]
+def generated_rows(
+    answers: Answers, settings: RolloutSettings, sampling: SamplingParams, padding: Padding, tokenizer: Any
+) -> list[TensorDict]:
+    """One TensorDict per generated sequence. ``tokenizer`` is only used in text and history mode."""
+    n, prompts, replies_S = sampling.n, answers.prompts, answers.replies_S
+    prompts_S_P = [ids_P for ids_P in prompts.ids_B_T for _ in range(n)]
+    fields = token_rows(
+        prompts_S_P,
+        replies_S,
+        padding,
+        log_probs=settings.writes_log_probs,
+        # vLLMWrapper leaves the full log-probs out when there is a sample dimension
+        full_log_probs=settings.samples is None,
+    )
+    columns: list[tuple[Any, Sequence[Any]]] = [
+        (settings.masks_key, [f["masks"] for f in fields]),
+        (settings.tokens_key, [f["tokens"] for f in fields]),
+    ]
+    if settings.writes_log_probs:
+        columns.append((settings.log_probs_key, [f["log_probs"] for f in fields]))
+    if settings.writes_text:
+        columns.extend(_text_columns(prompts, prompts_S_P, replies_S, settings, sampling, tokenizer))
+    if settings.generation_key is not None:
+        generation = generation_rows(
+            replies_S,
+            sampling,
+            padding,
+            dropped_S=[d for d in prompts.dropped_B or [0] * len(prompts.ids_B_T) for _ in range(n)],
+            resumes_S=answers.resumes_S,
+            errors_S=[e for e in answers.errors_B for _ in range(n)],
+        )
+        columns.append((settings.generation_key, generation))
+        if settings.policy_version_key is not None:
+            columns.append((settings.policy_version_key, [g.policy_version.clone() for g in generation]))
+    return _rows(columns, len(replies_S))
 
 
-def _padded(
-    values_S_T: Sequence[Sequence[Any]], dtype: torch.dtype, fill: Any, side: str, width: int = 0
-) -> list[torch.Tensor]:
-    width = max(width, max((len(v) for v in values_S_T), default=0))
-    rows: list[list[Any]] = []
-    for v in values_S_T:
-        gap = [fill] * (width - len(v))
-        rows.append([*gap, *v] if side == "left" else [*v, *gap])
-    return list(torch.tensor(rows, dtype=dtype).reshape(len(rows), width).unbind(0))
-
-
-def to_rows(
-    values_S_T: Sequence[Sequence[Any]], dtype: torch.dtype, padding: Padding, fill: Any, side: str
-) -> list[torch.Tensor]:
-    """One tensor per sequence: of its own length, or all of one width with ``fill`` on ``side``."""
-    if not padding.enabled:
-        return _ragged(values_S_T, dtype)
-    return _padded(values_S_T, dtype, fill, side, padding.prompt_width if side == "left" else 0)
-
-
-def token_rows(
+def _text_columns(
+    prompts: Prompts,
     prompts_S_P: Sequence[Sequence[int]],
     replies_S: Sequence[GenerateReply],
-    padding: Padding,
-    *,
-    log_probs: bool,
-    full_log_probs: bool,
-) -> list[dict[str, Any]]:
-    """``tokens``, ``masks`` and ``log_probs`` of every generated sequence.
-
-    ``LogProbs.full`` has the length of ``Tokens.full``; where the server was not asked for prompt log-probs its prompt
-    part is NaN (0 would claim certainty), which TorchRL's losses leave out.
-
-    Args:
-        prompts_S_P: prompt ids, one entry per reply.
-        replies_S: what came back.
-        padding: dense or ragged.
-        log_probs: write ``log_probs``.
-        full_log_probs: also write ``LogProbs.full``.
-
-    Returns:
-        One dictionary per sequence: ``tokens`` (int64), ``masks`` (bool), ``log_probs`` (float32).
-    """
-    mark = MetaData(padding.enabled)
-    responses_S_R = [reply.output_ids for reply in replies_S]
-    prompt = to_rows(prompts_S_P, torch.long, padding, padding.value, "left")
-    response = to_rows(responses_S_R, torch.long, padding, padding.value, "right")
-    attended = to_rows([[True] * len(p) for p in prompts_S_P], torch.bool, padding, False, "left")
-    answered = to_rows([[True] * len(r) for r in responses_S_R], torch.bool, padding, False, "right")
-    rows: list[dict[str, Any]] = [
-        {
-            "tokens": _made(Tokens, prompt=p, response=r, full=torch.cat([p, r]), padded=mark),
-            "masks": _made(
-                Masks,
-                all_attention_mask=torch.cat([a, m]),
-                all_assistant_mask=torch.cat([torch.zeros_like(a), m]),
-                padded=mark,
-            ),
-        }
-        for p, r, a, m in zip(prompt, response, attended, answered, strict=True)
-    ]
-    if log_probs:
-        scored = _log_prob_rows(prompt, replies_S, padding, full=full_log_probs)
-        for row, scores in zip(rows, scored, strict=True):
-            row["log_probs"] = scores
-    return rows
-
-
-def _log_prob_rows(
-    prompt: Sequence[torch.Tensor], replies_S: Sequence[GenerateReply], padding: Padding, *, full: bool
-) -> list[LogProbs]:
-    mark = MetaData(padding.enabled)
-    scores_S = [r.support_logprobs if r.support_logprobs is not None else r.output_logprobs or [] for r in replies_S]
-    response = to_rows(scores_S, torch.float32, padding, 0.0, "right")
-    known = [r.prompt_logprobs for r in replies_S]
-    before: list[torch.Tensor] | None = None
-    if all(scores is not None for scores in known):
-        before = to_rows([first_zero(scores or []) for scores in known], torch.float32, padding, 0.0, "left")
-    rows = []
-    for index, (p, r) in enumerate(zip(prompt, response, strict=True)):
-        fields = {"response": r, "padded": mark}
-        if before is not None:
-            fields["prompt"] = before[index]
-        if full:
-            unknown = torch.full(p.shape, float("nan"))
-            fields["full"] = torch.cat([fields.get("prompt", unknown), r])
-        rows.append(_made(LogProbs, **fields))
-    return rows
-
-
-def _made(kind: Any, **fields: Any) -> Any:
-    """One row of a TensorClass. Its constructor takes three times as long, a lot with hundreds of rows."""
-    return kind._from_tensordict(TensorDict(fields))
-
-
-def first_zero(scores_P: Sequence[float | None]) -> list[float]:
-    """The first token is conditioned on nothing and has no log-prob; TorchRL's wrappers write 0 for it."""
-    return [0.0 if s is None else s for s in scores_P]
-
-
-def text_rows(prompts_S: Sequence[str], responses_S: Sequence[str], fulls_S: Sequence[str]) -> list[Text]:
-    """``Text`` of every sequence."""
-    return [
-        _made(Text, prompt=NonTensorData(p), response=NonTensorData(r), full=NonTensorData(f))
-        for p, r, f in zip(prompts_S, responses_S, fulls_S, strict=True)
-    ]
-
-
-def chat_rows(prompts_S: Sequence[History], contents_S: Sequence[str], complete_S: Sequence[bool]) -> list[ChatHistory]:
-    """``ChatHistory`` of every sequence: the prompt's messages, the assistant's answer, and both.
-
-    Args:
-        prompts_S: conversations of shape ``(messages,)``.
-        contents_S: what the assistant said, without the token that ended it.
-        complete_S: whether it ended by itself.
-    """
-    rows = []
-    for prompt, content, complete in zip(prompts_S, contents_S, complete_S, strict=True):
-        message = TensorDict(
-            {
-                "role": NonTensorData("assistant"),
-                "content": NonTensorData(content),
-                "is_complete": NonTensorData(complete),
-            }
-        )
-        answer = History._from_tensordict(LazyStackedTensorDict(message, stack_dim=0))
-        messages = [*prompt._tensordict.unbind(0), message]
-        full = History._from_tensordict(LazyStackedTensorDict(*messages, stack_dim=0))
-        rows.append(_made(ChatHistory, prompt=prompt, response=answer, full=full))
-    return rows
-
-
-def generation_rows(
-    replies_S: Sequence[GenerateReply],
+    settings: RolloutSettings,
     sampling: SamplingParams,
-    padding: Padding,
-    *,
-    dropped_S: Sequence[int],
-    resumes_S: Sequence[int],
-    errors_S: Sequence[str],
-) -> list[Generation]:
-    """:class:`Generation` of every sequence."""
-    count = len(replies_S)
-    versions_S_R = [token_versions(r) for r in replies_S]
-    oldest = [min(v, default=version_number(r.weight_version)) for v, r in zip(versions_S_R, replies_S, strict=True)]
-    exact = [not sampling.truncates or r.support_ids is not None for r in replies_S]
-    columns: dict[str, Sequence[Any]] = {
-        "weight_version": to_rows(versions_S_R, torch.long, padding, NO_TOKEN, "right"),
-        "policy_version": torch.tensor(oldest).unbind(0),
-        "truncated": torch.tensor([r.finish_reason != "stop" for r in replies_S]).unbind(0),
-        "prompt_tokens": torch.tensor([r.prompt_tokens for r in replies_S]).unbind(0),
-        "completion_tokens": torch.tensor([r.completion_tokens for r in replies_S]).unbind(0),
-        "cached_tokens": torch.tensor([r.cached_tokens for r in replies_S]).unbind(0),
-        "dropped_tokens": torch.tensor(dropped_S).unbind(0),
-        "resumes": torch.tensor(resumes_S).unbind(0),
-        "latency_s": torch.tensor([r.latency_s for r in replies_S], dtype=torch.float32).unbind(0),
-        # One element each: a shared one would be changed for all rows by whoever changes it in place for one.
-        "temperature": torch.full((count,), float(sampling.temperature)).unbind(0),
-        "top_p": torch.full((count,), float(sampling.top_p)).unbind(0),
-        "top_k": torch.full((count,), sampling.top_k).unbind(0),
-        "min_p": torch.full((count,), float(sampling.min_p)).unbind(0),
-        "exact_log_probs": torch.tensor(exact).unbind(0),
-        "finish_reason": _words(["error" if e else r.finish_reason for r, e in zip(replies_S, errors_S, strict=True)]),
-        "matched": _words([r.matched for r in replies_S]),
-        "server": _words([r.server for r in replies_S]),
-        "error": _words(errors_S),
-    }
-    if sampling.sampling_mask:
-        columns["support"] = _support_rows(replies_S, padding)
-    names = tuple(columns)
-    return [_made(Generation, **dict(zip(names, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    tokenizer: Any,
+) -> list[tuple[Any, Sequence[Any]]]:
+    """``text`` and, in history mode, ``history``. Decoded from the ids, since the server trims its own text."""
+    responses = decode_responses(replies_S, settings, tokenizer)
+    texts_B = prompts.texts_B or tokenizer.batch_decode(prompts.ids_B_T, skip_special_tokens=False)
+    texts_S = [text for text in texts_B for _ in range(sampling.n)]
+    if settings.writes_history:
+        joint = [[*ids_P, *reply.output_ids] for ids_P, reply in zip(prompts_S_P, replies_S, strict=True)]
+        fulls = tokenizer.batch_decode(joint, skip_special_tokens=False)
+    else:
+        fulls = [text + response for text, response in zip(texts_S, responses, strict=True)]
+    columns: list[tuple[Any, Sequence[Any]]] = [(settings.text_key, text_rows(texts_S, responses, fulls))]
+    if settings.writes_history:
+        histories_S = [h for h in prompts.histories_B or [] for _ in range(sampling.n)]
+        complete = [reply.finish_reason == "stop" for reply in replies_S]
+        contents = decode_contents(replies_S, responses, settings, tokenizer)
+        columns.append((settings.history_key, chat_rows(histories_S, contents, complete)))
+    return columns
 
 
-def _support_rows(replies_S: Sequence[GenerateReply], padding: Padding) -> list[torch.Tensor]:
-    """``(R, K)`` ids per sequence, -1 where a token had fewer to be chosen among."""
-    supports_S = [r.support_ids or [] for r in replies_S]
-    widest = max((len(ids_K) for rows in supports_S for ids_K in rows), default=0)
-    longest = max(map(len, supports_S), default=0)
-    made = []
-    for rows in supports_S:
-        K = widest if padding.enabled else max(map(len, rows), default=0)
-        R = longest if padding.enabled else len(rows)
-        filled = [[*ids_K, *[NO_ID] * (K - len(ids_K))] for ids_K in rows] + [[NO_ID] * K] * (R - len(rows))
-        made.append(torch.tensor(filled, dtype=torch.long).reshape(R, K))
-    return made
+def scored_rows(answers: Answers, settings: RolloutSettings, padding: Padding) -> list[TensorDict]:
+    """One TensorDict per scored sequence."""
+    prompts = answers.prompts
+    fields = score_rows(
+        prompts.ids_B_T,
+        answers.replies_S,
+        padding,
+        assistant_B_T=prompts.assistant_B_T,
+        valid_B=[not error for error in answers.errors_B],
+    )
+    columns: list[tuple[Any, Sequence[Any]]] = [
+        (settings.masks_key, [f["masks"] for f in fields]),
+        (settings.tokens_key, [f["tokens"] for f in fields]),
+        (settings.log_probs_key, [f["log_probs"] for f in fields]),
+    ]
+    if settings.writes_text:
+        columns.append((settings.text_key, [Text(full=text) for text in prompts.texts_B or []]))
+    if settings.writes_history:
+        columns.append((settings.history_key, [ChatHistory(full=h, batch_size=()) for h in prompts.histories_B or []]))
+    return _rows(columns, len(fields))
 
 
-def _words(values_S: Sequence[Any]) -> list[NonTensorData]:
-    """Non-tensor entries; equal ones are one object, since there are few kinds."""
-    kinds = {value: NonTensorData(value) for value in set(values_S)}
-    return [kinds[value] for value in values_S]
-
-
-def stack_rows(rows: Sequence[TensorDictBase], shape: Sequence[int]) -> TensorDictBase:
-    """Rows as one lazily stacked TensorDict of batch shape ``shape``."""
-    if not shape:
-        return rows[0]
-    if len(shape) == 1:
-        return LazyStackedTensorDict(*rows, stack_dim=0)
-    step = len(rows) // shape[0]
-    parts = [stack_rows(rows[i * step : (i + 1) * step], shape[1:]) for i in range(shape[0])]
-    return LazyStackedTensorDict(*parts, stack_dim=0)
+def _rows(columns: Sequence[tuple[Any, Sequence[Any]]], count: int) -> list[TensorDict]:
+    rows = []
+    for index in range(count):
+        row = TensorDict()
+        for key, values in columns:
+            row.set(key, values[index])
+        rows.append(row)
+    return rows

@@ -1,4 +1,4 @@
-"""``SGLangWrapper``: the policy. A TensorDict with prompts goes in, one with responses comes out."""
+"""``SGLangWrapper``: the policy, which reads prompts from a TensorDict and writes the servers' responses."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.pool import Servers, resolve_pool
-from torchrl_sglang.rollout.assemble import generated_rows, scored_rows
+from torchrl_sglang.rollout.attributes import WrapperAttributes
 from torchrl_sglang.rollout.batching import Batcher
-from torchrl_sglang.rollout.exactness import warn_of_truncation, with_sampling_mask
-from torchrl_sglang.rollout.outputs import Padding, stack_rows
+from torchrl_sglang.rollout.outputs import generated_rows, scored_rows
 from torchrl_sglang.rollout.prompts import (
     Prompts,
     prefer_given_tokens,
@@ -23,25 +22,35 @@ from torchrl_sglang.rollout.prompts import (
     read_text,
     read_tokens,
 )
-from torchrl_sglang.rollout.serve import RequestBatcher, generate_prompts, score_sequences, truncate_left
+from torchrl_sglang.rollout.requests import RequestBatcher, generate_prompts, score_sequences, truncate_left
+from torchrl_sglang.rollout.sampling_mask import warn_of_truncation, with_sampling_mask
 from torchrl_sglang.rollout.settings import RolloutSettings
+from torchrl_sglang.rollout.tensorclasses import Padding, stack_rows
 
 __all__ = ["SGLangWrapper"]
 
 
-class SGLangWrapper(LLMWrapperBase):
+class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
     """TorchRL policy that generates (or scores) with SGLang servers.
 
-    Interchangeable with :class:`~torchrl.modules.llm.vLLMWrapper`: the same arguments, input keys, output keys and
-    TensorClasses. What it tells beyond that lies under ``generation_key``, see :class:`Generation`.
+    It has the arguments, input keys, output keys, attributes and TensorClasses of
+    :class:`~torchrl.modules.llm.vLLMWrapper`, so one replaces the other. Attributes are read-only;
+    :meth:`get_new_version` makes a policy with other values.
 
-    Where TorchRL's two wrappers disagree this follows vLLMWrapper: the prompt part of ``LogProbs.full`` is NaN unless
-    asked for, ``LogProbs.full`` is left out when there is a sample dimension, ``Masks.all_assistant_mask`` marks the
-    response, the first response token has its log-prob. It departs from vLLMWrapper in five places. Text mode fills in
-    the prompt's tokens and the masks, as tokens mode does. Padded log-probs end in 0, not in the padding token's id. An
-    attention mask, or ``Tokens.padded``, decides what is padding, so a padding id that was sampled stays. The content
-    of an answer in ``ChatHistory`` lacks the special token that ended it, which the chat template writes. And
-    ``ChatHistory.response`` has a message dimension, as the class asks for.
+    Where TorchRL's two wrappers differ, this one follows vLLMWrapper: the prompt part of ``LogProbs.full`` is NaN
+    unless ``prompt_logprobs`` is set, ``LogProbs.full`` is left out when there is a sample dimension,
+    ``Masks.all_assistant_mask`` marks the response, the first response token has its log-prob. It differs from
+    vLLMWrapper in five places. Text mode writes the prompt's tokens and the masks, as tokens mode does. Padded
+    log-probs are filled with 0, not with the padding token's id. An attention mask, or ``Tokens.padded``, decides what
+    is padding, so a sampled token that has the padding id is kept. The content of an answer in ``ChatHistory`` lacks
+    the special token that ended it, because the chat template writes that token. ``ChatHistory.response`` has a message
+    dimension, as the class requires.
+
+    ``out_keys`` equals vLLMWrapper's for the same arguments, so code that compares or selects ``out_keys`` works
+    unchanged; the :class:`Generation` at ``generation_key`` is written too, and stays in the TensorDict that the policy
+    writes in place (the default). A collector whose policy has ``inplace=False`` or ``"empty"`` copies ``out_keys``
+    only: there, declare the entry with ``policy.out_keys = [*policy.out_keys, "generation"]`` (a ``policy_version_key``
+    is always declared, since setting it asks for that entry).
 
     Args:
         model: an :class:`~torchrl_sglang.AsyncSGLang`, an :class:`~torchrl_sglang.SGLangPool`, or the URL(s) of
@@ -53,43 +62,44 @@ class SGLangWrapper(LLMWrapperBase):
         input_key: where the input is; ``None`` is ``(input_mode, "prompt")`` when generating, ``(input_mode, "full")``
             when scoring.
         attention_mask_key: in tokens mode, where an attention mask says which ids are padding.
-        generate: generate responses; ``False`` gives the log-probs of sequences that are already there.
+        generate: generate responses; ``False`` computes the log-probs of given sequences.
         return_log_probs: also return log-probs; always when scoring.
         generate_kwargs: how tokens are drawn, in the names of TorchRL, Hugging Face, vLLM or SGLang, see
             :meth:`SamplingParams.from_kwargs`; and ``logprobs`` (like ``return_log_probs``) and ``prompt_logprobs``
-            (also report those of the prompt, for which the server gives up its prefix cache). Without
+            (also report those of the prompt; the server then does not use its prefix cache). Without
             ``prompt_logprobs`` the prompt part of ``LogProbs.full`` is NaN, as with vLLMWrapper.
         tokenizer_kwargs: passed to the tokenizer in text mode, e.g. ``add_special_tokens=False``.
         pad_output: return dense tensors, prompts padded on the left and responses on the right, instead of ragged ones.
-        pad_model_input: not possible; servers take ragged input.
+        pad_model_input: not supported; servers take ragged input.
         inplace: ``True`` writes into the input TensorDict (the default), ``False`` returns a new one with the outputs
             alone (the default with several samples), ``"empty"`` writes into an empty one of the input's type.
-        device: where output tensors go when the input TensorDict has no device of its own.
-        layout: only ``torch.strided``; ask the output for nested tensors where you need them.
-        num_samples: responses per prompt; the output has one batch dimension more. ``None`` is one without it.
+        device: device of the output tensors when the input TensorDict has none.
+        layout: only ``torch.strided``; read the output with ``td.get(key, as_nested_tensor=True)`` for nested tensors.
+        num_samples: responses per prompt; the output has one batch dimension more. ``None`` is one response without
+            that dimension.
         chat_template_name: one of TorchRL's chat templates, instead of the tokenizer's.
         chat_template: a chat template, instead of the tokenizer's.
-        history_key: where the :class:`~torchrl.modules.llm.ChatHistory` goes.
-        text_key: where the :class:`~torchrl.modules.llm.Text` goes.
-        tokens_key: where the :class:`~torchrl.modules.llm.Tokens` go.
-        masks_key: where the :class:`~torchrl.modules.llm.Masks` go.
-        log_probs_key: where the :class:`~torchrl.modules.llm.LogProbs` go.
-        generation_key: where the :class:`Generation` goes; ``None`` leaves it out.
-        policy_version_key: where the oldest weight version of each sequence goes (int64, one per sequence), for
+        history_key: where the :class:`~torchrl.modules.llm.ChatHistory` is written.
+        text_key: where the :class:`~torchrl.modules.llm.Text` is written.
+        tokens_key: where the :class:`~torchrl.modules.llm.Tokens` are written.
+        masks_key: where the :class:`~torchrl.modules.llm.Masks` are written.
+        log_probs_key: where the :class:`~torchrl.modules.llm.LogProbs` are written.
+        generation_key: where the :class:`Generation` is written; ``None`` leaves it out.
+        policy_version_key: where the oldest weight version of each sequence is written (int64, one per sequence), for
             TorchRL's ``PolicyAgeFilter``; ``None`` leaves it to :attr:`Generation.policy_version`.
         batching: merge calls made by several threads at the same time into one request.
-        min_batch_size: with batching, wait for this many prompts (default 1)...
-        max_batch_size: ...and send no more than this many at once.
-        batching_timeout: seconds after which a waiting call is sent with fewer.
-        prefer_tokens: in history mode, take the ids at ``(tokens_key, "prompt")`` and ``"full"`` as the truth where
-            they belong to the conversation, and tokenize only what it has gained since.
+        min_batch_size: with batching, send when this many prompts wait (default 1).
+        max_batch_size: with batching, send at most this many prompts at once.
+        batching_timeout: seconds after which a waiting call is sent with fewer prompts.
+        prefer_tokens: in history mode, use the ids at ``(tokens_key, "prompt")`` and ``"full"`` where they belong to
+            the conversation, and tokenize only the part that the conversation has gained since.
         on_overlong: what to do with a prompt that does not fit: ``"raise"``, or ``"truncate_left"`` to keep its end.
         on_error: what to do with a prompt that can't be served: ``"raise"``, or ``"mask"`` to return its row with an
-            empty response and :attr:`Generation.error` set, and the others' results unharmed.
-        progress: show tokens done and tokens per second while a batch runs.
+            empty response and :attr:`Generation.error` set, and the other prompts' responses as usual.
+        progress: show the number of generated tokens and tokens per second while a batch runs.
         max_resumes: how often a response that a weight update interrupted is continued from its tokens.
-        exact_log_probs: under top-p, top-k or min-p, record the log-prob of each token among those that were left to
-            choose from (:attr:`Generation.support`), instead of the one before truncation.
+        exact_log_probs: under top-p, top-k or min-p, record the log-prob of each token within the truncated
+            distribution (:attr:`Generation.support`), instead of the one before truncation.
 
     Raises:
         ConfigError: an argument that can't be honoured; it is also a ``ValueError``.
@@ -112,44 +122,20 @@ class SGLangWrapper(LLMWrapperBase):
         self.model = self.pool if isinstance(model, (str, list, tuple)) else model
         if isinstance(model, (str, list, tuple)):
             self.pool.connect()
-        self._batcher: RequestBatcher | None = None
-        self._expose_settings()
+        # TensorDictModuleBase holds these two, because select_out_keys() changes them.
+        self.in_keys = [self.settings.source_key]
+        self.out_keys = self.settings.out_keys
+        self._batcher = self._make_batcher()
 
-    def _expose_settings(self) -> None:
-        """The attributes that TorchRL, and code written for its wrappers, reads."""
+    def _make_batcher(self) -> RequestBatcher | None:
         settings = self.settings
-        for name in (
-            *("input_mode", "attention_mask_key", "generate", "pad_output", "layout", "prefer_tokens"),
-            *("chat_template_name", "chat_template", "generate_kwargs", "tokenizer_kwargs"),
-            *(
-                "history_key",
-                "text_key",
-                "tokens_key",
-                "masks_key",
-                "log_probs_key",
-                "generation_key",
-                "policy_version_key",
-            ),
-        ):
-            setattr(self, name, getattr(settings, name))
-        self.inplace = settings.writes_inplace
-        self.num_samples = settings.samples
-        self.return_log_probs = settings.returns_log_probs
-        self.sampling_params = settings.sampling
-        self.in_keys = [settings.source_key]
-        self.input_key = settings.source_key
-        self.out_keys = settings.out_keys
-        self._min_batch_size = settings.min_batch_size
-        if settings.min_batch_size is None and (settings.batching or settings.max_batch_size is not None):
-            self._min_batch_size = 1
-        self._max_batch_size = settings.max_batch_size
-        self._batching_timeout = settings.batching_timeout
-        if self._min_batch_size is not None:
-            self._batcher = Batcher(
-                min_items=self._min_batch_size, max_items=self._max_batch_size, wait_s=self._batching_timeout
-            )
+        if settings.min_batch is None:
+            return None
+        return Batcher(
+            min_items=settings.min_batch, max_items=settings.max_batch_size, wait_s=settings.batching_timeout
+        )
 
-    # ------------------------------------------------------------------ what it stands on
+    # ------------------------------------------------------------------ tokenizer
 
     @property
     def tokenizer(self) -> Any:
@@ -161,12 +147,19 @@ class SGLangWrapper(LLMWrapperBase):
         given = self.settings.tokenizer
         if given is None:
             owned = getattr(self.model, "tokenizer", None)
-            given = owned if owned is not None else load_tokenizer(self.pool.info.tokenizer_path)
+            given = owned if owned is not None else load_tokenizer(self._tokenizer_path())
         elif isinstance(given, str):
             given = load_tokenizer(given)
         if given is not self.settings.tokenizer:
-            self.settings = self.settings.changed(tokenizer=given)
+            self.set_tokenizer(given)
         return given
+
+    def _tokenizer_path(self) -> str:
+        # nn.Module reports an AttributeError raised in a property as "no attribute 'tokenizer'".
+        info = getattr(self.pool, "info", None)
+        if info is None:
+            raise ConfigError(f"a {type(self.pool).__name__} does not say which model it serves: pass tokenizer=")
+        return str(info.tokenizer_path)
 
     def set_tokenizer(self, tokenizer: Any) -> None:
         """Use another tokenizer from now on."""
@@ -178,11 +171,13 @@ class SGLangWrapper(LLMWrapperBase):
         value = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if value is None else value)
 
-    def get_new_version(self, **kwargs: Any) -> SGLangWrapper:
-        """A copy on the same servers with some arguments changed; everything not named stays.
+    # ------------------------------------------------------------------ copies
 
-        A custom ``input_key`` belongs to one input mode and to generating or scoring: it is forgotten when these
-        change.
+    def get_new_version(self, **kwargs: Any) -> SGLangWrapper:
+        """A copy on the same servers with some arguments changed; the others keep their values.
+
+        A custom ``input_key`` belongs to one input mode and to generating or scoring, so it is reset when one of these
+        changes.
 
         Raises:
             ConfigError: as the constructor.
@@ -191,33 +186,48 @@ class SGLangWrapper(LLMWrapperBase):
         settings = self.settings.changed(**kwargs)
         return type(self)(model, **{f.name: getattr(settings, f.name) for f in fields(settings)})
 
-    def cleanup_batching(self, *, flush: bool = False) -> None:
-        """End what waits for company: with ``flush`` it runs now, else its callers get a ``CancelledError``."""
-        batcher = self.__dict__.get("_batcher")  # __del__ comes here even when the constructor has failed
-        if batcher is not None:
-            batcher.flush() if flush else batcher.cancel()
-
-    def get_batching_state(self) -> dict[str, Any]:
-        """How many prompts wait, and whether a batch runs."""
-        if self._batcher is None:
-            return {"batching_enabled": False}
-        return {
-            "batching_enabled": True,
-            "min_batch_size": self._min_batch_size,
-            "max_batch_size": self._max_batch_size,
-            "timeout": self._batching_timeout,
-            **self._batcher.state,
-        }
-
     def __getstate__(self) -> dict[str, Any]:
-        # A collector's weak reference and a batcher's lock stay behind: a copy in another process has its own.
+        # The collector's weak reference and the batcher's lock can't be pickled; a copy gets a batcher of its own.
         return {**self.__dict__, "_collector": None, "_batcher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._expose_settings()
+        self._batcher = self._make_batcher()
 
-    # ------------------------------------------------------------------ a batch
+    # ------------------------------------------------------------------ merged calls of several threads
+
+    def cleanup_batching(self, *, flush: bool = False) -> None:
+        """End the calls that wait for a batch: with ``flush`` they run now, else they raise ``CancelledError``."""
+        batcher = self.__dict__.get("_batcher")  # __del__ calls this even when the constructor has failed
+        if batcher is not None:
+            batcher.flush() if flush else batcher.cancel()
+
+    def get_batching_state(self) -> dict[str, Any]:
+        """The batching settings, how many prompts wait, and whether a batch runs."""
+        if self._batcher is None:
+            return {"batching_enabled": False}
+        return {
+            "batching_enabled": True,
+            "min_batch_size": self.settings.min_batch,
+            "max_batch_size": self.settings.max_batch_size,
+            "timeout": self.settings.batching_timeout,
+            **self._batcher.state,
+        }
+
+    # ------------------------------------------------------------------ output keys
+
+    def select_out_keys(self, *out_keys: NestedKey) -> SGLangWrapper:
+        """Write only these keys; ``generation_key`` may be among them although ``out_keys`` does not list it."""
+        named = {unravel_key(key) for key in out_keys}
+        self.out_keys = [*self.out_keys, *(key for key in self._undeclared_keys() if key in named)]
+        super().select_out_keys(*out_keys)
+        return self
+
+    def _undeclared_keys(self) -> list[NestedKey]:
+        keys = [unravel_key(key) for key in self.settings.undeclared_keys]
+        return [key for key in keys if key not in self.out_keys]
+
+    # ------------------------------------------------------------------ one batch
 
     @set_list_to_stack(True)
     def forward(
@@ -232,8 +242,8 @@ class SGLangWrapper(LLMWrapperBase):
 
         Args:
             tensordict: holds the prompts at ``input_key``.
-            tensordict_out: written instead of what ``inplace`` says.
-            logits_only: not possible: servers return no logits.
+            tensordict_out: the TensorDict to write, whatever ``inplace`` is.
+            logits_only: not supported: servers return no logits.
             **kwargs: generation arguments that replace those of the constructor for this call.
 
         Returns:
@@ -296,7 +306,7 @@ class SGLangWrapper(LLMWrapperBase):
         settings = self.settings
         if settings.exact_log_probs:
             sampling = with_sampling_mask(sampling, self.pool.vocab_size)
-        elif sampling.truncates and self.return_log_probs:
+        elif sampling.truncates and settings.writes_log_probs:
             warn_of_truncation()
         if settings.on_overlong == "truncate_left":
             prompts = truncate_left(prompts, self.pool, sampling)
@@ -306,12 +316,12 @@ class SGLangWrapper(LLMWrapperBase):
             sampling,
             mask_errors=settings.on_error == "mask",
             max_resumes=settings.max_resumes,
-            return_logprobs=self.return_log_probs,
-            prompt_logprobs=settings.asks_prompt_log_probs,
+            return_logprobs=settings.writes_log_probs,
+            prompt_logprobs=settings.writes_prompt_log_probs,
             progress=settings.progress,
             batcher=self._batcher,
         )
-        tokenizer = None if self.input_mode == "tokens" else self.tokenizer
+        tokenizer = self.tokenizer if settings.writes_text else None
         return generated_rows(answers, settings, sampling, self._padding(answers.prompts), tokenizer)
 
     def _score(self, prompts: Prompts) -> list[TensorDict]:
@@ -323,5 +333,6 @@ class SGLangWrapper(LLMWrapperBase):
             if self.inplace is False:
                 return out
             target = source if self.inplace is True else source.empty()
-        target = target.exclude(*self.out_keys, inplace=True)
-        return target.update(out, keys_to_update=self.out_keys)
+        keys = [*self.out_keys, *self._undeclared_keys()]
+        target = target.exclude(*keys, inplace=True)
+        return target.update(out, keys_to_update=keys)

@@ -1,4 +1,4 @@
-"""Tokens done and tokens per second, shown while a batch runs."""
+"""A progress bar of generated tokens and tokens per second."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["token_progress"]
 
 
 @contextmanager
-def token_progress(enabled: bool, most_tokens: int) -> Iterator[Callable[[int], None] | None]:
-    """A bar that counts tokens up to ``most_tokens``; yields what to call with new tokens, ``None`` when not enabled.
+def token_progress(enabled: bool, max_tokens: int) -> Iterator[Callable[[int], None] | None]:
+    """Show a bar up to ``max_tokens``; yields the function that counts new tokens, ``None`` when not enabled.
 
     Examples:
         >>> with token_progress(False, 100) as progress:
@@ -22,5 +22,5 @@ def token_progress(enabled: bool, most_tokens: int) -> Iterator[Callable[[int], 
     if not enabled:
         yield None
         return
-    with tqdm(total=most_tokens, unit="tok", desc="generating", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=max_tokens, unit="tok", desc="generating", leave=False, dynamic_ncols=True) as bar:
         yield bar.update

@@ -1,4 +1,4 @@
-"""What a TensorDict asks for, as token ids: padding removed, order kept, nothing decoded and encoded again.
+"""Prompts and sequences read from a TensorDict as token ids, without padding. Given ids are never tokenized again.
 
 Shapes: ``B`` sequences, each of its own length ``T``; ``ids_B_T`` is a list of lists, ``ids_BT`` a dense tensor.
 """
@@ -17,7 +17,7 @@ from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.rollout.continuation import continue_tokens
+from torchrl_sglang.rollout.incremental_tokens import continue_tokens
 
 __all__ = ["Prompts", "prefer_given_tokens", "read_history", "read_text", "read_tokens"]
 
@@ -28,12 +28,12 @@ class Prompts:
 
     Attributes:
         ids_B_T: token ids without padding.
-        texts_B: what the ids spell, in text and history mode.
+        texts_B: the ids as text, in text and history mode.
         histories_B: the conversations, in history mode.
-        assistant_B_T: which tokens the assistant wrote, where the chat template tells.
-        width: the padded width the ids came in, if they were padded.
+        assistant_B_T: which tokens the assistant wrote, where the chat template marks them.
+        width: width of the tensor that held the ids, if it was dense.
         dropped_B: tokens cut off on the left, per sequence.
-        problems: per batch index, why that one can't be read; its ids are empty.
+        problems: per batch index, why that sequence can't be read; its ids are empty.
     """
 
     ids_B_T: list[list[int]]
@@ -51,7 +51,7 @@ def _require_value(td: TensorDictBase, key: NestedKey, mode: str) -> Any:
         present = sorted(".".join(k) if isinstance(k, tuple) else k for k in td.keys(True))
         raise ConfigError(
             f"Expected '{key}' key for {mode} input mode, but found keys: {present}. "
-            "Put the prompts there, or name their place with input_key."
+            "Put the prompts there, or set input_key to where they are."
         )
     return value
 
@@ -66,19 +66,19 @@ def read_tokens(
 ) -> Prompts:
     """Read token ids: a padded tensor, a nested tensor, or a list, one per sequence.
 
-    Padding goes by the first attention mask among ``mask_keys`` that has the ids' shape. Without one, ragged ids are
-    taken as they are, and of a dense tensor that is not marked ``padded=False`` the padding value is removed:
-    everywhere, or at the two ends only when the padding token is also EOS and so may be a real token.
+    The first attention mask among ``mask_keys`` that has the ids' shape decides what is padding. Without one, ragged
+    ids have no padding, and the padding value is removed from a dense tensor that is not marked ``padded=False``:
+    everywhere, or at the two ends only when the padding token is also EOS, which may be a real token.
 
     Args:
         td: a TensorDict with one batch dimension ``B``.
         key: where the ids are.
         mask_keys: where attention masks may be; the entries are bool or 0/1.
-        padding: gives the ids of the padding and the end-of-sequence token; only called when they are needed.
-        assistant_key: where a mask may be of the tokens the assistant wrote.
+        padding: returns the ids of the padding and the end-of-sequence token; only called when they are needed.
+        assistant_key: where a mask of the tokens that the assistant wrote may be.
 
     Raises:
-        ConfigError: nothing is at ``key``, or what is there are not integers.
+        ConfigError: nothing is at ``key``, or the values are not integers.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -103,12 +103,12 @@ def read_tokens(
 
 
 def _as_rows(value: Any, key: NestedKey) -> tuple[list[list[int]], dict[int, str]]:
-    """Ids per sequence, and per index why that one has none."""
+    """Ids per sequence, and per batch index the reason why a sequence has none."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise ConfigError(f"tokens at {key!r} have dtype {value.dtype}; token ids must be integers")
         if value.ndim != 2:
-            raise ConfigError(f"tokens at {key!r} have shape {tuple(value.shape)}; one row of ids each is needed")
+            raise ConfigError(f"tokens at {key!r} have shape {tuple(value.shape)}; (B, T) is needed")
         return [row.tolist() for row in value.unbind(0)] if value.is_nested else value.tolist(), {}
     if hasattr(value, "tolist") and not isinstance(value, list):
         value = value.tolist()
@@ -131,7 +131,7 @@ def _as_rows(value: Any, key: NestedKey) -> tuple[list[list[int]], dict[int, str
 
 
 def _first_match(td: TensorDictBase, keys: Sequence[NestedKey], ids_B_T: list[list[int]]) -> list[list[bool]] | None:
-    """The first mask among ``keys`` that has the lengths of the ids."""
+    """The first mask among ``keys`` whose rows have the lengths of the ids."""
     for key in keys:
         value = td.get(key, None, as_list=True)
         if value is None:
@@ -168,7 +168,7 @@ def read_text(td: TensorDictBase, key: NestedKey, tokenizer: Any, tokenizer_kwar
     """Read strings and tokenize them, one per sequence.
 
     Raises:
-        ConfigError: nothing is at ``key``, or what is there are not strings.
+        ConfigError: nothing is at ``key``, or the values are not strings.
     """
     value = _require_value(td, key, "text")
     if is_tensor_collection(value):
@@ -200,12 +200,12 @@ def read_history(
         key: where the :class:`~torchrl.data.llm.History` is, with the messages along its last dimension.
         tokenizer: a Hugging Face tokenizer.
         template_kwargs: ``chat_template`` or ``chat_template_name``, when not the tokenizer's own.
-        add_generation_prompt: end with what makes the assistant answer.
-        assistant_mask: also find which tokens the assistant wrote.
+        add_generation_prompt: end with the template's start of an assistant message.
+        assistant_mask: also compute which tokens the assistant wrote.
 
     Raises:
         ConfigError: nothing is at ``key``.
-        TypeError: what is there is not a ``History``.
+        TypeError: the value is not a ``History``.
     """
     history = td.get(key, None)
     if history is None:
@@ -219,14 +219,14 @@ def read_history(
         )
     problems: dict[int, str] = {}
     histories_B, texts_B, structs_B = list(history.unbind(0)), [], []
-    asked = {"tokenizer": tokenizer, "add_generation_prompt": add_generation_prompt, **template_kwargs}
+    template_args = {"tokenizer": tokenizer, "add_generation_prompt": add_generation_prompt, **template_kwargs}
     for index, conversation in enumerate(histories_B):
         try:
-            texts_B.append(conversation.apply_chat_template(**asked))
+            texts_B.append(conversation.apply_chat_template(**template_args))
             if assistant_mask:
                 structs_B.append(
                     conversation.apply_chat_template(
-                        **asked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                        **template_args, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
                     )
                 )
         except TemplateError as error:
@@ -234,7 +234,7 @@ def read_history(
             texts_B.append("")
             structs_B.append({"input_ids": torch.empty(0, dtype=torch.long), "assistant_masks": torch.empty(0)})
     if not assistant_mask:
-        # The template has put every special token into the text; adding BOS once more would be a different prompt.
+        # The rendered text has all special tokens; a second BOS would make a different prompt.
         encoded = tokenizer(texts_B, add_special_tokens=False)["input_ids"]
         ids_B_T, masks_B_T = [list(ids_T) for ids_T in encoded], None
     else:
@@ -249,14 +249,14 @@ def read_history(
 def prefer_given_tokens(
     prompts: Prompts, given: Sequence[Prompts], tokenizer: Any, template_kwargs: Mapping[str, Any]
 ) -> Prompts:
-    """Conversations whose tokens are partly there already: those are kept, and only what is new is tokenized.
+    """Replace the ids of conversations by given ids of an earlier turn, extended by the newly tokenized part.
 
-    Of several that belong to a conversation the longest are kept. Tokens that don't belong to it, such as those of an
-    episode that has ended, are left alone: the conversation is what is asked for.
+    Of several given sequences that belong to a conversation, the longest is used. Given ids of another conversation,
+    such as those of an episode that has ended, are ignored.
 
     Args:
         prompts: the conversations, from :func:`read_history`.
-        given: tokens that are there, from :func:`read_tokens`; an empty entry is none.
+        given: ids of earlier turns, from :func:`read_tokens`; an empty entry means none.
         tokenizer: a Hugging Face tokenizer.
         template_kwargs: as for :func:`read_history`.
     """

@@ -1,4 +1,4 @@
-"""Log-probs of sequences that are already there (``generate=False``), in one request.
+"""TensorClasses of scored sequences (``generate=False``).
 
 Shapes: ``B`` sequences of ``T`` tokens each.
 """
@@ -14,7 +14,7 @@ from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
 from torchrl_sglang.errors import ProtocolError
 from torchrl_sglang.protocol.messages import GenerateReply
-from torchrl_sglang.rollout.outputs import Padding, first_zero, to_rows
+from torchrl_sglang.rollout.tensorclasses import Padding, first_zero, to_rows
 
 __all__ = ["score_rows"]
 
@@ -29,18 +29,18 @@ def score_rows(
 ) -> list[dict[str, Any]]:
     """``tokens.full``, ``masks`` and ``log_probs.full`` of every sequence; padded on the left when padded.
 
-    The first token of a sequence is conditioned on nothing; its log-prob is 0, as TorchRL's wrappers have it. These
-    log-probs are never tempered.
+    The first token of a sequence is conditioned on nothing; its log-prob is 0, as in TorchRL's wrappers. Temperature
+    is not applied to these log-probs.
 
     Args:
         ids_B_T: the sequences.
-        replies_B: what the server answered; only ``prompt_logprobs`` is read.
+        replies_B: the servers' replies; only ``prompt_logprobs`` is read.
         padding: dense or ragged.
         assistant_B_T: which tokens the assistant wrote, if known.
-        valid_B: which sequences were scored; of the others the attention mask is all ``False``.
+        valid_B: which sequences were scored; the attention mask of the others is all ``False``.
 
     Raises:
-        ProtocolError: a server answered with another number of log-probs than it was given tokens.
+        ProtocolError: a reply has another number of log-probs than its sequence has tokens.
     """
     for index, (ids_T, reply) in enumerate(zip(ids_B_T, replies_B, strict=True)):
         known = len(reply.prompt_logprobs or ())

@@ -1,8 +1,10 @@
-"""What a policy was asked to do, checked and with TorchRL's defaults filled in."""
+"""The settings of a policy: its constructor's arguments, checked, and the values that follow from them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,11 +13,11 @@ from tensordict import NestedKey
 from torchrl_sglang.config import SamplingParams, nearest_name
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["InputMode", "RolloutSettings"]
+__all__ = ["RolloutSettings"]
 
 InputMode = Literal["history", "text", "tokens"]
 
-# Settled for the tokenizer by what is done with its output; a caller may repeat them but not change them.
+# The policy needs these values of the tokenizer's arguments: a caller may repeat them but not change them.
 _TOKENIZER_FIXED = {"return_attention_mask": (True,), "padding_side": ("left",), "padding": (True, False)}
 
 
@@ -33,8 +35,8 @@ class RolloutSettings:
     input_key: NestedKey | None = None
     attention_mask_key: NestedKey = "attention_mask"
     generate: bool = True
-    generate_kwargs: dict[str, Any] | None = None
-    tokenizer_kwargs: dict[str, Any] | None = None
+    generate_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     pad_output: bool = False
     pad_model_input: bool | None = None
     inplace: Literal[True, False, "empty"] | None = None
@@ -63,6 +65,8 @@ class RolloutSettings:
     exact_log_probs: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("generate_kwargs", "tokenizer_kwargs"):  # copies: the caller may change its own later
+            object.__setattr__(self, name, dict(getattr(self, name) or {}))
         for name, allowed in (
             ("input_mode", get_args(InputMode)),
             ("on_overlong", ("raise", "truncate_left")),
@@ -85,11 +89,11 @@ class RolloutSettings:
         )
         _require(
             self.policy_version_key is None or self.generation_key is not None,
-            "policy_version_key needs a generation_key: that is where versions come from",
+            "policy_version_key needs a generation_key: the version is read from the Generation",
         )
         self._check_batching()
         self._check_tokenizer_kwargs()
-        _ = self.sampling, self.samples, self.returns_log_probs, self.writes_inplace  # each raises what is wrong
+        _ = self.sampling, self.samples, self.writes_log_probs, self.writes_inplace  # each raises if it contradicts
 
     def _check_batching(self) -> None:
         sizes = (self.min_batch_size, self.max_batch_size)
@@ -108,7 +112,7 @@ class RolloutSettings:
 
     def _check_tokenizer_kwargs(self) -> None:
         for name, allowed in _TOKENIZER_FIXED.items():
-            value = (self.tokenizer_kwargs or {}).get(name, allowed[0])
+            value = self.tokenizer_kwargs.get(name, allowed[0])
             _require(value in allowed, f"tokenizer_kwargs[{name!r}] must be {allowed[0]}, got {value!r}")
 
     @classmethod
@@ -124,7 +128,7 @@ class RolloutSettings:
         return cls(**kwargs)
 
     def changed(self, **kwargs: Any) -> RolloutSettings:
-        """These settings with some replaced. An ``input_key`` of another mode is forgotten unless given anew."""
+        """These settings with some replaced. With another mode, ``input_key`` is reset unless it is given too."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if any(kwargs.get(name, values[name]) != values[name] for name in ("input_mode", "generate")):
             values["input_key"] = None
@@ -132,7 +136,7 @@ class RolloutSettings:
             values["return_log_probs"] = None
         return self.from_kwargs(**{**values, **kwargs})
 
-    # ------------------------------------------------------------------ what follows from them
+    # ------------------------------------------------------------------ derived values
 
     @property
     def source_key(self) -> NestedKey:
@@ -143,26 +147,39 @@ class RolloutSettings:
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """What the policy writes, in vLLMWrapper's order."""
-        keys = [self.text_key] if self.input_mode != "tokens" else []
+        """The declared entries: vLLMWrapper's, in its order, and ``policy_version_key`` if set."""
+        keys = [self.text_key] if self.writes_text else []
         keys += [self.masks_key, self.tokens_key]
-        if self.returns_log_probs:
+        if self.writes_log_probs:
             keys.append(self.log_probs_key)
-        if self.input_mode == "history":
+        if self.writes_history:
             keys.append(self.history_key)
-        if self.generate and self.generation_key is not None:
-            keys.append(self.generation_key)
         if self.generate and self.policy_version_key is not None:
             keys.append(self.policy_version_key)
         return keys
 
     @property
-    def _own_kwargs(self) -> dict[str, Any]:
-        """The generation arguments that are about the reply, not about drawing tokens."""
-        return {k: v for k, v in (self.generate_kwargs or {}).items() if k in ("logprobs", "prompt_logprobs")}
+    def undeclared_keys(self) -> list[NestedKey]:
+        """The entries that the policy writes beside ``out_keys``."""
+        return [self.generation_key] if self.generate and self.generation_key is not None else []
 
     @property
-    def returns_log_probs(self) -> bool:
+    def writes_text(self) -> bool:
+        """Whether ``Text`` is written."""
+        return self.input_mode != "tokens"
+
+    @property
+    def writes_history(self) -> bool:
+        """Whether ``ChatHistory`` is written."""
+        return self.input_mode == "history"
+
+    @property
+    def _own_kwargs(self) -> dict[str, Any]:
+        """The generation arguments that say what is reported, not how tokens are drawn."""
+        return {k: v for k, v in self.generate_kwargs.items() if k in ("logprobs", "prompt_logprobs")}
+
+    @property
+    def writes_log_probs(self) -> bool:
         """Whether log-probs are written."""
         wanted = self._own_kwargs.get("logprobs")
         _require(
@@ -181,14 +198,14 @@ class RolloutSettings:
         return True if wanted is None else bool(wanted)
 
     @property
-    def asks_prompt_log_probs(self) -> bool:
-        """Whether prompt log-probs are asked for while generating."""
-        return self.returns_log_probs and bool(self._own_kwargs.get("prompt_logprobs"))
+    def writes_prompt_log_probs(self) -> bool:
+        """Whether the log-probs of the prompt are written while generating."""
+        return self.writes_log_probs and bool(self._own_kwargs.get("prompt_logprobs"))
 
-    @property
+    @cached_property
     def sampling(self) -> SamplingParams:
         """How tokens are drawn; ``n`` is the number of samples."""
-        given = {k: v for k, v in (self.generate_kwargs or {}).items() if k not in self._own_kwargs}
+        given = {k: v for k, v in self.generate_kwargs.items() if k not in self._own_kwargs}
         sampling = SamplingParams.from_kwargs(**given)
         if self.num_samples is not None:
             _require(
@@ -211,7 +228,7 @@ class RolloutSettings:
 
     @property
     def writes_inplace(self) -> Literal[True, False, "empty"]:
-        """``inplace`` with its default: in place, unless several samples need a dimension more."""
+        """``inplace`` with its default: in place, unless several samples need another batch dimension."""
         if self.samples is None:
             return True if self.inplace is None else self.inplace
         _require(not self.inplace, "inplace must be False (or None) when generating more than one sample.")
@@ -219,17 +236,27 @@ class RolloutSettings:
 
     @property
     def template_kwargs(self) -> dict[str, str]:
-        """What names the chat template."""
+        """The arguments that choose the chat template."""
         given = {"chat_template_name": self.chat_template_name, "chat_template": self.chat_template}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
     def text_kwargs(self) -> dict[str, Any]:
-        """What the tokenizer is called with: padding and tensors come later."""
-        return {
-            k: v for k, v in (self.tokenizer_kwargs or {}).items() if k not in (*_TOKENIZER_FIXED, "return_tensors")
-        }
+        """The tokenizer's arguments in text mode; the outputs are padded and made tensors later."""
+        return {k: v for k, v in self.tokenizer_kwargs.items() if k not in (*_TOKENIZER_FIXED, "return_tensors")}
+
+    @property
+    def min_batch(self) -> int | None:
+        """Prompts that a batch of several calls waits for; ``None`` when calls are not merged."""
+        if self.min_batch_size is None and (self.batching or self.max_batch_size is not None):
+            return 1
+        return self.min_batch_size
+
+    @property
+    def merges_calls(self) -> bool:
+        """Whether calls of several threads share requests."""
+        return self.min_batch is not None
 
     def decoding(self, name: str) -> Any:
         """A decoding argument as the caller gave it, else ``None``."""
-        return (self.generate_kwargs or {}).get(name)
+        return self.generate_kwargs.get(name)

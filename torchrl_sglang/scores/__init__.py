@@ -1,4 +1,7 @@
-"""Rewards from a model: texts in, one number each out, and the TorchRL transform that makes a reward of it."""
+"""Scores from a served reward model, and the TorchRL transform that writes them as rewards.
+
+May be imported from here: the names in ``__all__``; they are also in the package root.
+"""
 
 from torchrl_sglang.scores.model import RewardModel
 from torchrl_sglang.scores.transform import RewardModelTransform

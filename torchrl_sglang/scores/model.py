@@ -1,4 +1,4 @@
-"""``RewardModel``: a sequence classifier on SGLang servers that gives texts a score."""
+"""``RewardModel``: a sequence classifier on SGLang servers that scores texts."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Text = str | Sequence[Mapping[str, Any]]
 
 
 class RewardModel:
-    """A reward model that one or several SGLang servers serve.
+    """A reward model served by one or several SGLang servers.
 
     Launch the server with ``--is-embedding``, e.g. ``ServerConfig(model=..., extra_args=("--is-embedding",))``; the
-    checkpoint is a ``...ForSequenceClassification`` or another that SGLang lists as a reward model. Pickles as its
-    settings.
+    checkpoint is a ``...ForSequenceClassification`` or another that SGLang lists as a reward model. It can be
+    pickled.
 
     Args:
-        servers: the URL of a server, or several serving the same model: texts are shared out among them.
-        tokenizer: the reward model's tokenizer; by default loaded from where the server has it.
-        label: which output of the model's head is the score; needed when it has more than one.
+        servers: the URL of a server, or of several that serve the same model: texts are distributed among them.
+        tokenizer: the reward model's tokenizer; by default loaded from the server's ``tokenizer_path``.
+        label: index of the output that is the score; needed when the model's head has more than one.
         client: time-outs and keys.
 
     Raises:
-        ConfigError: a server that generates text instead, or servers of different models.
+        ConfigError: a server that generates text, or servers of different models.
         ServerError: a server can't be reached.
 
     Examples:
@@ -58,8 +58,8 @@ class RewardModel:
         for info in infos:
             if info.is_generation:
                 raise ConfigError(
-                    f"{info.url} serves {info.model_path!r} for generating text: launch it with --is-embedding to have "
-                    "scores of it"
+                    f"{info.url} serves {info.model_path!r} for generating text: launch it with --is-embedding to "
+                    "score texts"
                 )
             if (info.architectures, info.vocab_size) != (infos[0].architectures, infos[0].vocab_size):
                 raise ConfigError(f"{infos[0].url} and {info.url} serve different models")
@@ -74,10 +74,10 @@ class RewardModel:
             timeout_s: seconds to wait instead of ``ClientConfig.generate_timeout_s``.
 
         Returns:
-            The model's output for each text, unscaled: what ``AutoModelForSequenceClassification`` gives as logit.
+            The model's output for each text, unscaled: the logit of ``AutoModelForSequenceClassification``.
 
         Raises:
-            ConfigError: a text that is none or is too long, or a head with several outputs and no ``label``.
+            ConfigError: a text of another type or too long, or a head with several outputs and no ``label``.
             ServerError: a server failed.
         """
         if isinstance(texts, str):
@@ -98,7 +98,7 @@ class RewardModel:
             client.url: (client, ids_B_T[start : start + size])
             for client, start in zip(self.clients, range(0, len(ids_B_T), size), strict=False)
         }
-        outcomes = side_by_side({url: _bind(client, share, timeout_s) for url, (client, share) in shares.items()})
+        outcomes = side_by_side({url: _request(client, share, timeout_s) for url, (client, share) in shares.items()})
         return [self._score(outputs_L) for url in shares for outputs_L in outcomes[url].unwrap()]
 
     def _encode(self, index: int, text: Text) -> list[int]:
@@ -113,14 +113,16 @@ class RewardModel:
 
     def _score(self, outputs_L: Sequence[float]) -> float:
         if self.label is None and len(outputs_L) != 1:
-            raise ConfigError(f"the reward model has {len(outputs_L)} outputs: say with label= which one is the score")
+            raise ConfigError(f"the reward model has {len(outputs_L)} outputs: set label= to the index of the score")
         label = self.label or 0
         if not 0 <= label < len(outputs_L):
             raise ConfigError(f"label={label}, but the reward model has {len(outputs_L)} outputs")
         return outputs_L[label]
 
 
-def _bind(client: SGLangClient, ids_B_T: list[list[int]], timeout_s: float | None) -> Callable[[], list[list[float]]]:
+def _request(
+    client: SGLangClient, ids_B_T: list[list[int]], timeout_s: float | None
+) -> Callable[[], list[list[float]]]:
     def call() -> list[list[float]]:
         answer = client.send(build_scores(ids_B_T), timeout_s=timeout_s)
         return parse_scores(answer, num_expected=len(ids_B_T), server=client.url)

@@ -1,4 +1,4 @@
-"""``RewardModelTransform``: the reward of a TorchRL environment, from a served reward model."""
+"""``RewardModelTransform``: rewards of a TorchRL environment from a served reward model."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["RewardModelTransform"]
 class RewardModelTransform(Transform):
     """Writes the score of each conversation as its reward.
 
-    Made for ``ChatEnv`` and environments like it: the whole text (prompt and response) is read after each step, and the
-    reward has shape ``(*batch, 1, 1)``, as TorchRL's own parsers make it.
+    For ``ChatEnv`` and environments like it: the whole text (prompt and response) is scored after each step, and the
+    reward has shape ``(*batch, 1, 1)``, as that of TorchRL's own reward parsers.
 
     Args:
         model: the reward model, or the URL of its server.
         in_key: what to score: ``("history", "full")`` (rendered with the *reward model's* chat template) or
-            ``("text", "full")`` (scored as it is, so with the policy's template in it), or any key with the same
-            contents. ``None`` takes the history where there is one, else the text.
-        out_key: where the reward goes.
+            ``("text", "full")`` (scored unchanged, so with the policy's chat template), or any key with such
+            values. ``None`` is the history if there is one, else the text.
+        out_key: where the reward is written.
 
     Raises:
-        ConfigError: while stepping, when there is nothing to score at ``in_key``.
+        ConfigError: in a step, when nothing is at ``in_key``.
 
     Examples:
         >>> env = ChatEnv(batch_size=(4,)).append_transform(RewardModelTransform("http://host:30000"))  # doctest: +SKIP
@@ -54,7 +54,7 @@ class RewardModelTransform(Transform):
         return next_tensordict
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
-        """The reward has one token dimension and one value, as GRPO's advantage wants it."""
+        """The reward has a token dimension and a value dimension of size 1, as GRPO's advantage needs."""
         reward_spec[self.out_keys[0]] = Unbounded((*reward_spec.shape, 1, 1))
         return reward_spec
 
@@ -83,7 +83,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def _flat(values: Any) -> list[Any]:
-    """Nested lists of strings as one list; what is a History becomes its messages."""
+    """Nested lists as one list; a ``History`` becomes a list of messages."""
     flat: list[Any] = []
     for value in values:
         if isinstance(value, History):

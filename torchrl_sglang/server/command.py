@@ -1,4 +1,4 @@
-"""The command line of a server, and what about it can be checked before anything is started."""
+"""Builds the command line of a server and its URL, and checks settings before anything is started."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.model_files import find_local_path
 from torchrl_sglang.server.cpu import cpu_command_args
 
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
     "uses_tls",
 ]
 
-# Flags whose value this package must know to reach the server; each has its own field.
+# Flags whose value this package must know to reach the server; each has a field of its own.
 _OWN_FLAGS = {
     "--model-path": "model",
     "--model": "model",
@@ -56,31 +57,33 @@ def find_python(config: ServerConfig) -> str:
 
 
 def local_model_path(model: str) -> Path | None:
-    """The checkpoint's place on this machine; ``None`` for the name of a model on the hub.
+    """The checkpoint's path on this machine; ``None`` for the name of a model on the hub.
 
     Raises:
-        ConfigError: it can only be a path, and nothing that can be served is there.
+        ConfigError: ``model`` can only be a path, and no checkpoint is there.
 
     Examples:
         >>> local_model_path("Qwen/Qwen3-0.6B") is None
         True
     """
-    path = Path(model).expanduser()
-    if path.exists():
+    # Not `require_model_folder`: a server may download a hub model that is not in this machine's cache yet, and may
+    # serve a single file (GGUF). `find_local_path` has the shared part; the checks are for a launch only.
+    path = find_local_path(model)
+    if path is not None:
         if path.is_dir() and not any((path / name).exists() for name in ("config.json", "params.json")):
             held = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
             raise ConfigError(f"model={model!r} is a folder without config.json (it holds {held}), so not a checkpoint")
-        return path.absolute()
+        return path
     if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
         raise ConfigError(f"model={model!r}: there is no such file or folder (the name of a hub model has one slash)")
     return None
 
 
 def check_config(config: ServerConfig) -> None:
-    """Find now what would otherwise fail after a minute of loading.
+    """Raise now for what would otherwise fail after a minute of loading.
 
     Raises:
-        ConfigError: no such Python or checkpoint, or ``extra_args`` sets what has a field of its own.
+        ConfigError: no such Python or checkpoint, or ``extra_args`` has a flag that a field sets.
     """
     if not sys.platform.startswith("linux"):
         raise ConfigError("servers are launched on Linux only; start SGLang elsewhere and connect to its address")
@@ -91,9 +94,7 @@ def check_config(config: ServerConfig) -> None:
         if flag in _OWN_FLAGS:
             raise ConfigError(f"{flag} in extra_args: set ServerConfig.{_OWN_FLAGS[flag]} instead")
         if flag == "--config" and (config.api_key or config.admin_api_key):
-            raise ConfigError(
-                "SGLang reads one --config file, and ours with the keys is it: give its other settings as flags"
-            )
+            raise ConfigError("SGLang reads one --config file, and the keys take it: give the other settings as flags")
     for name in ("api_key", "admin_api_key"):
         key = getattr(config, name)
         if key is not None and (not key or key.startswith("-") or any(character.isspace() for character in key)):
@@ -109,12 +110,12 @@ def build_command(
     key_file: Path | None = None,
     weight_version: str | None = None,
 ) -> list[str]:
-    """The server's command line. No key is ever on it: every user of the machine can read command lines.
+    """The server's command line. It holds no key: every user of the machine can read command lines.
 
     Args:
         config: the server.
         port: HTTP port.
-        rendezvous_port: port at which the server's own ranks meet (SGLang's ``--nccl-port``).
+        rendezvous_port: port of the rendezvous of the server's own ranks (SGLang's ``--nccl-port``).
         cpu: use the CPU engine.
         key_file: YAML file with the keys, if there are any.
         weight_version: what the server calls the checkpoint's weights.
@@ -123,7 +124,7 @@ def build_command(
         *(find_python(config), "-m", "sglang.launch_server"),
         *("--model-path", str(local_model_path(config.model) or config.model)),
         *("--host", config.host, "--port", str(port)),
-        # Left to itself SGLang picks a port that is free now and binds it later; side by side, two pick the same.
+        # Without this flag SGLang picks a free port and binds it later: two servers that start together pick the same.
         *("--nccl-port", str(rendezvous_port)),
         *("--tp-size", str(config.tp_size)),
     ]
@@ -158,7 +159,7 @@ def keys_as_yaml(config: ServerConfig) -> str | None:
 
 
 def key_spellings(config: ServerConfig) -> list[str]:
-    r"""Every way a log may spell the keys, the longest first: as they are, as Python and as JSON quote them.
+    r"""Every spelling of the keys that a log may hold, longest first: plain, and as Python and JSON quote them.
 
     Examples:
         >>> key_spellings(ServerConfig(model="m", api_key='a"b'))
@@ -170,7 +171,7 @@ def key_spellings(config: ServerConfig) -> list[str]:
 
 
 def probe_host(host: str) -> str:
-    """Where this machine itself reaches a server that listens on ``host``.
+    """The address by which this machine reaches a server that listens on ``host``.
 
     Examples:
         >>> probe_host("0.0.0.0"), probe_host("::"), probe_host("10.0.0.7")
@@ -180,7 +181,7 @@ def probe_host(host: str) -> str:
 
 
 def build_url(config: ServerConfig, port: int) -> str:
-    """An address that clients can use, on other machines too when the server listens on all interfaces.
+    """The URL for clients; if the server listens on all interfaces, other machines can use it too.
 
     Examples:
         >>> build_url(ServerConfig(model="m"), 30000), build_url(ServerConfig(model="m", host="::1"), 30000)
@@ -192,7 +193,7 @@ def build_url(config: ServerConfig, port: int) -> str:
 
 
 def join_url(scheme: str, host: str, port: int | None) -> str:
-    """A base URL; IPv6 addresses stand in brackets there.
+    """A base URL, with brackets around an IPv6 address.
 
     Examples:
         >>> join_url("https", "::1", 443)

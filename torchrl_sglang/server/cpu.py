@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.model_files import find_local_path
 from torchrl_sglang.server.gpus import count_machine_gpus, has_visible_gpu, in_ray_worker
 
 __all__ = ["REQUIREMENTS_PATH", "STAND_INS_PATH", "cpu_command_args", "cpu_environment", "needs_cpu_engine"]
@@ -22,12 +23,12 @@ REQUIREMENTS_PATH = Path(__file__).with_name("cpu_requirements.txt")
 """Pins of a CPU server's environment; install torch first, then these with ``--no-deps``."""
 
 STAND_INS_PATH = Path(__file__).with_name("cpu_stand_ins")
-"""Folder of import stand-ins; for the server's ``PYTHONPATH`` alone."""
+"""Folder of import stand-ins, only for the server's ``PYTHONPATH``."""
 
 _KV_CACHE_TOKENS = 8192
 
 # SGLang's CPU engine allocates and frees every layer's activations and every received weight bucket. With glibc's
-# defaults each one is mapped and unmapped anew, and page faults double the time of a weight update.
+# defaults each allocation is mapped and unmapped again, and page faults double the time of a weight update.
 _KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
@@ -36,15 +37,15 @@ _KEEP_MEMORY = {
 
 
 def needs_cpu_engine(config: ServerConfig, environ: Mapping[str, str] | None = None) -> bool:
-    """Whether this server is to run on SGLang's CPU engine.
+    """Whether this server runs on SGLang's CPU engine.
 
     Args:
-        config: ``device="auto"`` asks the driver, without initialising CUDA in this process.
+        config: with ``device="auto"`` the driver decides; CUDA is not initialised in this process.
         environ: this process's environment; ``None`` is ``os.environ``.
 
     Raises:
-        ConfigError: ``device="auto"`` in a Ray worker that Ray lent no GPU on a machine that has some: a server that
-            silently crawled on the CPU there would help nobody.
+        ConfigError: ``device="auto"`` in a Ray worker without a GPU on a machine with GPUs: nobody wants a slow CPU
+            server there.
 
     Examples:
         >>> needs_cpu_engine(ServerConfig(model="m", device="cpu"))
@@ -59,14 +60,14 @@ def needs_cpu_engine(config: ServerConfig, environ: Mapping[str, str] | None = N
     visible = has_visible_gpu(environ, num_gpus)
     if num_gpus and not visible and in_ray_worker(environ):
         raise ConfigError(
-            f"this machine has {num_gpus} GPU(s), but Ray lent none to this worker. Ask Ray for them (num_gpus=...), "
-            "name the machine's own with gpus=(...), or say device='cpu'."
+            f"this machine has {num_gpus} GPU(s), but Ray gave none to this worker. Request some from Ray "
+            "(num_gpus=...), name the machine's own with gpus=(...), or set device='cpu'."
         )
     return not visible
 
 
 def cpu_command_args(config: ServerConfig) -> list[str]:
-    """SGLang's command-line words for its CPU engine. Words given later (``extra_args``) win over them.
+    """SGLang's command-line words for its CPU engine. Later words (``extra_args``) override them.
 
     Examples:
         >>> cpu_command_args(ServerConfig(model="m"))[:4]
@@ -82,23 +83,23 @@ def cpu_command_args(config: ServerConfig) -> list[str]:
         *("--attention-backend", "torch_native"),
         *("--sampling-backend", "pytorch"),
         "--disable-cuda-graph",
-        # Compiling grammars costs start-up time that few servers need; `--grammar-backend xgrammar` turns it on.
+        # Few servers need grammars, and they make the start slower; `--grammar-backend xgrammar` turns them on.
         *("--grammar-backend", "none"),
         "--skip-server-warmup",
-        # Without it the idle scheduler spins and takes a whole core from the trainer.
+        # Without this flag the idle scheduler spins and takes a whole core from the trainer.
         "--sleep-on-idle",
     ]
 
 
 def cpu_environment(config: ServerConfig, cores: list[int] | None = None) -> dict[str, str]:
-    """Environment variables of a CPU server, on top of what it inherits; ``config.env`` still goes on top of these.
+    """Environment variables of a CPU server. They override inherited ones; ``config.env`` overrides them.
 
     Args:
         config: the server.
         cores: CPU cores to use; ``None`` is every core this process may run on.
 
     Raises:
-        ConfigError: ``tp_size`` is larger than the number of cores: each rank computes on its own.
+        ConfigError: ``tp_size`` is larger than the number of cores: each rank needs a core of its own.
 
     Examples:
         >>> cpu_environment(ServerConfig(model="m", tp_size=2), cores=[0, 1, 2, 3])["SGLANG_CPU_OMP_THREADS_BIND"]
@@ -112,12 +113,12 @@ def cpu_environment(config: ServerConfig, cores: list[int] | None = None) -> dic
     per_rank = len(cores) // config.tp_size
     variables = {
         "SGLANG_USE_CPU_ENGINE": "1",
-        # A health check by generating takes a second and fails while generation is paused.
+        # A health check that generates takes a second, and fails while generation is paused.
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
         "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",
-        # Half of the cores, the rest is for the trainer: with more threads than free cores, waiting OpenMP threads
-        # spin, and take the time of those that work.
+        # Half of the cores; the trainer gets the rest. With more threads than free cores, waiting OpenMP threads spin
+        # and slow down the working ones.
         "OMP_NUM_THREADS": str(max(1, per_rank // 2)),
         "PYTHONPATH": str(STAND_INS_PATH),
         **_KEEP_MEMORY,
@@ -125,8 +126,8 @@ def cpu_environment(config: ServerConfig, cores: list[int] | None = None) -> dic
     if config.tp_size > 1:
         groups = [cores[rank * per_rank : (rank + 1) * per_rank] for rank in range(config.tp_size)]
         variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)
-    if Path(config.model).expanduser().exists():
-        variables["HF_HUB_OFFLINE"] = "1"  # everything is here: no look-ups, no waiting for a network that may not be
+    if find_local_path(config.model) is not None:
+        variables["HF_HUB_OFFLINE"] = "1"  # all files are here: no requests to the hub, which may not be reachable
     if _wants_lora(config):
         variables["SGLANG_CPU_STAND_INS_NO_PINNED_MEMORY"] = "1"
     return variables

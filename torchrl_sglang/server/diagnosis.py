@@ -1,21 +1,27 @@
-"""Why a server did not come up, read from what it wrote before it ended."""
+"""Why a server did not become ready, read from its log and its exit code."""
 
 from __future__ import annotations
 
 import re
 import signal
 
-__all__ = ["ADDRESS_IN_USE", "describe_exit", "explain_failure", "last_meaningful_line"]
+__all__ = ["ADDRESS_IN_USE", "INSTALL_ROUTER", "describe_exit", "explain_failure", "last_meaningful_line"]
 
 ADDRESS_IN_USE = re.compile(r"address already in use|EADDRINUSE|port (at )?\d+ is (not available|in use|already)", re.I)
+
+INSTALL_ROUTER = (
+    'pip install "torchrl-sglang[router]" (or --no-deps sglang-router, where pip must not touch SGLang\'s packages)'
+)
+"""How to get the router's package."""
 
 _INSTALL = (
     "SGLang is not installed in the server's Python. Without a GPU: `torchrl-sglang install-cpu-server`; with one: "
     '`pip install "torchrl-sglang[sglang]"`, or another environment named by ServerConfig(python=...).'
 )
-# In order: the first that matches is the cause, later ones are often its consequences.
+# The first pattern that matches is the cause; later ones are often its consequences.
 _CAUSES: tuple[tuple[str, str], ...] = (
     (r"No module named '?sglang'?(?![.\w])", _INSTALL),
+    (r"No module named '?sglang_router", f"sglang-router is not installed in the router's Python: {INSTALL_ROUTER}."),
     (
         r"No module named '?([\w.]+)",
         "The server's Python lacks the module {0!r}: its SGLang installation is incomplete. Without a GPU, "
@@ -24,7 +30,7 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     (
         r"error: unrecognized arguments: (.+)",
         "This SGLang version doesn't know {0}: correct ServerConfig.extra_args (`python -m sglang.launch_server "
-        "--help` lists what it knows).",
+        "--help` lists its flags).",
     ),
     (r"(?:launch_server\.py|sglang serve): error: (.+)", "SGLang refused its command line: {0}."),
     (
@@ -51,7 +57,7 @@ _CAUSES: tuple[tuple[str, str], ...] = (
         "The server's torch doesn't fit this machine's GPU or driver; ServerConfig(device='cpu') serves without one.",
     ),
 )
-# What SGLang says of every start: its settings, and models that it does not have the libraries for.
+# What SGLang logs at every start: its settings, and models whose libraries are not installed.
 _NO_CAUSE = re.compile(r"^.*(?:server_args=|Ignore import error).*$", re.MULTILINE)
 _EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*$", re.MULTILINE)
 _MEMORY_KILL = (
@@ -74,10 +80,10 @@ def describe_exit(code: int) -> str:
 
 
 def explain_failure(log: str, code: int | None) -> str:
-    """The likely cause and what to do about it, or an empty string when the log says nothing known.
+    """The likely cause and what to do about it, or an empty string when no known cause is in the log.
 
     Args:
-        log: what the server wrote.
+        log: the server's log.
         code: its exit code; ``None`` while it still runs.
 
     Examples:
@@ -91,13 +97,13 @@ def explain_failure(log: str, code: int | None) -> str:
             return advice.format(*match.groups()) if "{0" in advice else advice
     if code not in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return ""
-    # SGLang kills itself as a whole when one of its processes fails; that one says why.
+    # SGLang kills all its processes when one of them fails; the log of that one has the cause.
     failures = _EXCEPTION.findall(log) if "kill_process_tree called" in log else []
     return f"One of its processes failed: {failures[-1][:300]}." if failures else _MEMORY_KILL
 
 
 def last_meaningful_line(log: str) -> str:
-    r"""The latest line that tells a person how far the server is: no blank lines, no warnings' source lines.
+    r"""The latest line that shows a person how far the start is: no blank line, warning or logged request.
 
     Examples:
         >>> last_meaningful_line("[2026-01-01 10:00:00] Load weight begin.\n  warnings.warn(\n\n")

@@ -1,4 +1,4 @@
-"""Several servers on one machine, started side by side: all of them come up, or none stays."""
+"""Several servers on one machine, started side by side: all become ready, or all are stopped."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["replicate", "start_fleet", "stop_fleet"]
 def replicate(
     config: ServerConfig, num_servers: int, gpus: Sequence[Sequence[int]] | None = None
 ) -> tuple[ServerConfig, ...]:
-    """Settings of ``num_servers`` like servers, each on GPUs (or its share of the CPU cores) of its own.
+    """Settings of ``num_servers`` equal servers, each with its own GPUs or its share of the CPU cores.
 
     Args:
         config: the settings they share; with more than one server its ``port`` and ``gpus`` must be ``None``.
-        num_servers: how many.
+        num_servers: number of servers.
         gpus: one list of ``tp_size`` GPU numbers per server; ``None`` counts up from 0.
 
     Raises:
-        ConfigError: a port or GPUs that all servers would share, or GPU lists that don't fit.
+        ConfigError: all servers would share a port or GPUs, or the GPU lists don't fit.
 
     Examples:
         >>> config = ServerConfig(model="Qwen/Qwen3-0.6B", device="cuda", tp_size=2)
@@ -40,13 +40,13 @@ def replicate(
     if num_servers == 1 and gpus is None:
         return (config,)
     if num_servers > 1 and config.port is not None:
-        raise ConfigError(f"{num_servers} servers can't share port {config.port}: leave port=None, each finds its own")
+        raise ConfigError(f"{num_servers} servers can't share port {config.port}: leave port=None, each picks its own")
     if config.gpus is not None:
         raise ConfigError("give one list of GPUs per server (gpus=[[...], [...]]), not the same GPUs to all of them")
     if needs_cpu_engine(config):
         if gpus is not None:
             raise ConfigError(f"gpus={gpus} was given, but these servers run on the CPU")
-        threads = max(1, len(os.sched_getaffinity(0)) // (2 * num_servers * config.tp_size))  # half is the trainer's
+        threads = max(1, len(os.sched_getaffinity(0)) // (2 * num_servers * config.tp_size))  # the trainer gets half
         shared = dataclasses.replace(config, env={"OMP_NUM_THREADS": str(threads), **config.env})
         return (shared,) * num_servers
     return tuple(dataclasses.replace(config, gpus=one) for one in assign_gpus(num_servers, config.tp_size, gpus))
@@ -59,14 +59,14 @@ def start_fleet(
 
     Args:
         configs: one per server, in the order of the result.
-        progress: called about once a second and server with one line, from several threads.
+        progress: called for each server about once a second with one line, from several threads.
 
     Returns:
         The servers, all ready.
 
     Raises:
         ConfigError: something that can be checked beforehand is wrong; nothing is left running.
-        ServerStartError: one did not come up; the others were ended too.
+        ServerStartError: one did not become ready; the others were killed too.
     """
     servers = tuple(SGLangServer(config) for config in configs)
     with contextlib.ExitStack() as on_failure:
@@ -80,7 +80,7 @@ def start_fleet(
             finally:
                 failed = next((one for one in waits if one.done() and one.exception() is not None), None)
                 if failed is not None or not all(one.done() for one in waits):
-                    stop_fleet(servers, kill=True)  # the other threads see their servers gone, and end
+                    stop_fleet(servers, kill=True)  # the other threads see that their servers have ended
         if failed is not None:
             failed.result()
         on_failure.pop_all()
@@ -88,11 +88,11 @@ def start_fleet(
 
 
 def stop_fleet(servers: Sequence[SGLangServer], *, kill: bool = False) -> None:
-    """End all servers, at the same time: each may take seconds to finish its requests.
+    """Stop all servers at the same time: each may take seconds to finish its requests.
 
     Args:
         servers: from :func:`start_fleet`, or any others.
-        kill: end them at once, see :meth:`SGLangServer.stop`.
+        kill: kill them at once, see :meth:`SGLangServer.stop`.
     """
     with ThreadPoolExecutor(max(1, len(servers)), thread_name_prefix="sglang-stop") as threads:
         for done in [threads.submit(server.stop, kill=kill) for server in servers]:

@@ -1,7 +1,7 @@
-"""Which GPUs a server gets, decided from the environment and the driver without ever initialising CUDA here.
+"""Which GPUs a server gets, decided from the environment and the driver, without initialising CUDA here.
 
-Initialising CUDA in a trainer that later forks workers breaks them, and a trainer whose torch has no CUDA would not
-see the GPUs that the server's torch can use. So NVIDIA's management library is asked instead.
+If a trainer initialises CUDA and forks workers later, CUDA fails in the workers. And a torch without CUDA does not see
+the GPUs that the server's torch can use. Therefore this module uses NVIDIA's management library (NVML).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def count_machine_gpus() -> int:
-    """NVIDIA GPUs of this machine or container, whatever ``CUDA_VISIBLE_DEVICES`` says; on ROCm 1 stands for some."""
+    """Number of NVIDIA GPUs of this machine or container, also hidden ones; with ROCm 1, whatever the number."""
     for library in ("libnvidia-ml.so.1", "libnvidia-ml.so"):
         try:
             nvml = ctypes.CDLL(library)
@@ -33,7 +33,7 @@ def count_machine_gpus() -> int:
 
 
 def has_visible_gpu(environ: Mapping[str, str], num_machine_gpus: int) -> bool:
-    """Whether a process with this environment would find a GPU.
+    """Whether a process with this environment sees a GPU.
 
     Examples:
         >>> has_visible_gpu({}, 2), has_visible_gpu({"CUDA_VISIBLE_DEVICES": ""}, 2), has_visible_gpu({}, 0)
@@ -45,19 +45,18 @@ def has_visible_gpu(environ: Mapping[str, str], num_machine_gpus: int) -> bool:
 
 
 def in_ray_worker(environ: Mapping[str, str]) -> bool:
-    """Whether Ray started this process and so may have narrowed its ``CUDA_VISIBLE_DEVICES``."""
+    """Whether Ray started this process: Ray sets ``CUDA_VISIBLE_DEVICES`` of its workers."""
     return any(name in environ for name in ("RAY_RAYLET_PID", "RAY_JOB_ID"))
 
 
 def visible_devices(environ: Mapping[str, str], gpus: Sequence[int] | None, tp_size: int) -> str | None:
     """``CUDA_VISIBLE_DEVICES`` for a server; ``None`` leaves the variable unset.
 
-    ``gpus`` counts as this process does: position in its ``CUDA_VISIBLE_DEVICES`` when that is set, else the machine's
-    own numbers. Inside a Ray worker the variable says what Ray lent to the worker, not what the server was promised:
-    there an explicit ``gpus`` always means the machine's own numbers.
+    ``gpus`` are positions in this process's ``CUDA_VISIBLE_DEVICES`` when that is set, else the machine's numbers. In a
+    Ray worker the variable lists the worker's GPUs, not the server's: there ``gpus`` are always the machine's numbers.
 
     Raises:
-        ConfigError: fewer GPUs are visible than ``gpus`` or ``tp_size`` ask for.
+        ConfigError: fewer GPUs are visible than ``gpus`` or ``tp_size`` need.
 
     Examples:
         >>> visible_devices({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, (2, 3), tp_size=2)
@@ -98,7 +97,7 @@ def assign_gpus(
         One tuple of ``tp_size`` GPU numbers per server.
 
     Raises:
-        ConfigError: a list too many or too few, of the wrong length, or a GPU named twice.
+        ConfigError: too many or too few lists, a list of the wrong length, or a GPU that is listed twice.
 
     Examples:
         >>> assign_gpus(2, 2)

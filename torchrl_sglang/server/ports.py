@@ -1,8 +1,8 @@
-"""Free ports that stay free until the server binds them, also when several servers start at the same moment.
+"""Reserves free ports until the server binds them, also when several servers start at the same moment.
 
-SGLang binds its HTTP port only after the model is loaded, minutes later for a big one. Until then a port is held by a
-socket in Linux's abstract namespace named after it: it belongs to the same network namespace as the port itself, all
-users see it, and the kernel drops it when its owner dies.
+SGLang binds its HTTP port after the model is loaded, which takes minutes for a large one. Until then the reservation is
+a socket in Linux's abstract namespace whose name holds the port: it belongs to the same network namespace as the port,
+all users see it, and the kernel removes it when its owner dies.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torchrl_sglang.server.supervisor import tree_pids
 
 __all__ = ["PortReservation", "is_bindable", "listens_on", "reserve_port"]
 
-# Below the kernel's range for outgoing connections, so that no client of anybody's takes a port we have chosen.
+# Below the kernel's range for outgoing connections, so that no client takes a port that was picked here.
 _FIRST_PORT, _LAST_PORT = 20000, 29999
 _LISTEN_STATE = "0A"
 
 
 class PortReservation:
-    """A port nobody else who asks :func:`reserve_port` gets until :meth:`close` or the end of this process."""
+    """A port that :func:`reserve_port` gives to nobody else until :meth:`close` or the end of this process."""
 
     def __init__(self, port: int, held: socket.socket) -> None:
         self.port = port
         self._held = held
 
     def close(self) -> None:
-        """Give the port back."""
+        """Release the port."""
         self._held.close()
 
 
@@ -39,7 +39,7 @@ def is_bindable(host: str, port: int) -> bool:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            # As the server itself does: a port whose last connections are still being wound up is free.
+            # As the server does: a port whose last connections are in TIME_WAIT counts as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError:
@@ -61,7 +61,7 @@ def reserve_port(host: str = "0.0.0.0", port: int | None = None) -> PortReservat
     """Reserve ``port``, or a free one when it is ``None``.
 
     Returns:
-        The reservation; ``None`` when the port is in use or promised to another server.
+        The reservation; ``None`` when the port is in use or reserved.
 
     Examples:
         >>> first = reserve_port("127.0.0.1")
@@ -78,7 +78,7 @@ def reserve_port(host: str = "0.0.0.0", port: int | None = None) -> PortReservat
         held = _hold(candidate)
         if held is None:
             continue
-        # A port of our own choosing has to be free on every interface, not on the asked one alone.
+        # A port that is picked here must be free on every interface, not only on `host`.
         if is_bindable(host, candidate) and (port is not None or is_bindable("0.0.0.0", candidate)):
             return PortReservation(candidate, held)
         held.close()
@@ -86,13 +86,13 @@ def reserve_port(host: str = "0.0.0.0", port: int | None = None) -> PortReservat
 
 
 def listens_on(root_pid: int, port: int) -> bool:
-    """Whether a process below ``root_pid`` is the one that listens on ``port``.
+    """Whether a descendant of ``root_pid`` listens on ``port``.
 
-    Somebody else's server may have taken the port while ours was loading; it would answer in its place.
+    Another program may have taken the port while the server was loading, and would answer in its place.
     """
     inodes = _listening_inodes(port)
     for pid in tree_pids(root_pid):
-        with contextlib.suppress(OSError):  # it ended, or a file was closed, while we were looking
+        with contextlib.suppress(OSError):  # the process ended, or the file was closed, meanwhile
             for link in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(OSError):
                     if os.readlink(link) in inodes:  # noqa: PTH115

@@ -1,4 +1,4 @@
-"""One SGLang server as a child process: launched, waited for, and gone with us, however we go."""
+"""One SGLang server as a child process."""
 
 from __future__ import annotations
 
@@ -6,32 +6,30 @@ import contextlib
 import http.client
 import os
 import ssl
-import threading
-import time
-import weakref
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torchrl_sglang.config import ServerConfig
-from torchrl_sglang.errors import ConfigError, ServerError, ServerStartError
+from torchrl_sglang.errors import ServerError
 from torchrl_sglang.server import command
 from torchrl_sglang.server.cpu import needs_cpu_engine
-from torchrl_sglang.server.diagnosis import ADDRESS_IN_USE, last_meaningful_line
-from torchrl_sglang.server.managed_process import Child, read_end
+from torchrl_sglang.server.environment import child_environment
+from torchrl_sglang.server.lifecycle import ProcessLifecycle
+from torchrl_sglang.server.managed_process import LaunchSpec
 
 __all__ = ["SGLangServer"]
 
-_POLL_S = 0.2
 _PROBE_TIMEOUT_S = 5.0  # an old server's /health generates a token, about a second
-_LAUNCH_TRIES = 3  # with a fresh port each time, should somebody else take the one we chose
 
 
 class SGLangServer:
     """An SGLang server process that belongs to this process.
 
-    Everything it started ends with :meth:`stop`, at the end of a ``with`` block, when this object is collected, at
+    All its processes end with :meth:`stop`, at the end of a ``with`` block, when this object is collected, at
     interpreter exit, and within a second when this process is killed, SIGKILL included. A copy in another process
     (pickled, or inherited by a fork) is *attached*: it knows the address, and its :meth:`stop` does nothing.
 
@@ -51,14 +49,7 @@ class SGLangServer:
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
-        self._child: Child | None = None
-        self._finalizer: weakref.finalize[..., Any] | None = None
-        self._lock = threading.RLock()
-        self._port = config.port
-        self._attached = False
-        self._was_ready = False
-        self._last_log = ""
-        self._weight_version: str | None = None
+        self._lifecycle = _lifecycle(config, port=config.port)
 
     # ------------------------------------------------------------------ start
 
@@ -68,7 +59,7 @@ class SGLangServer:
         """Launch and wait until the server takes requests.
 
         Args:
-            progress: called about once a second with one line: seconds so far and what the server last said.
+            progress: called about once a second with one line: seconds so far and the latest line of the log.
             weight_version: what the server calls the checkpoint's weights; ``None`` is SGLang's ``"default"``.
 
         Returns:
@@ -76,7 +67,7 @@ class SGLangServer:
 
         Raises:
             ConfigError: something that can be checked beforehand is wrong; nothing was started.
-            ServerStartError: it did not come up; nothing is left of it but its log.
+            ServerStartError: it did not become ready; its processes have ended, its log is kept.
         """
         self.launch(weight_version=weight_version)
         self.wait_ready(progress=progress)
@@ -92,59 +83,27 @@ class SGLangServer:
             ConfigError: something that can be checked beforehand is wrong; nothing was started.
             ServerStartError: the port is taken, or the process could not be started.
         """
-        with self._lock:
-            if not self._is_owner():
-                raise ConfigError("this is an attached copy: the process that launched the server starts and ends it")
-            if self.is_running:
-                raise ConfigError(f"the server at {self.url} is already running: stop() it first, or restart() it")
-            self._release()
-            command.check_config(self.config)
-            self._weight_version = weight_version
-            self._child = Child.launch(
-                self.config, port=self._port, cpu=needs_cpu_engine(self.config), weight_version=weight_version
-            )
-            self._port = self._child.port
-            self._finalizer = weakref.finalize(self, self._child.end)
+        self._lifecycle.launch(partial(_launch_spec, self.config, weight_version))
 
     def wait_ready(self, *, progress: Callable[[str], None] | None = None) -> None:
-        """Wait until the launched server takes requests; when it can't, end it.
+        """Wait until the launched server takes requests; kill it when it doesn't.
 
         Args:
-            progress: called about once a second with one line: seconds so far and what the server last said.
+            progress: called about once a second with one line: seconds so far and the latest line of the log.
 
         Raises:
             ServerStartError: it ended, or is not ready within ``config.start_timeout_s``.
         """
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self._fail)
-            started = time.monotonic()
-            for last_try in [False] * (_LAUNCH_TRIES - 1) + [True]:
-                try:
-                    self._wait_ready(started, progress)
-                    break
-                except ServerStartError as error:
-                    may_move = self.config.port is None and not self._was_ready  # later on, clients know the address
-                    if last_try or not may_move or not ADDRESS_IN_USE.search(error.log_tail):
-                        raise
-                # Somebody took our freshly chosen port before the server could bind it.
-                self._fail()
-                self._port = None
-                self.launch(weight_version=self._weight_version)
-            self._was_ready = True
-            on_failure.pop_all()
+        self._lifecycle.wait_ready(progress=progress)
 
     def restart(self, *, progress: Callable[[str], None] | None = None) -> None:
-        """End the server, dead, stuck or well, and start it again at its address, with the checkpoint's weights.
+        """Kill the server if it runs, and start it again at its address, with the checkpoint's weights.
 
         Raises:
-            ServerStartError: it did not come up again.
+            ServerStartError: it did not become ready again.
         """
         self.kill()
         self.start(progress=progress)
-
-    def kill(self) -> None:
-        """End the server at once, for it to be started again."""
-        self.stop(kill=True)
 
     # ------------------------------------------------------------------ state
 
@@ -153,172 +112,149 @@ class SGLangServer:
         """Base URL that clients can use.
 
         Raises:
-            ConfigError: no port is known yet, because the server chooses it at :meth:`launch`.
+            ConfigError: no port is known yet, because :meth:`launch` picks it.
         """
-        if self._port is None:
-            raise ConfigError("the server's address is known once it is launched: call start() first, or set a port")
-        return command.build_url(self.config, self._port)
+        return self._lifecycle.url
 
     @property
     def pid(self) -> int | None:
-        """Process id of the server's main process; ``None`` when it is not running, or not ours."""
-        child = self._child
-        return child.pid if child is not None and self._is_owner() and child.is_alive else None
+        """Process id of the server's main process; ``None`` when it is not running, or on an attached copy."""
+        return self._lifecycle.pid
 
     @property
     def is_running(self) -> bool:
-        """Whether the process lives (for an attached copy: whether the server answers at all)."""
-        if self._is_owner():
-            return self._child is not None and self._child.is_alive
-        return self._port is not None and self._probe("/ready") is not None
+        """Whether the process runs (on an attached copy: whether the server answers at all)."""
+        return self._lifecycle.is_running
 
     @property
     def has_crashed(self) -> bool:
-        """Whether it ended by itself with an error, and nobody has stopped or buried it since."""
-        child = self._child
-        return child is not None and self._is_owner() and child.has_crashed
-
-    def reap(self) -> str | None:
-        """Clear up after a crash; the log stays.
-
-        Returns:
-            How it ended, the likely cause and the end of the log; ``None`` when it has not crashed.
-        """
-        with self._lock:
-            child = self._child
-            if child is None or not self.has_crashed:
-                return None
-            child.keep_log = True
-            crash_report = child.crash_report()
-            self._release()
-            return crash_report
+        """Whether it ended by itself with an error, and was neither stopped nor reaped since."""
+        return self._lifecycle.has_crashed
 
     @property
     def log_path(self) -> Path | None:
         """The server's log; ``None`` before the launch, after the end, and on attached copies."""
-        return self._child.log_path if self._child is not None else None
+        return self._lifecycle.log_path
 
     def log_tail(self, lines: int = 40) -> str:
-        """The last lines of the log, keys blacked out; of the last run, when none is on."""
-        log = self._last_log if self._child is None else read_end(self._child.log_path)
-        return "\n".join(log.splitlines()[-lines:])
+        """The last lines of the log, keys blacked out; of the previous run when the server does not run."""
+        return self._lifecycle.log_tail(lines)
 
     def check(self) -> None:
         """Raise when the server is not running.
 
         Raises:
-            ServerError: it is not; with its exit code, the likely cause and the end of its log when it crashed.
+            ServerError: it is not running; after a crash with exit code, likely cause and the end of the log.
         """
-        if self.is_running:
-            return
-        url = self.url if self._port is not None else None
-        if self._child is None or not self._is_owner():
-            raise ServerError(f"the server{f' at {url}' if url else ''} is not running", server=url)
-        raise ServerError(f"the server at {url} {self._child.crash_report()}", server=url)
+        self._lifecycle.check()
 
     # ------------------------------------------------------------------ stop
 
+    def reap(self) -> str | None:
+        """Clean up after a crash; the log stays.
+
+        Returns:
+            The crash report: how it ended, the likely cause and the end of the log; ``None`` if it has not crashed.
+        """
+        return self._lifecycle.reap()
+
+    def kill(self) -> None:
+        """Kill the server, to start it again later."""
+        self.stop(kill=True)
+
     def stop(self, *, kill: bool = False) -> None:
-        """End the server and everything it started. Does nothing when it is not running, or not ours.
+        """End all processes of the server. Does nothing when it is not running, and on an attached copy.
 
         Args:
-            kill: end it at once. SGLang has nothing to save, so this is safe; without it the server is asked first,
-                finishes the requests it has, and is killed after ``config.stop_timeout_s``.
+            kill: kill at once, which is safe: SGLang has nothing to save. Otherwise the server gets SIGTERM, finishes
+                its running requests, and is killed after ``config.stop_timeout_s``.
         """
-        with self._lock:
-            child = self._child
-            if child is None or not self._is_owner():
-                return
-            if child.has_crashed:
-                child.keep_log = True
-            elif not kill and self.config.stop_timeout_s > 0:
-                child.ask_to_end(self.config.stop_timeout_s)
-            self._release()
+        self._lifecycle.stop(terminate_s=0.0 if kill else self.config.stop_timeout_s)
 
     def __enter__(self) -> SGLangServer:
-        return self.start() if self._child is None else self
+        return self if self._lifecycle.is_launched else self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, ServerError) and self._child is not None:
-            self._child.keep_log = True
+        if isinstance(error, ServerError):
+            self._lifecycle.keep_log()
         self.stop(kill=error is not None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "port": self._port}
+        return {"config": self.config, "port": self._lifecycle.port}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        SGLangServer.__init__(self, state["config"])
-        self._port = state["port"]
-        self._attached = True
+        self.config = state["config"]
+        self._lifecycle = _lifecycle(self.config, port=state["port"], attached=True)
 
     def __repr__(self) -> str:
-        where = self.url if self._port is not None else "not launched"
-        return f"SGLangServer({self.config.model!r}, {where}{'' if self._is_owner() else ', attached'})"
+        where = self.url if self._lifecycle.port is not None else "not launched"
+        return f"SGLangServer({self.config.model!r}, {where}{'' if self._lifecycle.is_owner else ', attached'})"
 
-    # ------------------------------------------------------------------ inside
 
-    def _is_owner(self) -> bool:
-        return not self._attached and (self._child is None or self._child.owner_pid == os.getpid())
+def _lifecycle(config: ServerConfig, *, port: int | None, attached: bool = False) -> ProcessLifecycle:
+    return ProcessLifecycle(
+        "server",
+        port=port,
+        url=partial(command.build_url, config),
+        probe=partial(_probe_ready, config),
+        start_timeout_s=config.start_timeout_s,
+        attached=attached,
+    )
 
-    def _wait_ready(self, started: float, progress: Callable[[str], None] | None) -> None:
-        deadline = started + self.config.start_timeout_s
-        said_at = started
-        endpoint = "/ready"
-        while True:
-            child = self._child
-            if child is None:
-                raise ServerStartError("the server was stopped while it was starting")
-            if not child.is_alive:
-                raise ServerStartError(f"the server {child.crash_report()}", server=self.url, log_tail=self.log_tail())
-            status = self._probe(endpoint)
-            if status == 404:  # before SGLang had /ready
-                endpoint = "/health"
-            elif status == 200 and child.is_listening:
-                child.forget_keys()
-                return
-            now = time.monotonic()
-            if now > deadline:
-                raise ServerStartError(
-                    f"the server is not ready after {self.config.start_timeout_s:g} s and was ended. Give it longer "
-                    f"(start_timeout_s), or see why in the log {child.log_path}, which ends:\n{self.log_tail(15)}",
-                    server=self.url,
-                    log_tail=self.log_tail(),
-                )
-            if progress is not None and now - said_at >= 1:
-                said_at = now
-                progress(f"{now - started:.0f} s: {last_meaningful_line(self.log_tail()) or 'starting'}")
-            time.sleep(_POLL_S)
 
-    def _probe(self, path: str) -> int | None:
-        """HTTP status of ``path``; ``None`` when nobody answers. Probes need no key, no proxy and no trust."""
-        host, port = command.probe_host(self.config.host), self._port
-        if command.uses_tls(self.config):
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, port, timeout=_PROBE_TIMEOUT_S, context=ssl._create_unverified_context()
-            )
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=_PROBE_TIMEOUT_S)
-        with contextlib.closing(connection):
-            try:
-                connection.request("GET", path)
-                return connection.getresponse().status
-            except (OSError, http.client.HTTPException):
-                return None
+def _launch_spec(config: ServerConfig, weight_version: str | None) -> LaunchSpec:
+    """How to start the server.
 
-    def _fail(self) -> None:
-        with self._lock:
-            if self._child is not None:
-                self._child.keep_log = True
-            self.stop(kill=True)
+    Raises:
+        ConfigError: something that can be checked beforehand is wrong.
+    """
+    command.check_config(config)
+    cpu = needs_cpu_engine(config)
+    same_python = config.python is None or command.find_python(config) == sys.executable
 
-    def _release(self) -> None:
-        """End what the last run may have left, and forget it."""
-        child, self._child = self._child, None
-        if child is None:
-            return
-        if self._finalizer is not None:
-            self._finalizer.detach()
-        self._last_log = read_end(child.log_path)
-        child.end()
+    def build_command(port: int, rendezvous_port: int, key_file: Path | None) -> list[str]:
+        return command.build_command(
+            config,
+            port=port,
+            rendezvous_port=rendezvous_port,
+            cpu=cpu,
+            key_file=key_file,
+            weight_version=weight_version,
+        )
+
+    return LaunchSpec(
+        build_command=build_command,
+        environment=child_environment(config, os.environ, cpu=cpu, same_python=same_python),
+        host=config.host,
+        log_name="sglang",
+        log_dir=config.log_dir,
+        keys=command.keys_as_yaml(config),
+        secrets=command.key_spellings(config),
+    )
+
+
+def _probe_ready(config: ServerConfig, port: int) -> bool | None:
+    """Whether the server on ``port`` takes requests; ``None`` when nothing answers."""
+    status = _http_status(config, port, "/ready")
+    if status == 404:  # SGLang before it had /ready
+        status = _http_status(config, port, "/health")
+    return None if status is None else status == 200
+
+
+def _http_status(config: ServerConfig, port: int, path: str) -> int | None:
+    """HTTP status of ``path``; ``None`` when nothing answers. Uses no key and no proxy, and trusts any certificate."""
+    host = command.probe_host(config.host)
+    if command.uses_tls(config):
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            host, port, timeout=_PROBE_TIMEOUT_S, context=ssl._create_unverified_context()
+        )
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=_PROBE_TIMEOUT_S)
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status
+        except (OSError, http.client.HTTPException):
+            return None

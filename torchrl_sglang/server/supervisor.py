@@ -1,17 +1,18 @@
-"""The small process between us and a server: starts it, keeps its log, and ends its whole tree when either side dies.
+"""The small process between the owner and a server: starts the server, writes its log, kills its tree at the end.
 
-Run by path with ``python -I -S``, standard library only, so that it is up in milliseconds and pulls in nothing of the
-trainer. Its order comes as JSON on stdin (not on the command line: it may hold keys)::
+The end is that of the server or of the owner. The supervisor runs by path with ``python -I -S`` and uses the standard
+library only, so that it starts in milliseconds and loads nothing of the trainer. It reads its order as JSON from stdin
+(the order may hold keys, and a command line can be read by everyone)::
 
     {"owner_pid": 1234, "command": ["python", "-m", ...], "log_path": "...", "secrets": ["..."],
      "secret_file": {"path": "...yaml", "content": "..."}}
 
-It answers with the server's pid on stdout, and later exits with the server's exit code (128 + signal when killed).
+It writes the server's pid to stdout, and later exits with the server's exit code (128 + signal when killed).
 
-Why a process and not the kernel's parent-death signal alone: that one fires when the *thread* that launched the server
-ends, and reaches only the direct child. Here the owner's death shows as a changed parent pid, whoever else inherited
-its pipes; and as a "subreaper" the supervisor stays the ancestor of every process the server ever starts, so walking
-down from it finds them all and leaves no zombie behind.
+The kernel's parent-death signal alone is not enough: it fires when the *thread* that launched the server ends, and
+reaches only the direct child. The supervisor sees the owner's death by its changed parent pid, even if other processes
+inherited the owner's pipes. And as a "subreaper" it stays the ancestor of every process that the server starts: it
+finds them all below itself, and leaves no zombie.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class ProcessRow(NamedTuple):
 
 
 def process_row(pid: int) -> ProcessRow | None:
-    """What ``/proc`` says of one process; ``None`` when there is no such process."""
+    """One process as ``/proc`` shows it; ``None`` when there is no such process."""
     try:
         stat = Path("/proc", str(pid), "stat").read_bytes()
     except OSError:
@@ -59,11 +60,11 @@ def process_table() -> dict[int, ProcessRow]:
     """Every process of this machine that ``/proc`` shows, by pid."""
     pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]  # noqa: PTH208
     rows = ((pid, process_row(pid)) for pid in pids)
-    return {pid: row for pid, row in rows if row is not None}  # without those that ended while we were looking
+    return {pid: row for pid, row in rows if row is not None}  # without those that ended meanwhile
 
 
 def tree_pids(root: int) -> set[int]:
-    """Living descendants of ``root`` and members of its session, without ``root`` itself."""
+    """Living descendants of ``root`` and members of its session, without ``root``."""
     table = process_table()
     members = {pid for pid, row in table.items() if row.session == root}
     grew = True
@@ -75,9 +76,9 @@ def tree_pids(root: int) -> set[int]:
 
 
 def kill_tree(root: int, timeout_s: float = 10.0) -> bool:
-    """SIGKILL everything below ``root``, again and again until nothing is left; ``False`` when something remains.
+    """Send SIGKILL to all processes below ``root`` until none is left; ``False`` if one is left at the deadline.
 
-    Repeated because a process may start another one between the look and the kill.
+    Repeats, because a process may start another one between listing and killing.
     """
     deadline = time.monotonic() + timeout_s
     while pids := tree_pids(root):
@@ -91,10 +92,10 @@ def kill_tree(root: int, timeout_s: float = 10.0) -> bool:
 
 
 def copy_log(source: BinaryIO, target: BinaryIO, secrets: list[bytes]) -> None:
-    """Copy line by line until the writers are gone, with every secret replaced by ``***``.
+    """Copy line by line until all writers have closed, with every secret replaced by ``***``.
 
-    SGLang prints its whole configuration, keys included, when it starts. Progress bars end their lines with a carriage
-    return, so that counts as an end of line too.
+    SGLang prints its whole configuration at its start, keys included. A carriage return ends a line too: progress bars
+    use it.
     """
     rest = b""
     while chunk := source.read1(65536):  # type: ignore[attr-defined]
@@ -132,16 +133,16 @@ def _announce_end(server: subprocess.Popen[bytes], ended: threading.Event) -> No
 
 def _supervise(order: dict[str, Any], prctl: Callable[..., int]) -> int:
     owner_pid = order["owner_pid"]
-    if os.getppid() != owner_pid:  # it died before we came up
+    if os.getppid() != owner_pid:  # the owner died before this process started
         return 1
     prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    # SIGTERM before there is a server to pass it on to ends this process, which is right.
+    # Until there is a server to pass SIGTERM on to, SIGTERM ends this process, as it should.
     server = subprocess.Popen(
         order["command"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # Should this process be killed by force, the server goes with it, and SGLang's own processes with the server.
+        # If this process is killed with SIGKILL, the server dies too, and SGLang's own processes die with the server.
         preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
     )
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())

@@ -1,4 +1,4 @@
-"""A folder that is made once: written beside its place, then moved there, and recognised by what it was made from."""
+"""A folder that is built once: in a temporary folder, then renamed, and recognised by a record of its recipe."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _RECIPE = "made_from.json"
 def cached_folder(path: Path, recipe: Mapping[str, object], build: Callable[[Path], None]) -> Path:
     """Return ``path``, filled by ``build`` unless it already holds the result of the same ``recipe``.
 
-    Nobody ever sees half a folder: it is built under another name and renamed when complete, so an interrupted build
-    leaves nothing that looks finished, and two processes may build at the same time.
+    The folder is built under another name and renamed when it is complete. So an interrupted build leaves nothing that
+    looks complete, and two processes may build at the same time.
 
     Args:
-        path: where the folder shall be.
-        recipe: what decides its content, as values that JSON can hold; kept in the folder.
-        build: fills the empty folder it is given.
+        path: the folder.
+        recipe: what decides its content, as JSON values; stored in the folder.
+        build: fills the empty folder that it gets.
 
     Returns:
         ``path``, absolute.
 
     Raises:
-        ConfigError: ``path`` holds something that was not made here; nothing is deleted.
+        ConfigError: ``path`` holds something that this function did not build; nothing is deleted.
 
     Examples:
         >>> import tempfile
@@ -71,13 +71,13 @@ def _refuse_foreign(path: Path) -> None:
     if not path.exists():
         return
     if not path.is_dir():
-        raise ConfigError(f"{path} is a file, and a folder of that name is to be made: choose another path")
+        raise ConfigError(f"{path} is a file, not a folder: choose another path")
     if any(path.iterdir()) and not (path / _RECIPE).exists():
         raise ConfigError(f"{path} holds files that were not made here and are not overwritten: choose an empty folder")
 
 
 def _move_into_place(partial: Path, path: Path, recipe: Mapping[str, object]) -> None:
-    if _made_from(path) == recipe:  # another process was faster, and may be reading its files already
+    if _made_from(path) == recipe:  # another process was faster, and may already read its files
         return
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)

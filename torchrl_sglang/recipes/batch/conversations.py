@@ -1,7 +1,7 @@
-"""Conversations of several turns as sequences of tokens, each read once, in which the assistant's own are marked.
+"""Conversations of several turns as one token sequence each, with a mask of the tokens that the assistant sampled.
 
-A conversation's tokens are those of its last turn: every turn's prompt begins with all tokens of the turn before, which
-is checked here. So one forward pass serves all turns.
+Every turn's prompt begins with all tokens of the turn before; this is checked here. So the last turn holds all tokens
+of a conversation, and one forward pass scores all turns.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ __all__ = ["Conversations"]
 class Conversations:
     """Completed conversations.
 
-    ``N`` counts the tokens after the first prompts: the assistant's, and those that tools and the chat template put
-    between them. Of the latter ``server_N`` is 0 and ``version_N`` is -1.
+    ``N`` counts all tokens after the first prompts: those of the assistant, and those of tools and of the chat template
+    between them. For the latter ``server_N`` is 0 and ``version_N`` is -1.
 
     Attributes:
-        tokens: the conversations; ``response_B_R`` is everything after the first prompt.
-        written_N: bool; the assistant has sampled this token.
-        turns_B: int64; answers per conversation.
+        tokens: the conversations; ``response_B_R`` holds all tokens after the first prompt.
+        written_N: bool; the assistant sampled this token.
+        turns_B: int64; number of answers per conversation.
     """
 
     tokens: Sequences
@@ -38,13 +38,13 @@ class Conversations:
 
     @classmethod
     def from_turns(cls, turns: Iterable[TensorDictBase]) -> Conversations:
-        """Read completed trajectories, as ``LLMCollector(yield_completed_trajectories=True)`` yields them.
+        """Join the turns of completed trajectories, as ``LLMCollector(yield_completed_trajectories=True)`` yields them.
 
         Args:
-            turns: one TensorDict each, ragged; those of one conversation after each other, the last one done.
+            turns: one ragged TensorDict per turn; the turns of a conversation follow each other, the last one is done.
 
         Raises:
-            ConfigError: a conversation that is cut off, or whose tokens changed from one turn to the next.
+            ConfigError: a conversation is incomplete, or its tokens changed from one turn to the next.
         """
         joined = [_join(one) for one in _split(turns)]
         return cls(
@@ -65,20 +65,20 @@ class Conversations:
 
     @property
     def num_written(self) -> int:
-        """Tokens that the assistant has sampled."""
+        """Number of tokens that the assistant sampled."""
         return int(self.written_N.sum())
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def to(self, device: torch.device) -> Conversations:
-        """The same on another device."""
+        """Copy to a device."""
         return Conversations(
             tokens=self.tokens.to(device), written_N=self.written_N.to(device), turns_B=self.turns_B.to(device)
         )
 
     def split(self, size: int) -> Iterator[tuple[slice, Sequences]]:
-        """Parts of at most ``size`` conversations, each with the slice of the N tokens that it holds."""
+        """Yield parts of at most ``size`` conversations, each with the slice of its tokens among the N."""
         return self.tokens.split(size)
 
 
@@ -91,7 +91,7 @@ def _split(turns: Iterable[TensorDictBase]) -> Iterator[list[TensorDictBase]]:
             conversation = []
     if conversation:
         raise ConfigError(
-            f"the last conversation is cut off after {len(conversation)} turns: collect completed trajectories "
+            f"the last conversation is incomplete after {len(conversation)} turns: collect completed trajectories "
             "(yield_completed_trajectories=True)"
         )
 
@@ -104,13 +104,13 @@ def _join(turns: list[TensorDictBase]) -> dict[str, torch.Tensor]:
     version = torch.full_like(response, -1)
     known = prompt
     for number, turn in enumerate(turns, 1):
-        asked, full = turn["tokens", "prompt"], turn["tokens", "full"]
-        if not torch.equal(asked[: len(known)], known):
+        turn_prompt, full = turn["tokens", "prompt"], turn["tokens", "full"]
+        if not torch.equal(turn_prompt[: len(known)], known):
             raise ConfigError(
-                f"the prompt of turn {number} does not begin with the tokens of the turn before, they were tokenized "
-                "anew: give the policy prefer_tokens=True"
+                f"the prompt of turn {number} does not begin with the tokens of the turn before; they were tokenized "
+                "again: create the policy with prefer_tokens=True"
             )
-        sampled = slice(len(asked) - len(prompt), len(full) - len(prompt))
+        sampled = slice(len(turn_prompt) - len(prompt), len(full) - len(prompt))
         written[sampled] = True
         server[sampled] = turn["log_probs", "response"]
         version[sampled] = turn["generation", "weight_version"]
@@ -127,6 +127,6 @@ def _join(turns: list[TensorDictBase]) -> dict[str, torch.Tensor]:
         "position": last[POSITION_KEY].reshape(()),
         "turns": torch.tensor(len(turns)),
     }
-    if "advantage" in last.keys():  # noqa: SIM118  a TensorDict is no dict
+    if "advantage" in last.keys():  # noqa: SIM118  a TensorDict is not a dict
         joined["advantage"] = last["advantage"].reshape(()).expand(len(response))
     return joined

@@ -1,4 +1,4 @@
-"""Numbers about a batch of answers, for a step's row."""
+"""Statistics of a batch of answers, for a row of ``metrics.csv``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["batch_numbers"]
 
 
 def batch_numbers(batch: Sequences, *, weight_version: int) -> dict[str, Any]:
-    """What a batch tells of reward, length and age.
+    """Statistics of reward, length and token age.
 
     Args:
-        batch: the answers that were trained on.
-        weight_version: version of the weights that were trained, which is what a token's age counts from.
+        batch: the answers of the step.
+        weight_version: version of the weights that the step updates; a token's age is the difference to it.
 
     Returns:
         ``reward_mean``, ``reward_std``, ``right_rate``, ``response_tokens_mean``, ``truncated_fraction``,

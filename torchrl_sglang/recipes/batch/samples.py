@@ -1,4 +1,4 @@
-"""Answers as lines of ``samples.jsonl``."""
+"""Convert answers to lines of ``samples.jsonl``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["sample_lines"]
 
 
 def sample_lines(step: int, sequences: Sequences, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """One JSON object per answer.
+    """Yield one JSON object per answer.
 
     Args:
-        step: the step that trained on them.
+        step: the step that trained on the answers.
         sequences: the answers.
-        tokenizer: turns ids into text.
+        tokenizer: decodes the ids.
 
     Yields:
         ``step``, ``prompt_ids``, ``response_ids``, ``log_probs`` and ``weight_versions`` (one per response token),

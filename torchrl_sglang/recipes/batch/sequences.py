@@ -1,7 +1,7 @@
-"""A batch of answers as flat tensors over tokens: what a loss and its statistics read.
+"""A batch of answers as flat tensors over tokens: the input of losses and statistics.
 
-``B`` answers; ``N`` response tokens of all of them, one answer after the other; ``T`` tokens of one prompt, ``R`` of
-one response.
+``B`` answers; ``N`` response tokens of all answers, one answer after the other; ``T`` tokens of one prompt; ``R``
+tokens of one response.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Sequences:
     Attributes:
         prompt_B_T: int64 ids per answer.
         response_B_R: int64 ids per answer.
-        server_N: float32; log-probs the server recorded.
+        server_N: float32; log-probs recorded by the server.
         version_N: int64; weight version of every token.
         reward_B: float32.
-        right_B: bool; ``False`` where the environment doesn't say.
-        truncated_B: bool; the answer was cut off.
-        position_B: int64; number of the question, -1 where the environment doesn't say.
-        advantage_N: float32, once it is known.
+        right_B: bool; ``False`` if the environment does not write it.
+        truncated_B: bool; the answer reached the length limit.
+        position_B: int64; number of the question, -1 if the environment does not write it.
+        advantage_N: float32; ``None`` until it is computed.
     """
 
     prompt_B_T: list[torch.Tensor]
@@ -46,18 +46,20 @@ class Sequences:
 
     @classmethod
     def from_tensordict(cls, td: TensorDictBase) -> Sequences:
-        """Read what :class:`SGLangWrapper` and an environment have written, ragged (``pad_output=False``).
+        """Read the ragged output (``pad_output=False``) of :class:`SGLangWrapper` and of an environment.
 
-        An ``advantage`` of shape ``(B, 1, 1)``, as ``MCAdvantage`` writes it, holds for every token of its answer.
+        An ``advantage`` of shape ``(B, 1, 1)``, as ``MCAdvantage`` writes it, applies to every token of its answer.
 
         Args:
-            td: of any batch shape, with ``tokens``, ``log_probs``, ``generation`` and ``("next", "reward")``.
+            td: any batch shape, with ``tokens``, ``log_probs``, ``generation`` and ``("next", "reward")``.
         """
         flat_B = td.reshape(-1)
         response_B_R = _ragged(flat_B, ("tokens", "response"))
         lengths_B = torch.tensor([len(ids_R) for ids_R in response_B_R], device=response_B_R[0].device)
         reward_B = flat_B["next", "reward"].reshape(len(flat_B), -1).sum(-1).float()
-        right = flat_B.get(("next", "right"), flat_B.get(("next", "success"), None))  # ours, and TorchRL's word for it
+        right = flat_B.get(
+            ("next", "right"), flat_B.get(("next", "success"), None)
+        )  # TorchRL's environments write "success"
         position = flat_B.get(POSITION_KEY, None)
         advantage = flat_B.get("advantage", None)
         return cls(
@@ -74,37 +76,37 @@ class Sequences:
 
     @property
     def lengths_B(self) -> list[int]:
-        """Response tokens per answer."""
+        """Number of response tokens per answer."""
         return [len(ids_R) for ids_R in self.response_B_R]
 
     @property
     def num_tokens(self) -> int:
-        """Response tokens of all answers."""
+        """Number of response tokens of all answers."""
         return len(self.server_N)
 
     def __len__(self) -> int:
         return len(self.response_B_R)
 
     def next_position(self, position: int, questions: int) -> int:
-        """Number of the first question that comes after these.
+        """Number of the first question after those of this batch.
 
         Args:
-            position: number of the first question before these were taken.
-            questions: how many they are, for environments that don't number theirs.
+            position: the number before this batch.
+            questions: number of questions in the batch, for environments that do not number them.
         """
         last = int(self.position_B.max())
         return position + questions if last < 0 else max(position, last + 1)
 
     def with_advantage(self, advantage_N: torch.Tensor) -> Sequences:
-        """The same answers with an advantage per token."""
+        """Copy with an advantage per token."""
         return replace(self, advantage_N=advantage_N)
 
     def per_answer(self, values_N: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Values per token as one ``(R,)`` tensor per answer."""
+        """Split values per token into one ``(R,)`` tensor per answer."""
         return torch.split(values_N, self.lengths_B)
 
     def split(self, size: int) -> Iterator[tuple[slice, Sequences]]:
-        """Parts of at most ``size`` answers, each with the slice of the N tokens that it holds.
+        """Yield parts of at most ``size`` answers, each with the slice of its tokens among the N.
 
         Examples:
             >>> parts = [(tokens, len(part)) for tokens, part in example().split(2)]
@@ -119,7 +121,7 @@ class Sequences:
             yield tokens, self._part(answers, tokens)
 
     def to(self, device: Any) -> Sequences:
-        """The same on another device."""
+        """Copy to a device."""
         moved = {name: _moved(getattr(self, name), device) for name in self.__slots__}
         return Sequences(**moved)
 
@@ -132,7 +134,7 @@ class Sequences:
 
 
 def example() -> Sequences:
-    """Three answers of two, one and one tokens, for examples and tests."""
+    """Three answers with two, one and one tokens, for doctests."""
     responses = [torch.tensor([7, 8]), torch.tensor([9]), torch.tensor([6])]
     return Sequences(
         prompt_B_T=[torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5])],

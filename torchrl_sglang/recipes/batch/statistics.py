@@ -1,7 +1,6 @@
-"""Is what the trainer learns from what it thinks it is? Numbers for every step, from log-probs and versions alone.
+"""Statistics that show whether the trainer learns from what it assumes: log-prob gaps, importance ratios, KL, age.
 
-``N`` counts the response tokens of a batch, one after the other; ``B`` its sequences. All functions are pure, and none
-lets a gradient through.
+``N`` counts the response tokens of a batch, one answer after the other. All functions are pure and pass no gradient.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import torch
 __all__ = ["effective_sample_size", "kl_estimates", "staleness_histogram", "staleness_text", "training_signal"]
 
 _LOG_RATIO_LIMIT = 20.0
-"""exp(20) is 5e8: enough to show that something is wrong, and still finite in float32 sums."""
+"""exp(20) is 5e8: large enough to show an error, and finite in float32 sums."""
 
 
 def training_signal(
@@ -22,7 +21,7 @@ def training_signal(
     reference_N: torch.Tensor | None = None,
     entropy_N: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """Compare what the trainer's model says of sampled tokens with what the server recorded.
+    """Compare the trainer's log-probs of sampled tokens with those that the server recorded.
 
     Args:
         trainer_N: float; log-probs under the trainer's model before the update.
@@ -65,15 +64,15 @@ def training_signal(
 
 
 def kl_estimates(*, log_sampled_N: torch.Tensor, log_other_N: torch.Tensor) -> tuple[float, float]:
-    """Two estimates of KL(sampled || other), in nats per token, from tokens that ``sampled`` has drawn.
+    """Two estimates of KL(sampled || other) in nats per token, from tokens drawn from ``sampled``.
 
     Args:
-        log_sampled_N: float; log-probs under the distribution the tokens come from.
-        log_other_N: float; log-probs of the same tokens under the other.
+        log_sampled_N: float; log-probs under the distribution that the tokens were drawn from.
+        log_other_N: float; log-probs of the same tokens under the other distribution.
 
     Returns:
         ``k1``, the mean of the log-ratio: unbiased, may be negative; ``k3``, the mean of ``r - 1 - log r`` with
-        ``r = other / sampled``: unbiased as well, never negative, less scattered (Schulman, 2020).
+        ``r = other / sampled``: unbiased, never negative, lower variance (Schulman, 2020).
 
     Examples:
         >>> p, q = torch.tensor([0.75, 0.25]).log(), torch.tensor([0.5, 0.5]).log()
@@ -88,7 +87,7 @@ def kl_estimates(*, log_sampled_N: torch.Tensor, log_other_N: torch.Tensor) -> t
 
 
 def effective_sample_size(weights_N: torch.Tensor) -> float:
-    """Kish's effective sample size as a fraction of N: 1 when all weights are equal, 1/N when one outweighs the rest.
+    """Kish's effective sample size as a fraction of N: 1 if all weights are equal, 1/N if one dominates.
 
     Examples:
         >>> effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0]))
@@ -101,14 +100,14 @@ def effective_sample_size(weights_N: torch.Tensor) -> float:
 
 
 def staleness_histogram(version_N: torch.Tensor, current_version: int) -> dict[int, int]:
-    """How many tokens were made by weights how many versions back.
+    """Count tokens by the age of the weights that sampled them, in versions.
 
     Args:
         version_N: int64; the weight version of every token (:attr:`Generation.weight_version`).
-        current_version: the version of the weights being trained.
+        current_version: version of the weights being trained.
 
     Returns:
-        Versions back to number of tokens, in order. Tokens of unknown version (-1) are left out.
+        Age to number of tokens, in ascending order. Tokens of unknown version (-1) are left out.
 
     Examples:
         >>> staleness_histogram(torch.tensor([3, 3, 4, 5, -1]), current_version=5)
@@ -120,7 +119,7 @@ def staleness_histogram(version_N: torch.Tensor, current_version: int) -> dict[i
 
 
 def staleness_text(histogram: dict[int, int]) -> str:
-    """A histogram as one field of a table.
+    """Format a histogram as one field of a table.
 
     Examples:
         >>> staleness_text({0: 12, 2: 3})

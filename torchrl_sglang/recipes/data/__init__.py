@@ -1,1 +1,4 @@
-"""Questions, tasks, rewards and environments. May import nothing else of the recipes."""
+"""Questions, tasks, rewards, environments and their evaluation.
+
+May import: ``setup``. Order: setup < data < batch < losses < run < tools.
+"""

@@ -1,4 +1,4 @@
-"""A task as a TorchRL environment that asks questions in groups."""
+"""Build TorchRL environments that ask a task's questions in groups."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = ["chat_env", "make_env", "make_test_env"]
 def make_env(
     task: Task | EnvTask, tokenizer: Any, *, questions: int, answers: int, seed: int, start: int = 0
 ) -> TransformedEnv:
-    """An environment whose every batch holds ``questions`` questions, ``answers`` times each, one after the other.
+    """Make a training environment: each batch holds ``questions`` questions, each repeated ``answers`` times in a row.
 
     Args:
-        task: what is asked and how it is scored.
+        task: the questions and their scoring.
         tokenizer: has the chat template.
-        questions: per batch.
-        answers: per question.
-        seed: of the order of questions.
-        start: number of the first question that is collected.
+        questions: number of questions per batch.
+        answers: number of answers per question.
+        seed: seed of the order of questions.
+        start: number of the first question.
 
     Returns:
-        A ``ChatEnv`` of batch size ``(questions * answers,)`` with ``query``, ``answer`` and ``position`` beside the
-        conversation, and :class:`RewardTransform`; of an :class:`EnvTask` what that makes.
+        A ``ChatEnv`` of batch size ``(questions * answers,)`` that scores the answers. It writes ``query``, ``answer``
+        and ``position`` beside the conversation. For an :class:`EnvTask`, that task's own environment.
     """
     if isinstance(task, EnvTask):
         return task.make(tokenizer, questions=questions, answers=answers, seed=seed, start=start)
@@ -42,37 +42,37 @@ def make_env(
 
 
 def make_test_env(task: Task | EnvTask, tokenizer: Any, *, questions: int, answers: int) -> TransformedEnv:
-    """An environment that asks the first ``questions`` held-out questions each time it is reset.
+    """Make an evaluation environment: every reset asks the first ``questions`` held-out questions.
 
     Args:
-        task: what is asked and how it is scored.
+        task: the questions and their scoring.
         tokenizer: has the chat template.
-        questions: how many; fewer where the task has fewer.
-        answers: per question.
+        questions: number of questions; fewer if the task has fewer.
+        answers: number of answers per question.
 
     Raises:
-        ConfigError: the task keeps none apart.
+        ConfigError: the task has no held-out questions.
     """
     if isinstance(task, EnvTask):
         return task.make_test(tokenizer, questions=questions, answers=answers)
     held_out: Sequence[Question] = task.held_out[:questions]
     stream = QuestionStream(held_out, seed=None)
-    asked, reward = len(held_out), RewardTransform(task.score)
-    return chat_env(stream.loader(asked), reward, task, tokenizer, questions=asked, answers=answers)
+    size, reward = len(held_out), RewardTransform(task.score)
+    return chat_env(stream.loader(size), reward, task, tokenizer, questions=size, answers=answers)
 
 
 def chat_env(
     loader: DataLoader[Any], transform: Transform, task: Task, tokenizer: Any, *, questions: int, answers: int
 ) -> TransformedEnv:
-    """A ``ChatEnv`` of batch size ``(questions * answers,)`` with the transform that answers and scores.
+    """Make a ``ChatEnv`` of batch size ``(questions * answers,)`` with a transform that scores the answers.
 
     Args:
         loader: yields questions.
-        transform: what happens after each answer.
-        task: its system prompt.
+        transform: runs after each answer.
+        task: gives the system prompt.
         tokenizer: has the chat template.
-        questions: asked at the same time...
-        answers: ...so many times each.
+        questions: number of questions asked at the same time.
+        answers: number of answers per question.
     """
     env = ChatEnv.from_dataloader(
         loader,

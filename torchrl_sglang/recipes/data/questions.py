@@ -1,4 +1,4 @@
-"""An endless, seeded order of questions that can be entered at any position."""
+"""An endless, seeded stream of questions that can start at any position."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torchrl_sglang.config.checking import require
 __all__ = ["POSITION_KEY", "Question", "QuestionStream"]
 
 POSITION_KEY = "position"
-"""Where a batch carries its questions' positions (int64, one per sequence)."""
+"""Key of a batch's question numbers (int64, one per sequence)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One task for the model.
+    """A question and its reference answer.
 
     Attributes:
-        query: what the user says.
-        answer: what the reward function compares with.
+        query: the user message.
+        answer: the reference answer that the reward function compares with.
     """
 
     query: str
@@ -31,18 +31,19 @@ class Question:
 
 
 class QuestionStream(IterableDataset[dict[str, str | int]]):
-    """Question number 0, 1, 2, ...: every pass over the questions in another order, all known from the seed.
+    """Yields question number 0, 1, 2, ... without end; each pass over the questions has its own seeded order.
 
-    Question ``i`` is the same in every run with this seed, however often the run was stopped in between. Items carry
-    their number under ``"position"``, so that a trainer knows how far it has come, whatever was generated ahead.
+    Question ``i`` depends on the seed alone, so a resumed run continues with the same questions. Each item has its
+    number under ``"position"``: the trainer knows which questions it has trained on, also when batches are generated
+    ahead.
 
     Args:
         questions: at least one.
-        seed: of the order; ``None`` keeps them as they are.
+        seed: seed of the order; ``None`` keeps the given order.
         start: number of the first question.
 
     Raises:
-        ConfigError: no questions.
+        ConfigError: there are no questions, or ``start`` is negative.
 
     Examples:
         >>> stream = QuestionStream([Question(query=c, answer="") for c in "abc"], seed=0)
@@ -57,7 +58,7 @@ class QuestionStream(IterableDataset[dict[str, str | int]]):
     def __init__(self, questions: Sequence[Question], *, seed: int | None, start: int = 0) -> None:
         super().__init__()
         require(len(questions) > 0, "there are no questions")
-        require(start >= 0, f"start is the number of a question, got {start}")
+        require(start >= 0, f"start must be at least 0, got {start}")
         self.questions = tuple(questions)
         self.start = start
         self._seed = seed
@@ -65,7 +66,7 @@ class QuestionStream(IterableDataset[dict[str, str | int]]):
         self._order: list[int] = []
 
     def at(self, number: int) -> Question:
-        """Question ``number``."""
+        """Return question ``number``."""
         pass_number, place = divmod(number, len(self.questions))
         if self._seed is None:
             return self.questions[place]
@@ -81,5 +82,5 @@ class QuestionStream(IterableDataset[dict[str, str | int]]):
             yield {"query": question.query, "answer": question.answer, POSITION_KEY: number}
 
     def loader(self, batch_size: int) -> DataLoader[dict[str, str | int]]:
-        """A data loader over the stream."""
+        """Make a data loader over the stream."""
         return DataLoader(self, batch_size=batch_size)

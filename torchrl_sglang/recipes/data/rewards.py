@@ -1,7 +1,7 @@
-"""From an answer to a reward: scoring functions, and the transform that runs one inside a TorchRL environment.
+"""Scoring functions, and the transform that runs one inside a TorchRL environment.
 
-A scoring function takes the answer's text, the truth, and whether the answer ended by itself; it returns the reward and
-whether the answer is right, which is what pass@k counts.
+A scoring function takes the answer's text, the reference answer, and whether the answer ended before the length limit.
+It returns the reward, and whether the answer is right, for pass@k.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ Scorer = Callable[[str, str, bool], Score]
 
 
 def score_sum(answer: str, truth: str, in_time: bool) -> Score:
-    """0.7 if the last number is the truth, 0.2 times the share of digits, 0.1 for ending in time; 0 without a number.
+    """Score a sum: 0.7 if the last number is right, plus 0.2 times the share of digits, plus 0.1 for ending in time.
 
-    The two smaller parts lead a model that seldom has it right to short answers that hold a number.
+    An answer without a number scores 0. The two smaller parts lead a model that is seldom right to short answers that
+    contain a number.
 
     Examples:
         >>> score_sum("5 + 2 = 7", "7", False)  # 3 of 9 characters are digits
@@ -40,7 +41,7 @@ def score_sum(answer: str, truth: str, in_time: bool) -> Score:
 
 
 def score_number(answer: str, truth: str, in_time: bool) -> Score:
-    r"""1 if the answer's last number, or the one in ``\boxed{}``, equals that of the truth (after ``####``, if any).
+    r"""Score 1 if the answer's last number, or the one in ``\boxed{}``, is the reference's (after ``####``, if any).
 
     Examples:
         >>> score_number("so she has 1,250 apples left.", "5 * 250 = 1250 #### 1250", True)
@@ -48,13 +49,13 @@ def score_number(answer: str, truth: str, in_time: bool) -> Score:
         >>> score_number(r"5 or 6, thus \boxed{5}, not 6", "5", True)
         (1.0, True)
     """
-    said, wanted = _last_number(answer), _last_number(truth.split("####")[-1])
-    right = said is not None and said == wanted
+    found, expected = _last_number(answer), _last_number(truth.split("####")[-1])
+    right = found is not None and found == expected
     return float(right), right
 
 
 def score_exact(answer: str, truth: str, in_time: bool) -> Score:
-    """1 if the answer is the truth, but for white space and letter case.
+    """Score 1 if the answer equals the reference, ignoring white space and letter case.
 
     Examples:
         >>> score_exact(" Paris ", "paris", True)
@@ -65,12 +66,12 @@ def score_exact(answer: str, truth: str, in_time: bool) -> Score:
 
 
 def score_countdown(answer: str, truth: str, in_time: bool) -> Score:
-    """1 for an expression that reaches the target, 0.1 for any other in ``<answer>`` tags: TorchRL's own rules.
+    """Score 1 for an expression that reaches the target, 0.1 for any other in ``<answer>`` tags, by TorchRL's rules.
 
     Args:
-        answer: what the model said.
+        answer: the model's answer.
         truth: ``target=23, numbers=4,10,9``, as :class:`torchrl.envs.llm.CountdownEnv` writes it.
-        in_time: not looked at.
+        in_time: not used.
 
     Examples:
         >>> score_countdown("<answer>4 + 10 + 9</answer>", "target=23, numbers=4,10,9", True)
@@ -93,12 +94,12 @@ def _last_number(text: str) -> float | None:
 class RewardTransform(Transform):
     """Scores every answer of a step and ends the episode: one question, one answer.
 
-    Writes ``reward`` (float32) and ``right`` (bool), both ``(*batch, 1, 1)``: a token dimension of size one, which
-    TorchRL's losses and advantages want.
+    Writes ``reward`` (float32) and ``right`` (bool), both ``(*batch, 1, 1)``: TorchRL's losses and advantages require
+    a token dimension.
 
     Args:
         score: the scoring function.
-        answer_key: where the truth is.
+        answer_key: key of the reference answer.
     """
 
     def __init__(self, score: Scorer, *, answer_key: str = "answer") -> None:
@@ -128,7 +129,7 @@ class RewardTransform(Transform):
         return next_tensordict
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
-        """Both have a token dimension and a value dimension."""
+        """Add a token dimension and a value dimension to both entries."""
         shape: Any = (*reward_spec.shape, 1, 1)
         reward_spec["reward"] = Unbounded(shape)
         reward_spec["right"] = Unbounded(shape, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What a model is trained on: questions to train with, others to be tested with, and how answers are scored."""
+"""Tasks: training questions, held-out questions and a scoring function, selected by ``task.name``."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ __all__ = ["Task", "arithmetic", "countdown", "jsonl", "make_task", "python_sums
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Questions and how answers are scored.
+    """Questions and their scoring function.
 
     Attributes:
         train: questions to train on.
-        held_out: questions that are only asked in evaluations; none of them is among ``train``.
+        held_out: questions for evaluations; none of them is in ``train``.
         score: the scoring function.
-        system_prompt: said before every question; ``""`` says nothing, and keeps a chat template from putting its own.
+        system_prompt: system message before every question; ``""`` is an empty one, which also keeps a chat template
+            from inserting its default.
     """
 
     train: Sequence[Question]
@@ -44,8 +45,8 @@ def arithmetic(*, largest: int = 9, held_out: int = 16, seed: int = 0) -> Task:
 
     Args:
         largest: the largest number.
-        held_out: how many of the ``largest ** 2`` sums are kept for evaluation.
-        seed: which ones.
+        held_out: how many of the ``largest ** 2`` sums are held out.
+        seed: seed of the choice of held-out sums.
 
     Examples:
         >>> task = arithmetic(largest=3, held_out=2)
@@ -64,14 +65,14 @@ def arithmetic(*, largest: int = 9, held_out: int = 16, seed: int = 0) -> Task:
 def python_sums(
     *, smallest: int = 100, largest: int = 999, questions: int = 1024, held_out: int = 16, seed: int = 0
 ) -> Task:
-    """Sums for a model that may run Python (``grpo_tools.py``); too large for a small one to do in its head.
+    """Sums for a model that may run Python (``grpo_tools.py``); a small model rarely gets them right without it.
 
     Args:
         smallest: the smallest number.
         largest: the largest number.
-        questions: how many are drawn to train on.
-        held_out: how many are kept for evaluation.
-        seed: what is drawn.
+        questions: number of training questions.
+        held_out: number of held-out questions.
+        seed: seed of the draw.
 
     Examples:
         >>> task = python_sums(questions=2, held_out=1)
@@ -96,15 +97,15 @@ def countdown(
     held_out: int = 32,
     seed: int = 0,
 ) -> Task:
-    """TorchRL's Countdown: reach a target with given numbers, each used at most once.
+    """TorchRL's Countdown: write an expression that reaches a target and uses each given number at most once.
 
     Args:
-        numbers: how many numbers are given.
+        numbers: how many numbers a question gives.
         largest: the largest of them.
         largest_target: the largest target.
-        questions: how many are drawn to train on.
-        held_out: how many are kept for evaluation.
-        seed: what is drawn.
+        questions: number of training questions.
+        held_out: number of held-out questions.
+        seed: seed of the draw.
     """
     env = CountdownEnv(
         num_count=numbers,
@@ -115,7 +116,7 @@ def countdown(
         compute_reward=False,
     )
     drawn = env.reset()
-    pairs = dict(zip(list(drawn["query"]), list(drawn["answer"]), strict=True))  # a question drawn twice is one
+    pairs = dict(zip(list(drawn["query"]), list(drawn["answer"]), strict=True))  # drops duplicates
     made = [Question(query=query, answer=answer) for query, answer in pairs.items()]
     require(len(made) > held_out, f"only {len(made)} different questions can be drawn: lower held_out={held_out}")
     return Task(
@@ -140,20 +141,20 @@ def jsonl(
     system_prompt: str = "",
     seed: int = 0,
 ) -> Task:
-    """Questions from a file with a JSON object per line; GSM8K's own files, for one, with ``prompt_key=question``.
+    """Questions from a file with one JSON object per line, e.g. GSM8K's files with ``prompt_key=question``.
 
     Args:
         path: the file.
-        prompt_key: which field is the question.
-        answer_key: which field is the truth.
+        prompt_key: name of the field with the question.
+        answer_key: name of the field with the reference answer.
         score: ``number``, ``exact`` or ``sum``: see :mod:`torchrl_sglang.recipes.data.rewards`.
-        held_out: how many lines are kept for evaluation, unless...
-        held_out_path: ...they come from a file of their own.
-        system_prompt: said before every question.
-        seed: which lines are kept.
+        held_out: number of lines to hold out; not used with ``held_out_path``.
+        held_out_path: a separate file with the held-out questions.
+        system_prompt: system message before every question.
+        seed: seed of the choice of held-out lines.
 
     Raises:
-        ConfigError: no such file, a line that isn't what it should be (by number), or an unknown ``score``.
+        ConfigError: the file does not exist, a line is invalid (the message has its number), or ``score`` is unknown.
     """
     if score not in SCORERS:
         raise ConfigError(f"unknown score {score!r}.{nearest_name(score, list(SCORERS))} There are {list(SCORERS)}")
@@ -166,10 +167,10 @@ def jsonl(
 
 
 def read_jsonl(path: Path, prompt_key: str, answer_key: str) -> list[Question]:
-    """Questions of a JSONL file; empty lines don't count.
+    """Read the questions of a JSONL file; empty lines are skipped.
 
     Raises:
-        ConfigError: no such file, or a line that is no JSON object with both keys.
+        ConfigError: the file does not exist, or a line is not a JSON object with both keys.
     """
     if not path.exists():
         raise ConfigError(f"there is no file {path}")
@@ -201,7 +202,7 @@ TASKS = {
 
 
 def make_task(settings: Mapping[str, Any]) -> Task | EnvTask:
-    """The task of a config node: ``name``, and arguments of the function of that name in this module.
+    """Make the task of a config node: ``name`` selects a function of this module, the other keys are its arguments.
 
     Raises:
         ConfigError: an unknown name or argument.
@@ -227,10 +228,10 @@ def make_task(settings: Mapping[str, Any]) -> Task | EnvTask:
 
 
 def split(questions: Sequence[Question], held_out: int, seed: int) -> tuple[list[Question], list[Question]]:
-    """Keep ``held_out`` questions apart, the same ones for the same seed; both parts in their old order.
+    """Split questions into a training and a held-out part, determined by the seed; both keep the given order.
 
     Raises:
-        ConfigError: nothing would be left to train on.
+        ConfigError: no training question would be left.
     """
     require(held_out >= 0, f"held_out must be at least 0, got {held_out}")
     require(held_out < len(questions), f"held_out={held_out} of {len(questions)} questions leaves none to train on")

@@ -1,4 +1,4 @@
-"""Tasks that are a TorchRL environment already: GSM8K, MATH, IFEval from a local copy of their data, Countdown."""
+"""Tasks that TorchRL provides as environments: GSM8K, MATH, IFEval (from a local copy of the data), Countdown."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["EnvTask", "torchrl_env"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvTask:
-    """A TorchRL environment that brings its own questions and rewards.
+    """A TorchRL environment that has its own questions and rewards.
 
     Attributes:
-        env: the class; it writes ``reward``, and ``success`` where it says what is right.
+        env: the class; it writes ``reward``, and ``success`` if it knows which answers are right.
         settings: keyword arguments of the class, such as ``dataset``, the path of a local copy.
-        held_out: arguments that are others in evaluations.
+        held_out: keyword arguments that replace some of ``settings`` in evaluations.
     """
 
     env: type[DatasetChatEnv]
@@ -32,14 +32,14 @@ class EnvTask:
     held_out: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self, tokenizer: Any, *, questions: int, answers: int, seed: int, start: int = 0) -> DatasetChatEnv:
-        """The environment, past its first ``start`` questions.
+        """Make the training environment and skip its first ``start`` questions.
 
         Args:
             tokenizer: has the chat template.
-            questions: per batch.
-            answers: per question.
-            seed: of the order of questions.
-            start: how many questions to leave out: whole batches of them.
+            questions: number of questions per batch.
+            answers: number of answers per question.
+            seed: seed of the order of questions.
+            start: number of questions to skip, rounded down to whole batches.
         """
         env = self._made(tokenizer, questions, answers, seed, self.settings)
         for _ in range(start // questions):
@@ -47,15 +47,15 @@ class EnvTask:
         return env
 
     def make_test(self, tokenizer: Any, *, questions: int, answers: int) -> DatasetChatEnv:
-        """The environment for evaluations.
+        """Make the evaluation environment.
 
         Raises:
-            ConfigError: nothing says how it differs from the one that is trained on.
+            ConfigError: ``held_out`` is empty, so the environment would ask the training questions.
         """
         require(
             bool(self.held_out),
-            "task.held_out must say what evaluations ask, e.g. {dataset: /data/gsm8k-test}: it would be the questions "
-            "that are trained on",
+            "task.held_out must say which questions evaluations ask, e.g. {dataset: /data/gsm8k-test}; without it they "
+            "would be the training questions",
         )
         return self._made(tokenizer, questions, answers, 0, {**self.settings, **self.held_out})
 
@@ -79,15 +79,15 @@ class EnvTask:
 def torchrl_env(
     *, env: str, held_out: Mapping[str, Any] | None = None, settings: Mapping[str, Any] | None = None
 ) -> EnvTask:
-    """A task by the name of a class in ``torchrl.envs.llm``.
+    """Make a task from the name of a class in ``torchrl.envs.llm``.
 
     Args:
         env: ``GSM8KEnv``, ``MATHEnv``, ``IFEvalEnv`` (all of which need the package ``datasets``) or ``CountdownEnv``.
-        held_out: arguments that are others in evaluations.
-        settings: arguments of the class, e.g. ``{dataset: /data/gsm8k}``.
+        held_out: arguments that replace some of ``settings`` in evaluations.
+        settings: keyword arguments of the class, e.g. ``{dataset: /data/gsm8k}``.
 
     Raises:
-        ConfigError: no such class.
+        ConfigError: there is no such class.
 
     Examples:
         >>> torchrl_env(env="CountdownEnv", settings={"num_count": 3}).env.__name__

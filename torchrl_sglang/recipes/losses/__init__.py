@@ -1,1 +1,4 @@
-"""Losses, critics and reference models. May import: ``data``, ``batch``, ``setup``."""
+"""Token scores, losses, critics and reference models.
+
+May import: ``setup``, ``data``, ``batch``. Order: setup < data < batch < losses < run < tools.
+"""

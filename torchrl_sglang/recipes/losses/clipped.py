@@ -1,4 +1,4 @@
-"""Policy and value losses per token, as plain functions. ``N`` counts the response tokens of a batch."""
+"""Policy and value losses per token, as functions. ``N`` counts the response tokens of a batch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def clipped_policy_loss(
         log_probs_N: float, with gradient; log-probs under the policy being trained.
         old_log_probs_N: float; log-probs before the first step on this batch.
         advantage_N: float.
-        clip_epsilon: the ratio new / old earns nothing outside ``1 +- clip_epsilon``.
+        clip_epsilon: moving the ratio new / old beyond ``1 +- clip_epsilon`` does not lower the loss.
 
     Returns:
-        ``(N,)`` losses; their mean is what is to be minimised.
+        ``(N,)`` losses; minimise their mean.
 
     Examples:
         >>> old = torch.tensor([0.5, 0.5]).log()
@@ -34,12 +34,12 @@ def clipped_policy_loss(
 def clipped_value_loss(
     values_N: torch.Tensor, old_values_N: torch.Tensor, returns_N: torch.Tensor, *, clip_epsilon: float
 ) -> torch.Tensor:
-    """Squared error of value estimates, half of it, that gains nothing by moving further than ``clip_epsilon``.
+    """PPO's clipped value loss: half the squared error, without gain from moving further than ``clip_epsilon``.
 
     Args:
         values_N: float, with gradient.
         old_values_N: float; estimates before the first step on this batch.
-        returns_N: float; what they should have been.
+        returns_N: float; the returns that the estimates should match.
         clip_epsilon: how far an estimate may move on one batch, in units of the return.
 
     Returns:

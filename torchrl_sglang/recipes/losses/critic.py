@@ -1,4 +1,4 @@
-"""Value estimates per token: a head on the policy's own trunk, or a model of its own."""
+"""Value estimates per token: a linear head on the policy's hidden states, or on a separate trunk."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Critic"]
 
 
 class Critic(nn.Module):
-    """Estimates what an answer will earn, before each of its tokens is chosen.
+    """Estimates an answer's return before each of its tokens is chosen.
 
     Args:
-        hidden_size: of the trunk.
-        trunk: a model without a language model head, trained together with the value head; ``None`` puts the head on
-            the policy's hidden states, through which its gradient then flows too.
+        hidden_size: hidden size of the trunk.
+        trunk: a model without a language model head, trained together with the value head. ``None`` puts the head on
+            the policy's hidden states; its gradient then flows into the policy too.
 
-    The head starts at zero: until it has learned, advantages are rewards.
+    The head starts at zero, so the first advantages are sums of rewards.
     """
 
     def __init__(self, hidden_size: int, trunk: nn.Module | None = None) -> None:
@@ -34,18 +34,18 @@ class Critic(nn.Module):
 
     @property
     def wants_hidden(self) -> bool:
-        """Whether it reads the policy's hidden states: ``score_tokens(..., hidden=critic.wants_hidden)``."""
+        """Whether it needs the policy's hidden states: ``score_tokens(..., hidden=critic.wants_hidden)``."""
         return self.trunk is None
 
     def forward(self, sequences: Sequences, scores: TokenScores) -> torch.Tensor:
-        """Values of ``N`` response tokens, float32, with gradient.
+        """Compute the values of ``N`` response tokens; float32, with gradient.
 
         Args:
             sequences: the answers.
-            scores: the policy's view of them.
+            scores: the policy's scores of them.
 
         Raises:
-            ConfigError: the scores lack the hidden states that are needed.
+            ConfigError: the scores have no hidden states, but the head needs them.
         """
         hidden_NH: Any = scores.hidden_NH if self.trunk is None else hidden_states(self.trunk, sequences)
         if hidden_NH is None:

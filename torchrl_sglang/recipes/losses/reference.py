@@ -1,4 +1,4 @@
-"""A reference model that never changes: on servers of its own, or a copy in the trainer's process."""
+"""Score answers with a frozen reference model: on its own servers, or as a copy in the trainer's process."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from torchrl_sglang.rollout import SGLangWrapper
 __all__ = ["Reference", "make_reference", "score_on_servers"]
 
 Reference = Callable[[Sequences], torch.Tensor]
-"""From answers to the log-prob of every response token, float32 of shape (N,)."""
+"""Maps answers to the log-prob of every response token; float32 of shape (N,)."""
 
 
 def make_reference(
     config: DictConfig, servers: AsyncSGLang, *, micro_batch: int, progress: Callable[[str], None] | None = None
 ) -> Reference:
-    """The reference model that ``config.reference.kind`` asks for.
+    """Make the reference model that ``config.reference.kind`` selects.
 
     Args:
-        config: ``reference.kind`` is ``server`` (the node ``reference_engine`` says which) or ``copy``, which loads
-            ``model`` once more, frozen, to where the trainer computes (``train.device``).
-        servers: those that the trained weights go to; the reference must not be one of them.
+        config: ``reference.kind`` is ``server`` (configured by the node ``reference_engine``) or ``copy``, which loads
+            a frozen copy of ``model`` on the trainer's device (``train.device``).
+        servers: the servers that receive the trained weights; the reference must not be one of them.
         micro_batch: answers per forward pass of a copy.
         progress: called with a line of text while servers load.
 
     Raises:
-        ConfigError: another kind, or the trained model's own servers.
+        ConfigError: another kind, or a reference on a server that receives the trained weights.
     """
     kind = config.reference.kind
     require(kind in ("server", "copy"), f"reference.kind must be 'server' or 'copy', got {kind!r}")
@@ -47,18 +47,18 @@ def make_reference(
     shared = {client.url for client in engine.pool.clients} & {client.url for client in servers.pool.clients}
     require(
         not shared,
-        f"{sorted(shared)} can't be the reference: the trained weights are sent there. Give reference_engine.url "
-        "another server, or none to have one launched",
+        f"{sorted(shared)} can't be the reference: these servers receive the trained weights. Set reference_engine.url "
+        "to another server, or leave it out to launch one",
     )
     scorer = SGLangWrapper(engine, input_mode="tokens", generate=False, pad_output=False)
     return lambda sequences: score_on_servers(scorer, sequences)
 
 
 def score_on_servers(scorer: SGLangWrapper, sequences: Sequences) -> torch.Tensor:
-    """What servers say of answers that others have sampled; never tempered.
+    """Let servers score answers sampled elsewhere; the log-probs are not tempered.
 
     Args:
-        scorer: in tokens mode, with ``generate=False`` and ragged output.
+        scorer: a wrapper in tokens mode, with ``generate=False`` and ragged output.
         sequences: the answers.
 
     Returns:

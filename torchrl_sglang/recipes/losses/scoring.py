@@ -1,6 +1,7 @@
-"""What a trainer's model says of sampled tokens: log-probs, entropies, hidden states, and nothing computed in vain.
+"""Score sampled tokens with the trainer's model: log-probs, entropies, hidden states.
 
-``B`` answers, ``N`` response tokens of all, ``V`` vocabulary, ``H`` hidden size.
+``B`` answers; ``N`` response tokens of all answers; ``R`` positions of padded responses; ``V`` vocabulary; ``H`` hidden
+size.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from torch import nn
 
 from torchrl_sglang.recipes.batch.sequences import Sequences
 
-__all__ = ["TokenScores", "hidden_states", "score_in_parts", "score_tokens"]
+__all__ = ["TokenScores", "hidden_states", "response_mask", "score_in_parts", "score_tokens"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScores:
-    """A model's view of response tokens.
+    """A model's scores of response tokens.
 
     Attributes:
-        log_probs_N: float32, with gradient where the model has one; of tempered logits, as the server records them.
-        entropy_N: float32 without gradient, in nats; ``None`` unless asked for.
-        hidden_NH: the last hidden state that predicts each token, with gradient; ``None`` unless asked for.
+        log_probs_N: float32, with gradient if the model has one; computed from tempered logits, as the server does.
+        entropy_N: float32 without gradient, in nats; ``None`` unless requested.
+        hidden_NH: the last hidden state that predicts each token, with gradient; ``None`` unless requested.
     """
 
     log_probs_N: torch.Tensor
@@ -39,28 +40,28 @@ def score_tokens(
     entropy: bool = False,
     hidden: bool = False,
 ) -> TokenScores:
-    """One forward pass over prompts and responses, padded on the left so that all responses end together.
+    """Run one forward pass over prompts and responses, padded on the left so that all responses end together.
 
-    Logits are computed for response positions only, where the model can be told so.
+    The model computes logits for response positions only.
 
     Args:
         model: a Hugging Face causal language model, or one wrapped by PEFT.
         sequences: the answers, on the model's device.
-        temperature: what the tokens were sampled with; 0 (greedy) counts as 1.
+        temperature: the sampling temperature; 0 (greedy) counts as 1.
         entropy: also compute entropies.
         hidden: also return hidden states, for a value head.
     """
     longest = max(sequences.lengths_B)
     output: Any = model(**_left_padded(sequences), logits_to_keep=longest + 1, output_hidden_states=hidden)
-    where_BK = _response_mask(sequences, longest)
+    mask_BR = response_mask(sequences)
     # position i predicts token i + 1
-    logits_NV = output.logits[:, -longest - 1 : -1][where_BK].float() / (temperature or 1.0)
+    logits_NV = output.logits[:, -longest - 1 : -1][mask_BR].float() / (temperature or 1.0)
     log_probs_NV = logits_NV.log_softmax(-1)
     response_N = torch.cat(sequences.response_B_R)
     return TokenScores(
         log_probs_N=log_probs_NV.gather(-1, response_N[:, None])[:, 0],
         entropy_N=_entropy(log_probs_NV.detach()) if entropy else None,
-        hidden_NH=output.hidden_states[-1][:, -longest - 1 : -1][where_BK] if hidden else None,
+        hidden_NH=output.hidden_states[-1][:, -longest - 1 : -1][mask_BR] if hidden else None,
     )
 
 
@@ -74,7 +75,7 @@ def score_in_parts(
 
 
 def hidden_states(trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
-    """The hidden state of a model without a head that predicts each response token; (N, H), with gradient.
+    """Hidden states of a model without a head, at the positions that predict response tokens; (N, H), with gradient.
 
     Args:
         trunk: a Hugging Face model as ``AutoModel`` loads it.
@@ -82,12 +83,25 @@ def hidden_states(trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
     """
     longest = max(sequences.lengths_B)
     output: Any = trunk(**_left_padded(sequences))
-    states_NH: torch.Tensor = output.last_hidden_state[:, -longest - 1 : -1][_response_mask(sequences, longest)]
+    states_NH: torch.Tensor = output.last_hidden_state[:, -longest - 1 : -1][response_mask(sequences)]
     return states_NH
 
 
+def response_mask(sequences: Sequences) -> torch.Tensor:
+    """Mask of responses padded on the left to the longest one; bool of shape (B, R).
+
+    Examples:
+        >>> from torchrl_sglang.recipes.batch.sequences import example
+        >>> response_mask(example()).tolist()
+        [[True, True], [False, True], [False, True]]
+    """
+    lengths_B = torch.tensor(sequences.lengths_B, device=sequences.server_N.device)
+    longest = max(sequences.lengths_B)
+    return torch.arange(longest, device=lengths_B.device)[None] >= longest - lengths_B[:, None]
+
+
 def _left_padded(sequences: Sequences) -> dict[str, Any]:
-    """A model's arguments for whole sequences, padded on the left."""
+    """The model's arguments for whole sequences, padded on the left."""
     full_B_L = [torch.cat(pair) for pair in zip(sequences.prompt_B_T, sequences.response_B_R, strict=True)]
     width = max(map(len, full_B_L))
     ids_BL = full_B_L[0].new_zeros(len(full_B_L), width)
@@ -101,12 +115,6 @@ def _left_padded(sequences: Sequences) -> dict[str, Any]:
         "position_ids": (mask_BL.cumsum(-1) - 1).clamp(min=0),
         "use_cache": False,
     }
-
-
-def _response_mask(sequences: Sequences, longest: int) -> torch.Tensor:
-    """True where the last ``longest`` positions of a row belong to its response."""
-    first_B = longest - torch.tensor(sequences.lengths_B, device=sequences.server_N.device)
-    return torch.arange(longest, device=first_B.device)[None] >= first_B[:, None]
 
 
 def _entropy(log_probs_NV: torch.Tensor) -> torch.Tensor:

@@ -1,1 +1,4 @@
-"""A training run: its folder, metrics, checkpoints and evaluation. May import: ``batch``, ``setup``."""
+"""A training run: its folder, metrics, checkpoints, report and background rollouts.
+
+May import: ``setup``, ``data``, ``batch``, ``losses``. Order: setup < data < batch < losses < run < tools.
+"""

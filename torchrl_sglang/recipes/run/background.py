@@ -1,4 +1,4 @@
-"""Rollouts beside training: a thread collects while the trainer trains, and never further ahead than is of use."""
+"""Collect rollouts in a thread while the trainer trains, at most a given number of batches ahead."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ __all__ = ["BackgroundRollouts"]
 
 
 class BackgroundRollouts:
-    """Iterates a collector in a thread of its own; a ``with`` block.
+    """Iterates a collector in a background thread; a ``with`` block.
 
-    The thread starts the next batch as soon as fewer than ``ahead`` are finished or under way beyond those the trainer
-    has taken. So generation never waits for a training step to end, unless what it would make would be older than
-    ``ahead`` updates when it is trained on. Requests in flight go on over weight updates, as the scheme's ``pause``
-    says.
+    The thread starts a batch whenever fewer than ``ahead`` batches are finished or in progress beyond those that the
+    trainer has taken. So generation waits for training only if a batch would otherwise be older than ``ahead`` updates
+    when it is trained on. Requests in flight during a weight update are handled as the scheme's ``pause`` says.
 
     Args:
-        batches: the collector, or anything that yields batches.
+        batches: the collector, or any iterable of batches.
         ahead: batches beyond the one being trained on; 0 collects only while the trainer waits, which is synchronous
             training.
-        timeout_s: longest that :meth:`take` waits.
+        timeout_s: maximum time that :meth:`take` waits.
 
     Raises:
         ConfigError: ``ahead`` is negative.
 
     Attributes:
-        collect_s: seconds that collecting the batch taken last took, beside the trainer's own work.
+        collect_s: seconds that the thread needed to collect the batch taken last.
 
     Examples:
         >>> with BackgroundRollouts(iter([1, 2, 3]), ahead=1) as rollouts:
@@ -59,12 +58,12 @@ class BackgroundRollouts:
         self._task: Task[None] = Task(self._collect, name="rollouts", on_done=lambda task: self._wake())
 
     def take(self) -> TensorDictBase:
-        """The oldest finished batch; waits for one if there is none.
+        """Return the oldest finished batch; wait for one if there is none.
 
         Raises:
-            StopIteration: the collector has come to its end.
-            ServerTimeoutError: none came within ``timeout_s``.
-            The error that ended the collecting thread.
+            StopIteration: the collector has no more batches.
+            ServerTimeoutError: no batch was finished within ``timeout_s``.
+            Exception: the error that ended the collecting thread.
         """
         deadline = time.monotonic() + self.timeout_s
         with self._changed:
@@ -84,10 +83,7 @@ class BackgroundRollouts:
         raise StopIteration("the collector has no more batches")
 
     def close(self, wait_s: float = 30.0) -> None:
-        """Let the batch under way end, at most ``wait_s`` long, and collect no more.
-
-        What the thread may still fail with is of no interest any more.
-        """
+        """Wait at most ``wait_s`` for the batch in progress, and collect no more; errors of that batch are ignored."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -112,7 +108,7 @@ class BackgroundRollouts:
                 self._changed.notify_all()
 
     def _may_start(self) -> bool:
-        """Wait until another batch is wanted; ``False`` when none ever will be."""
+        """Wait until another batch may start; ``False`` after :meth:`close`."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._started - self._taken < max(self.ahead, self._wanted))
             self._started += 1

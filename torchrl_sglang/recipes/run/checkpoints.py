@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or not there: written aside, then renamed.
+"""Atomic checkpoints: written under another name, then renamed.
 
-A run that is killed at any moment, also while it saves, goes on from the last one that was finished.
+A run that is killed at any moment, also while it saves, resumes from the last complete checkpoint.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _UNFINISHED = ".unfinished"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Where a run stood after a step.
+    """State of a run after a step.
 
     Attributes:
-        step: last finished step, counted from 1; 0 before the first.
+        step: the last finished step, counted from 1.
         data_position: number of the first question that no finished step has trained on.
         weight_version: version of these weights on the servers.
-        modules: per name a module's state dict; of one with frozen parameters (LoRA) the trained ones and the buffers.
+        modules: name to state dict, without frozen parameters (LoRA).
         optimizer: the optimizer's state dict.
         scheduler: the learning rate scheduler's state dict.
-        random_state: what :func:`restore_random_state` takes.
-        extra: whatever else a recipe keeps.
+        random_state: see :func:`restore_random_state`.
+        extra: further values of a recipe.
     """
 
     step: int
@@ -50,10 +50,10 @@ class Checkpoint:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def restore(self, modules: Mapping[str, nn.Module], optimizer: Any, scheduler: Any) -> None:
-        """Put everything back where :meth:`Checkpoints.save` took it from, random states included.
+        """Load the state into modules, optimizer, scheduler and the random generators.
 
         Raises:
-            ConfigError: the checkpoint is of another model.
+            ConfigError: the checkpoint is of other modules.
         """
         if set(modules) != set(self.modules):
             raise ConfigError(f"the checkpoint holds {sorted(self.modules)}, this run has {sorted(modules)}")
@@ -68,8 +68,8 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: where they lie, each a folder ``step-<number>``.
-        keep: how many are kept; older ones are removed after a newer one is whole.
+        folder: holds a folder ``step-<number>`` per checkpoint.
+        keep: number of checkpoints to keep; older ones are removed after a newer one is complete.
 
     Examples:
         >>> import tempfile
@@ -87,7 +87,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int = 1) -> None:
-        require(keep >= 1, f"keep at least one checkpoint, got keep={keep}")
+        require(keep >= 1, f"keep must be at least 1, got {keep}")
         self.folder = folder
         self.keep = keep
 
@@ -102,7 +102,7 @@ class Checkpoints:
         scheduler: Any,
         extra: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write the checkpoint of a finished step; see :class:`Checkpoint` for the arguments.
+        """Write a checkpoint of a finished step; see :class:`Checkpoint` for the arguments.
 
         Returns:
             Its folder.
@@ -118,21 +118,21 @@ class Checkpoints:
             "extra": dict(extra or {}),
         }
         final = self.folder / f"step-{step:06d}"
-        aside = final.with_name(final.name + _UNFINISHED)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        with (aside / _FILE).open("wb") as file:
+        unfinished = final.with_name(final.name + _UNFINISHED)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        with (unfinished / _FILE).open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        unfinished.rename(final)
         for old in self._finished()[: -self.keep]:
             shutil.rmtree(old)
         return final
 
     def latest(self) -> Checkpoint | None:
-        """The last finished checkpoint, on the CPU; ``None`` when there is none."""
+        """Load the last complete checkpoint, on the CPU; ``None`` if there is none."""
         finished = self._finished()
         if not finished:
             return None
@@ -140,7 +140,7 @@ class Checkpoints:
         return Checkpoint(**state)
 
     def clear(self) -> None:
-        """Remove all: a new run starts in this folder."""
+        """Remove all checkpoints, for a new run in this folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _finished(self) -> list[Path]:
@@ -149,7 +149,7 @@ class Checkpoints:
 
 
 def random_state() -> dict[str, Any]:
-    """States of the random generators that training draws from: Python's, torch's, and those of the GPUs."""
+    """States of the random generators that training uses: Python's, torch's, and those of the GPUs."""
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {"python": [version, list(words), gauss], "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -158,7 +158,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Go on drawing where :func:`random_state` was taken; GPUs' states only on a machine with as many."""
+    """Restore what :func:`random_state` returned; the GPUs' states only on a machine with the same number of GPUs."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     torch.set_rng_state(state["torch"])
@@ -167,7 +167,7 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _kept(module: nn.Module) -> dict[str, torch.Tensor]:
-    """All of a module's state, without parameters that are frozen."""
+    """A module's state dict without frozen parameters."""
     frozen = {
         name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad
     }
@@ -175,9 +175,9 @@ def _kept(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _load(name: str, module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    missing = set(_kept(module)) ^ set(state)
-    if missing:
-        raise ConfigError(f"the checkpoint's {name} is not this run's: they differ in {sorted(missing)[:5]}")
+    different = set(_kept(module)) ^ set(state)
+    if different:
+        raise ConfigError(f"the checkpoint's {name} is not this run's: they differ in {sorted(different)[:5]}")
     try:
         module.load_state_dict(dict(state), strict=False)
     except RuntimeError as error:

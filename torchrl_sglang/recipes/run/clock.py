@@ -1,4 +1,4 @@
-"""Where a step's time goes."""
+"""Measure the seconds of the phases of a step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class StepClock:
     """Adds up the seconds of named phases within a step.
 
     Args:
-        always: phases that every lap has, with 0 seconds when they did not come.
-        now: a clock in seconds that never goes back.
+        always: phases that every lap contains, with 0 seconds if they did not occur.
+        now: a monotonic clock in seconds.
 
     Examples:
         >>> ticks = iter([0.0, 0.0, 2.0, 2.0, 3.0, 7.0])
@@ -35,7 +35,7 @@ class StepClock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time a block as part of ``phase``, which may come several times in a step."""
+        """Add a block's time to ``phase``; a phase may occur several times in a step."""
         start = self._now()
         try:
             yield
@@ -43,11 +43,11 @@ class StepClock:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - start
 
     def seconds(self, phase: str) -> float:
-        """What a phase has taken since the last lap."""
+        """Seconds of a phase since the last lap."""
         return self._seconds[phase]
 
     def lap(self) -> dict[str, float]:
-        """Seconds of every phase since the last lap under ``<phase>_s``, and of the whole under ``step_s``."""
+        """Return the seconds since the last lap: ``<phase>_s`` for each phase, ``step_s`` in total; start a new lap."""
         now = self._now()
         seconds = {f"{phase}_s": value for phase, value in self._seconds.items()} | {"step_s": now - self._start}
         self._seconds, self._start = dict.fromkeys(self._always, 0.0), now

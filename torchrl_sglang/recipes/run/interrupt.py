@@ -1,4 +1,4 @@
-"""Ctrl-C that lets a step end: the first asks the loop to stop, the second stops it."""
+"""Ctrl-C handling: the first one lets the current step finish, the second one stops at once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["StopRequest"]
 
 
 class StopRequest:
-    """A ``with`` block in which Ctrl-C and SIGTERM raise a flag instead of an exception.
+    """A ``with`` block in which Ctrl-C and SIGTERM set a flag instead of raising an exception.
 
-    The trainer looks at :attr:`requested` between two steps, where model, optimizer and servers agree, and saves. A
-    second Ctrl-C raises ``KeyboardInterrupt`` at once. Outside the main thread, where Python hears no signals, the
-    block changes nothing.
+    The trainer checks :attr:`requested` between two steps, where model, optimizer and servers agree, and saves. A
+    second Ctrl-C raises ``KeyboardInterrupt`` at once. Outside the main thread, where Python delivers no signals, the
+    block does nothing.
 
     Args:
-        on_request: called in the signal handler, to tell the user.
+        on_request: called in the signal handler, to inform the user.
 
     Attributes:
         requested: whether to stop after this step.
@@ -40,14 +40,14 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._heard) for each in self.SIGNALS}
+            self._before = {each: signal.signal(each, self._on_signal) for each in self.SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for each, before in self._before.items():
             signal.signal(each, before)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True

@@ -1,4 +1,4 @@
-"""``report.png``: a run in four panels."""
+"""Draw ``report.png``: a run in four panels."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Rows = Sequence[dict[str, Any]]
 
 
 def draw_report(rows: Rows, evaluations: Rows, path: Path) -> None:
-    """Draw reward, time per step, agreement of server and trainer, and age of the data.
+    """Draw reward, time per step, log-prob gap between server and trainer, and age of the tokens.
 
-    Panels show those of their columns that the rows have. Nothing global of matplotlib is touched, so this may run in
-    any thread.
+    A panel shows those of its columns that the rows have. No global state of matplotlib is used, so any thread may call
+    this.
 
     Args:
         rows: one per step, as :class:`RunFolder` keeps them.
         evaluations: one per evaluation.
-        path: a PNG file; replaced at once, never half-written.
+        path: a PNG file; replaced atomically.
     """
     figure = Figure(figsize=(13, 7.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -44,9 +44,9 @@ def draw_report(rows: Rows, evaluations: Rows, path: Path) -> None:
     _draw_seconds(panels[0, 1], rows)
     _draw_agreement(panels[1, 0], rows)
     _draw_staleness(panels[1, 1], rows)
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=110, format="png")
-    aside.replace(path)
+    unfinished = path.with_name(f".{path.name}")
+    figure.savefig(unfinished, dpi=110, format="png")
+    unfinished.replace(path)
 
 
 def _draw_reward(axes: Axes, rows: Rows, evaluations: Rows) -> None:

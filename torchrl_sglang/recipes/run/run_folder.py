@@ -1,4 +1,4 @@
-"""A run's folder: configuration, numbers per step, a line per answer, a picture, checkpoints."""
+"""A run's folder: configuration, metrics per step, samples, report and checkpoints."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ Draw = Callable[[Sequence[Row], Sequence[Row], Path], None]
 class RunFolder:
     """Writes a run's files as it goes; a ``with`` block.
 
-    ``metrics.csv`` has a row per step, ``evaluations.csv`` one per evaluation, ``samples.jsonl`` a JSON object per
-    answer. A new run replaces what an earlier one left under these names, its checkpoints too. One that resumes cuts
-    the files back to the checkpoint's step, so that the steps it does again are not there twice.
+    ``metrics.csv`` has a row per step, ``evaluations.csv`` a row per evaluation, ``samples.jsonl`` a JSON object per
+    answer. A new run replaces these files and the checkpoints of an earlier run. A resumed run removes the rows after
+    the checkpoint's step, so that repeated steps are not in the files twice.
 
     Args:
-        path: the folder; made when it isn't there.
-        config: saved as ``config.yaml``, for ``--resume``; ``None`` saves none.
-        resume_step: the step to go on after; ``None`` starts a new run.
-        keep_checkpoints: how many checkpoints are kept.
-        loggers: TorchRL loggers by name that get every number too.
-        draw: draws the picture: ``draw(rows of metrics, rows of evaluations, path)``.
-        draw_every_s: seconds between two drawings; the last one comes when the block ends.
+        path: the folder; created if missing.
+        config: saved as ``config.yaml``, for ``--resume``; ``None`` saves nothing.
+        resume_step: the last step to keep; ``None`` starts a new run.
+        keep_checkpoints: number of checkpoints to keep.
+        loggers: names of TorchRL loggers that also receive every number.
+        draw: draws the report: ``draw(rows of metrics, rows of evaluations, path)``.
+        draw_every_s: minimum number of seconds between two drawings; the last one is made when the block ends.
 
     Raises:
         ConfigError: an unknown logger.
@@ -83,42 +83,42 @@ class RunFolder:
 
     @property
     def samples(self) -> Path:
-        """The answers."""
+        """Path of the answers."""
         return self.path / "samples.jsonl"
 
     @property
     def report(self) -> Path:
-        """The picture."""
+        """Path of the report."""
         return self.path / "report.png"
 
     def log(self, row: Mapping[str, Any]) -> Row:
-        """Add a step's numbers to the table, the loggers, and now and then to the picture; see :meth:`Table.add`."""
+        """Add a step's row to the table and the loggers, and redraw the report if it is due; see :meth:`Table.add`."""
         added = self.metrics.add(row)
-        self._tell_loggers(added)
+        self._log_scalars(added)
         if time.monotonic() - self._drawn_at >= self._draw_every_s:
             self.draw()
         return added
 
-    def log_evaluation(self, step: int, found: Mapping[str, float]) -> Row:
-        """Add what an evaluation after ``step`` has found; 0 is before the first step."""
-        added = self.evaluations.add({"step": step, **found})
-        self._tell_loggers(added)
+    def log_evaluation(self, step: int, results: Mapping[str, float]) -> Row:
+        """Add the results of an evaluation after ``step``; 0 is before the first step."""
+        added = self.evaluations.add({"step": step, **results})
+        self._log_scalars(added)
         return added
 
     def log_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Add answers, one JSON object each; every one needs ``step``."""
+        """Add answers, one JSON object each; every object needs ``step``."""
         for sample in samples:
             self._samples.write(json.dumps(sample) + "\n")
         self._samples.flush()
 
     def draw(self) -> None:
-        """Draw the picture of the steps so far."""
+        """Draw the report of the steps so far."""
         if self._draw is not None and self.metrics.rows:
             self._draw(self.metrics.rows, self.evaluations.rows, self.report)
         self._drawn_at = time.monotonic()
 
     def close(self) -> None:
-        """Draw a last time and close the files."""
+        """Draw the report and close the files."""
         self.draw()
         for file in (self.metrics, self.evaluations, self._samples):
             file.close()
@@ -129,7 +129,7 @@ class RunFolder:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _tell_loggers(self, row: Row) -> None:
+    def _log_scalars(self, row: Row) -> None:
         for logger in self._loggers:
             for name, value in row.items():
                 if name != "step" and isinstance(value, (int, float)):
@@ -140,5 +140,5 @@ def _cut_samples(path: Path, step: int) -> None:
     if not path.exists():
         return
     text = path.read_text()
-    whole = text[: text.rfind("\n") + 1].splitlines(keepends=True)  # a line was being written when the run was killed
-    path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    complete = text[: text.rfind("\n") + 1].splitlines(keepends=True)  # a killed run may leave a partial last line
+    path.write_text("".join(line for line in complete if json.loads(line)["step"] <= step))

@@ -1,4 +1,8 @@
-"""A CSV table that grows by a row per step and survives being cut off anywhere."""
+"""A CSV table that grows by a row per step and stays readable if the process is killed at any moment.
+
+It uses the standard library's csv module. TorchRL's ``CSVLogger`` writes one file per column without a header, and has
+no way to remove the rows after the step that a run resumes from; it can be added with ``run.loggers=[csv]``.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,14 @@ Row = dict[str, Any]
 class Table:
     """Rows of numbers and texts by step; the file is complete after every row.
 
-    The columns are those of the first row. Resuming keeps the rows up to a step and does the later ones again.
+    The first row defines the columns. A resumed run keeps the rows up to a step and writes the later ones again.
 
     Args:
-        path: the CSV file; written when there is a row.
-        resume_step: last step to keep of what the file holds; ``None`` starts anew.
+        path: the CSV file; created with the first row.
+        resume_step: last step to keep in an existing file; ``None`` removes the file.
 
     Attributes:
-        rows: every row so far, of the run before too.
+        rows: all rows so far, including those kept from before a resume.
 
     Examples:
         >>> import tempfile
@@ -55,13 +59,13 @@ class Table:
         """Write a row.
 
         Args:
-            row: name to number or text; tensors of one element are numbers. It must have ``step``.
+            row: column to number or text; tensors of one element become numbers. It must have ``step``.
 
         Returns:
-            The row with plain numbers.
+            The row with Python numbers.
 
         Raises:
-            ConfigError: other names than the first row's.
+            ConfigError: the columns differ from the first row's.
         """
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
         if self._writer is None:
@@ -90,16 +94,16 @@ class Table:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """Rows of a table, numbers as numbers; a last line that was cut off in the middle is left out.
+    """Read the rows of a table, with numbers converted; an incomplete last line is left out.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the file does not exist.
     """
     if not path.exists():
         raise ConfigError(f"there is no {path}")
     text = path.read_text()
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    return [{name: _number(value) for name, value in row.items()} for row in csv.DictReader(whole)]
+    complete = text[: text.rfind("\n") + 1].splitlines()
+    return [{name: _number(value) for name, value in row.items()} for row in csv.DictReader(complete)]
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""One training run: what is kept about it, how it starts, goes on, and ends. The loop itself is the recipe's."""
+"""State of one training run: optimizer, files, checkpoints, clock. The training loop is in the recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from torchrl_sglang.recipes.batch.sequences import Sequences
-from torchrl_sglang.recipes.run.checkpoints import Checkpoint, Checkpoints
+from torchrl_sglang.recipes.run.checkpoints import Checkpoints
 from torchrl_sglang.recipes.run.clock import StepClock
 from torchrl_sglang.recipes.run.interrupt import StopRequest
 from torchrl_sglang.recipes.run.report import draw_report
@@ -47,22 +47,22 @@ class Run:
 
     Args:
         config: has the nodes ``train``, ``evaluate``, ``checkpoint`` and ``run``.
-        modules: what is trained, by the names it is saved under; put back to the last checkpoint on a resume.
-        resume: go on with the run in ``config.run.folder``.
-        learning_rates: of modules, by name, that are not to have ``config.train.lr``.
+        modules: name to trained module; restored from the last checkpoint on a resume.
+        resume: resume the run in ``config.run.folder``.
+        learning_rates: module name to learning rate, for modules that do not use ``config.train.lr``.
 
     Raises:
-        ConfigError: settings that don't fit, or a checkpoint of another model.
+        ConfigError: invalid settings, or a checkpoint of other modules.
 
     Attributes:
         settings: the node ``train``.
-        device: the modules'.
-        optimizer: AdamW over all parameters that want a gradient.
-        scheduler: its learning rate schedule.
-        checkpoint: what was resumed from, or ``None``.
-        position: number of the first question no finished step has trained on.
+        device: device of the modules.
+        optimizer: AdamW over all parameters that require a gradient.
+        scheduler: the learning rate schedule.
+        resumed_version: weight version in the checkpoint that the run resumed from; ``None`` without one.
+        position: number of the first question that no finished step has trained on.
         folder: the run's files.
-        clock: where time goes.
+        clock: measures the phases of a step.
         bar: the progress bar.
         stop: whether Ctrl-C was pressed.
     """
@@ -83,13 +83,12 @@ class Run:
         torch.manual_seed(self.settings.seed)
         self.optimizer, self.scheduler = make_optimizer(modules, self.settings, learning_rates)
         path = Path(config.run.folder)
-        self.checkpoint: Checkpoint | None = None
-        if resume:
-            self.checkpoint = Checkpoints(path / "checkpoints").latest()
-        if self.checkpoint is not None:
-            self.checkpoint.restore(self.modules, self.optimizer, self.scheduler)
-        self.last_step = 0 if self.checkpoint is None else self.checkpoint.step
-        self.position = 0 if self.checkpoint is None else self.checkpoint.data_position
+        checkpoint = Checkpoints(path / "checkpoints").latest() if resume else None
+        if checkpoint is not None:
+            checkpoint.restore(self.modules, self.optimizer, self.scheduler)
+        self.last_step = 0 if checkpoint is None else checkpoint.step
+        self.position = 0 if checkpoint is None else checkpoint.data_position
+        self.resumed_version = None if checkpoint is None else checkpoint.weight_version
         self.folder = RunFolder(
             path,
             config,
@@ -101,14 +100,14 @@ class Run:
         )
         self.bar = tqdm(total=self.settings.steps, initial=self.last_step, unit="step", dynamic_ncols=True)
         self.stop = StopRequest(lambda: self.bar.write("stopping after this step; Ctrl-C again stops at once"))
-        self.clock = StepClock("evaluate", "save")  # they come after the row they belong to
+        self.clock = StepClock("evaluate", "save")  # they run after the step's row is written
 
     def say(self, text: str) -> None:
-        """Show what is going on beside the progress bar."""
+        """Show the current activity beside the progress bar."""
         self.bar.set_postfix_str(text)
 
     def steps(self) -> Iterator[int]:
-        """The steps to do, from the one after the checkpoint; ends early after a Ctrl-C."""
+        """Yield the remaining steps, from the one after the checkpoint; end early after Ctrl-C."""
         self.clock.lap()
         with self.stop:
             for step in range(self.last_step + 1, self.settings.steps + 1):
@@ -117,53 +116,53 @@ class Run:
                     return
 
     def optimizer_step(self) -> float:
-        """Clip the gradients, step, move the learning rate on; the gradients' norm before clipping."""
-        wanted = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(wanted, self.settings.clip_norm)
+        """Clip the gradients, step optimizer and schedule. Returns the gradients' norm before clipping."""
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip_norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         return float(norm)
 
     def log(self, step: int, row: Mapping[str, Any], *, line: str) -> Row:
-        """Write a step's numbers, with the clock's, the learning rate and memory, and print some of them.
+        """Write a step's row, add times, learning rate and memory to it, and print a line.
 
         Args:
-            step: the step that has ended.
-            row: name to number or text.
-            line: what to print, a format string over the row.
+            step: the finished step.
+            row: column to number or text.
+            line: format string of the printed line; its fields are columns.
         """
-        whole = {
+        columns = {
             "step": step,
             **row,
             **self.clock.lap(),
             "learning_rate": self.scheduler.get_last_lr()[0],
             **peak_memory_gb(self.device),
         }
-        ordered = {name: whole[name] for name in FIRST_COLUMNS if name in whole} | whole
+        ordered = {name: columns[name] for name in FIRST_COLUMNS if name in columns} | columns
         added = self.folder.log(ordered)
         self.bar.write(line.format(**added))
         self.bar.update()
         return added
 
     def evaluate(self, step: int, evaluation: Callable[[], Mapping[str, float]]) -> None:
-        """Run and log an evaluation if one is due after ``step``; 0 is before the first, and not due on a resume."""
+        """Run and log an evaluation if one is due after ``step``; step 0 (before the first) is skipped on a resume."""
         with self.clock("evaluate"):
             if self._evaluating.is_due(step, self.settings.steps) and not (step == 0 and self.last_step > 0):
                 self.say("evaluating")
-                found = self.folder.log_evaluation(step, evaluation())
-                told = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name != "step")
-                self.bar.write(f"after step {step} | {told}")
+                results = self.folder.log_evaluation(step, evaluation())
+                text = ", ".join(f"{name} {value:.3f}" for name, value in results.items() if name != "step")
+                self.bar.write(f"after step {step} | {text}")
 
     def save(self, step: int, trained: Sequences, *, weight_version: int) -> None:
         """Write a checkpoint if one is due after ``step``, or if the run is about to stop.
 
-        Comes after :meth:`log`: a run that is killed in between does the step again, row and all.
+        Call it after :meth:`log`: a run that is killed in between repeats the step and replaces its row.
 
         Args:
-            step: the step that has ended.
-            trained: the answers it trained on, which tell how far the questions have come.
-            weight_version: version of these weights on the servers.
+            step: the finished step.
+            trained: the answers that the step trained on; they give the position in the questions.
+            weight_version: version of the new weights on the servers.
         """
         self.position = trained.next_position(self.position, self.settings.questions)
         with self.clock("save"):
@@ -179,7 +178,7 @@ class Run:
                 )
 
     def close(self) -> None:
-        """Draw the last picture and close files and bar."""
+        """Draw the report, and close files and progress bar."""
         self.folder.close()
         self.bar.close()
 

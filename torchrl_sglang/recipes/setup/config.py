@@ -1,9 +1,9 @@
-"""A recipe's configuration: a YAML preset, overrides from the command line, or what an earlier run has saved.
+"""Load and check a recipe's configuration: a YAML preset or a saved run, changed by hydra overrides.
 
     python recipe.py                                   # the preset config/recipe/cpu.yaml beside recipe.py
     python recipe.py --preset gpu train.lr=1e-6        # another preset, one value changed
-    python recipe.py engine.url=http://host:30000      # servers that run already, instead of launching some
-    python recipe.py --resume outputs/recipe           # go on where that run stopped; overrides still work
+    python recipe.py engine.url=http://host:30000      # attach to running servers instead of launching some
+    python recipe.py --resume outputs/recipe           # resume that run; overrides work here too
 
 Overrides are hydra's: ``key=value``, ``+key=value`` for a key that the preset doesn't have, ``~key`` to remove one.
 """
@@ -11,9 +11,8 @@ Overrides are hydra's: ``key=value``, ``+key=value`` for a key that the preset d
 from __future__ import annotations
 
 import argparse
-import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_sglang.config import nearest_name
+from torchrl_sglang.config.checking import require
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.hydra_configs import SGLangEngineConfig, register_hydra_configs
 from torchrl_sglang.recipes.setup.settings import SETTINGS
@@ -36,12 +36,9 @@ from torchrl_sglang.testing import smollm2_checkpoint
 __all__ = [
     "CONFIG_FILE",
     "Arguments",
-    "add_arguments",
     "load_config",
-    "override",
     "parse_arguments",
     "presets_of",
-    "read_arguments",
     "save_config",
 ]
 
@@ -52,12 +49,12 @@ _LAUNCH_ONLY = tuple(field.name for field in fields(SGLangEngineConfig) if field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arguments:
-    """A recipe's command line.
+    """A recipe's parsed command line.
 
     Attributes:
         preset: name of the YAML preset.
-        resume: folder of the run to go on with, or ``None`` to start one.
-        overrides: ``key=value`` words.
+        resume: folder of the run to resume; ``None`` starts a new run.
+        overrides: hydra overrides.
     """
 
     preset: str = "cpu"
@@ -65,44 +62,25 @@ class Arguments:
     overrides: tuple[str, ...] = ()
 
 
-def add_arguments(parser: argparse.ArgumentParser, presets: Sequence[str]) -> None:
-    """Give a parser the words that all recipes have in common."""
-    parser.add_argument("--preset", choices=presets, default="cpu", help="which settings to start from (default cpu)")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.lr=1e-6")
-
-
-def override(key: str, value: object) -> str:
-    r"""An override that gives ``key`` this very value, whatever characters a text has.
-
-    Examples:
-        >>> override("train.lr", 1e-6), override("model", "/it's here/a=b")
-        ('train.lr=1e-06', "model='/it\\'s here/a=b'")
-    """
-    if isinstance(value, str):
-        # in hydra's grammar a backslash is one, unless a quote follows: then it takes two
-        value = "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
-    return f"{key}={value}"
-
-
 def parse_arguments(recipe: Path, words: Sequence[str] | None = None, *, description: str | None = None) -> Arguments:
-    """Read a recipe's command line.
+    """Parse a recipe's command line; options can't be abbreviated.
 
     Args:
-        recipe: the recipe's file; its presets lie in ``config/<name>/`` beside it.
-        words: the command line; ``None`` is the program's.
-        description: what ``--help`` says.
+        recipe: the recipe's file; its presets are in ``config/<name>/`` beside it.
+        words: the command line; ``None`` reads the program's own.
+        description: text for ``--help``.
     """
     parser = argparse.ArgumentParser(
-        prog=recipe.name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=recipe.name,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    add_arguments(parser, presets_of(recipe))
-    return read_arguments(parser.parse_args(words))
-
-
-def read_arguments(found: argparse.Namespace) -> Arguments:
-    """What :func:`add_arguments` asked for."""
-    return Arguments(preset=found.preset, resume=found.resume, overrides=tuple(found.overrides))
+    parser.add_argument("--preset", choices=presets_of(recipe), default="cpu", help="YAML preset (default: cpu)")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="resume the run in this folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.lr=1e-6")
+    parsed = parser.parse_intermixed_args(words)
+    return Arguments(preset=parsed.preset, resume=parsed.resume, overrides=tuple(parsed.overrides))
 
 
 def presets_of(recipe: str | Path) -> list[str]:
@@ -120,18 +98,19 @@ def presets_of(recipe: str | Path) -> list[str]:
 
 
 def load_config(recipe: Path, arguments: Arguments) -> DictConfig:
-    """Compose, change and check a recipe's configuration.
+    """Compose a recipe's configuration, apply the overrides and check the result.
 
     Args:
         recipe: the recipe's file.
         arguments: its command line.
 
     Returns:
-        The configuration; reading a key it doesn't have raises. Its interpolations stay, so that a saved configuration
-        can be changed in one place too.
+        The configuration; reading a key it doesn't have raises. Interpolations are kept, so that one override also
+        changes every place that refers to it when the saved configuration is resumed.
 
     Raises:
-        ConfigError: an unknown key (the message names the nearest), a value that doesn't fit, a missing run to resume.
+        ConfigError: an unknown key (the message names the nearest), an invalid value, values that don't fit together,
+            or no run to resume.
     """
     if arguments.resume is None:
         folder, name = recipe.resolve().parent / "config", f"{recipe.stem}/{arguments.preset}"
@@ -150,11 +129,12 @@ def load_config(recipe: Path, arguments: Arguments) -> DictConfig:
                 settings(**values[node])
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration does not fit together: {error}") from error
+    _check_across_nodes(values)
     return config
 
 
 def save_config(config: DictConfig, folder: Path) -> None:
-    """Write the configuration where ``--resume`` finds it."""
+    """Write the configuration into a run's folder, from where ``--resume`` reads it."""
     OmegaConf.save(config, folder / CONFIG_FILE)
 
 
@@ -162,7 +142,7 @@ def _compose(folder: Path, name: str, overrides: Sequence[str]) -> DictConfig:
     _register()
     GlobalHydra.instance().clear()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # hydra 1.3 calls what omegaconf 2.4 calls deprecated
+        warnings.simplefilter("ignore")  # hydra 1.3 calls functions that omegaconf 2.4 deprecates
         with initialize_config_dir(str(folder), version_base=None):
             known = sorted(_keys(compose(name)))
             for override in _parse(overrides):
@@ -179,7 +159,7 @@ def _register() -> None:
     store = ConfigStore.instance()
     for node, settings in SETTINGS.items():
         store.store(group=f"{node}_settings", name="default", node=settings)
-    # omegaconf 2.4 calls the old name deprecated, 2.3 does not know the new one
+    # omegaconf 2.4 deprecates the old name, 2.3 does not have the new one
     register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
     register("smollm2", lambda: str(smollm2_checkpoint()), replace=True)
 
@@ -192,7 +172,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def _replacing_whole_nodes(overrides: Sequence[str]) -> list[str]:
-    """``task={...}`` means that task and nothing of the preset's; hydra alone would mix the two."""
+    """Make ``task={...}`` replace the preset's whole task; hydra alone would merge the two."""
     replaced: list[str] = []
     for word in overrides:
         replaced += ["~task", f"+{word}"] if word.startswith("task=") else [word]
@@ -212,7 +192,7 @@ def _require_known(override: Override, known: Sequence[str]) -> None:
 
 
 def _keys(node: Any, above: str = "") -> Iterator[str]:
-    """Every dotted key, of inner nodes too, without looking through interpolations."""
+    """Every dotted key, inner nodes included; interpolations are not followed."""
     for name in node:
         key = f"{above}{name}"
         yield key
@@ -223,16 +203,42 @@ def _keys(node: Any, above: str = "") -> Iterator[str]:
 
 
 def _attach_instead_of_launching(config: DictConfig, overrides: Sequence[str]) -> None:
-    """``engine.url`` names running servers: what a preset says of launching them is void, what the user says is wrong.
+    """If ``engine.url`` names running servers, clear the preset's launch settings.
 
     Raises:
-        ConfigError: overrides that only make sense for servers to be launched.
+        ConfigError: the user's overrides hold launch settings too.
     """
     for node in (one for one in ("engine", "reference_engine") if one in config and config[one].get("url") is not None):
-        void = [name for name in _LAUNCH_ONLY if name in config[node]]
-        said = [override.key_or_group for override in _parse(overrides)]
-        wrong = [f"{node}.{name}" for name in void if f"{node}.{name}" in said]
-        if wrong:
-            raise ConfigError(f"{node}.url attaches to servers that run already: {', '.join(wrong)} can't be honoured")
-        for name in void:
+        launch_settings = [name for name in _LAUNCH_ONLY if name in config[node]]
+        overridden = [override.key_or_group for override in _parse(overrides)]
+        conflicts = [f"{node}.{name}" for name in launch_settings if f"{node}.{name}" in overridden]
+        if conflicts:
+            raise ConfigError(
+                f"{node}.url attaches to servers that run already: {', '.join(conflicts)} can't be honoured"
+            )
+        for name in launch_settings:
             config[node][name] = None
+
+
+def _check_across_nodes(values: Mapping[str, Any]) -> None:
+    """Check settings that depend on other nodes, before anything is loaded or deleted.
+
+    Raises:
+        ConfigError: settings that don't fit together.
+    """
+    model, folder = values.get("model"), values.get("run", {}).get("folder")
+    if folder and model and Path(model).exists():
+        require(
+            Path(folder).resolve() not in Path(model).resolve().parents,
+            f"model={model} is inside run.folder={folder}, whose files the run replaces: set another run.folder",
+        )
+    if "critic" not in values and "train" in values:
+        require(
+            values["train"]["answers"] >= 2,
+            "train.answers must be at least 2: GRPO compares the answers to one question with each other",
+        )
+    max_new_tokens = values.get("policy", {}).get("generate_kwargs", {}).get("max_new_tokens")
+    require(
+        max_new_tokens is None or max_new_tokens >= 1,
+        f"policy.generate_kwargs.max_new_tokens must be at least 1, got {max_new_tokens}",
+    )

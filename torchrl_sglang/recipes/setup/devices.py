@@ -1,4 +1,4 @@
-"""Where the trainer computes."""
+"""The device on which the trainer computes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["trainer_device"]
 
 
 def trainer_device(name: str = "auto") -> torch.device:
-    """The trainer's device.
+    """Resolve ``train.device`` to a device.
 
     Args:
-        name: ``auto`` is the last GPU where there are two or more, else the CPU: servers take the first ones, and NCCL
-            does not join two processes on one. Anything else is torch's own name for a device.
+        name: ``auto`` is the last GPU if there are two or more, else the CPU: servers use the first GPUs, and NCCL
+            cannot connect two processes on one GPU. Any other value is a torch device name; ``cuda`` is the last GPU.
 
     Raises:
-        ConfigError: a name that torch doesn't know, or a GPU where there is none.
+        ConfigError: torch does not know the name, or the machine has no GPU.
     """
     last = torch.cuda.device_count() - 1
     if name == "auto":
@@ -28,6 +28,6 @@ def trainer_device(name: str = "auto") -> torch.device:
         raise ConfigError(f"train.device: {error}") from error
     if device.type == "cuda":
         if last < 0:
-            raise ConfigError("train.device=cuda, but torch sees no GPU here")
+            raise ConfigError("train.device=cuda, but torch finds no GPU on this machine")
         return device if device.index is not None else torch.device("cuda", last)
     return device

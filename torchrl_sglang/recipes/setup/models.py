@@ -1,4 +1,4 @@
-"""The trainer's model."""
+"""Load and save the trained model."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ __all__ = ["load_model", "save_model"]
 
 
 def load_model(path: str, device: str = "auto") -> Any:
-    """A causal language model to train: float32, on the trainer's device, without dropout.
+    """Load a causal language model for training: float32, on the trainer's device, in eval mode.
 
-    The weights are float32 whatever is computed in, since steps of 1e-6 vanish in bfloat16. Dropout stays off in
-    training, since a model with it is not the one that the servers sample from.
+    The weights are float32 whatever dtype is used for computing, because optimizer steps of 1e-6 vanish in bfloat16.
+    Dropout stays off during training: with dropout, the trained model would differ from the one that the servers
+    sample from.
 
     Args:
         path: path or hub name of the checkpoint.
         device: see :func:`trainer_device`.
 
     Raises:
-        ConfigError: no such model or device.
+        ConfigError: the model or the device does not exist.
     """
-    where = trainer_device(device)
+    target = trainer_device(device)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(where).eval()
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(target).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(f"model={path} can't be loaded: {error}") from error
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a checkpoint that :func:`load_model`, transformers and a server can read."""
+    """Write a checkpoint that :func:`load_model`, transformers and SGLang servers can load."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""AdamW and a learning rate schedule from the settings."""
+"""Build AdamW and the learning rate schedule from the settings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["learning_rate_factor", "make_optimizer"]
 def make_optimizer(
     modules: Mapping[str, nn.Module], settings: TrainSettings, learning_rates: Mapping[str, float] | None = None
 ) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """An optimizer of all parameters that want a gradient, and the schedule to step after each of its steps.
+    """Make an optimizer for all parameters that require a gradient, and its schedule; step both together.
 
     Args:
-        modules: what is trained.
-        settings: learning rate, betas, decay, schedule.
-        learning_rates: of modules, by name, that are not to have ``settings.lr``.
+        modules: the trained modules, by name.
+        settings: learning rate, betas, weight decay and schedule.
+        learning_rates: module name to learning rate, for modules that do not use ``settings.lr``.
     """
     groups = [
         {
@@ -45,12 +45,12 @@ def make_optimizer(
 
 
 def learning_rate_factor(schedule: str, *, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """What the learning rate is multiplied by, as a function of the optimizer steps already done.
+    """The factor on the learning rate, as a function of the number of optimizer steps already taken.
 
     Args:
         schedule: ``constant``, ``linear`` or ``cosine``.
-        warmup_steps: the factor rises to 1 over these steps; the first of them already moves.
-        total_steps: the end of ``linear`` and ``cosine``, which reach 0 there.
+        warmup_steps: number of steps over which the factor rises to 1; it is above 0 in the first.
+        total_steps: the step at which ``linear`` and ``cosine`` reach 0.
 
     Examples:
         >>> [round(learning_rate_factor("linear", warmup_steps=2, total_steps=6)(n), 2) for n in range(7)]

@@ -1,8 +1,8 @@
-"""A recipe as a program: command line, configuration, what is set for the whole process, and how it ends."""
+"""Run a recipe as a program: command line, configuration, process-wide settings, exit status."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -10,7 +10,7 @@ from tensordict import set_list_to_stack
 from transformers.utils.logging import disable_progress_bar
 
 from torchrl_sglang.errors import SGLangError
-from torchrl_sglang.recipes.setup.config import Arguments, load_config, parse_arguments
+from torchrl_sglang.recipes.setup.config import load_config, parse_arguments
 from torchrl_sglang.recipes.setup.memory import keep_freed_memory
 
 __all__ = ["run_program"]
@@ -21,36 +21,36 @@ def run_program(
     train: Callable[[DictConfig, bool], bool],
     *,
     description: str | None = None,
-    arguments: Arguments | None = None,
+    words: Sequence[str] | None = None,
 ) -> None:
-    """Read the command line and train.
+    """Read the command line, load the configuration and train.
 
     Args:
         recipe: the recipe's file.
-        train: gets the configuration and whether to resume; returns whether it came to its end, ``False`` after a
-            Ctrl-C it has saved for.
-        description: what ``--help`` says.
-        arguments: instead of the command line.
+        train: called with the configuration and whether to resume. Returns ``True`` when training is complete and
+            ``False`` when Ctrl-C ended it early, after a checkpoint was saved.
+        description: text for ``--help``.
+        words: the command line; ``None`` reads the program's own.
 
     Raises:
-        SystemExit: with a message and status 1, when interrupted or after one of this package's errors.
+        SystemExit: with a message and status 1, after Ctrl-C or one of this package's errors.
     """
     recipe = Path(recipe)
-    arguments = arguments or parse_arguments(recipe, description=description)
-    set_list_to_stack(True).set()  # TorchRL's language model parts rely on it
-    disable_progress_bar()  # transformers' own
+    arguments = parse_arguments(recipe, words, description=description)
+    set_list_to_stack(True).set()  # TorchRL's language model classes need it
+    disable_progress_bar()  # of transformers
     keep_freed_memory()
     folder = None
     try:
         config = load_config(recipe, arguments)
         folder = config.run.folder
-        ended = train(config, arguments.resume is not None)
+        is_complete = train(config, arguments.resume is not None)
     except SGLangError as error:
         raise SystemExit(f"{recipe.name}: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit(f"\ninterrupted: the servers are stopped; finished steps are in {folder}/") from None
-    if not ended:
+    if not is_complete:
         raise SystemExit(
-            f"\ninterrupted: the servers are stopped; finished steps are in {folder}/. To go on: "
+            f"\ninterrupted: the servers are stopped; finished steps are in {folder}/. To continue: "
             f"python {recipe} --resume {folder}"
         )

@@ -1,4 +1,4 @@
-"""Servers in actors of a Ray cluster, as the configuration says, for the length of a ``with`` block."""
+"""Servers in actors of a Ray cluster, built from the configuration; a ``with`` block."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["RayServing", "end_ray_collector"]
 
 
 class RayServing(Serving):
-    """Like :class:`Serving`, but Ray decides where the servers run; ``engine.url`` attaches to running ones as ever.
+    """Like :class:`Serving`, with servers in Ray actors; ``engine.url`` attaches to running servers as there.
 
     Args:
         config: has the nodes of :class:`Serving` and a node ``ray``: ``init`` holds arguments of ``ray.init()``, which
-            is called unless Ray is up in this process, ``placement`` fields of :class:`RayPlacement`.
+            is called unless this process has initialized Ray; ``placement`` holds fields of :class:`RayPlacement`.
         progress: called with a line of text while servers load.
 
     Raises:
-        ConfigError: Ray is not installed, or settings that can't be honoured.
-        ServerError: servers that don't start or can't be reached.
+        ConfigError: Ray is not installed, or settings can't be honoured.
+        ServerError: servers don't start or can't be reached.
     """
 
     def __init__(self, config: DictConfig, progress: Callable[[str], None] | None = None) -> None:
-        self._ray = _up(_plain(config.ray.init))
+        self._ray = _init_ray(_plain(config.ray.init))
         try:
             engine = {name: value for name, value in _plain(config.engine).items() if value is not None}
             settings = {name: value for name, value in engine.items() if not name.startswith("_")}
@@ -44,14 +44,14 @@ class RayServing(Serving):
                     progress=progress,
                     **settings,
                 )
-            self.policy = make_policy(self.servers, **_settings(config.policy, but="engine"))
-            self.scheme = make_scheme(self.servers, **_settings(config.weight_sync_schemes.policy, but="servers"))
+            self.policy = make_policy(self.servers, **_settings(config.policy, without="engine"))
+            self.scheme = make_scheme(self.servers, **_settings(config.weight_sync_schemes.policy, without="servers"))
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """End the process group, servers launched for this run, and Ray where it was started for this run."""
+        """Close the process group, stop servers launched for this run, and shut Ray down if this run started it."""
         if hasattr(self, "scheme"):
             self.scheme.shutdown()
         if hasattr(self, "servers"):
@@ -61,25 +61,25 @@ class RayServing(Serving):
 
 
 def end_ray_collector(collector: Any) -> None:
-    """End a ``RayLLMCollector``, once and for all; to be done before ``ray.shutdown()``.
+    """Shut a ``RayLLMCollector`` down so that it can't be shut down again; call this before ``ray.shutdown()``.
 
-    TorchRL ends a collector again when it is deleted. If Ray is down by then, the call starts a new one, and at the
-    program's exit it never comes back. Source: torchrl 0.14.1, ``RayLLMCollector.shutdown`` and ``Collector.__del__``.
+    TorchRL shuts a collector down once more when it is deleted. If Ray is down by then, that call starts a new Ray; at
+    the program's exit it never returns. Source: torchrl 0.14.1, ``RayLLMCollector.shutdown`` and ``Collector.__del__``.
 
     Args:
-        collector: the collector; its actor ends when nobody refers to it any more.
+        collector: the collector; its actor ends when no reference to it is left.
     """
-    with suppress(import_ray().exceptions.RayError):  # the actor is gone already
+    with suppress(import_ray().exceptions.RayError):  # the actor has ended already
         collector.shutdown()
-    collector.shutdown = _nothing
+    collector.shutdown = _do_nothing
 
 
-def _nothing(*_: Any, **__: Any) -> None:
+def _do_nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-def _up(arguments: Mapping[str, Any]) -> Any:
-    """Start or join Ray; the module if that was our doing, to end it again, else ``None``."""
+def _init_ray(arguments: Mapping[str, Any]) -> Any:
+    """Start or join Ray. Returns the module, to shut it down later, or ``None`` if Ray was initialized before."""
     ray = import_ray()
     if ray.is_initialized():
         return None
@@ -87,9 +87,9 @@ def _up(arguments: Mapping[str, Any]) -> Any:
     return ray
 
 
-def _settings(node: DictConfig, *, but: str) -> dict[str, Any]:
-    """What a node says beside the servers, which are there already."""
-    return {name: value for name, value in _plain(node).items() if name != but and not name.startswith("_")}
+def _settings(node: DictConfig, *, without: str) -> dict[str, Any]:
+    """The node's settings without the key that names the servers, which exist already."""
+    return {name: value for name, value in _plain(node).items() if name != without and not name.startswith("_")}
 
 
 def _plain(node: DictConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Servers, policy and weight sync as the configuration says, for the length of a ``with`` block."""
+"""Servers, policy and weight sync scheme of a run, built from the configuration; a ``with`` block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from torchrl_sglang.engine import AsyncSGLang
 from torchrl_sglang.hydra_configs import close_engines
-from torchrl_sglang.recipes.run.checkpoints import Checkpoint
 from torchrl_sglang.rollout import SGLangWrapper
 from torchrl_sglang.weights import SGLangWeightSyncScheme, SyncReport
 
@@ -18,7 +17,7 @@ __all__ = ["Serving"]
 
 
 class Serving:
-    """Launches or attaches to the servers of ``config.engine``, with what stands on them; a ``with`` block.
+    """Launches the servers of ``config.engine`` or attaches to them, and builds policy and scheme; a ``with`` block.
 
     Args:
         config: has the nodes ``engine``, ``policy`` and ``weight_sync_schemes.policy``.
@@ -30,8 +29,8 @@ class Serving:
 
     Attributes:
         servers: the engine.
-        policy: generates on it.
-        scheme: replaces its weights; for ``Collector(weight_sync_schemes={"policy": serving.scheme})``.
+        policy: generates on the servers.
+        scheme: replaces the servers' weights; pass it to ``Collector(weight_sync_schemes={"policy": serving.scheme})``.
     """
 
     def __init__(self, config: DictConfig, progress: Callable[[str], None] | None = None) -> None:
@@ -54,30 +53,30 @@ class Serving:
         report = self.scheme.last_report
         return 0.0 if report is None else report.num_bytes / 1e6
 
-    def push_first_weights(self, model: Any, checkpoint: Checkpoint | None) -> SyncReport | None:
-        """Send a model's weights before anything is generated, if the servers may hold others.
+    def push_first_weights(self, model: Any, *, resumed_version: int | None) -> SyncReport | None:
+        """Send the trainer's weights before the first generation, unless the servers certainly hold them.
 
-        Servers just launched from the model's own checkpoint hold them already. Those that ran before may hold
-        anything, and after a resume all hold the wrong ones.
+        Servers that were just launched from the model's own checkpoint hold them. Servers that ran before may hold any
+        weights, and after a resume no server holds the right ones.
 
         Args:
-            model: the trainer's, restored.
-            checkpoint: what was resumed from. Its version number goes on, unless the servers have come further.
+            model: the trainer's model, already restored.
+            resumed_version: weight version in the checkpoint that the run resumes from; ``None`` for a new run. The
+                next version is this one, or the servers' own plus one if that is higher.
 
         Returns:
-            What was sent; ``None`` when there was no need to.
+            The report of the sync; ``None`` if nothing was sent.
 
         Raises:
             WeightSyncError: see :meth:`WeightSync.push`.
         """
-        launched = bool(self.servers.servers)
-        if launched and checkpoint is None:
+        was_launched = bool(self.servers.servers)
+        if was_launched and resumed_version is None:
             return None
-        resumed = 0 if checkpoint is None else checkpoint.weight_version
-        return self.scheme.sync.push(model, version=max(resumed, self.weight_version + 1))
+        return self.scheme.sync.push(model, version=max(resumed_version or 0, self.weight_version + 1))
 
     def close(self) -> None:
-        """End the process group, then servers launched for this run."""
+        """Close the process group, then stop the servers that this run launched."""
         self.scheme.shutdown()
         close_engines()
 

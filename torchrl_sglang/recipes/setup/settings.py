@@ -1,4 +1,4 @@
-"""What every recipe can be told: training, evaluation, checkpoints. They check themselves when a config is read."""
+"""Settings that all recipes have: the nodes ``train``, ``evaluate``, ``checkpoint`` and ``run``, with their checks."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclass(kw_only=True)
 class TrainSettings:
-    """Node ``train``: what a step is, and how the trainer learns from it."""
+    """Node ``train``: size of a step, optimizer and device."""
 
     steps: int = 16
     """Optimizer steps of the whole run."""
     questions: int = 4
     """Questions per step."""
     answers: int = 8
-    """Answers per question: the group whose rewards are compared."""
+    """Answers per question. GRPO compares the rewards within this group, so it needs at least 2."""
     micro_batch: int = 8
-    """Answers per forward and backward pass; gradients add up to those of the whole step."""
+    """Answers per forward and backward pass. Gradients are summed over the step, so it changes only memory and time."""
     epochs: int = 1
-    """How often each batch is gone through; each time is one optimizer step more."""
+    """Passes over each batch; each pass ends with an optimizer step."""
     lr: float = 1e-5
-    """Learning rate of AdamW, after the warm-up."""
+    """Learning rate of AdamW after the warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """AdamW's."""
+    """Betas of AdamW."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """Weight decay of AdamW."""
     schedule: str = "constant"
-    """What the learning rate does after the warm-up: ``constant``, or ``linear`` or ``cosine`` down to 0 at the end."""
+    """Learning rate after the warm-up: ``constant``, or ``linear`` or ``cosine`` down to 0 at the last step."""
     warmup_steps: int = 0
-    """Optimizer steps in which the learning rate rises from 0."""
+    """Optimizer steps over which the learning rate rises from 0."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Maximum gradient norm; larger gradients are scaled down to it."""
     device: str = "auto"
-    """The trainer's: ``auto`` is the last of two or more GPUs, else the CPU."""
+    """Device of the trainer: ``auto`` is the last GPU if there are two or more, else the CPU."""
     autocast: str = "float32"
-    """What the trainer computes in: ``float32`` or ``bfloat16``. Its weights are float32 in any case."""
+    """Dtype of the trainer's forward pass: ``float32`` or ``bfloat16``. The weights are float32 in both cases."""
     seed: int = 0
-    """Of the order of questions, the trainer, and the servers launched."""
+    """Seed of the order of questions, of the trainer, and of launched servers."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "questions", "answers", "micro_batch", "epochs", "lr", "clip_norm")
         require_positive(self, "weight_decay", "warmup_steps", zero=True)
-        require(len(self.betas) == 2, f"betas are two numbers, got {self.betas}")
+        require(len(self.betas) == 2, f"betas must be two numbers, got {self.betas}")
         require(
             self.schedule in SCHEDULES,
             f"schedule must be one of {SCHEDULES}, got {self.schedule!r}.{nearest_name(self.schedule, SCHEDULES)}",
@@ -65,21 +65,21 @@ class TrainSettings:
 
 @dataclass(kw_only=True)
 class EvaluateSettings:
-    """Node ``evaluate``: how well the model does on questions it is not trained on."""
+    """Node ``evaluate``: evaluation on held-out questions."""
 
     every: int = 0
-    """Evaluate after each so many steps, and before the first and after the last; 0 never does."""
+    """Evaluate every this many steps, before the first step and after the last; 0 never evaluates."""
     questions: int = 16
-    """Questions of the held-out split that are asked."""
+    """Questions of the held-out split per evaluation."""
     answers: int = 8
-    """Answers drawn per question: pass@k needs at least k."""
+    """Answers per question; pass@k needs at least k."""
     ks: list[int] = field(default_factory=lambda: [1, 4])
-    """The k of pass@k: the chance that at least one of k answers is right."""
+    """Values of k for pass@k, the probability that at least one of k answers is right."""
 
     def __post_init__(self) -> None:
         require_positive(self, "questions", "answers")
         require_positive(self, "every", zero=True)
-        require(bool(self.ks) and min(self.ks) >= 1, f"ks are numbers of answers, got {self.ks}")
+        require(bool(self.ks) and min(self.ks) >= 1, f"ks must be numbers of answers, got {self.ks}")
         require(
             max(self.ks) <= self.answers,
             f"pass@{max(self.ks)} can't be estimated from {self.answers} answers per question: raise evaluate.answers",
@@ -97,12 +97,12 @@ class EvaluateSettings:
 
 @dataclass(kw_only=True)
 class CheckpointSettings:
-    """Node ``checkpoint``: how much work a killed run loses, and how much disk that takes."""
+    """Node ``checkpoint``: how often to save, and how many checkpoints to keep."""
 
     every: int = 0
-    """Save after each so many steps; 0 saves at the end and on Ctrl-C only."""
+    """Save every this many steps; 0 saves only at the end and on Ctrl-C."""
     keep: int = 1
-    """How many are kept."""
+    """Number of checkpoints to keep."""
 
     def __post_init__(self) -> None:
         require_positive(self, "keep")
@@ -120,15 +120,15 @@ class CheckpointSettings:
 
 @dataclass(kw_only=True)
 class RunSettings:
-    """Node ``run``: where a run's files go, and who else is told."""
+    """Node ``run``: the folder of the run's files, and further loggers."""
 
     folder: str = "outputs/run"
     """Holds config.yaml, metrics.csv, samples.jsonl, report.png and checkpoints."""
     loggers: list[str] = field(default_factory=list)
-    """TorchRL's loggers by name: ``csv``, ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``. metrics.csv is always
+    """TorchRL loggers by name: ``csv``, ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``. metrics.csv is always
     written."""
     report_every_s: float = 30.0
-    """Seconds between two drawings of report.png."""
+    """Minimum number of seconds between two drawings of report.png."""
 
     def __post_init__(self) -> None:
         require(bool(self.folder), "folder must be a path")
@@ -141,4 +141,4 @@ SETTINGS = {
     "checkpoint": CheckpointSettings,
     "run": RunSettings,
 }
-"""Config node to what checks it."""
+"""Name of a config node to the record that checks it."""

@@ -1,4 +1,4 @@
-"""Conversations in which the assistant may run Python: what it writes is run, what that prints is the next message."""
+"""Environments of conversations in which the assistant may run Python and reads the program's output."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torchrl.envs import TransformedEnv
 
 from torchrl_sglang.config.checking import require
 from torchrl_sglang.recipes.data.environment import chat_env
+from torchrl_sglang.recipes.data.evaluation import mean_pass_at_k
 from torchrl_sglang.recipes.data.questions import QuestionStream
 from torchrl_sglang.recipes.data.rewards import RewardTransform, Scorer
 from torchrl_sglang.recipes.data.tasks import Task
-from torchrl_sglang.recipes.run.evaluation import mean_pass_at_k
 from torchrl_sglang.recipes.tools.python_tool import PROGRAM, find_program, run_python
 
 __all__ = ["PythonTool", "evaluate_with_tool", "make_tool_env"]
@@ -25,24 +25,24 @@ _PROGRAMS_AT_ONCE = 8
 
 
 class PythonTool(RewardTransform):
-    """Runs the program in an answer and goes on; scores an answer without one, and ends the conversation.
+    """Runs the program in an answer and appends its output; scores an answer without a program and ends the episode.
 
-    TorchRL's ``PythonInterpreter`` differs in ways that matter here: it runs programs one after the other and without
-    limits, its messages hold tracebacks with the names of temporary files, and when some conversations of a batch have
-    a program and others have none, it fills the latter with empty messages, which their model would read.
+    It replaces TorchRL's ``PythonInterpreter``, which runs programs one after the other and without limits, shows
+    tracebacks with names of temporary files, and adds empty messages to conversations without a program if another
+    conversation of the batch has one.
 
     Args:
         score: scores the last answer, the one without a program.
-        max_turns: answers per conversation; the last one is scored whatever it is.
-        reply: the tool's message; ``{output}`` stands for what the program printed.
-        bonus: the part of the reward, 0 to 1, that a conversation earns when its first program prints the truth. A
-            model that does not yet report what it has found out learns to find it out.
-        timeout_s: seconds a program may take.
+        max_turns: maximum number of answers per conversation; the last one is scored even if it has a program.
+        reply: the tool's message; ``{output}`` is replaced by the program's output.
+        bonus: the share of the reward, from 0 to below 1, that a conversation earns if its first program prints the
+            reference answer. It rewards a useful program before the model has learned to report the output.
+        timeout_s: seconds that a program may run.
         program: regular expression that finds a program in an answer, see :func:`find_program`.
-        answer_key: where the truth is.
+        answer_key: key of the reference answer.
 
     Raises:
-        ConfigError: an argument that makes no sense.
+        ConfigError: an argument is out of range.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class PythonTool(RewardTransform):
         answer_key: str = "answer",
     ) -> None:
         require(max_turns >= 1, f"max_turns must be at least 1, got {max_turns}")
-        require("{output}" in reply, f"the tool's reply must show the {{output}}, got {reply!r}")
-        require(0 <= bonus < 1, f"bonus is a part of the reward, at least 0 and below 1, got {bonus}")
+        require("{output}" in reply, f"reply must contain {{output}}, got {reply!r}")
+        require(0 <= bonus < 1, f"bonus must be at least 0 and below 1, got {bonus}")
         super().__init__(score, answer_key=answer_key)
         self.max_turns, self.reply, self.bonus = max_turns, reply, bonus
         self.timeout_s, self.program = timeout_s, program
@@ -85,7 +85,7 @@ class PythonTool(RewardTransform):
         return self._write(next_tensordict, rewards_B, right_B, done_B=[output is None for output in outputs_B])
 
     def _run(self, conversation: History) -> str | None:
-        """What the last answer's program printed; ``None`` if it has none, or was the last that is allowed."""
+        """Output of the last answer's program; ``None`` if it has no program or is the last allowed answer."""
         program = find_program(str(conversation[-1].content), self.program)
         if program is None or num_answers(conversation) >= self.max_turns:
             return None
@@ -93,22 +93,22 @@ class PythonTool(RewardTransform):
 
 
 def num_answers(conversation: History) -> int:
-    """How often the assistant has spoken."""
+    """Number of assistant messages."""
     return sum(role == "assistant" for role in conversation.role)
 
 
 def make_tool_env(
     task: Task, tokenizer: Any, tool: PythonTool, *, questions: int, answers: int, seed: int | None, start: int = 0
 ) -> TransformedEnv:
-    """A ``ChatEnv`` whose conversations have a tool; each slot asks the next question as soon as its last one is over.
+    """Make a ``ChatEnv`` whose conversations have a tool; a slot asks its next question when its conversation ends.
 
     Args:
-        task: what is asked; its own scoring function is the tool's affair.
+        task: the questions; ``tool`` has the scoring function.
         tokenizer: has the chat template.
-        tool: runs programs and scores.
-        questions: asked at the same time...
-        answers: ...by so many conversations each.
-        seed: of the order of questions; ``None`` asks the held-out ones, in order.
+        tool: runs programs and scores answers.
+        questions: number of questions asked at the same time.
+        answers: number of conversations per question.
+        seed: seed of the order of questions; ``None`` asks the held-out questions in order.
         start: number of the first question.
     """
     stream = QuestionStream(task.held_out if seed is None else task.train, seed=seed, start=start)
@@ -123,17 +123,17 @@ def evaluate_with_tool(
     answers: int,
     ks: Sequence[int],
 ) -> dict[str, float]:
-    """Have each slot's first conversation and count those that end right.
+    """Evaluate each slot's first conversation.
 
     Args:
         env: from :func:`make_tool_env` with ``seed=None``; a new one for each evaluation.
-        policy: answers.
-        max_turns: the tool's.
-        answers: conversations per question.
-        ks: for which k pass@k is wanted.
+        policy: generates the answers.
+        max_turns: the tool's ``max_turns``.
+        answers: number of conversations per question.
+        ks: the values of k for pass@k.
 
     Returns:
-        ``eval_reward_mean``, ``eval_pass_at_<k>`` for every k, and ``eval_program_rate``, the part of the conversations
+        ``eval_reward_mean``, ``eval_pass_at_<k>`` for every k, and ``eval_program_rate``, the fraction of conversations
         in which a program ran.
     """
     size = env.batch_size.numel()

@@ -1,6 +1,6 @@
-"""Runs the program on stdin within limits: ``python -I -S python_runner.py <CPU seconds> <bytes of memory>``.
+"""Run the program on stdin within limits: ``python -I -S python_runner.py <CPU seconds> <bytes of memory>``.
 
-A file of its own, standard library only, so that a program is up in milliseconds and finds nothing of the trainer.
+This file imports only the standard library, so a program starts in milliseconds and can't import the trainer's code.
 """
 
 import resource
@@ -8,7 +8,7 @@ import sys
 
 
 def main() -> None:
-    """Set the limits, then run."""
+    """Set the limits, then run the program."""
     code = sys.stdin.read()
     cpu_s, memory_bytes = int(sys.argv[1]), int(sys.argv[2])
     for limit, value in (

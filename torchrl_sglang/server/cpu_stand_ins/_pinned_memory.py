@@ -1,6 +1,6 @@
-"""Makes torch ignore requests for pinned host memory, which exists only beside an accelerator.
+"""Makes torch ignore requests for pinned host memory, which exists only with an accelerator.
 
-SGLang's LoRA code asks for it unconditionally, so a CPU server with adapters needs this; no other does.
+SGLang's LoRA code always requests it, so CPU servers with adapters need this patch; other servers don't.
 """
 
 import functools
@@ -12,7 +12,7 @@ from torch.utils._device import _device_constructors
 def ignore_requests():
     """Drop ``pin_memory=`` from torch's constructors and make ``Tensor.pin_memory()`` return the tensor itself."""
     # `with torch.device("meta")` recognises constructors by identity, in a set that is filled on first use: fill it
-    # while they are still the original functions.
+    # before the functions are replaced.
     _device_constructors()
     for name in ("tensor", "empty", "zeros", "ones", "full", "arange"):
         setattr(torch, name, _without_pinning(getattr(torch, name)))

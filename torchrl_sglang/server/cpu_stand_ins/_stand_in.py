@@ -35,7 +35,7 @@ class Placeholder(metaclass=_PlaceholderMeta):
 
 
 class PlaceholderModule(types.ModuleType):
-    """Stands for a module, and for any lower-case name in one: attributes spring up, calls act as decorators."""
+    """Stands for a module, and for any lower-case name in one: it has every attribute, and calls act as decorators."""
 
     def __init__(self, name):
         super().__init__(name)
@@ -43,7 +43,7 @@ class PlaceholderModule(types.ModuleType):
 
     def __getattr__(self, name):
         if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(name)  # `hasattr(module, "__file__")` and the like must stay truthful
+            raise AttributeError(name)  # `hasattr(module, "__file__")` must stay correct
         full_name = f"{self.__name__}.{name}"
         if full_name in sys.modules:
             return sys.modules[full_name]
@@ -60,7 +60,7 @@ class PlaceholderModule(types.ModuleType):
             return args[0]
         return lambda function: function
 
-    # Feature checks (`if triton.x:`, `for config in triton.configs`) find nothing.
+    # Feature checks (`if triton.x:`, `for config in triton.configs`) must be false or empty.
     def __bool__(self):
         return False
 
@@ -103,7 +103,7 @@ sys.meta_path.append(_FINDER)  # last: real modules win
 
 
 def install(name, **attributes):
-    """Turn the module ``name``, which is just being imported, into a placeholder with these real attributes."""
+    """Turn the module ``name``, whose import is running, into a placeholder with these real attributes."""
     _FINDER.roots.add(name)
     module = sys.modules[name]
     module.__class__ = PlaceholderModule

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.transports.base import WeightTransport
@@ -23,7 +24,16 @@ def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint:
         config: names the transport.
         owner: id of this trainer.
         checkpoint: what the servers were started from.
+
+    Raises:
+        ConfigError: a server quantises its weights while it loads them.
     """
+    for client in pool.clients:
+        if client.info.quantization is not None and checkpoint.quantization is None:
+            raise ConfigError(
+                f"{client.url} quantises its weights while loading (--quantization {client.info.quantization}): what "
+                "it would make of new ones can't be checked. Serve a checkpoint that is quantised already, or none"
+            )
     if config.transport == "lora":
         return LoraTransport(pool, owner)
     has_replicas_inside = any(client.info.dp_size * client.info.pp_size > 1 for client in pool.clients)

@@ -22,6 +22,7 @@ from torchrl_sglang.errors import WeightUpdateError
 from torchrl_sglang.parallel import Outcome, Task, side_by_side
 from torchrl_sglang.protocol.control import build_checksum, parse_checksum
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
+from torchrl_sglang.weights.source.shards import is_sharded
 
 __all__ = ["compare_checksums", "probe_ids", "trainer_logprobs", "verify_servers"]
 
@@ -46,7 +47,7 @@ def verify_servers(
     vocab_size: int,
     model: nn.Module | None,
     config: SyncConfig,
-    exact: bool,
+    served_dtype: torch.dtype | None,
     lora: str | None = None,
 ) -> float:
     """Score the fixed prompt on every server and compare.
@@ -54,9 +55,10 @@ def verify_servers(
     Args:
         clients: the servers that were updated.
         vocab_size: number of valid token ids.
-        model: the trainer's model; ``None`` compares the servers with each other only.
+        model: the trainer's model; without one, and if it is sharded (it computes only when all ranks call it), the
+            servers are compared with each other.
         config: tolerance.
-        exact: trainer and servers compute in float32, so the narrow tolerance holds.
+        served_dtype: what the servers compute in. If trainer and servers compute in float32, the tolerance is narrow.
         lora: name of the adapter to score with.
 
     Returns:
@@ -65,6 +67,8 @@ def verify_servers(
     Raises:
         WeightUpdateError: a server did not answer, or scores as another model; ``server_weights`` names it.
     """
+    if model is not None and is_sharded(model):
+        model = None
     # On a GPU more tokens cost nothing, and more experts of a mixture take part. On a CPU they cost time: for
     # SmolLM2-135M, 4 tokens took 0.11 s on a server's one core and 12 took 0.15.
     on_cpu = all(client.info.device == "cpu" for client in clients)
@@ -78,7 +82,9 @@ def verify_servers(
     if scores:
         first = next(iter(scores))
         reference, whose = (expected, "the trainer") if expected is not None else (scores[first], first)
-        atol = config.verify_atol if config.verify_atol is not None else (1e-3 if exact else 0.5)
+        dtypes = {served_dtype, *(parameter.dtype for parameter in (model.parameters() if model is not None else ()))}
+        default = 1e-3 if dtypes == {torch.float32} else 0.5
+        atol = default if config.verify_atol is None else config.verify_atol
         gaps = {url: _gap(score, reference) for url, score in scores.items()}
         for url, gap in gaps.items():
             if not gap <= atol:  # also catches NaN

@@ -1,7 +1,7 @@
-"""Stand-in for the CPU build of sgl-kernel, which no package index carries.
+"""Stand-in for the CPU build of sgl-kernel, which is not on a package index.
 
-Under ``SGLANG_USE_CPU_ENGINE=1`` SGLang (0.5.23) imports these names. All belong to speculative decoding and to moving
-KV caches, which plain generation doesn't touch; calling one says what is missing.
+Under ``SGLANG_USE_CPU_ENGINE=1`` SGLang (0.5.23) imports these names. They are for speculative decoding and for moving
+KV caches, which plain generation does not use; calling one raises an error that names what is missing.
 """
 
 import os

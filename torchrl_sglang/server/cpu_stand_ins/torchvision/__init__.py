@@ -1,4 +1,4 @@
-"""Stand-in for torchvision, whose compiled operators are built for CUDA and don't load beside a CPU torch."""
+"""Stand-in for torchvision, whose compiled operators are built for CUDA and don't load with a CPU build of torch."""
 
 import _stand_in
 

@@ -1,6 +1,6 @@
-"""Stand-in for Triton, which has no CPU back end and weighs a gigabyte.
+"""Stand-in for Triton, which has no CPU back end and takes a gigabyte of disk.
 
-SGLang defines its GPU kernels with it at import time and calls two plain helpers, which are real here.
+SGLang defines GPU kernels with it at import time and calls two plain helpers, which this module implements.
 """
 
 import _stand_in

@@ -1,26 +1,23 @@
-"""``SGLangChat``: a conversation with a served model."""
+"""``SGLangChat``: chats with a served model, with whole or streamed responses."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from torchrl_sglang.chat.deltas import TextDeltas
-from torchrl_sglang.chat.in_thread import call_in_thread, iterate_in_thread
+from torchrl_sglang.chat.asyncio_threads import call_in_thread, iterate_in_thread
+from torchrl_sglang.chat.defaults import GenerationDefaults
 from torchrl_sglang.chat.messages import read_conversation
+from torchrl_sglang.chat.reply_stream import ReplyStream
 from torchrl_sglang.chat.response import Response, ToolCall
-from torchrl_sglang.chat.settings import GenerationDefaults
 from torchrl_sglang.chat.template import ChatTemplate
-from torchrl_sglang.chat.tools import find_tool_calls, read_tools
-from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.config import ClientConfig, SamplingParams
-from torchrl_sglang.errors import ConfigError, ProtocolError, RequestRejectedError, ServerError, ServerUnreachableError
+from torchrl_sglang.chat.text_deltas import TextDeltas
+from torchrl_sglang.chat.tool_calls import find_tool_calls
+from torchrl_sglang.chat.turn import Turn, prepare_turn
+from torchrl_sglang.config import ClientConfig
+from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import load_tokenizer, read_model_json
 from torchrl_sglang.pool import Servers, resolve_pool
-from torchrl_sglang.protocol.generate import build_generate, parse_one
-from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.protocol.tool_calls import build_parse_tool_calls, parse_tool_calls_answer
 
@@ -29,43 +26,31 @@ __all__ = ["SGLangChat"]
 Messages = str | Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Turn:
-    """One call, ready to be sent."""
-
-    ids_T: list[int]
-    media: Media
-    tools: list[dict[str, Any]]
-    sampling: SamplingParams
-    adapter: str | None
-    return_log_probs: bool
-
-
 class SGLangChat:
     """A chat with the model that SGLang servers serve: messages in, responses out.
 
     Every call has four forms: :meth:`chat` and :meth:`iter_chat` block, :meth:`achat` and :meth:`stream_chat` are for
-    ``async`` programs; ``iter_chat`` and ``stream_chat`` give the text in pieces while it is written. A chat holds no
-    history: go on with ``[*messages, response.message, {"role": "user", ...}]``.
+    ``async`` programs; ``iter_chat`` and ``stream_chat`` yield the text in pieces as it is generated. A chat keeps no
+    history: pass ``[*messages, response.message, {"role": "user", ...}]`` to continue.
 
-    Images, videos and sounds travel with the request. Tried on a real server: images (on SGLang's CPU engine, with a
-    model of LLaVA's first form). Videos and sounds are tested as requests only, since the CPU engine serves no model
-    that takes them.
+    Images, videos and sounds are part of the request. Images are tested on a real server (SGLang's CPU engine, a model
+    with LLaVA's original architecture). Videos and sounds are tested as requests only, since the CPU engine serves no
+    model that takes them.
 
     Args:
         servers: an engine, a pool, or the URL of a server, or several.
-        tokenizer: the served model's tokenizer; by default loaded from where the server has it.
-        processor: the served model's processor, for models whose chat template is in it.
+        tokenizer: the served model's tokenizer; by default loaded from the server's ``tokenizer_path``.
+        processor: the served model's processor, for models whose processor holds the chat template.
         adapter: name of the LoRA adapter to use by default.
         tool_call_parser: how the model writes tool calls, by SGLang's name (``"qwen25"``, ``"llama3"``,
-            ``"mistral"``...): the server's own parser then reads them. ``None`` knows the common ways, see
-            :func:`~torchrl_sglang.chat.tools.find_tool_calls`.
-        client: time-outs and keys, when ``servers`` is an URL.
+            ``"mistral"``...): the server's own parser then reads them. ``None`` reads the common formats, see
+            :func:`~torchrl_sglang.chat.tool_calls.find_tool_calls`.
+        client: time-outs and keys, when ``servers`` is a URL.
         **generation: defaults for every call: ``temperature``, ``top_p``, ``top_k``, ``num_return_sequences``,
             ``repetition_penalty``, ``skip_special_tokens``, ``max_length`` (prompt and response), ``max_new_tokens``,
-            ``seed``, ``stop`` and whatever else :meth:`SamplingParams.from_kwargs` knows. What is set neither here nor
-            in the call is the checkpoint's own (``generation_config.json``), then SGLang's; a response may fill the
-            context. Responses end at the tokens that end a turn in the chat template.
+            ``seed``, ``stop`` and all other names of :meth:`SamplingParams.from_kwargs`. A setting given neither here
+            nor in the call comes from the checkpoint (``generation_config.json``), then from SGLang; a response may
+            fill the context. Responses end at the tokens that end a turn in the chat template.
 
     Raises:
         ConfigError: an unknown or bad setting, or a model that is no chat model.
@@ -101,8 +86,8 @@ class SGLangChat:
             checkpoint=checkpoint,
             stop_ids=_stop_ids(self._template.turn_end_ids(), checkpoint, self.pool.vocab_size),
         )
-        self._defaults.sampling({}, prompt_length=0, context_length=None)  # a bad default is found here and now
-        self._next = itertools.count()
+        self._defaults.sampling({}, prompt_length=0, context_length=None)  # raises if a default is bad
+        self._reply_stream = ReplyStream(self.pool)
 
     # ------------------------------------------------------------------ whole responses
 
@@ -126,9 +111,9 @@ class SGLangChat:
         Args:
             messages: the conversation as ``{"role": ..., "content": ...}``, or one user message's text; the content is
                 a string or a list of parts (see :func:`~torchrl_sglang.chat.messages.read_conversation`).
-            system: a system message, to go first.
+            system: a system message, put first.
             tools: what the model may call: JSON schemas, Python functions, or the JSON of a list of schemas.
-            images: images that the messages mention, in order; unmentioned ones go before the last user message.
+            images: images that the messages mention, in order; unmentioned ones are put before the last user message.
                 Paths, bytes, URLs, ``PIL`` images, arrays, tensors: :func:`~torchrl_sglang.chat.data_urls.media_url`.
             videos: likewise.
             audios: likewise.
@@ -142,11 +127,15 @@ class SGLangChat:
             ``num_return_sequences`` responses.
 
         Raises:
-            ConfigError: what is asked for can't be honoured; nothing was sent.
+            ConfigError: a setting or message can't be honoured; nothing was sent.
             ServerError: see :meth:`SGLangPool.generate`.
         """
         turn = self._prepare(
-            read_conversation(messages, system=system, images=images, videos=videos, audios=audios),
+            messages,
+            system=system,
+            images=images,
+            videos=videos,
+            audios=audios,
             tools=tools,
             adapter=adapter,
             return_log_probs=return_log_probs,
@@ -164,10 +153,10 @@ class SGLangChat:
         return [self._response(turn, reply) for reply in replies]
 
     async def achat(self, messages: Messages, *args: Any, **kwargs: Any) -> list[Response]:
-        """:meth:`chat` for ``async`` programs. Cancelling it stops the waiting, not the server's work."""
+        """:meth:`chat` for ``async`` programs. Cancelling it ends the wait; the server finishes the request."""
         return await call_in_thread(lambda: self.chat(messages, *args, **kwargs))
 
-    # ------------------------------------------------------------------ text in pieces
+    # ------------------------------------------------------------------ streamed responses
 
     def iter_chat(
         self,
@@ -185,14 +174,14 @@ class SGLangChat:
         on_finish: Callable[[Response], None] | None = None,
         **generation: Any,
     ) -> Generator[str, None, None]:
-        """Answer a conversation piece by piece. The pieces together are the text that :meth:`chat` would give.
+        """Answer a conversation piece by piece. The pieces joined are the text that :meth:`chat` would return.
 
-        Closing the generator ends the request on the server. With ``stop_regex`` everything comes as one piece, since
-        nothing is settled before the end.
+        Closing the generator ends the request on the server. With ``stop_regex`` the text comes as one piece, since
+        any of it may be trimmed until the response ends.
 
         Args:
             messages: as in :meth:`chat`, and so are the other arguments.
-            system: a system message, to go first.
+            system: a system message, put first.
             tools: what the model may call.
             images: images that the messages mention.
             videos: likewise.
@@ -208,11 +197,15 @@ class SGLangChat:
             Pieces of text, none of them empty.
 
         Raises:
-            ConfigError: what is asked for can't be honoured; nothing was sent.
+            ConfigError: a setting or message can't be honoured; nothing was sent.
             ServerError: a server failed, also in the middle.
         """
         turn = self._prepare(
-            read_conversation(messages, system=system, images=images, videos=videos, audios=audios),
+            messages,
+            system=system,
+            images=images,
+            videos=videos,
+            audios=audios,
             tools=tools,
             adapter=adapter,
             return_log_probs=return_log_probs,
@@ -220,24 +213,24 @@ class SGLangChat:
             generation=generation,
         )
         if turn.sampling.n != 1:
-            raise ConfigError(f"text in pieces is for one response, but {turn.sampling.n} are asked for: use chat()")
+            raise ConfigError(f"streaming is for one response, but num_return_sequences={turn.sampling.n}: use chat()")
         return self._stream(turn, timeout_s, on_finish)
 
     async def stream_chat(self, messages: Messages, *args: Any, **kwargs: Any) -> AsyncGenerator[str, None]:
         """:meth:`iter_chat` for ``async`` programs: an ``async`` generator of pieces of text.
 
-        Leaving the loop early ends the request on the server when its next piece arrives; to have that at once and
-        for certain, iterate inside ``contextlib.aclosing(...)``.
+        Leaving the loop early ends the request on the server when its next piece arrives. Iterate inside
+        ``contextlib.aclosing(...)`` to be sure that the generator is closed as soon as the loop is left.
         """
         async for piece in iterate_in_thread(lambda: self.iter_chat(messages, *args, **kwargs)):
             yield piece
 
     def _stream(
-        self, turn: _Turn, timeout_s: float | None, on_finish: Callable[[Response], None] | None
+        self, turn: Turn, timeout_s: float | None, on_finish: Callable[[Response], None] | None
     ) -> Generator[str, None, None]:
         deltas = TextDeltas(turn.sampling.stop)
         reply = None
-        for reply in self._replies(turn, timeout_s):
+        for reply in self._reply_stream.replies(turn, timeout_s=timeout_s):
             piece = "" if turn.sampling.stop_regex or not reply.text else deltas.push(reply.text)
             if piece:
                 yield piece
@@ -248,83 +241,24 @@ class SGLangChat:
         if on_finish is not None:
             on_finish(self._response(turn, reply))
 
-    def _replies(self, turn: _Turn, timeout_s: float | None) -> Generator[GenerateReply, None, None]:
-        """The reply as it grows, from the first server that is there; a stream that has begun is not begun again."""
-        self.pool.check([turn.ids_T], turn.sampling)
-        lora, labelled = self.pool.resolve_adapter(turn.adapter)
-        request = build_generate(
-            [turn.ids_T],
-            turn.sampling,
-            return_logprobs=turn.return_log_probs,
-            stream=True,
-            lora=lora,
-            cache_salt=self.pool.state.weights.cache_salt,
-            media=[turn.media] if turn.media else None,
-        )
-        while True:
-            client = self._pick()
-            finished = False
-            try:
-                for event in client.stream(request, timeout_s=timeout_s):
-                    if "meta_info" not in event:
-                        detail = str(event.get("error", event))
-                        raise RequestRejectedError(
-                            f"{client.url} stopped the stream: {detail}", server=client.url, status=200, detail=detail
-                        )
-                    finished = event["meta_info"].get("finish_reason") is not None
-                    yield labelled(parse_one(event, server=client.url, return_logprobs=turn.return_log_probs))
-            except ServerUnreachableError as error:
-                self.pool.record_death(client.url, error)
-                if not self.pool.healthy:
-                    raise
-                continue
-            if not finished:
-                raise ProtocolError(f"{client.url} ended a stream without a finished response", server=client.url)
-            return
-
-    def _pick(self) -> SGLangClient:
-        self.pool.poll_dead_servers()
-        clients = self.pool.healthy
-        if not clients:
-            raise ServerError(f"no server is left to answer: {dict(self.pool.quarantined)}")
-        return clients[next(self._next) % len(clients)]
-
-    # ------------------------------------------------------------------ before and after
+    # ------------------------------------------------------------------ requests and responses
 
     def _prepare(
         self,
-        conversation: Any,
+        messages: Messages,
         *,
-        tools: str | Sequence[Any] | None,
+        system: str | None,
+        images: Sequence[Any] | None,
+        videos: Sequence[Any] | None,
+        audios: Sequence[Any] | None,
         adapter: str | None,
-        return_log_probs: bool,
-        template_kwargs: Mapping[str, Any] | None,
-        generation: Mapping[str, Any],
-    ) -> _Turn:
-        schemas = read_tools(tools) if tools else []
-        ids_T = self._template.encode(conversation, schemas, template_kwargs)
-        sampling = self._defaults.sampling(
-            generation, prompt_length=len(ids_T), context_length=self.pool.context_length
-        )
+        **call: Any,
+    ) -> Turn:
+        conversation = read_conversation(messages, system=system, images=images, videos=videos, audios=audios)
         adapter = adapter if adapter is not None else self.adapter
-        info = self.pool.info
-        if adapter is not None and not info.lora_enabled:
-            raise ConfigError(f"adapter={adapter!r}: {info.url} was launched without --enable-lora")
-        if sampling.sampling_seed is not None and not info.raw.get("enable_deterministic_inference"):
-            raise ConfigError(
-                f"seed={sampling.sampling_seed}: {info.url} would ignore it; SGLang honours a seed under "
-                "--enable-deterministic-inference only (temperature=0 is repeatable without)"
-            )
-        return _Turn(
-            ids_T=ids_T,
-            media=conversation.media,
-            tools=schemas,
-            sampling=sampling,
-            adapter=adapter,
-            return_log_probs=return_log_probs,
-        )
+        return prepare_turn(conversation, self.pool, self._template, self._defaults, adapter=adapter, **call)
 
-    def _response(self, turn: _Turn, reply: GenerateReply) -> Response:
+    def _response(self, turn: Turn, reply: GenerateReply) -> Response:
         content, calls = self._tool_calls(turn, reply) if turn.tools else (reply.text, ())
         return Response(
             text=reply.text,
@@ -338,13 +272,13 @@ class SGLangChat:
             weight_version=reply.weight_version,
         )
 
-    def _tool_calls(self, turn: _Turn, reply: GenerateReply) -> tuple[str, tuple[ToolCall, ...]]:
-        # The marks of a call are special tokens in many models, which the server leaves out of the text.
+    def _tool_calls(self, turn: Turn, reply: GenerateReply) -> tuple[str, tuple[ToolCall, ...]]:
+        # In many models special tokens mark a call; the server leaves special tokens out of the text.
         ids_T = reply.output_ids[:-1] if isinstance(reply.matched, int) else reply.output_ids
         text = self.tokenizer.decode(ids_T, skip_special_tokens=False)
         if self._tool_call_parser is None:
             return find_tool_calls(text, [tool["function"]["name"] for tool in turn.tools])
-        client = self._pick()
+        client = self._reply_stream.pick_server()
         answer = client.send(build_parse_tool_calls(text, turn.tools, self._tool_call_parser))
         content, calls = parse_tool_calls_answer(answer, server=client.url)
         return content, tuple(ToolCall(name=name, arguments=arguments) for name, arguments in calls)

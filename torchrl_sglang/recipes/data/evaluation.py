@@ -1,4 +1,4 @@
-"""How well a policy does on questions it was not trained on: pass@k without bias."""
+"""Evaluate a policy on held-out questions: unbiased pass@k."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["evaluate", "mean_pass_at_k", "pass_at_k"]
 
 
 def pass_at_k(num_answers: int, num_right: int, k: int) -> float:
-    """The chance that at least one of ``k`` answers is right, estimated without bias from more of them.
+    """Unbiased estimate of the probability that at least one of ``k`` answers is right.
 
-    That is ``1 - C(n - c, k) / C(n, k)`` (Chen et al., 2021); ``1 - (1 - c/n)**k`` would be too low.
+    It is ``1 - C(n - c, k) / C(n, k)`` (Chen et al., 2021); ``1 - (1 - c/n)**k`` would be too low.
 
     Args:
-        num_answers: n, answers drawn to one question.
+        num_answers: n, the number of answers to one question.
         num_right: c, how many of them are right.
         k: at most ``num_answers``.
 
     Raises:
-        ConfigError: numbers that make no sense.
+        ConfigError: ``num_right`` or ``k`` is out of range.
 
     Examples:
         >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 3, 2)
@@ -37,11 +37,11 @@ def pass_at_k(num_answers: int, num_right: int, k: int) -> float:
 
 
 def mean_pass_at_k(right_QA: torch.Tensor, ks: Sequence[int]) -> dict[str, float]:
-    """Means over questions.
+    """Mean of pass@k over questions.
 
     Args:
         right_QA: bool; which of each question's answers are right.
-        ks: for which k pass@k is wanted.
+        ks: the values of k for pass@k.
 
     Returns:
         ``eval_pass_at_<k>`` for every k.
@@ -58,18 +58,18 @@ def mean_pass_at_k(right_QA: torch.Tensor, ks: Sequence[int]) -> dict[str, float
 def evaluate(
     env: Any, policy: Callable[[TensorDictBase], TensorDictBase], *, answers: int, ks: Sequence[int]
 ) -> dict[str, float]:
-    """Ask an environment's questions and count right answers.
+    """Let a policy answer an environment's questions, and compute reward and pass@k.
 
     Args:
-        env: asks the questions to be evaluated in every reset, ``answers`` times each, one after the other, and writes
-            ``reward`` and ``right`` (or ``success``) when stepped once: see :func:`make_test_env`.
-        policy: answers.
-        answers: answers per question.
-        ks: for which k pass@k is wanted.
+        env: asks the evaluation questions in every reset, each ``answers`` times in a row, and writes ``reward`` and
+            ``right`` (or ``success``) in one step: see :func:`make_test_env`.
+        policy: generates the answers.
+        answers: number of answers per question.
+        ks: the values of k for pass@k.
 
     Returns:
         ``eval_reward_mean``, ``eval_pass_at_<k>`` for every k (means over the questions), and ``eval_truncated``, the
-        fraction of answers that were cut off.
+        fraction of answers that reached the length limit.
     """
     if hasattr(env, "reset_dataloader"):
         env.reset_dataloader()  # the same questions each time

@@ -1,17 +1,15 @@
 """The trainer's log-probs that match those recorded while generating, so that the first importance ratio is 1.
 
 A server records ``log_softmax(logits / temperature)`` of each token, with penalties and biases applied and before
-top-k, top-p and min-p cut the distribution; greedy decoding counts as temperature 1. A trainer's model knows nothing of
-that. :func:`behaviour_log_probs` repeats it on the trainer's logits; :func:`temper` makes a model's logits tempered for
-good, which is all that is needed where no penalties are used.
+top-k, top-p and min-p truncate the distribution; greedy decoding counts as temperature 1. A trainer's model applies
+none of these. :func:`behaviour_log_probs` applies them to the trainer's logits; :func:`temper` divides a model's logits
+by the temperature in every forward pass, which is enough where no penalties are used.
 
-Shapes: ``R`` response tokens, ``V`` vocabulary, ``K`` ids left to choose from.
+Shapes: ``R`` response tokens, ``V`` vocabulary, ``K`` ids left by truncation.
 """
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +20,7 @@ from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.rollout.generation import NO_ID
 
-__all__ = ["behaviour_log_probs", "temper", "trainer_log_probs", "warn_of_truncation", "with_sampling_mask"]
-
-_MOST_IN_MASK = 4096  # SGLang's own default of --sampling-mask-max-tokens (0.5.23)
+__all__ = ["behaviour_log_probs", "temper", "trainer_log_probs"]
 
 
 def behaviour_log_probs(
@@ -41,11 +37,11 @@ def behaviour_log_probs(
         logits_RV: raw logits that predict each response token.
         response_R: the response's token ids.
         sampling: how tokens were drawn: temperature, penalties and bias are applied as SGLang does.
-        support_RK: ids each token was chosen among (:attr:`Generation.support`); ``None`` for log-probs before
+        support_RK: ids that each token was chosen among (:attr:`Generation.support`); ``None`` for log-probs before
             truncation.
-        last_prompt_token: needed with penalties, for a server in its usual overlapping mode: there a token is penalised
-            one step late, and what is counted first is the last token of the prompt (SGLang 0.5.23). ``None`` is for
-            servers launched with ``--disable-overlap-schedule``, which count as one expects.
+        last_prompt_token: needed with penalties, for a server with its default overlap schedule: it penalises a token
+            one step late, and counts the last token of the prompt first (SGLang 0.5.23). ``None`` is for servers
+            launched with ``--disable-overlap-schedule``, which count the response tokens before each token.
 
     Returns:
         ``(R,)`` log-probs, differentiable in the logits.
@@ -67,7 +63,7 @@ def behaviour_log_probs(
 def _penalised(
     logits_RV: torch.Tensor, response_R: torch.Tensor, sampling: SamplingParams, last_prompt_token: int | None
 ) -> torch.Tensor:
-    """Penalties count earlier tokens of the response, not of the prompt but for the one of the overlapping mode."""
+    """Apply penalties: they count earlier response tokens and, with the overlap schedule, the last prompt token."""
     if not sampling.penalises:
         return logits_RV
     counted_R = response_R
@@ -94,7 +90,7 @@ def trainer_log_probs(
     generation_key: Any = None,
     overlapping: bool = True,
 ) -> list[torch.Tensor]:
-    """What a trainer's model says of recorded responses, in the terms of the recorded log-probs.
+    """A trainer's log-probs of recorded responses, computed as the recorded log-probs were.
 
     Args:
         model: a Hugging Face causal language model.
@@ -102,32 +98,32 @@ def trainer_log_probs(
         sampling: the policy's ``sampling_params``.
         tokens_key: where the tokens are.
         generation_key: where the :class:`Generation` is, if log-probs were recorded with ``exact_log_probs=True``.
-        overlapping: the server runs without ``--disable-overlap-schedule``, see :func:`behaviour_log_probs`.
+        overlapping: the server was launched without ``--disable-overlap-schedule``, see :func:`behaviour_log_probs`.
 
     Returns:
         Per sequence ``(R,)`` log-probs, to compare with ``log_probs.response``.
     """
     flat = td.reshape(-1)
-    found = []
+    log_probs = []
     for row in flat.unbind(0):
         prompt, full = row.get((tokens_key, "prompt")), row.get((tokens_key, "full"))
         support = row.get((generation_key, "support")) if generation_key is not None else None
         logits = model(full[None]).logits[0, len(prompt) - 1 : -1]
         last = int(prompt[-1]) if overlapping else None
         response = full[len(prompt) :]
-        found.append(behaviour_log_probs(logits, response, sampling, support_RK=support, last_prompt_token=last))
-    return found
+        log_probs.append(behaviour_log_probs(logits, response, sampling, support_RK=support, last_prompt_token=last))
+    return log_probs
 
 
 def temper(model: torch.nn.Module, temperature: float) -> RemovableHandle:
     """Divide a model's logits by ``temperature`` from now on, so that a loss sees the distribution that was sampled.
 
-    TorchRL's losses take an actor's logits as they are; at a temperature other than 1 they would compare two different
-    distributions. Parameters and their names stay what they are, so weight syncs don't notice.
+    TorchRL's losses use an actor's logits unchanged; at a temperature other than 1 they would compare two different
+    distributions. Parameters and their names do not change, so weight syncs are not affected.
 
     Args:
         model: a Hugging Face model, or any whose output has ``logits``.
-        temperature: the policy's; 0 (greedy) counts as 1.
+        temperature: the policy's temperature; 0 (greedy) counts as 1.
 
     Returns:
         A handle whose ``remove()`` undoes it, also at the end of a ``with`` block.
@@ -143,32 +139,3 @@ def temper(model: torch.nn.Module, temperature: float) -> RemovableHandle:
         return output
 
     return model.register_forward_hook(divide)
-
-
-def with_sampling_mask(sampling: SamplingParams, vocab_size: int | None) -> SamplingParams:
-    """Ask for the ids that truncation leaves, where it cuts anything.
-
-    Raises:
-        ConfigError: the server could not report it.
-    """
-    if not sampling.truncates:
-        return sampling
-    if sampling.top_k == -1 and vocab_size is not None and vocab_size <= _MOST_IN_MASK:
-        sampling = replace(sampling, top_k=vocab_size)  # cuts nothing, and makes the mask finite
-    if not 1 <= sampling.top_k <= _MOST_IN_MASK:
-        raise ConfigError(
-            f"exact_log_probs needs a finite top_k of at most {_MOST_IN_MASK} beside top_p or min_p, since SGLang "
-            f"lists what is left to choose from; got top_k={sampling.top_k} with a vocabulary of {vocab_size}. "
-            "Add top_k, or record the log-probs before truncation (exact_log_probs=False)"
-        )
-    return replace(sampling, sampling_mask=True)
-
-
-def warn_of_truncation() -> None:
-    """Say that recorded log-probs are those before truncation; Python shows it once per program."""
-    warnings.warn(
-        "top-p, top-k or min-p cut the distribution tokens are drawn from, but the recorded log-probs are those before "
-        "the cut (Generation.exact_log_probs is False): importance ratios against an uncut trainer are consistent, yet "
-        "the data is off-policy. exact_log_probs=True records the exact ones",
-        stacklevel=4,
-    )

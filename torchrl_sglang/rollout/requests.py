@@ -1,4 +1,4 @@
-"""From prompts to replies: what does not fit is cut or refused, what is refused does not harm the rest.
+"""Requests for one batch of prompts: overlong prompts are truncated or refused, and errors can be masked per prompt.
 
 Shapes: ``B`` prompts of ``P`` tokens, ``n`` responses each, ``S = B * n`` responses prompt-major.
 """
@@ -16,9 +16,9 @@ from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.rollout.batching import Batcher
 from torchrl_sglang.rollout.progress import token_progress
 from torchrl_sglang.rollout.prompts import Prompts
-from torchrl_sglang.rollout.resume import generate_resuming
+from torchrl_sglang.rollout.resuming import generate_resuming
 
-__all__ = ["Answers", "PerPrompt", "RequestBatcher", "generate_prompts", "score_sequences", "truncate_left"]
+__all__ = ["Answers", "RequestBatcher", "generate_prompts", "score_sequences", "truncate_left"]
 
 PerPrompt: TypeAlias = tuple[list[GenerateReply], list[int]]
 """The ``n`` replies of one prompt, and how often each was resumed."""
@@ -27,13 +27,13 @@ RequestBatcher: TypeAlias = Batcher[list[int], PerPrompt]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """What came back for a batch.
+    """The replies to one batch.
 
     Attributes:
-        prompts: the prompts as they were sent; those that could not be are empty if their ids are no ids.
+        prompts: the prompts as they were sent; one with invalid ids is empty.
         replies_S: one reply per sequence; an empty one for a prompt that was not sent.
         resumes_S: how often each response was continued.
-        errors_B: per prompt why it was not served, ``""`` if it was.
+        errors_B: per prompt, why it was not served; ``""`` if it was.
     """
 
     prompts: Prompts
@@ -43,12 +43,12 @@ class Answers:
 
 
 def truncate_left(prompts: Prompts, pool: SGLangPool, sampling: SamplingParams) -> Prompts:
-    """Cut prompts at their beginning, so that they and ``max_new_tokens`` fit the servers."""
+    """Drop the beginning of prompts, so that prompt and ``max_new_tokens`` fit into the servers' context."""
     limits = [pool.max_prompt_tokens]
     if pool.context_length is not None:
         limits.append(pool.context_length - sampling.max_new_tokens)
     room = min((limit for limit in limits if limit is not None), default=None)
-    if room is None or room < 1:  # then no prompt fits, and the check says so
+    if room is None or room < 1:  # no prompt fits: pool.check() raises that
         return prompts
     return replace(
         prompts,
@@ -73,28 +73,28 @@ def generate_prompts(
 
     Args:
         pool: the servers.
-        prompts: what to continue.
+        prompts: the prompts.
         sampling: how tokens are drawn.
-        mask_errors: leave prompts out that can't be served, instead of raising.
+        mask_errors: leave out prompts that can't be served, instead of raising.
         max_resumes: how often an aborted response is continued.
-        return_logprobs: ask for response log-probs.
-        prompt_logprobs: ask for prompt log-probs.
-        progress: show tokens done and tokens per second.
-        batcher: where calls of other threads gather.
+        return_logprobs: request response log-probs.
+        prompt_logprobs: request prompt log-probs.
+        progress: show generated tokens and tokens per second.
+        batcher: merges this call with those of other threads.
 
     Raises:
         ConfigError: a prompt can't be served and errors are not masked; it names the batch index.
     """
 
     def run(ids_B_P: Sequence[list[int]]) -> list[PerPrompt]:
-        asked = sampling
+        params = sampling
         if sampling.sampling_mask and sampling.n > 1:  # SGLang 0.5.23 answers 500 to a mask with n > 1
-            ids_B_P, asked = [ids_P for ids_P in ids_B_P for _ in range(sampling.n)], replace(sampling, n=1)
-        with token_progress(progress, len(ids_B_P) * asked.n * asked.max_new_tokens) as advance:
+            ids_B_P, params = [ids_P for ids_P in ids_B_P for _ in range(sampling.n)], replace(sampling, n=1)
+        with token_progress(progress, len(ids_B_P) * params.n * params.max_new_tokens) as advance:
             replies_S, resumes_S = generate_resuming(
                 pool,
                 ids_B_P,
-                asked,
+                params,
                 max_resumes=max_resumes,
                 return_logprobs=return_logprobs,
                 prompt_logprobs=prompt_logprobs,
@@ -108,14 +108,14 @@ def generate_prompts(
     ids_G_P = [prompts.ids_B_T[index] for index in good]
     served: dict[int, PerPrompt] = {}
     if good:
-        # Only equal settings may share a request; these two are all of run's that can differ between calls.
+        # Calls that share a request must have equal settings; only these two differ between calls of one policy.
         kind = (sampling, return_logprobs)
         try:
             results: Sequence[Any] = run(ids_G_P) if batcher is None else batcher.submit(ids_G_P, run, kind=kind)
         except RequestRejectedError:
             if not mask_errors:
                 raise
-            results = _rejections_apart(run, ids_G_P)  # not with other callers' prompts: each for itself
+            results = _isolate_rejected(run, ids_G_P)  # without other callers' prompts
         for index, result in zip(good, results, strict=True):
             if isinstance(result, str):
                 problems[index] = result
@@ -124,14 +124,14 @@ def generate_prompts(
     replies_S: list[GenerateReply] = []
     resumes_S: list[int] = []
     for index, ids_P in enumerate(prompts.ids_B_T):
-        replies, resumes = served.get(index) or ([_nothing(ids_P, prompt_logprobs)] * sampling.n, [0] * sampling.n)
+        replies, resumes = served.get(index) or ([_empty_reply(ids_P, prompt_logprobs)] * sampling.n, [0] * sampling.n)
         replies_S.extend(replies)
         resumes_S.extend(resumes)
     errors_B = [problems.get(index, "") for index in range(len(prompts.ids_B_T))]
     return Answers(prompts=prompts, replies_S=replies_S, resumes_S=resumes_S, errors_B=errors_B)
 
 
-def _nothing(ids_P: Sequence[int], prompt_logprobs: bool) -> GenerateReply:
+def _empty_reply(ids_P: Sequence[int], prompt_logprobs: bool) -> GenerateReply:
     """The reply of a prompt that was not served."""
     return GenerateReply(
         output_ids=[],
@@ -162,7 +162,7 @@ def score_sequences(pool: SGLangPool, prompts: Prompts, *, mask_errors: bool) ->
 
 
 def _problems(pool: SGLangPool, prompts: Prompts, sampling: SamplingParams, *, mask_errors: bool) -> dict[int, str]:
-    """Why prompts can't be sent. A prompt whose ids are no ids is emptied, so that no trainer meets them."""
+    """Why prompts can't be sent. A prompt with invalid ids is emptied, so that a trainer never embeds them."""
     problems = dict(prompts.problems)
     if problems and not mask_errors:
         index, problem = min(problems.items())
@@ -187,14 +187,14 @@ def _problems(pool: SGLangPool, prompts: Prompts, sampling: SamplingParams, *, m
     return problems
 
 
-def _rejections_apart(
+def _isolate_rejected(
     run: Callable[[Sequence[list[int]]], Sequence[PerPrompt]], ids_B_P: Sequence[list[int]]
 ) -> list[PerPrompt | str]:
-    """Results per prompt; a batch the server rejects is halved until the offender is alone."""
+    """Results per prompt: a batch that the server rejects is halved until each rejected prompt is alone."""
     try:
         return list(run(ids_B_P))
     except RequestRejectedError as error:
         if len(ids_B_P) == 1:
             return [str(error)]
     half = len(ids_B_P) // 2
-    return [*_rejections_apart(run, ids_B_P[:half]), *_rejections_apart(run, ids_B_P[half:])]
+    return [*_isolate_rejected(run, ids_B_P[:half]), *_isolate_rejected(run, ids_B_P[half:])]

@@ -1,4 +1,4 @@
-"""Blocking calls and iterators for ``async`` callers, in daemon threads that never hold up the end of a program."""
+"""Blocking calls and generators for ``asyncio``, run in daemon threads, which do not delay the program's exit."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Item = TypeVar("Item")
 
 
 async def call_in_thread(call: Callable[[], Result]) -> Result:
-    """Run a blocking call and wait for it; when the waiting is cancelled, the call itself runs on to its end."""
+    """Run a blocking call and await its result. Cancelling the await does not end the call."""
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
 
     def wake(_: Task[Result]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nothing awaits the result
             loop.call_soon_threadsafe(done.set)
 
     task = Task(call, name="sglang-chat", on_done=wake)
@@ -31,10 +31,10 @@ async def call_in_thread(call: Callable[[], Result]) -> Result:
 
 
 async def iterate_in_thread(make: Callable[[], Generator[Item, None, None]]) -> AsyncGenerator[Item, None]:
-    """Run a blocking generator. When the iteration is left early, the generator is closed after its next item."""
+    """Run a blocking generator as an async one. If the iteration ends early, it is closed after its next item."""
     loop = asyncio.get_running_loop()
     items: asyncio.Queue[Any] = asyncio.Queue()
-    left = threading.Event()
+    abandoned = threading.Event()
     end = object()
 
     def put(item: Any) -> None:
@@ -44,7 +44,7 @@ async def iterate_in_thread(make: Callable[[], Generator[Item, None, None]]) -> 
     def run() -> None:
         with contextlib.closing(make()) as source:
             for item in source:
-                if left.is_set():
+                if abandoned.is_set():
                     return
                 put(item)
 
@@ -54,4 +54,4 @@ async def iterate_in_thread(make: Callable[[], Generator[Item, None, None]]) -> 
             yield item
         task.outcome().unwrap()
     finally:
-        left.set()
+        abandoned.set()

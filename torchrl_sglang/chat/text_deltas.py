@@ -1,4 +1,4 @@
-"""A response's text in pieces, while it is written; the pieces together are the final text to the last character."""
+"""``TextDeltas``: the new part of a growing text; the parts joined are exactly the final text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["TextDeltas"]
 
 
 class TextDeltas:
-    """Cuts a growing text into pieces that can be shown at once.
+    """Splits a growing text into pieces that will not change any more.
 
-    Held back is what may still change: the beginning of a stop string (which the server trims when the string is
-    complete), and an unfinished character.
+    The end of the text is held back while it may change: the beginning of a stop string (the server trims the string
+    when it is complete), or an incomplete character.
 
     Args:
         stops: stop strings.
@@ -24,17 +24,17 @@ class TextDeltas:
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._stops = tuple(stops)
-        self._shown = ""
+        self._sent = ""
 
     def push(self, text: str) -> str:
-        """What is new and settled in the text so far."""
+        """The new part of the text so far that will not change."""
         settled = text.rstrip("\N{REPLACEMENT CHARACTER}")
         settled = settled[: len(settled) - self._unsettled(settled)]
-        return self._show(settled) if len(settled) > len(self._shown) else ""
+        return self._advance(settled) if len(settled) > len(self._sent) else ""
 
     def finish(self, text: str) -> str:
-        """The rest, when the text is complete."""
-        return self._show(text)
+        """The rest of the complete text."""
+        return self._advance(text)
 
     def _unsettled(self, text: str) -> int:
         longest = max((len(stop) for stop in self._stops), default=0)
@@ -43,7 +43,7 @@ class TextDeltas:
     def _may_be_stop(self, end: str) -> bool:
         return any(stop.startswith(end) for stop in self._stops)
 
-    def _show(self, text: str) -> str:
-        new = text[len(self._shown) :]
-        self._shown = text
+    def _advance(self, text: str) -> str:
+        new = text[len(self._sent) :]
+        self._sent = text
         return new

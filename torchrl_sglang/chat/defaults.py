@@ -1,4 +1,4 @@
-"""How a chat generates: the call's settings over the chat's over the checkpoint's own."""
+"""Sampling settings of a chat: the call's replace the chat's, which replace the checkpoint's."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["GenerationDefaults"]
 
 _RECOMMENDED = ("temperature", "top_p", "top_k", "repetition_penalty")
 _LENGTHS = ("max_new_tokens", "max_tokens", "max_length")
-# Where the server doesn't say how long its context is.
+# Used when the server does not report its context length.
 _UNKNOWN_CONTEXT_NEW_TOKENS = 1024
-# Stands for "not settled yet": above every context, so that min_new_tokens is checked against the real limit only.
-_OPEN = 2**31 - 1
+# Placeholder above every context length, so that min_new_tokens is only checked against the real limit.
+_UNSET_LENGTH = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """What is set for every call.
+    """The settings that apply to every call.
 
     Attributes:
         given: the chat's own settings, under any name that :meth:`SamplingParams.from_kwargs` knows, or ``max_length``.
@@ -37,13 +37,13 @@ class GenerationDefaults:
     def sampling(self, call: Mapping[str, Any], *, prompt_length: int, context_length: int | None) -> SamplingParams:
         """The settings of one call.
 
-        ``max_length`` counts the prompt too; ``max_new_tokens`` wins over it. Without either, a response may fill the
-        context.
+        ``max_length`` counts the prompt too; ``max_new_tokens`` takes precedence. Without either, a response may fill
+        the context.
 
         Args:
             call: the call's own settings.
             prompt_length: tokens in the prompt.
-            context_length: most tokens of prompt and response.
+            context_length: most tokens of prompt and response together.
 
         Raises:
             ConfigError: an unknown name, a bad value, or no room for a response.
@@ -54,7 +54,7 @@ class GenerationDefaults:
             {'max_new_tokens': 20, 'temperature': 0, 'top_p': 0.8, 'stop_token_ids': [2]}
         """
         recommended = {name: self.checkpoint[name] for name in _RECOMMENDED if self.checkpoint.get(name) is not None}
-        params = SamplingParams(max_new_tokens=_OPEN)
+        params = SamplingParams(max_new_tokens=_UNSET_LENGTH)
         for settings in (recommended, self.given, call):
             params = params.updated(**{name: value for name, value in settings.items() if name not in _LENGTHS})
         params = params.updated(max_new_tokens=self._max_new_tokens(call, prompt_length, context_length))
@@ -75,5 +75,5 @@ class GenerationDefaults:
                 return int(limit) - prompt_length
         if context_length is None:
             return _UNKNOWN_CONTEXT_NEW_TOKENS
-        # A prompt that fills the context gets the error that says so.
+        # At least 1: a prompt that fills the context then gets the pool's error about its length.
         return max(1, context_length - prompt_length)

@@ -1,4 +1,4 @@
-"""Tools for a model: schemas on the way in, calls found in what it wrote."""
+"""Tool calls, found in the text that a model wrote."""
 
 from __future__ import annotations
 
@@ -8,59 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.chat.response import ToolCall
-from torchrl_sglang.errors import ConfigError
 
-__all__ = ["find_tool_calls", "read_tools"]
-
-
-def read_tools(tools: str | Sequence[Mapping[str, Any] | Callable[..., Any]]) -> list[dict[str, Any]]:
-    """Tools as JSON schemas in OpenAI's form.
-
-    Args:
-        tools: schemas (with or without the outer ``{"type": "function", "function": ...}``), Python functions with type
-            hints and a Google-style docstring, or the JSON of a list of schemas.
-
-    Raises:
-        ConfigError: a tool in another form.
-
-    Examples:
-        >>> read_tools('[{"name": "now", "parameters": {}}]')
-        [{'type': 'function', 'function': {'name': 'now', 'parameters': {}}}]
-    """
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise ConfigError(f"tools is a string, but not the JSON of a list of tools: {error}") from error
-    if isinstance(tools, Mapping) or not isinstance(tools, Sequence):
-        raise ConfigError(f"tools must be a list, got {type(tools).__name__}")
-    return [_schema(tool) for tool in tools]
-
-
-def _schema(tool: Any) -> dict[str, Any]:
-    if callable(tool):
-        from transformers.utils.chat_template_utils import (
-            DocstringParsingException,
-            TypeHintParsingException,
-            get_json_schema,
-        )
-
-        try:
-            return dict(get_json_schema(tool))
-        except (DocstringParsingException, TypeHintParsingException) as error:
-            raise ConfigError(f"the tool {tool.__name__!r} can't be described to the model: {error}") from error
-    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ConfigError(f"a tool is a function or a JSON schema with a 'name', got {tool!r:.100}")
-    return {"type": "function", "function": dict(function)}
+__all__ = ["find_tool_calls"]
 
 
 def find_tool_calls(text: str, names: Sequence[str]) -> tuple[str, tuple[ToolCall, ...]]:
-    """Find the calls in a response, written in one of the common ways.
+    """Find the calls in a response, written in one of the common formats.
 
-    Known are ``<tool_call>{...}</tool_call>`` (Hermes, Qwen), ``<function=name>`` with a JSON object or with
+    The formats are ``<tool_call>{...}</tool_call>`` (Hermes, Qwen), ``<function=name>`` with a JSON object or with
     ``<parameter=key>`` tags in it (Llama 3, Qwen3-Coder), ``[TOOL_CALLS]`` (Mistral), and a bare JSON object or list,
-    after ``<|python_tag|>`` or as the whole response (Llama 3). What can't be read stays in the text.
+    after ``<|python_tag|>`` or as the whole response (Llama 3). A call that can't be parsed stays in the text.
 
     Args:
         text: the response, special tokens included.
@@ -75,7 +32,7 @@ def find_tool_calls(text: str, names: Sequence[str]) -> tuple[str, tuple[ToolCal
         >>> find_tool_calls('{"name": "eve", "arguments": {}}', ["add"])
         ('{"name": "eve", "arguments": {}}', ())
     """
-    for pattern, read in _WAYS:
+    for pattern, read in _FORMATS:
         calls: list[ToolCall] = []
         content = pattern.sub(lambda match, read=read, calls=calls: _take(read(match), match, calls), text)  # type: ignore[misc]
         if calls:
@@ -92,7 +49,7 @@ def _take(found: list[ToolCall], match: re.Match[str], calls: list[ToolCall]) ->
 
 
 def _read_json(text: str, *argument_keys: str) -> list[ToolCall]:
-    """Calls from a JSON object or a list of them; empty when it is none."""
+    """Calls from a JSON object or a list of them; empty when the text is neither."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -126,7 +83,7 @@ def _read_function(match: re.Match[str]) -> list[ToolCall]:
 
 
 def _value(text: str) -> Any:
-    """Tags carry no types: what reads as JSON is taken as that, all else as text."""
+    """Tags carry no types: a value that parses as JSON is that JSON value, any other is text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -134,7 +91,7 @@ def _value(text: str) -> Any:
 
 
 _PARAMETER = re.compile(r"<parameter=(?P<key>[^>]+)>(?P<value>.*?)</parameter>", re.DOTALL)
-_WAYS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], list[ToolCall]]], ...] = (
+_FORMATS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], list[ToolCall]]], ...] = (
     (
         re.compile(
             r"(?:<tool_call>\s*)?<function=(?P<name>[^>]+)>(?P<body>.*?)</function>(?:\s*</tool_call>)?", re.DOTALL

@@ -1,4 +1,4 @@
-"""The tokens of a conversation are kept from turn to turn; only what is new is tokenized."""
+"""The tokens of a conversation are kept from turn to turn; only the new part is tokenized."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchrl.modules.llm.policies import ChatHistory
 from transformers import AutoTokenizer
 
 from torchrl_sglang import ConfigError, SGLangWrapper
-from torchrl_sglang.rollout.continuation import continue_tokens
+from torchrl_sglang.rollout.incremental_tokens import continue_tokens
 from torchrl_sglang.testing.echo_pool import EchoPool
 
 THINKING = (
@@ -43,7 +43,7 @@ def extend(tokenizer: Any, ids_T: list[int], history: History, **template: Any) 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(3, 319), min_size=1, max_size=12), st.booleans())
-def test_whatever_was_sampled_stays_as_it_was_sampled(tokenizer: Any, sampled: list[int], ended: bool) -> None:
+def test_sampled_tokens_are_kept_in_the_next_prompt(tokenizer: Any, sampled: list[int], ended: bool) -> None:
     first = conversation(("user", "dog"))
     prompt = tokenizer(first.apply_chat_template(tokenizer=tokenizer), add_special_tokens=False)["input_ids"]
     answer = tokenizer.decode(sampled)
@@ -57,7 +57,7 @@ def test_whatever_was_sampled_stays_as_it_was_sampled(tokenizer: Any, sampled: l
     )
 
 
-def test_a_template_that_forgets_past_thinking_still_gets_the_tokens_that_were_sampled(tokenizer: Any) -> None:
+def test_sampled_tokens_are_kept_when_the_template_drops_past_thinking(tokenizer: Any) -> None:
     history = conversation(("user", "dog"), ("assistant", "hmm</think>It is lazy."), ("user", "fox"))
     said = "<|im_start|>user\ndog<|im_end|>\n<|im_start|>assistant\nhmm</think>It is lazy.<|im_end|>"
     known = tokenizer(said)["input_ids"]
@@ -67,7 +67,7 @@ def test_a_template_that_forgets_past_thinking_still_gets_the_tokens_that_were_s
     assert tokenizer.decode(joined[len(known) :]) == "\n<|im_start|>user\nfox<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_tokens_of_another_conversation_are_none_of_this_one(tokenizer: Any) -> None:
+def test_tokens_of_another_conversation_are_not_used(tokenizer: Any) -> None:
     known = tokenizer("<|im_start|>user\ncat<|im_end|>\n")["input_ids"]
     assert extend(tokenizer, known, conversation(("user", "dog"))) is None
     assert extend(tokenizer, known, conversation(("user", "dog"), ("assistant", "yes"), ("user", "fox"))) is None
@@ -96,7 +96,7 @@ def test_a_template_that_refuses_a_conversation_names_it(tokenizer: Any) -> None
     assert policy.get_new_version(on_error="mask")(td)["generation"].completion_tokens.tolist() == [2, 0]
 
 
-def test_what_is_no_conversation_is_refused(tokenizer: Any) -> None:
+def test_a_value_that_is_not_a_history_is_refused(tokenizer: Any) -> None:
     policy = SGLangWrapper(EchoPool(), tokenizer=tokenizer)
     with pytest.raises(TypeError, match="Expected History object"):
         policy(TensorDict({("history", "prompt"): TensorDict(batch_size=1)}, batch_size=1))

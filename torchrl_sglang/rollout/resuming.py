@@ -1,4 +1,4 @@
-"""Generation that survives interruption: an aborted response is taken up again from the tokens it has.
+"""Generation that continues aborted responses from the tokens they have.
 
 Shapes: ``B`` prompts of ``P`` tokens, ``n`` responses each, ``S = B * n`` responses prompt-major.
 """
@@ -15,9 +15,9 @@ from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.rollout.generation import join_spans
 
-__all__ = ["CanGenerate", "generate_resuming", "is_resumable"]
+__all__ = ["generate_resuming"]
 
-_MOST_REQUESTS_AT_ONCE = 8
+_MAX_PARALLEL_REQUESTS = 8
 
 
 class CanGenerate(Protocol):
@@ -25,7 +25,7 @@ class CanGenerate(Protocol):
 
     @property
     def max_prompt_tokens(self) -> int | None:
-        """Longest prompt that every server takes."""
+        """Longest prompt, in tokens, that every server accepts."""
         ...
 
     def generate(
@@ -44,7 +44,7 @@ class CanGenerate(Protocol):
 def is_resumable(reply: GenerateReply, sampling: SamplingParams) -> bool:
     """Whether an interrupted response can be continued from its tokens.
 
-    A response under a grammar can't: the grammar would start anew in the middle.
+    A response under a grammar can't: the grammar would restart in the middle.
 
     Examples:
         >>> cut = GenerateReply(output_ids=[5], finish_reason="abort")
@@ -67,18 +67,18 @@ def generate_resuming(
     prompt_logprobs: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[GenerateReply], list[int]]:
-    """Generate, and continue what was aborted with its tokens, log-probs and weight versions kept.
+    """Generate, and continue aborted responses; tokens, log-probs and weight versions of all parts are kept.
 
-    Frequency, presence and repetition penalties of a continued part don't count the tokens of the part before it.
+    Frequency, presence and repetition penalties do not count the tokens of earlier parts.
 
     Args:
         pool: where to generate.
         prompts_B_P: prompt ids.
         sampling: how tokens are drawn.
-        max_resumes: most continuations per response; what is still aborted then stays so.
-        return_logprobs: ask for response log-probs.
-        prompt_logprobs: ask for prompt log-probs.
-        progress: called with the number of tokens made so far.
+        max_resumes: most continuations per response; after that an aborted response is returned as it is.
+        return_logprobs: request response log-probs.
+        prompt_logprobs: request prompt log-probs.
+        progress: called with the number of newly generated tokens.
 
     Returns:
         ``S`` replies, and per reply how often it was continued.
@@ -88,28 +88,28 @@ def generate_resuming(
     )
     resumes_S = [0] * len(replies_S)
     for _ in range(max_resumes):
-        by_left: dict[int, list[int]] = defaultdict(list)
+        by_room: dict[int, list[int]] = defaultdict(list)
         for index, reply in enumerate(replies_S):
             length = len(prompts_B_P[index // sampling.n]) + len(reply.output_ids)
-            # What was cut in the last tokens of the context is too long for a prompt, and stays as it is.
+            # Near the end of the context, prompt and response together are too long to be a prompt.
             if is_resumable(reply, sampling) and length <= (pool.max_prompt_tokens or length):
-                by_left[sampling.max_new_tokens - len(reply.output_ids)].append(index)
-        if not by_left:
+                by_room[sampling.max_new_tokens - len(reply.output_ids)].append(index)
+        if not by_room:
             break
 
-        def go_on(group: tuple[int, list[int]]) -> list[GenerateReply]:
-            left, indices = group
-            # Responses cut at the same time have mostly the same length, so these are few requests.
-            done = sampling.max_new_tokens - left
+        def continue_group(group: tuple[int, list[int]]) -> list[GenerateReply]:
+            room, indices = group
+            done = sampling.max_new_tokens - room
             rest = replace(
-                sampling, n=1, max_new_tokens=left, min_new_tokens=min(left, max(0, sampling.min_new_tokens - done))
+                sampling, n=1, max_new_tokens=room, min_new_tokens=min(room, max(0, sampling.min_new_tokens - done))
             )
             prompts = [[*prompts_B_P[i // sampling.n], *replies_S[i].output_ids] for i in indices]
             return pool.generate(prompts, rest, return_logprobs=return_logprobs)
 
-        groups = list(by_left.items())
-        with ThreadPoolExecutor(min(len(groups), _MOST_REQUESTS_AT_ONCE)) as executor:
-            for (_, indices), parts in zip(groups, executor.map(go_on, groups), strict=True):
+        # Responses that were aborted together mostly have the same length, so these are few requests.
+        groups = list(by_room.items())
+        with ThreadPoolExecutor(min(len(groups), _MAX_PARALLEL_REQUESTS)) as executor:
+            for (_, indices), parts in zip(groups, executor.map(continue_group, groups), strict=True):
                 for index, part in zip(indices, parts, strict=True):
                     replies_S[index] = _joined(replies_S[index], part)
                     resumes_S[index] += 1

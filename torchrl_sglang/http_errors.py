@@ -1,0 +1,98 @@
+"""Translates failed HTTP calls, from ``requests``' exceptions and from HTTP statuses, into this package's errors."""
+
+from __future__ import annotations
+
+import requests
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+
+from torchrl_sglang.errors import (
+    ProtocolError,
+    RequestRejectedError,
+    ServerLostError,
+    ServerTimeoutError,
+    ServerUnreachableError,
+    SGLangError,
+)
+from torchrl_sglang.protocol.messages import HttpRequest
+from torchrl_sglang.tls import explain_tls
+
+__all__ = ["may_retry", "raise_for_status", "stream_cut_short", "translate_error"]
+
+
+def may_retry(request: HttpRequest, error: Exception) -> bool:
+    """The retry rule: a request is sent again only if it cannot have run, or only reads."""
+    if isinstance(error, ServerUnreachableError):
+        return True
+    return request.repeatable and isinstance(error, ServerLostError)
+
+
+def translate_error(error: requests.RequestException, request: HttpRequest, *, url: str, wait_s: float) -> SGLangError:
+    """This package's error for a request that got no answer.
+
+    Args:
+        error: what ``requests`` raised.
+        request: what was sent.
+        url: base URL of the server.
+        wait_s: how long the client waited for the answer.
+    """
+    where = f"{url}{request.path}"
+    reason = getattr(error.args[0], "reason", None) if error.args else None
+    if isinstance(error, requests.exceptions.SSLError) and (refusal := explain_tls(error, url)):
+        return refusal
+    if isinstance(error, requests.ConnectTimeout) or isinstance(reason, (NewConnectionError, ConnectTimeoutError)):
+        return ServerUnreachableError(
+            f"nothing accepts connections at {url}; is the server running and the address right?", server=url
+        )
+    if isinstance(error, requests.Timeout) or "timed out" in str(error):
+        return ServerTimeoutError(
+            f"{where} did not answer within {wait_s:g} s; the request may still be running "
+            f"(ClientConfig.{request.timeout}_timeout_s sets the limit)",
+            server=url,
+        )
+    if isinstance(error, (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError)):
+        return ProtocolError(f"{where} sent half a reply: {error}", server=url)
+    if isinstance(error, requests.ConnectionError):
+        return ServerLostError(
+            f"the connection to {where} broke after the request was sent; it may have run, so it is not sent again. "
+            "If the server died, its log has the reason",
+            server=url,
+        )
+    return ProtocolError(f"{where}: {error}", server=url)
+
+
+def stream_cut_short(request: HttpRequest, *, url: str) -> ServerLostError:
+    """The error for a stream without its last event."""
+    return ServerLostError(f"{url} ended the stream of {request.path} half-way", server=url)
+
+
+def raise_for_status(response: requests.Response, request: HttpRequest, *, url: str) -> None:
+    """Raise unless the status is a success; a redirect is none.
+
+    Raises:
+        RequestRejectedError: with the server's own message.
+    """
+    if response.ok and not response.is_redirect:
+        return
+    detail = _detail(response)
+    advice = ""
+    if response.status_code in (401, 403):
+        advice = "; pass the server's key as api_key= (or admin_api_key=)"
+    raise RequestRejectedError(
+        f"{url} answered {response.status_code} to {request.path}: {detail}{advice}",
+        server=url,
+        status=response.status_code,
+        detail=detail,
+    )
+
+
+def _detail(response: requests.Response) -> str:
+    """The server's message, from ``{"error": {"message"}}``, ``{"message"}``, ``{"detail"}`` or plain text."""
+    try:
+        value = response.json()
+    except ValueError:
+        return response.text[:500] or response.reason
+    for _ in range(3):
+        if not isinstance(value, dict):
+            break
+        value = next((value[key] for key in ("error", "message", "detail") if value.get(key)), str(value))
+    return str(value)[:500]
