@@ -12,7 +12,7 @@ SmolLM2-135M-Instruct is asked "What is 5 + 2? Answer with only the number." At 
 one in ten contains the sum. After every step the trainer sends its weights to the server over the network, and the new
 model generates the next answers. The loss is TorchRL's GRPOLoss.
 
-Expected on 2 CPU cores, in about 5 minutes: the mean reward rises from 0.13 in the first fifth of the 16 steps to 0.84
+Expected on 2 CPU cores, in 4 to 5 minutes: the mean reward rises from 0.13 in the first fifth of the 16 steps to 0.84
 in the last (the answers become "5 + 2 = 7"), server and trainer agree on every sampled token's log-prob to 1e-4, 538 MB
 of weights reach the server in about a second, and its weight version rises by one per step.
 
