@@ -63,6 +63,8 @@ class DeadServerTracker:
     def _ask(self, dead: Sequence[SGLangClient]) -> None:
         for client in dead:
             before = self._state.server(client.url)
+            if before.phase != "dead":  # something has happened to it while the servers before it were polled
+                continue
             try:
                 held = client.weight_version()
                 version, weights = WeightVersion.parse(held), self._state.weights

@@ -223,7 +223,7 @@ class SGLangPool:
         Raises:
             ConfigError: a server's memory is offloaded.
         """
-        offloaded = [url for url, server in self.state.servers.items() if server.phase == "offloaded"]
+        offloaded = [url for url, server in self.state.servers.items() if server.offloaded_tags]
         if offloaded:
             raise ConfigError(f"the GPU memory of {', '.join(offloaded)} is offloaded: resume_memory() first")
 

@@ -62,10 +62,10 @@ class ServerState:
         url: its base URL.
         phase: what it does for this pool.
         reason: why it gets no requests; empty while it does.
-        version: version string of the weights it held when last looked at or updated.
+        version: version string that this pool gave it, or that it held when the pool connected.
         weights: compared with the last update that it took part in: ``old``, ``new``, ``mixed`` or ``stuck``.
         session_open: an update session of ours is open on it.
-        marked_dirty: this update has marked its version dirty, or is about to.
+        version_before: version string that it held before this update marked it dirty; empty when it is not marked.
         complete_from: owner id of the trainer that has sent it every tensor; empty when it holds others.
         restarts: how often its process was replaced. A new process is in no process group and has no adapter loaded.
         offloaded_tags: what of its GPU memory is released.
@@ -78,7 +78,7 @@ class ServerState:
     version: str = "default"
     weights: ServerWeights = "old"
     session_open: bool = False
-    marked_dirty: bool = False
+    version_before: str = ""
     complete_from: str = ""
     restarts: int = 0
     offloaded_tags: frozenset[str] = frozenset()
@@ -228,18 +228,18 @@ class PoolState:
         """A weight update is about to reach a server."""
         with self._lock:
             phase: Phase = "updating" if self._servers[url].phase == "serving" else self._servers[url].phase
-            self._change(url, phase=phase, weights="old", session_open=False, marked_dirty=False)
+            self._change(url, phase=phase, weights="old", session_open=False, version_before="")
 
     def update_version_read(self, url: str, version: str) -> None:
         """A server holds ``version`` and is about to be marked dirty."""
         # A mark that is there already is that of an update that never finished: there are no old weights to return to.
         weights: ServerWeights = "mixed" if WeightVersion.parse(version).dirty else "old"
-        self._record(url, version=version, weights=weights, marked_dirty=True)
+        self._record(url, weights=weights, version_before=version)
 
     def update_abandoned(self, url: str) -> None:
         """An update failed before it changed anything on a server, which continues with its old weights."""
         with self._lock:
-            self._change(url, phase=self._phase_after_update(url), weights="old", marked_dirty=False)
+            self._change(url, phase=self._phase_after_update(url), weights="old", version_before="")
 
     def session_opened(self, url: str) -> None:
         """A server has opened an update session for us."""
@@ -254,8 +254,12 @@ class PoolState:
         complete_from = {} if weights == "old" else {"complete_from": ""}
         self._record(url, weights=weights, **complete_from)
 
-    def weights_found(self, url: str, version: str) -> None:
-        """A server was seen to hold a version that this pool did not put there."""
+    def incomplete_found(self, url: str) -> None:
+        """A server was seen to hold tensors that this trainer did not send."""
+        self._record(url, complete_from="")
+
+    def saved_weights_loaded(self, url: str, version: str) -> None:
+        """A server has loaded ``version`` from a shared folder."""
         self._record(url, version=version, complete_from="")
 
     def version_claimed(self, number: int) -> None:
@@ -275,7 +279,7 @@ class PoolState:
         with self._lock:
             phase = self._phase_after_update(url)
             return self._change(
-                url, phase=phase, version=version, weights="new", complete_from=complete_from, marked_dirty=False
+                url, phase=phase, version=version, weights="new", complete_from=complete_from, version_before=""
             )
 
     def adapter_loaded(self, url: str) -> None:

@@ -13,7 +13,7 @@ from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.pool import Servers, resolve_pool
+from torchrl_sglang.pool import Servers, SGLangPool, resolve_pool
 from torchrl_sglang.weights.sync import WeightSync
 from torchrl_sglang.weights.update.report import SyncReport
 
@@ -46,6 +46,8 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
     def __init__(self, servers: Servers, *, model: Any = None, config: SyncConfig | None = None) -> None:
         super().__init__("tensordict")
         self.pool = resolve_pool(servers)
+        if not isinstance(self.pool, SGLangPool):
+            raise ConfigError(f"servers must be an AsyncSGLang, an SGLangPool or URLs, got {type(servers).__name__}")
         self._config = config
         self._restart = getattr(servers, "restart", None)
         self._initial_weights = model

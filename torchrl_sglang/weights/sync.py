@@ -107,14 +107,14 @@ class WeightSync:
         self.owner = uuid.uuid4().hex[:8]
         self.config = config or SyncConfig()
         self.last_report: SyncReport | None = None
-        self._has_own_config = config is not None
+        self._config_is_fixed = config is not None
         self._pool = pool
         self._checkpoint = checkpoint
         self._liveness = LivenessCheck(pool, restart)
         self._transport: WeightTransport[Any] | None = None
         self._last_weights: Any = None
         self._pending: PendingSync | None = None
-        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._users: weakref.WeakKeyDictionary[Any, SyncConfig | None] = weakref.WeakKeyDictionary()
         if pool.weight_sync is None:
             pool.weight_sync = self
 
@@ -132,15 +132,17 @@ class WeightSync:
         Args:
             pool: the servers.
             config: how weights travel; ``None`` takes what the pool's sync has, or the defaults.
-            user: who uses it; :meth:`release` by the last user closes it.
+            user: the object that uses it; :meth:`release` of the last one closes it.
             restart: see the class; used if the pool's sync has none yet.
 
         Raises:
-            ConfigError: the pool's sync was given other settings: two trainers' settings can't hold for one group.
+            ConfigError: another user, or the code that made the pool's sync by hand, gave it other settings. One
+                process group can't have two.
         """
         sync: WeightSync | None = pool.weight_sync
         if sync is not None and config is not None and config != sync.config:
-            if sync._has_own_config:
+            others = [given for other, given in sync._users.items() if other is not user]
+            if sync._config_is_fixed or any(given is not None for given in others):
                 raise ConfigError(
                     "these servers' weights are already sent with another SyncConfig, and engine, scheme and sender "
                     "share one process group: give the same config to all, or shutdown() the scheme that has the other"
@@ -149,13 +151,14 @@ class WeightSync:
             sync = None
         if sync is None:
             sync = cls(pool, config)
+            sync._config_is_fixed = False  # its users' settings count, each as long as the user is there
         sync._liveness.restart = sync._liveness.restart or restart
-        sync._users.add(user)
+        sync._users[user] = config
         return sync
 
     def release(self, user: object) -> None:
         """Close if nobody but ``user`` uses this object (see :meth:`of`)."""
-        self._users.discard(user)
+        self._users.pop(user, None)
         if not self._users:
             self.close()
 
@@ -267,10 +270,11 @@ class WeightSync:
 
     def _push(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
         with self._pool.update_lock:  # waits for a server that is being restarted
-            report = self._push_now(weights, version, partial)
-            if partial:
-                self._pool.state.weights_saved(None)  # a shared folder no longer holds the whole of this version
-            return report
+            try:
+                return self._push_now(weights, version, partial)
+            finally:
+                if partial:  # a shared folder does not hold all of the newest version
+                    self._pool.state.weights_saved(None)
 
     def _push_now(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
         start = time.monotonic()
@@ -290,20 +294,21 @@ class WeightSync:
         packed = self._pack(source, plan, transport, report)
         num_bytes = sum(bucket.nbytes for bucket in plan) or self._read_checkpoint().nbytes
         deadline = time.monotonic() + self.config.deadline_s(num_bytes)
+        completes = not partial or self._all_complete()
+        updated: dict[str, ServerState] = {}
         try:
-            with report.phase("prepare"):
-                transport.stage(packed, target, report)
-            with transport.open_session(clients, target, deadline, report) as session:
-                transport.send(session, packed, deadline)
+            session = _send(transport, packed, clients, target, deadline, report)
+            if not completes:
+                for client in clients:
+                    self._pool.state.incomplete_found(client.url)
+            updated = {client.url: self._pool.state.server(client.url) for client in clients}
+            self._verify(clients, source, session, report)
         except BaseException as error:
             transport.close()  # servers that have received everything are still in a group
             if isinstance(error, WeightSyncError):
-                self._serve([client for client in clients if error.server_weights.get(client.url) == "new"], number)
+                new = [client for client in clients if error.server_weights.get(client.url) == "new"]
+                self._serve(new, number, updated)
             raise
-        finally:
-            packed.close()  # however this ended, the other ranks of a sharded source go on
-        updated = {client.url: self._pool.state.server(client.url) for client in clients}
-        self._verify(transport, clients, source, session, report)
         self._serve(clients, number, updated)
         report.server_weights = {url: state.weights for url, state in updated.items()}
         report.total_s = time.monotonic() - start
@@ -352,15 +357,21 @@ class WeightSync:
         Raises:
             ConfigError: a server does not, and the caller has no other tensors to send.
         """
+        state = self._pool.state
         for client in clients:
             held = client.weight_version()
-            if held == self._pool.state.server(client.url).version and not WeightVersion.parse(held).dirty:
-                continue
-            if partial:
+            version = WeightVersion.parse(held)
+            if held != state.server(client.url).version or version.dirty:
+                if partial:
+                    raise ConfigError(
+                        f"{client.url} holds version {held!r}, which this trainer did not send: push all weights first"
+                    )
+                state.incomplete_found(client.url)
+            elif partial and max(0, version.number) != state.weights.version:
                 raise ConfigError(
-                    f"{client.url} holds version {held!r}, which this trainer did not send: push all weights first"
+                    f"{client.url} holds version {held!r} and has missed updates, the last one to version "
+                    f"{state.weights.version}: push all weights first"
                 )
-            self._pool.state.weights_found(client.url, held)
 
     def _serve(
         self, clients: Sequence[SGLangClient], number: int, found: Mapping[str, ServerState] | None = None
@@ -374,7 +385,6 @@ class WeightSync:
 
     def _verify(
         self,
-        transport: WeightTransport[Any],
         clients: Sequence[SGLangClient],
         source: WeightSource,
         session: TransportSession,
@@ -398,11 +408,10 @@ class WeightSync:
                     served_dtype=self._served_dtype,
                     lora=session.adapter,
                 )
-                if self.config.verify == "full":
+                if self.config.verify == "full" and session.adapter is None:
                     compare_checksums(clients)
         except WeightUpdateError as error:
             session.reject(error)
-            transport.close()
             raise
 
     # ------------------------------------------------------------------ what is sent
@@ -450,8 +459,11 @@ class WeightSync:
         by_disk = self._transport is not None and self._transport.name == "disk"
         if not self.config.only_trainable or source.is_sharded or by_disk:
             return False
-        servers = self._pool.state.servers.values()
-        return all(server.is_routed and server.complete_from == self.owner for server in servers)
+        return self._all_complete() and not self._pool.quarantined
+
+    def _all_complete(self) -> bool:
+        """Whether this trainer has sent every tensor to every server."""
+        return all(server.complete_from == self.owner for server in self._pool.state.servers.values())
 
     def _pack(
         self, source: WeightSource, plan: Sequence[Bucket], transport: WeightTransport[Any], report: SyncReport
@@ -487,6 +499,26 @@ class WeightSync:
             # Also runs at exit, while sockets and threads still work: a scheme held by a collector is collected later.
             weakref.finalize(self, self._transport.close)
         return self._transport
+
+
+def _send(
+    transport: WeightTransport[Any],
+    packed: PackedWeights,
+    clients: Sequence[SGLangClient],
+    version: WeightVersion,
+    deadline: float,
+    report: SyncReport,
+) -> TransportSession:
+    """One update on the servers, without verification; returns its finished session."""
+    session: TransportSession
+    try:
+        with report.phase("prepare"):
+            transport.stage(packed, version, report)
+        with transport.open_session(clients, version, deadline, report) as session:
+            transport.send(session, packed, deadline)
+    finally:
+        packed.close()  # however this ended, the other ranks of a sharded source go on
+    return session
 
 
 def _gather_only(source: WeightSource, plan: Sequence[Bucket]) -> None:

@@ -308,8 +308,8 @@ class UpdateSession:
                     client.send(control.build_end_update(), timeout_s=timeout_s)
                     self._state.session_closed(client.url)
                 if known.weights == "old":
-                    if known.marked_dirty:
-                        client.send(control.build_set_version(known.version), timeout_s=timeout_s)
+                    if known.version_before:
+                        client.send(control.build_set_version(known.version_before), timeout_s=timeout_s)
                     client.send(control.build_continue(), timeout_s=timeout_s)
                     self._state.update_abandoned(client.url)
                 else:
