@@ -95,6 +95,7 @@ def make(tiny_llama: Path) -> Iterator[Callable[..., GpuServer]]:
     yield start
     for each in made:
         each.http.shutdown()
+        each.http.server_close()
 
 
 def test_memory_is_released_by_paused_idle_servers_and_comes_back_with_the_block(

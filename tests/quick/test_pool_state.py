@@ -56,7 +56,7 @@ def test_a_poll_that_began_before_an_update_does_not_restore_the_server_that_the
     poll = threading.Thread(target=tracker.poll, args=([SlowServer()],))
     poll.start()
     assert asked.wait(10)
-    state.quarantined(A, "its weights are mixed after a failed update", weights="mixed")
+    state.quarantined(A, "its weights are mixed after a failed update")
     go_on.set()
     poll.join(10)
     assert restored == [False]

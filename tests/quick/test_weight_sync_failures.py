@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.fake_sglang import FakeServer, FakeSettings, Fault
 from tests.fake_sglang.model import read_checkpoint
 from torchrl_sglang import AsyncSGLang, ConfigError, SGLangWeightSyncScheme, SyncConfig, WeightSync, WeightUpdateError
 from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import ClientConfig
+from torchrl_sglang.engine.monitor import restart_server
+from torchrl_sglang.errors import ServerUnreachableError
 from torchrl_sglang.pool import PoolState, SGLangPool
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.protocol.control import build_set_version
@@ -101,6 +105,20 @@ def test_a_server_with_mixed_weights_that_refuses_the_first_bucket_still_has_mix
         sync.close()
 
 
+def test_an_update_that_fails_at_once_leaves_a_server_with_mixed_weights_paused(
+    make: Callable[..., FakeServer], tensors: dict[str, torch.Tensor]
+) -> None:
+    mixed = make(weight_version="dirty-1@another")
+    other = make(faults=(Fault(path="/pause_generation", action="refuse"),))
+    sync = WeightSync(pool_of(mixed, other), PLAIN)
+    with pytest.raises(WeightUpdateError) as failure:
+        sync.push(tensors)
+    assert failure.value.server_weights == {mixed.url: "mixed", other.url: "old"}
+    assert count(mixed, "/continue_generation") == 0
+    sync.push(tensors)
+    sync.close()
+
+
 def test_a_dead_server_that_was_quarantined_while_others_were_polled_is_not_restored() -> None:
     state = PoolState(["http://a:1", "http://b:1"])
     asked, go_on = threading.Event(), threading.Event()
@@ -126,6 +144,18 @@ def test_a_dead_server_that_was_quarantined_while_others_were_polled_is_not_rest
     go_on.set()
     poll.join(10)
     assert restored == ["http://a:1"]
+
+
+def test_a_restarted_server_counts_as_a_new_process_also_if_it_does_not_answer_yet() -> None:
+    """Otherwise the next update would use a process group that its old process was in."""
+    pool = SGLangPool([SGLangClient("http://127.0.0.1:9", ClientConfig(connect_retries=0))])
+
+    class Server:
+        def start(self, **settings: Any) -> None: ...
+
+    with pytest.raises(ServerUnreachableError):
+        restart_server(pool, pool.clients[0], Server())  # type: ignore[arg-type]
+    assert pool.state.server("http://127.0.0.1:9").restarts == 1
 
 
 # ---------------------------------------------------------------------------------------------------- partial updates
@@ -226,6 +256,39 @@ def test_the_config_of_a_scheme_holds_until_its_shutdown_although_the_engine_use
         assert other.last_report is not None
         assert other.last_report.num_buckets > 1
         other.shutdown()
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "lora"])
+def test_checksums_are_compared_of_whole_models_not_of_adapters(
+    make: Callable[..., FakeServer], tensors: dict[str, torch.Tensor], tiny_llama: Path, transport: Any
+) -> None:
+    """An update of the adapter changes no tensor of the base model."""
+    server = make(enable_lora=True)
+    sync = WeightSync(pool_of(server), SyncConfig(transport=transport, verify="full", verify_atol=1e9))
+    weights: Any = tensors
+    if transport == "lora":
+        peft = pytest.importorskip("peft")
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        weights = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert sync.push(weights) is not None
+    assert count(server, "/weights_checker") == (transport == "broadcast")
+    sync.close()
+
+
+def test_a_sync_made_by_hand_outlives_the_schemes_that_use_it(
+    make: Callable[..., FakeServer], tensors: dict[str, torch.Tensor]
+) -> None:
+    server = make()
+    pool = pool_of(server)
+    sync = WeightSync(pool, PLAIN)
+    sync.push(tensors)
+    scheme = SGLangWeightSyncScheme(pool)
+    assert scheme.sync is sync
+    scheme.shutdown()
+    assert pool.weight_sync is sync
+    assert sync.heal() is not None
+    assert count(server, "/init_weights_update_group") == 1
+    sync.close()
 
 
 def test_a_scheme_for_something_else_that_generates_is_refused() -> None:

@@ -42,7 +42,7 @@ class PendingSync:
     """Handle of a push that runs in the background (:meth:`WeightSync.push_in_background`).
 
     Attributes:
-        retrieved: somebody has called :meth:`result`, so a failure does not go unseen.
+        retrieved: :meth:`result` was called and has returned or raised, so a failure was not missed.
     """
 
     def __init__(self, task: Task[SyncReport | None]) -> None:
@@ -72,7 +72,7 @@ class PendingSync:
             SGLangError: it failed; the error that :meth:`WeightSync.push` would have raised.
         """
         if not self._task.wait(timeout_s):
-            raise ServerTimeoutError(f"the weight sync is still under way after {timeout_s} s; ask again")
+            raise ServerTimeoutError(f"the weight sync is still under way after {timeout_s} s: call result() again")
         self.retrieved = True
         return self._task.outcome().unwrap()
 
@@ -80,8 +80,7 @@ class PendingSync:
 class WeightSync:
     """Sends a trainer's weights to the servers of one pool. Process groups are kept from sync to sync.
 
-    Engine, scheme and sender share the pool's one object (:meth:`of`). The first object made for a pool by hand becomes
-    that one.
+    Engine, scheme and sender of a pool share one object (:meth:`of`). If user code has made one first, it is that.
 
     Args:
         pool: the servers.
@@ -107,7 +106,8 @@ class WeightSync:
         self.owner = uuid.uuid4().hex[:8]
         self.config = config or SyncConfig()
         self.last_report: SyncReport | None = None
-        self._config_is_fixed = config is not None
+        self._is_made_by_hand = True
+        self._config_is_given = config is not None
         self._pool = pool
         self._checkpoint = checkpoint
         self._liveness = LivenessCheck(pool, restart)
@@ -142,24 +142,25 @@ class WeightSync:
         sync: WeightSync | None = pool.weight_sync
         if sync is not None and config is not None and config != sync.config:
             others = [given for other, given in sync._users.items() if other is not user]
-            if sync._config_is_fixed or any(given is not None for given in others):
+            if (sync._is_made_by_hand and sync._config_is_given) or any(given is not None for given in others):
                 raise ConfigError(
                     "these servers' weights are already sent with another SyncConfig, and engine, scheme and sender "
                     "share one process group: give the same config to all, or shutdown() the scheme that has the other"
                 )
-            sync.close()
+            if not sync._is_made_by_hand:
+                sync.close()
             sync = None
         if sync is None:
-            sync = cls(pool, config)
-            sync._config_is_fixed = False  # its users' settings count, each as long as the user is there
+            pool.weight_sync = sync = cls(pool, config)
+            sync._is_made_by_hand = False
         sync._liveness.restart = sync._liveness.restart or restart
         sync._users[user] = config
         return sync
 
     def release(self, user: object) -> None:
-        """Close if nobody but ``user`` uses this object (see :meth:`of`)."""
+        """Close if nobody but ``user`` uses this object (see :meth:`of`). One that was made by hand stays open."""
         self._users.pop(user, None)
-        if not self._users:
+        if not self._users and not self._is_made_by_hand:
             self.close()
 
     # ------------------------------------------------------------------ what callers use
@@ -176,7 +177,7 @@ class WeightSync:
             self._choose_transport().connect(self._liveness.reachable())
 
     def reach(self) -> None:
-        """Ask the servers what they serve, once; those that hang in an update whose trainer died are freed for it.
+        """Connect the pool, if it is not connected yet. Servers that hang in a dead trainer's update are freed first.
 
         Raises:
             ServerError: a server can't be reached, or hangs for another reason.
@@ -239,7 +240,7 @@ class WeightSync:
         """Wait for a push under way in the background.
 
         Raises:
-            SGLangError: it failed, and nobody has retrieved its result.
+            SGLangError: it failed, and its result was not retrieved.
         """
         pending, self._pending = self._pending, None
         if pending is not None and not pending.retrieved:
@@ -522,6 +523,6 @@ def _send(
 
 
 def _gather_only(source: WeightSource, plan: Sequence[Bucket]) -> None:
-    """Take part in gathering what the sending rank gathers, in the same order."""
+    """Gather, with the sending rank and in its order, the tensors of ``plan``."""
     for _ in source.tensors([name for bucket in plan for name in bucket.names]):
         pass
