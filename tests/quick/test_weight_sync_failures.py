@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -273,6 +275,21 @@ def test_checksums_are_compared_of_whole_models_not_of_adapters(
     assert sync.push(weights) is not None
     assert count(server, "/weights_checker") == (transport == "broadcast")
     sync.close()
+
+
+def test_an_engine_that_nobody_uses_any_more_ends_although_it_shared_its_sync_with_a_scheme(
+    make: Callable[..., FakeServer], tensors: dict[str, torch.Tensor]
+) -> None:
+    gc.disable()  # a reference cycle would keep the engine until the next collection
+    try:
+        engine = AsyncSGLang.connect(make().url)
+        scheme = SGLangWeightSyncScheme(engine, config=PLAIN)
+        engine.update_weights(tensors)
+        ended = [weakref.ref(engine), weakref.ref(scheme.sync)]
+        del engine, scheme
+        assert [ref() for ref in ended] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_sync_made_by_hand_outlives_the_schemes_that_use_it(

@@ -133,7 +133,8 @@ class WeightSync:
             pool: the servers.
             config: how weights travel; ``None`` takes what the pool's sync has, or the defaults.
             user: the object that uses it; :meth:`release` of the last one closes it.
-            restart: see the class; used if the pool's sync has none yet.
+            restart: a method as described at the class, used if the pool's sync has none yet. Its object (the engine)
+                is referenced weakly: the engine holds the sync, and an unused engine must end its servers.
 
         Raises:
             ConfigError: another user, or the code that made the pool's sync by hand, gave it other settings. One
@@ -153,7 +154,8 @@ class WeightSync:
         if sync is None:
             pool.weight_sync = sync = cls(pool, config)
             sync._is_made_by_hand = False
-        sync._liveness.restart = sync._liveness.restart or restart
+        if restart is not None and sync._liveness.restart is None:
+            sync._liveness.restart = _held_weakly(restart)
         sync._users[user] = config
         return sync
 
@@ -520,6 +522,17 @@ def _send(
     finally:
         packed.close()  # however this ended, the other ranks of a sharded source go on
     return session
+
+
+def _held_weakly(restart: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Call a method as long as its object exists; then return ``False``."""
+    method = weakref.WeakMethod(restart)
+
+    def call(url: str) -> bool:
+        alive = method()
+        return alive is not None and alive(url)
+
+    return call
 
 
 def _gather_only(source: WeightSource, plan: Sequence[Bucket]) -> None:
