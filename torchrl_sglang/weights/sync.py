@@ -297,13 +297,13 @@ class WeightSync:
         packed = self._pack(source, plan, transport, report)
         num_bytes = sum(bucket.nbytes for bucket in plan) or self._read_checkpoint().nbytes
         deadline = time.monotonic() + self.config.deadline_s(num_bytes)
-        completes = not partial or self._all_complete()
+        servers = self._pool.state.servers
+        incomplete = [client for client in clients if partial and servers[client.url].complete_from != self.owner]
         updated: dict[str, ServerState] = {}
         try:
             session = _send(transport, packed, clients, target, deadline, report)
-            if not completes:
-                for client in clients:
-                    self._pool.state.incomplete_found(client.url)
+            for client in incomplete:
+                self._pool.state.incomplete_found(client.url)
             updated = {client.url: self._pool.state.server(client.url) for client in clients}
             self._verify(clients, source, session, report)
         except BaseException as error:
@@ -462,11 +462,8 @@ class WeightSync:
         by_disk = self._transport is not None and self._transport.name == "disk"
         if not self.config.only_trainable or source.is_sharded or by_disk:
             return False
-        return self._all_complete() and not self._pool.quarantined
-
-    def _all_complete(self) -> bool:
-        """Whether this trainer has sent every tensor to every server."""
-        return all(server.complete_from == self.owner for server in self._pool.state.servers.values())
+        servers = self._pool.state.servers.values()
+        return all(server.is_routed and server.complete_from == self.owner for server in servers)
 
     def _pack(
         self, source: WeightSource, plan: Sequence[Bucket], transport: WeightTransport[Any], report: SyncReport

@@ -279,7 +279,7 @@ class UpdateSession:
 
     def _quarantine(self, *states: ServerWeights, error: BaseException) -> None:
         for url, weights in self.server_weights.items():
-            reason = f"its weights are {weights} after a failed update ({error})"
+            reason = f"its weights are {weights} after a failed update ({str(error) or type(error).__name__})"
             if weights in states and self._state.server(url).reason != reason:
                 self._pool.quarantine(url, reason)
 
