@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,15 +23,9 @@ from torchrl_sglang.server import SGLangServer, replicate, start_fleet, stop_fle
 from torchrl_sglang.server.supervisor import process_table
 
 KEY = "correct-horse-battery"
-pytestmark = [pytest.mark.usefixtures("needs_sglang"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.usefixtures("needs_sglang", "logs_go_with_the_test"), pytest.mark.timeout(400)]
 REQUEST = {"input_ids": [[1, 5, 6], [1, 7]], "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
 DEADLY = {"input_ids": [10**6], "sampling_params": {"max_new_tokens": 1}}
-
-
-@pytest.fixture(autouse=True)
-def logs_of_failures_go_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)  # read TMPDIR anew
 
 
 def generate(server: SGLangServer, key: str | None = KEY) -> list[list[int]]:

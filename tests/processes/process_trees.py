@@ -9,7 +9,7 @@ from torchrl_sglang.server.supervisor import process_table
 
 
 def tree(server: SGLangServer | SGLangRouter) -> set[int]:
-    """Pids of the server's supervisor and of all its descendants."""
+    """Pids of the server's or router's supervisor and of all its descendants."""
     assert server.pid is not None
     table = process_table()
     found = {table[server.pid].parent}

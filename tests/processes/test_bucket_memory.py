@@ -1,4 +1,4 @@
-"""Peak memory of packing a model into buckets, measured in a process of its own."""
+"""Peak memory of packing a model into buckets, measured in a separate process."""
 
 from __future__ import annotations
 

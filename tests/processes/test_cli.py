@@ -1,4 +1,4 @@
-"""The command line in a process of its own: exit codes, output, and the environment that install-cpu-server makes."""
+"""The command line in a separate process: exit codes, output, and the environment that install-cpu-server makes."""
 
 from __future__ import annotations
 

@@ -39,4 +39,4 @@ def test_nothing_listening_is_a_failure_and_exit_code_one(capsys: pytest.Capture
 def test_a_good_server_is_exit_code_zero(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with FakeServer(FakeSettings(model_path=tiny_llama)) as server:
         assert main(["doctor", server.url]) == 0
-    assert "all is well" in capsys.readouterr().out
+    assert "all checks passed" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Reading a model's weights in a Python in which peft cannot be imported."""
+"""Reading a model's weights in a Python that cannot import peft."""
 
 from __future__ import annotations
 
