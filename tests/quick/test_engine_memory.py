@@ -95,6 +95,7 @@ def make(tiny_llama: Path) -> Iterator[Callable[..., GpuServer]]:
     yield start
     for each in made:
         each.http.shutdown()
+        each.http.server_close()
 
 
 def test_memory_is_released_by_paused_idle_servers_and_comes_back_with_the_block(
@@ -171,6 +172,31 @@ def test_a_busy_or_refusing_server_goes_on_serving_and_the_others_too(make: Call
             assert not server.paused
         assert not engine.pool.quarantined
         assert not any(known.offloaded_tags for known in engine.pool.state.servers.values())
+
+
+def test_a_server_that_dies_at_the_release_holds_up_no_later_weight_update(make: Callable[..., GpuServer]) -> None:
+    good, dead = make(**WITH_BACKUP), make(**WITH_BACKUP)
+    with AsyncSGLang.connect([good.url, dead.url]) as engine:
+        dead.http.shutdown()
+        dead.http.server_close()
+        with pytest.raises(ServerError):
+            engine.release_memory()
+        assert [client.url for client in engine.pool.healthy] == [good.url]
+        assert "resume_memory" not in engine.pool.quarantined[dead.url]
+        engine.pool.refuse_while_offloaded()
+
+
+def test_offloaded_memory_counts_also_while_its_server_is_quarantined(make: Callable[..., GpuServer]) -> None:
+    server = make(**WITH_BACKUP)
+    with AsyncSGLang.connect(server.url) as engine:
+        engine.release_memory(["kv_cache"])
+        engine.pool.quarantine(server.url, "a test")
+        with pytest.raises(ConfigError, match="is offloaded: resume_memory"):
+            engine.update_weights({})
+        engine.release_memory(["weights"])
+        assert server.calls.count("/pause_generation") == 1
+        engine.resume_memory()
+        assert not engine.pool.quarantined
 
 
 @pytest.mark.parametrize(

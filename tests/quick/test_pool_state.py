@@ -56,7 +56,7 @@ def test_a_poll_that_began_before_an_update_does_not_restore_the_server_that_the
     poll = threading.Thread(target=tracker.poll, args=([SlowServer()],))
     poll.start()
     assert asked.wait(10)
-    state.quarantined(A, "its weights are mixed after a failed update", weights="mixed")
+    state.quarantined(A, "its weights are mixed after a failed update")
     go_on.set()
     poll.join(10)
     assert restored == [False]
@@ -86,12 +86,13 @@ def test_a_server_serves_during_an_update_and_stays_out_of_routing_if_it_was_out
 
 def test_an_abandoned_update_leaves_the_old_version_and_no_mark() -> None:
     state = PoolState([A])
+    state.connected({A: "3@t"})
     state.update_started(A)
     state.update_version_read(A, "3@t")
-    assert state.server(A).marked_dirty
+    assert state.server(A).version_before == "3@t"
     state.update_abandoned(A)
     known = state.server(A)
-    assert (known.phase, known.version, known.weights, known.marked_dirty) == ("serving", "3@t", "old", False)
+    assert (known.phase, known.version, known.weights, known.version_before) == ("serving", "3@t", "old", "")
 
 
 def test_a_new_process_holds_other_weights_and_no_released_memory_but_keeps_its_restart_count() -> None:

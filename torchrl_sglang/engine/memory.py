@@ -105,7 +105,7 @@ class EngineMemory:
             outcome.unwrap()
 
     def _release(self, client: SGLangClient, tags: set[str]) -> None:
-        is_first = self._pool.state.server(client.url).phase != "offloaded"
+        is_first = not self._pool.state.server(client.url).offloaded_tags
         try:
             if is_first:
                 self._pool.offload(client.url)
@@ -117,8 +117,9 @@ class EngineMemory:
                 lost = WeightVersion(number=self._pool.weight_version + 1, dirty=True)
                 _call(client, control.build_set_version(str(lost)))
             _call(client, control.build_release_memory(sorted(tags)))
-        except SGLangError:
+        except SGLangError as error:
             if is_first:
+                self._pool.quarantine(client.url, f"it could not release its GPU memory ({error})")
                 self._serve(client)
             raise
         self._pool.offload(client.url, tags)

@@ -91,7 +91,11 @@ def restart_server(
     # An unfinished update counts as one to the next number, see SGLangPool.connect.
     mark = str(WeightVersion(number=current + 1, dirty=True)) if current > 0 else None
     server.start(progress=abort_when_ending, weight_version=mark)
-    pool.state.restarted(client.url, client.connect().weight_version)
+    version = mark or "default"
+    try:
+        version = client.connect().weight_version
+    finally:
+        pool.state.restarted(client.url, version)  # also if it does not answer yet: the old process is gone
     return mark is None
 
 
@@ -183,7 +187,7 @@ def _load_saved(pool: SGLangPool, client: SGLangClient) -> bool:
         return False
     request = build_update_from_disk(saved.path, version=str(saved.version))
     check_success(client.send(request), server=client.url, what="loading the current weights")
-    pool.state.weights_found(client.url, str(saved.version))
+    pool.state.saved_weights_loaded(client.url, str(saved.version))
     return True
 
 

@@ -47,7 +47,7 @@ class AsyncSGLang:
         memory: releases and resumes their GPU memory (:class:`~torchrl_sglang.engine.memory.EngineMemory`).
 
     Examples:
-        Ask a running server::
+        Attach to a running server::
 
             with AsyncSGLang.connect("http://127.0.0.1:30000") as engine:
                 reply = engine.generate("The capital of France is", max_new_tokens=8)
@@ -127,13 +127,13 @@ class AsyncSGLang:
             dp_size: number of servers. Several servers are the only form of data parallelism that can take weight
                 updates, so SGLang's own ``--dp-size`` is not used.
             gpus: GPUs of each server, e.g. ``[[0, 1], [2, 3]]``; by default server ``i`` takes the next ``tp_size``.
-            router: put an ``sglang-router`` before the servers. It chooses the server of each prompt by what their
-                caches hold and by their load, also for clients other than this one (``engine.router.url``); control
+            router: put an ``sglang-router`` before the servers. It chooses the server of each prompt by the servers'
+                caches and load, also for clients other than this one (``engine.router.url``); control
                 calls still go to the servers.
-            restart: when a server that crashed is started again. ``"on-update"``: by the next weight update, which it
-                takes part in. ``"on-failure"``: at once, with a warning that shows the end of its log; it serves as
-                soon as it holds the current weights: now, when those are the checkpoint's, or were synced over a shared
-                folder; else after the next weight update. ``"never"``: not by us.
+            restart: when a server that crashed is restarted. ``"on-update"``: by the next weight update, which it takes
+                part in. ``"on-failure"``: at once, with a warning that shows the end of its log. It serves as soon as
+                it holds the current weights: at once if these are the checkpoint's or were synced through a shared
+                folder, otherwise after the next weight update. ``"never"``: this engine does not restart it.
             progress: called with a line of text while the servers load.
             client: how to talk to the servers; their keys are filled in.
             **server: fields of :class:`~torchrl_sglang.ServerConfig` (vLLM's ``max_model_len``,

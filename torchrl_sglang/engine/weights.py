@@ -37,8 +37,7 @@ class EngineWeights:
     @property
     def sync(self) -> WeightSync:
         """The pool's weight sync, shared with schemes."""
-        self._sync = WeightSync.of(self._pool, self._config, user=self, restart=self._restart_server)
-        return self._sync
+        return self._use(self._config)
 
     def close(self) -> None:
         """Destroy the process group, unless a scheme uses it."""
@@ -79,6 +78,7 @@ class EngineWeights:
         config = replace(self._settings, **{name: value for name, value in given.items() if value is not None})
         if config != self._settings:
             self.close()
+            self._use(config)
             self._config = config
         self.sync.connect()
 
@@ -124,6 +124,10 @@ class EngineWeights:
     def _settings(self) -> SyncConfig:
         sync: WeightSync | None = self._pool.weight_sync
         return self._config or (sync.config if sync is not None else SyncConfig())
+
+    def _use(self, config: SyncConfig | None) -> WeightSync:
+        self._sync = WeightSync.of(self._pool, config, user=self, restart=self._restart_server)
+        return self._sync
 
     def _restart_server(self, url: str) -> bool:
         restart = self._restart()

@@ -1,4 +1,8 @@
-"""All servers as one pool. May import: client, protocol, config; rollout, weights, engine and chat import from here."""
+"""Several servers behind one ``generate``, and the pool's state: one record per server.
+
+Other folders import the names below from this package. This folder imports client, protocol, config, errors and
+``parallel``.
+"""
 
 from torchrl_sglang.pool.pool import SGLangPool
 from torchrl_sglang.pool.resolve import Servers, resolve_pool

@@ -1,7 +1,7 @@
-"""Looks whether servers that died are back: somebody may have started them again.
+"""Polls servers that died, and restores those that have been restarted.
 
-A process that restarts servers learns of their return in other ways (:class:`CrashMonitor`, a weight update). Pools in
-other processes, and pools attached to servers that a cluster restarts, have only this.
+A process that restarts servers itself learns of their return from :class:`CrashMonitor` or a weight update. Pools in
+other processes, and pools whose servers a cluster restarts, learn of it only by polling.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class DeadServerTracker:
         self._running: Task[None] | None = None
 
     def postpone(self) -> None:
-        """A server has just died: don't poll it at once."""
+        """A server has just died: wait before it is polled."""
         with self._lock:
             self._polled_at = time.monotonic()
 
     def poll(self, clients: Sequence[SGLangClient]) -> None:
-        """Ask the dead servers in the background, at most every few seconds. If all are dead, ask now and wait.
+        """Poll the dead servers in the background, at most every few seconds. If all are dead, poll now and wait.
 
         Args:
             clients: all servers of the pool.
@@ -63,10 +63,12 @@ class DeadServerTracker:
     def _ask(self, dead: Sequence[SGLangClient]) -> None:
         for client in dead:
             before = self._state.server(client.url)
+            if before.phase != "dead":  # something has happened to it while the servers before it were polled
+                continue
             try:
                 held = client.weight_version()
                 version, weights = WeightVersion.parse(held), self._state.weights
                 if not version.dirty and version.number >= max(weights.version, weights.newest_seen):
                     self._on_return(before, held)
-            except SGLangError:  # still dead, or the router does not take it in yet
+            except SGLangError:  # still dead, or the router does not admit it yet
                 continue

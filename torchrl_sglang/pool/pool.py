@@ -45,8 +45,8 @@ class SGLangPool:
     Attributes:
         clients: all servers, also quarantined ones.
         router: as given.
-        state: what the pool knows of each server and of the weights on them (:class:`~torchrl_sglang.pool.PoolState`);
-            rollout and weight sync share nothing else.
+        state: the records of the servers and of the weights on them (:class:`~torchrl_sglang.pool.PoolState`), which
+            rollout and weight sync share.
         update_lock: held while weights are synced and while a crashed server is restarted, so that no update goes to a
             server that is still loading.
     """
@@ -138,7 +138,7 @@ class SGLangPool:
 
     @property
     def weight_sync(self) -> Any:
-        """The :class:`~torchrl_sglang.WeightSync` that all who send weights to these servers share, or ``None``.
+        """The :class:`~torchrl_sglang.WeightSync` through which weights are sent to these servers, or ``None``.
 
         The pool keeps a weak reference: the object lives as long as its users.
         """
@@ -170,23 +170,21 @@ class SGLangPool:
         self._leave_router(url)
         return known
 
-    def restore(self, url: str, *, based_on: ServerState) -> bool:
+    def restore(self, url: str, *, based_on: ServerState, new_process_with: str | None = None) -> bool:
         """Put a server back into routing.
 
         Args:
             url: the server.
-            based_on: its state when the caller found it fit to serve. If anything has happened to it since (an update
-                has quarantined it, say), the finding is out of date and the server stays out of routing.
+            based_on: its state when the caller found it fit to serve. If its state has changed since (for example
+                because an update has quarantined it), the finding is out of date and the server stays as it is.
+            new_process_with: the version it holds, if it was found to be a new process.
 
         Returns:
-            Whether it is routed now.
+            Whether the finding was up to date: the server is routed now.
 
         Raises:
             ServerTimeoutError: the router does not admit it.
         """
-        return self._restore(url, based_on)
-
-    def _restore(self, url: str, based_on: ServerState, new_process_with: str | None = None) -> bool:
         if self.router is not None and self.state.server(url).revision == based_on.revision:
             self.router.join([url])
         restored = self.state.restored(url, based_on=based_on, new_process_with=new_process_with)
@@ -205,12 +203,12 @@ class SGLangPool:
         self._leave_router(url)
 
     def poll_dead_servers(self) -> None:
-        """Put servers that died back into routing if they answer with the current weights; asks every few seconds."""
+        """Poll dead servers, at most every few seconds, and restore those that answer with the current weights."""
         if self.state.weights.adapter is None:  # a new process has no adapter
             self._dead_servers.poll(self.clients)
 
     def _server_returned(self, before: ServerState, version: str) -> None:
-        self._restore(before.url, before, new_process_with=version)
+        self.restore(before.url, based_on=before, new_process_with=version)
 
     def offload(self, url: str, tags: Iterable[str] = ()) -> None:
         """Take a server out of routing because it is about to release GPU memory, or has released ``tags`` of it."""
@@ -223,7 +221,7 @@ class SGLangPool:
         Raises:
             ConfigError: a server's memory is offloaded.
         """
-        offloaded = [url for url, server in self.state.servers.items() if server.phase == "offloaded"]
+        offloaded = [url for url, server in self.state.servers.items() if server.offloaded_tags]
         if offloaded:
             raise ConfigError(f"the GPU memory of {', '.join(offloaded)} is offloaded: resume_memory() first")
 

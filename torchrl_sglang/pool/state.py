@@ -1,7 +1,7 @@
-"""What a pool knows of its servers and of the weights on them: one record per server, one for all, one lock.
+"""The state of a pool: one record per server, one for the weights that the servers share, and one lock.
 
-Everything else asks here and keeps no copy. Records are immutable; each change replaces one and counts its
-``revision`` up. A method is named after the event that it records.
+Other objects read it here and keep no copy. Records are immutable; a change replaces the record and increments its
+``revision``. A method that changes a record is named after the event that it records.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Phase = Literal["serving", "updating", "quarantined", "dead", "offloaded"]
 """What a server does for this pool.
 
 ``serving``: it gets requests; ``updating``: it gets requests, which wait while it is paused for a weight update;
-``quarantined``: it gets none until a weight update or :meth:`SGLangPool.restore`; ``dead``: a request found it gone,
-and later requests look whether it is back; ``offloaded``: its GPU memory is released.
+``quarantined``: it gets none until a weight update or :meth:`SGLangPool.restore`; ``dead``: a request found that it is
+gone, and later requests poll it; ``offloaded``: its GPU memory is released.
 """
 
 
@@ -61,11 +61,12 @@ class ServerState:
     Attributes:
         url: its base URL.
         phase: what it does for this pool.
-        reason: why it gets no requests; empty while it does.
-        version: version string of the weights it held when last looked at or updated.
-        weights: compared with the last update that it took part in: ``old``, ``new``, ``mixed`` or ``stuck``.
+        reason: why it gets no requests; empty while it gets some.
+        version: version string that this pool gave it, or that it held when the pool connected.
+        weights: what it holds, compared with the last update that it took part in: ``old``, ``new`` or ``mixed``;
+            ``stuck`` if it does not answer.
         session_open: an update session of ours is open on it.
-        marked_dirty: this update has marked its version dirty, or is about to.
+        version_before: version string that it held before this update marked it dirty; empty when it is not marked.
         complete_from: owner id of the trainer that has sent it every tensor; empty when it holds others.
         restarts: how often its process was replaced. A new process is in no process group and has no adapter loaded.
         offloaded_tags: what of its GPU memory is released.
@@ -78,7 +79,7 @@ class ServerState:
     version: str = "default"
     weights: ServerWeights = "old"
     session_open: bool = False
-    marked_dirty: bool = False
+    version_before: str = ""
     complete_from: str = ""
     restarts: int = 0
     offloaded_tags: frozenset[str] = frozenset()
@@ -97,8 +98,8 @@ class WeightState:
     Attributes:
         version: number of the weights that the last finished update put on the servers; before the first one the
             highest number found on them.
-        highest_version: highest number that any server was ever told; it never names other weights again.
-        newest_seen: highest number among the replies so far: of use to pools whose weights another process updates.
+        highest_version: highest number that this pool has given to any server; later weights get a higher one.
+        newest_seen: highest number among the replies so far: for pools whose weights another process updates.
         cache_salt: name space of the prefix caches that new requests use; ``None`` after an update that flushed them.
         adapter: the trainer's LoRA adapter, for requests that name no other.
         saved: the last weights that were synced through a shared folder.
@@ -113,7 +114,7 @@ class WeightState:
 
     @property
     def next_version(self) -> int:
-        """A number that has named no weights yet, not even those of an update that failed."""
+        """The number of the next update: no server holds weights under it, not even after a failed update."""
         return max(self.version, self.highest_version) + 1
 
 
@@ -156,31 +157,29 @@ class PoolState:
     # ------------------------------------------------------------------ events: routing
 
     def connected(self, versions: Mapping[str, str]) -> None:
-        """Every server has said which weights it holds."""
+        """Every server has reported which version it holds."""
         parsed = [WeightVersion.parse(version) for version in versions.values()]
         with self._lock:
             for url, version in versions.items():
-                self._change(url, version=version)
-            # An unfinished update was to replace the version one lower: a new trainer counts on from there.
+                self._change(url, version=version, weights=_weights_under(version))
+            # An unfinished update to N counts as version N - 1: the next update is numbered N again.
             found = max(0, *(version.number - version.dirty for version in parsed))
             self._weights = replace(self._weights, version=found)
 
-    def quarantined(self, url: str, reason: str, *, weights: ServerWeights | None = None) -> ServerState:
+    def quarantined(self, url: str, reason: str) -> ServerState:
         """A server was found unfit to serve.
 
         Args:
             url: the server.
             reason: why; ends up in errors that say that no server is left.
-            weights: what it holds, if that is known.
         """
         with self._lock:
-            known = self._servers[url]
-            if known.reason != reason:
+            if self._servers[url].reason != reason:
                 _log.warning("%s is taken out of routing: %s", url, reason)
-            return self._change(url, phase="quarantined", reason=reason, weights=weights or known.weights)
+            return self._change(url, phase="quarantined", reason=reason)
 
     def died(self, url: str, reason: str) -> ServerState:
-        """A request found that a server is gone. One that gets no requests for another reason stays as it is."""
+        """A request found that a server is gone. The record of a server that gets no requests anyway stays as it is."""
         with self._lock:
             if not self._servers[url].is_routed:
                 return self._servers[url]
@@ -227,19 +226,20 @@ class PoolState:
     def update_started(self, url: str) -> None:
         """A weight update is about to reach a server."""
         with self._lock:
-            phase: Phase = "updating" if self._servers[url].phase == "serving" else self._servers[url].phase
-            self._change(url, phase=phase, weights="old", session_open=False, marked_dirty=False)
+            known = self._servers[url]
+            phase: Phase = "updating" if known.phase == "serving" else known.phase
+            weights: ServerWeights = "mixed" if known.weights in ("mixed", "stuck") else "old"
+            self._change(url, phase=phase, weights=weights, session_open=False, version_before="")
 
     def update_version_read(self, url: str, version: str) -> None:
         """A server holds ``version`` and is about to be marked dirty."""
         # A mark that is there already is that of an update that never finished: there are no old weights to return to.
-        weights: ServerWeights = "mixed" if WeightVersion.parse(version).dirty else "old"
-        self._record(url, version=version, weights=weights, marked_dirty=True)
+        self._record(url, weights=_weights_under(version), version_before=version)
 
     def update_abandoned(self, url: str) -> None:
-        """An update failed before it changed anything on a server, which continues with its old weights."""
+        """An update failed before it changed anything on a server, which continues as before."""
         with self._lock:
-            self._change(url, phase=self._phase_after_update(url), weights="old", marked_dirty=False)
+            self._change(url, phase=self._phase_after_update(url), version_before="")
 
     def session_opened(self, url: str) -> None:
         """A server has opened an update session for us."""
@@ -254,8 +254,12 @@ class PoolState:
         complete_from = {} if weights == "old" else {"complete_from": ""}
         self._record(url, weights=weights, **complete_from)
 
-    def weights_found(self, url: str, version: str) -> None:
-        """A server was seen to hold a version that this pool did not put there."""
+    def incomplete_found(self, url: str) -> None:
+        """A server was seen to hold tensors that this trainer did not send."""
+        self._record(url, complete_from="")
+
+    def saved_weights_loaded(self, url: str, version: str) -> None:
+        """A server has loaded ``version`` from a shared folder."""
         self._record(url, version=version, complete_from="")
 
     def version_claimed(self, number: int) -> None:
@@ -275,7 +279,7 @@ class PoolState:
         with self._lock:
             phase = self._phase_after_update(url)
             return self._change(
-                url, phase=phase, version=version, weights="new", complete_from=complete_from, marked_dirty=False
+                url, phase=phase, version=version, weights="new", complete_from=complete_from, version_before=""
             )
 
     def adapter_loaded(self, url: str) -> None:
@@ -306,13 +310,13 @@ class PoolState:
     # ------------------------------------------------------------------ events: GPU memory
 
     def memory_released(self, url: str, tags: Iterable[str], reason: str) -> None:
-        """A server is about to give back, or has given back, GPU memory (``tags`` may be empty)."""
+        """A server has released GPU memory, or is about to (then ``tags`` is empty)."""
         with self._lock:
             released = self._servers[url].offloaded_tags | set(tags)
             self._change(url, phase="offloaded", reason=reason, offloaded_tags=released)
 
     def memory_resumed(self, url: str, tags: Iterable[str]) -> ServerState:
-        """A server has taken GPU memory again."""
+        """A server has allocated GPU memory again."""
         with self._lock:
             return self._change(url, offloaded_tags=self._servers[url].offloaded_tags - set(tags))
 
@@ -324,6 +328,7 @@ class PoolState:
             phase=known.phase,
             reason=known.reason,
             version=version,
+            weights=_weights_under(version),
             restarts=known.restarts + 1,
             revision=known.revision + 1,
         )
@@ -343,3 +348,8 @@ class PoolState:
         known = self._servers[url]
         self._servers[url] = replace(known, **changes, revision=known.revision + 1)
         return self._servers[url]
+
+
+def _weights_under(version: str) -> ServerWeights:
+    """What a server holds that reports this version before an update: mixed weights if it is marked dirty."""
+    return "mixed" if WeightVersion.parse(version).dirty else "old"

@@ -1,7 +1,9 @@
-"""A trainer's weights on their way to the servers. May import: pool, client, protocol, config; never rollout or engine.
+"""Weight sync: reads a trainer's weights, checks them and sends them to the servers.
 
-Inside, each folder imports only those before it: ``checkpoint``, ``source``, ``buckets``, ``group``, ``update``,
-``transports``; then ``sync.py`` and ``scheme.py``.
+Other folders import the names below from this package; engine and doctor also import helpers from its modules. This
+folder imports pool, client, protocol, config, errors and ``parallel``, never rollout or engine. Inside, each folder
+imports only those before it: ``checkpoint``, ``source``, ``buckets``, ``group``, ``update``, ``transports``; then come
+``sync.py`` and ``scheme.py``.
 """
 
 from torchrl_sglang.weights.scheme import SGLangWeightSender, SGLangWeightSyncScheme

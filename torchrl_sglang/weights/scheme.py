@@ -13,7 +13,7 @@ from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.pool import Servers, resolve_pool
+from torchrl_sglang.pool import Servers, SGLangPool, resolve_pool
 from torchrl_sglang.weights.sync import WeightSync
 from torchrl_sglang.weights.update.report import SyncReport
 
@@ -34,8 +34,8 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
     Raises:
         ConfigError: ``servers`` is none of these, or others send weights to them with another config.
 
-    The collector hands on whatever ``update_policy_weights_`` was given: a module, a nested TensorDict, or a flat
-    dict of tensors. The servers hold the new weights when the call returns, or it raises.
+    The collector passes on what ``update_policy_weights_`` was given: a module, a nested TensorDict, or a flat dict of
+    tensors. The servers hold the new weights when the call returns, or it raises.
 
     Examples:
         >>> collector = Collector(env, policy, frames_per_batch=64,
@@ -46,10 +46,12 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
     def __init__(self, servers: Servers, *, model: Any = None, config: SyncConfig | None = None) -> None:
         super().__init__("tensordict")
         self.pool = resolve_pool(servers)
+        if not isinstance(self.pool, SGLangPool):
+            raise ConfigError(f"servers must be an AsyncSGLang, an SGLangPool or URLs, got {type(servers).__name__}")
         self._config = config
         self._restart = getattr(servers, "restart", None)
         self._initial_weights = model
-        # Taken now, so that the engine uses this config from its first update on. Nothing is sent or connected for it.
+        # Made now, so that the engine uses this config from its first update on. It sends nothing and connects nothing.
         self._sync: WeightSync | None = None
         self._sync = self.sync
 
@@ -73,8 +75,8 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         """Serve a collector whose constructor takes no ``weight_sync_schemes``: ``LLMCollector``, ``RayLLMCollector``.
 
         A ``RayLLMCollector`` would ship the weights to its actor; the broadcast has to start in the trainer's process,
-        so from now on its ``update_policy_weights_`` sends from here and counts the actor's policy version up. Where
-        versions are tracked, the count waits for the rollout under way, unless the actor has a thread to spare
+        so from now on its ``update_policy_weights_`` sends from here and increments the actor's policy version. If
+        the collector tracks versions, this waits for the rollout under way, unless the actor has a second thread
         (``remote_config={"max_concurrency": 2}``).
 
         Args:
@@ -84,7 +86,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             This scheme.
 
         Raises:
-            ConfigError: a collector of a kind we don't know, or one in another process with ``transport="lora"``.
+            ConfigError: a collector of an unknown kind, or one in another process with ``transport="lora"``.
 
         Examples:
             >>> scheme = SGLangWeightSyncScheme(engine).attach(LLMCollector(env, policy=policy))  # doctest: +SKIP
@@ -104,7 +106,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         )
 
     def create_sender(self) -> SGLangWeightSender:
-        """What TorchRL's trainers push weights through: ``GRPOTrainer(weight_sync_sender=scheme.create_sender())``."""
+        """Make the sender that TorchRL's trainers take: ``GRPOTrainer(weight_sync_sender=scheme.create_sender())``."""
         return SGLangWeightSender(self)
 
     def wait(self) -> None:
@@ -121,7 +123,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
     def _init_on_sender_impl(self, model_id: str | None = None, context: Any = None, **kwargs: Any) -> None:
         """Called by every kind of collector, with its own extras.
 
-        Multi-process ones call it before their workers start, so nothing that must not be inherited is made here.
+        Multi-process collectors call it before they start their workers: it must open nothing that they would inherit.
 
         Raises:
             ConfigError: workers in other processes, and ``transport="lora"``.
@@ -133,11 +135,11 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         self._register_worker_sender(worker_idx=0)
 
     def create_transport(self, **kwargs: Any) -> _Transport:
-        """One transport stands for all servers: they are told together."""
+        """Make the one transport for all servers, which are updated together."""
         return _Transport(self)
 
     def prepare_weights(self, weights: Any, model_id: str, strategy: Any, context: Any = None) -> Any:
-        """Hand weights on as they came: turning a module into a TensorDict would lose what it can compute.
+        """Return the weights unchanged: verification calls a module, and can't call a TensorDict made from it.
 
         Raises:
             ConfigError: no weights were given. The collector's own policy is the wrapper, which holds none.
@@ -150,7 +152,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         return weights
 
     def _iterate_transports(self, worker_ids: int | list[int] | None = None) -> Any:
-        """Workers share the servers, so whichever are named, the servers are told once."""
+        """Workers share the servers: an update for any workers is sent to the servers once."""
         return super()._iterate_transports(None)
 
     def _setup_connection_and_weights_on_sender_impl(
@@ -180,7 +182,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         state: dict[str, Any] = super().__getstate__()
         state["_sync"] = None
         state["_restart"] = None
-        state["_initial_weights"] = None  # the sender's affair; a worker must not carry a model
+        state["_initial_weights"] = None  # only the sender uses it, and a model is large
         state["_sender_transports"] = None
         state["_receiver_transport"] = None
         state["_shared_transport"] = None
@@ -257,7 +259,7 @@ class SGLangWeightSender:
         return self._scheme.last_report if self._scheme.config.blocking else None
 
     def shutdown(self) -> None:
-        """Take the process group down and forget model and collectors. The servers go on serving."""
+        """Shut the scheme down and forget model and collectors. The servers go on serving."""
         self._scheme.shutdown()
         self._model = None
         self._collectors.clear()
@@ -291,7 +293,7 @@ class _RemoteUpdate:
     def __init__(self, scheme: SGLangWeightSyncScheme, collector: Any) -> None:
         self._scheme = scheme
         self._collector = weakref.ref(collector)  # the collector holds us
-        # Asked once: each question waits for the rollout that the actor is busy with.
+        # Read once: each read waits for the rollout that the actor is busy with.
         self._counts = collector.policy_version is not None
 
     def __call__(self, policy_or_weights: Any = None, *, weights: Any = None, policy: Any = None, **_: Any) -> None:

@@ -42,7 +42,7 @@ class PendingSync:
     """Handle of a push that runs in the background (:meth:`WeightSync.push_in_background`).
 
     Attributes:
-        retrieved: somebody has called :meth:`result`, so a failure does not go unseen.
+        retrieved: :meth:`result` was called and has returned or raised, so a failure was not missed.
     """
 
     def __init__(self, task: Task[SyncReport | None]) -> None:
@@ -72,7 +72,7 @@ class PendingSync:
             SGLangError: it failed; the error that :meth:`WeightSync.push` would have raised.
         """
         if not self._task.wait(timeout_s):
-            raise ServerTimeoutError(f"the weight sync is still under way after {timeout_s} s; ask again")
+            raise ServerTimeoutError(f"the weight sync is still under way after {timeout_s} s: call result() again")
         self.retrieved = True
         return self._task.outcome().unwrap()
 
@@ -80,8 +80,7 @@ class PendingSync:
 class WeightSync:
     """Sends a trainer's weights to the servers of one pool. Process groups are kept from sync to sync.
 
-    Engine, scheme and sender share the pool's one object (:meth:`of`). The first object made for a pool by hand becomes
-    that one.
+    Engine, scheme and sender of a pool share one object (:meth:`of`). If user code has made one first, it is that.
 
     Args:
         pool: the servers.
@@ -107,14 +106,15 @@ class WeightSync:
         self.owner = uuid.uuid4().hex[:8]
         self.config = config or SyncConfig()
         self.last_report: SyncReport | None = None
-        self._has_own_config = config is not None
+        self._is_made_by_hand = True
+        self._config_is_given = config is not None
         self._pool = pool
         self._checkpoint = checkpoint
         self._liveness = LivenessCheck(pool, restart)
         self._transport: WeightTransport[Any] | None = None
         self._last_weights: Any = None
         self._pending: PendingSync | None = None
-        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._users: weakref.WeakKeyDictionary[Any, SyncConfig | None] = weakref.WeakKeyDictionary()
         if pool.weight_sync is None:
             pool.weight_sync = self
 
@@ -132,31 +132,37 @@ class WeightSync:
         Args:
             pool: the servers.
             config: how weights travel; ``None`` takes what the pool's sync has, or the defaults.
-            user: who uses it; :meth:`release` by the last user closes it.
-            restart: see the class; used if the pool's sync has none yet.
+            user: the object that uses it; :meth:`release` of the last one closes it.
+            restart: a method as described at the class, used if the pool's sync has none yet. Its object (the engine)
+                is referenced weakly: the engine holds the sync, and an unused engine must end its servers.
 
         Raises:
-            ConfigError: the pool's sync was given other settings: two trainers' settings can't hold for one group.
+            ConfigError: another user, or the code that made the pool's sync by hand, gave it other settings. One
+                process group can't have two.
         """
         sync: WeightSync | None = pool.weight_sync
         if sync is not None and config is not None and config != sync.config:
-            if sync._has_own_config:
+            others = [given for other, given in sync._users.items() if other is not user]
+            if (sync._is_made_by_hand and sync._config_is_given) or any(given is not None for given in others):
                 raise ConfigError(
                     "these servers' weights are already sent with another SyncConfig, and engine, scheme and sender "
                     "share one process group: give the same config to all, or shutdown() the scheme that has the other"
                 )
-            sync.close()
+            if not sync._is_made_by_hand:
+                sync.close()
             sync = None
         if sync is None:
-            sync = cls(pool, config)
-        sync._liveness.restart = sync._liveness.restart or restart
-        sync._users.add(user)
+            pool.weight_sync = sync = cls(pool, config)
+            sync._is_made_by_hand = False
+        if restart is not None and sync._liveness.restart is None:
+            sync._liveness.restart = _held_weakly(restart)
+        sync._users[user] = config
         return sync
 
     def release(self, user: object) -> None:
-        """Close if nobody but ``user`` uses this object (see :meth:`of`)."""
-        self._users.discard(user)
-        if not self._users:
+        """Close if nobody but ``user`` uses this object (see :meth:`of`). One that was made by hand stays open."""
+        self._users.pop(user, None)
+        if not self._users and not self._is_made_by_hand:
             self.close()
 
     # ------------------------------------------------------------------ what callers use
@@ -173,7 +179,7 @@ class WeightSync:
             self._choose_transport().connect(self._liveness.reachable())
 
     def reach(self) -> None:
-        """Ask the servers what they serve, once; those that hang in an update whose trainer died are freed for it.
+        """Connect the pool, if it is not connected yet. Servers that hang in a dead trainer's update are freed first.
 
         Raises:
             ServerError: a server can't be reached, or hangs for another reason.
@@ -236,7 +242,7 @@ class WeightSync:
         """Wait for a push under way in the background.
 
         Raises:
-            SGLangError: it failed, and nobody has retrieved its result.
+            SGLangError: it failed, and its result was not retrieved.
         """
         pending, self._pending = self._pending, None
         if pending is not None and not pending.retrieved:
@@ -267,10 +273,11 @@ class WeightSync:
 
     def _push(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
         with self._pool.update_lock:  # waits for a server that is being restarted
-            report = self._push_now(weights, version, partial)
-            if partial:
-                self._pool.state.weights_saved(None)  # a shared folder no longer holds the whole of this version
-            return report
+            try:
+                return self._push_now(weights, version, partial)
+            finally:
+                if partial:  # a shared folder does not hold all of the newest version
+                    self._pool.state.weights_saved(None)
 
     def _push_now(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
         start = time.monotonic()
@@ -290,20 +297,21 @@ class WeightSync:
         packed = self._pack(source, plan, transport, report)
         num_bytes = sum(bucket.nbytes for bucket in plan) or self._read_checkpoint().nbytes
         deadline = time.monotonic() + self.config.deadline_s(num_bytes)
+        servers = self._pool.state.servers
+        incomplete = [client for client in clients if partial and servers[client.url].complete_from != self.owner]
+        updated: dict[str, ServerState] = {}
         try:
-            with report.phase("prepare"):
-                transport.stage(packed, target, report)
-            with transport.open_session(clients, target, deadline, report) as session:
-                transport.send(session, packed, deadline)
+            session = _send(transport, packed, clients, target, deadline, report)
+            for client in incomplete:
+                self._pool.state.incomplete_found(client.url)
+            updated = {client.url: self._pool.state.server(client.url) for client in clients}
+            self._verify(clients, source, session, report)
         except BaseException as error:
             transport.close()  # servers that have received everything are still in a group
             if isinstance(error, WeightSyncError):
-                self._serve([client for client in clients if error.server_weights.get(client.url) == "new"], number)
+                new = [client for client in clients if error.server_weights.get(client.url) == "new"]
+                self._serve(new, number, updated)
             raise
-        finally:
-            packed.close()  # however this ended, the other ranks of a sharded source go on
-        updated = {client.url: self._pool.state.server(client.url) for client in clients}
-        self._verify(transport, clients, source, session, report)
         self._serve(clients, number, updated)
         report.server_weights = {url: state.weights for url, state in updated.items()}
         report.total_s = time.monotonic() - start
@@ -352,15 +360,21 @@ class WeightSync:
         Raises:
             ConfigError: a server does not, and the caller has no other tensors to send.
         """
+        state = self._pool.state
         for client in clients:
             held = client.weight_version()
-            if held == self._pool.state.server(client.url).version and not WeightVersion.parse(held).dirty:
-                continue
-            if partial:
+            version = WeightVersion.parse(held)
+            if held != state.server(client.url).version or version.dirty:
+                if partial:
+                    raise ConfigError(
+                        f"{client.url} holds version {held!r}, which this trainer did not send: push all weights first"
+                    )
+                state.incomplete_found(client.url)
+            elif partial and max(0, version.number) != state.weights.version:
                 raise ConfigError(
-                    f"{client.url} holds version {held!r}, which this trainer did not send: push all weights first"
+                    f"{client.url} holds version {held!r} and has missed updates, the last one to version "
+                    f"{state.weights.version}: push all weights first"
                 )
-            self._pool.state.weights_found(client.url, held)
 
     def _serve(
         self, clients: Sequence[SGLangClient], number: int, found: Mapping[str, ServerState] | None = None
@@ -374,7 +388,6 @@ class WeightSync:
 
     def _verify(
         self,
-        transport: WeightTransport[Any],
         clients: Sequence[SGLangClient],
         source: WeightSource,
         session: TransportSession,
@@ -398,11 +411,10 @@ class WeightSync:
                     served_dtype=self._served_dtype,
                     lora=session.adapter,
                 )
-                if self.config.verify == "full":
+                if self.config.verify == "full" and session.adapter is None:
                     compare_checksums(clients)
         except WeightUpdateError as error:
             session.reject(error)
-            transport.close()
             raise
 
     # ------------------------------------------------------------------ what is sent
@@ -489,7 +501,38 @@ class WeightSync:
         return self._transport
 
 
+def _send(
+    transport: WeightTransport[Any],
+    packed: PackedWeights,
+    clients: Sequence[SGLangClient],
+    version: WeightVersion,
+    deadline: float,
+    report: SyncReport,
+) -> TransportSession:
+    """One update on the servers, without verification; returns its finished session."""
+    session: TransportSession
+    try:
+        with report.phase("prepare"):
+            transport.stage(packed, version, report)
+        with transport.open_session(clients, version, deadline, report) as session:
+            transport.send(session, packed, deadline)
+    finally:
+        packed.close()  # however this ended, the other ranks of a sharded source go on
+    return session
+
+
+def _held_weakly(restart: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Call a method as long as its object exists; then return ``False``."""
+    method = weakref.WeakMethod(restart)
+
+    def call(url: str) -> bool:
+        alive = method()
+        return alive is not None and alive(url)
+
+    return call
+
+
 def _gather_only(source: WeightSource, plan: Sequence[Bucket]) -> None:
-    """Take part in gathering what the sending rank gathers, in the same order."""
+    """Gather, with the sending rank and in its order, the tensors of ``plan``."""
     for _ in source.tensors([name for bucket in plan for name in bucket.names]):
         pass

@@ -13,7 +13,7 @@ import torch
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
-from torchrl_sglang.errors import RequestRejectedError, SGLangError, WeightUpdateError
+from torchrl_sglang.errors import RequestRejectedError, ServerWeights, SGLangError, WeightUpdateError
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import PoolState
 from torchrl_sglang.protocol.control import build_update_bucket, check_success
@@ -54,6 +54,7 @@ class BucketLoop:
         self._config = config
         self._deadline = deadline
         self._failed: dict[str, SGLangError] = {}
+        self._weights_before: dict[str, ServerWeights] = {}
         self._done: queue.SimpleQueue[Task[Any]] = queue.SimpleQueue()
         self._replies: dict[Task[Any], str] = {}
         self._postponed: defaultdict[str, deque[Callable[[], None]]] = defaultdict(deque)
@@ -110,6 +111,7 @@ class BucketLoop:
                     announce()
 
     def _announce_to(self, client: SGLangClient, group: WeightGroup, request: HttpRequest) -> None:
+        self._weights_before.setdefault(client.url, self._state.server(client.url).weights)
         self._state.weights_changed(client.url, "mixed")
         call = partial(_send_announcement, client, request, self._remaining())
         task = Task(call, name=client.url, on_done=self._done.put)
@@ -172,7 +174,7 @@ class BucketLoop:
             return WeightUpdateError(f"{error}; no reply from {', '.join(silent) or 'any server'}")
         refusal = error.detail if isinstance(error, RequestRejectedError) else ""
         if not self._first_arrived and any(words in refusal for words in _NOTHING_LOADED):
-            self._state.weights_changed(url, "old")
+            self._state.weights_changed(url, self._weights_before[url])
         return WeightUpdateError(f"{url} failed while receiving weights: {error}")
 
     def _timed_out(self) -> SGLangError:

@@ -129,7 +129,7 @@ class JoinCall:
 def ask_to_join(
     clients: Sequence[SGLangClient], rendezvous: Rendezvous, world_size: int, backend: str, config: SyncConfig
 ) -> list[JoinCall]:
-    """Tell every server to join; they arrive while :func:`await_ranks` waits."""
+    """Tell every server to join. The calls run in threads; :func:`await_ranks` waits for them."""
     joins: list[JoinCall] = []
     first = 1
     for client in clients:

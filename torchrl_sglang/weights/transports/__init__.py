@@ -1,1 +1,4 @@
-"""How weights get to servers: one interface, one file per transport. May import every folder beside it."""
+"""How weights get to the servers: one interface, and one module per transport.
+
+``sync.py`` imports the interface and :func:`.make_transport`. These modules import all the folders beside this one.
+"""

@@ -22,7 +22,7 @@ PackedBucket = tuple[Bucket, torch.Tensor]
 
 
 class PackedWeights(Iterator[PackedBucket]):
-    """Buckets with their bytes, each packed when it is asked for and counted in the report.
+    """Buckets with their bytes. Each is packed on demand and counted in the report.
 
     The bytes of a bucket stay valid until the bucket after the next is asked for.
 
@@ -59,7 +59,7 @@ class PackedWeights(Iterator[PackedBucket]):
         return packed
 
     def close(self) -> None:
-        """Pack nothing more. The other ranks of a sharded source go on."""
+        """Pack no more buckets; releases the other ranks of a sharded source."""
         self._buckets.close()
 
 
@@ -99,10 +99,10 @@ class WeightTransport(Protocol[Session]):
 
     @property
     def packer(self) -> BucketPacker:
-        """Packs buckets where this transport needs them; there after :meth:`connect`."""
+        """Packs buckets on the device that this transport sends from; available after :meth:`connect`."""
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
-        """Prepare what can be prepared before weights are there.
+        """Prepare what does not depend on the weights.
 
         Raises:
             ConfigError: a server can't take weights by this transport.
@@ -139,4 +139,4 @@ class WeightTransport(Protocol[Session]):
         """
 
     def close(self) -> None:
-        """Take down what :meth:`connect` made."""
+        """Destroy what :meth:`connect` has made."""

@@ -67,6 +67,7 @@ class BroadcastTransport:
             self._drop()  # a restarted server is in no group, and the others may still wait for its old process
         else:
             self.close()
+        self._members = []  # if one group can't be formed, the next call forms all
         self._count += 1
         if self._config.groups == "shared":
             self._groups = [WeightGroup.form(clients, self._config, group_name(self._mark))]

@@ -1,7 +1,7 @@
 """Transport ``lora``: only the adapter is sent, under a name per version, and requests switch to it.
 
-Nothing is paused: a request under way keeps the adapter that it began with, new requests use the new one, and the one
-before is unloaded when its successor's successor has arrived. The base model must be the one that the servers loaded.
+Nothing is paused: a request under way keeps the adapter that it began with, and new requests use the new one. The
+servers keep the two newest adapters. The trainer's base model must be the one that the servers loaded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["AdapterSession", "LoraTransport"]
 _log = logging.getLogger(__name__)
 
 _KEPT_VERSIONS = 2
-"""Requests under way may still use the adapter before."""
+"""Requests under way may still use the previous adapter."""
 
 
 class LoraTransport:
@@ -37,7 +37,7 @@ class LoraTransport:
 
     Args:
         pool: the servers; its state names the adapter that requests use.
-        owner: part of the adapters' names, so that two trainers don't use the same.
+        owner: id of this trainer, part of the adapters' names: two trainers use different ones.
     """
 
     name = "lora"
@@ -90,8 +90,8 @@ class LoraTransport:
 class AdapterSession:
     """A ``with`` block around one adapter update; used once.
 
-    Leaving it without an error makes requests use the new adapter. After an error all servers continue with the one
-    before.
+    Leaving it without an error makes requests use the new adapter. After an error all servers continue with the
+    previous one.
 
     Args:
         pool: the servers.
@@ -144,7 +144,7 @@ class AdapterSession:
         if failed:
             url, error = next(iter(failed.items()))
             raise WeightUpdateError(
-                f"{url} did not take the adapter: {error}.\nAll servers go on with the one before",
+                f"{url} did not take the adapter: {error}.\nAll servers continue with the previous adapter",
                 server_weights={client.url: "old" for client in self._clients},
             ) from error
 
@@ -164,7 +164,7 @@ class AdapterSession:
             self._unload(self._loaded.pop(0))
 
     def reject(self, error: WeightUpdateError) -> None:
-        """Verification failed after the update: requests use the adapter before again."""
+        """Verification failed after the update: requests use the previous adapter again."""
         self._pool.state.adapter_switched(self._before)
         self._loaded.remove(self._new.name)
         self._unload(self._new.name)

@@ -1,8 +1,8 @@
 """A LoRA adapter as SGLang takes it over HTTP: its configuration as JSON, its tensors as one pickle.
 
-SGLang unpickles with a list of allowed names, on which tensors by value, as ``pickle`` writes them, do not stand: only
-tensors in shared memory do, which ends at the machine's edge. So storages are written as calls of classes that are on
-the list, with their bytes as argument. Source: SGLang 0.5.23, ``SafeUnpickler``.
+SGLang's unpickler accepts only names on a list. What ``pickle`` writes for a tensor by value is not on it, and tensors
+in shared memory, which are, can't leave the machine. So a storage is written as a call of a class that is on the list,
+with the storage's bytes as argument. Source: SGLang 0.5.23, ``SafeUnpickler``.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""One update on the servers: session, liveness, verification, report. May import: ``buckets``, ``group``, pool."""
+"""The steps of one update on the servers: liveness check, session, verification, report.
+
+``transports`` and ``sync.py`` import its modules. It imports ``buckets``, ``group`` and what they may import.
+"""

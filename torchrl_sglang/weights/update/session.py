@@ -54,7 +54,7 @@ _WEIGHTS_IN_WORDS: dict[ServerWeights, str] = {
 class UpdateSession:
     """A ``with`` block around one update; used once.
 
-    What it learns of each server goes into the pool's state; it keeps nothing of its own about a server.
+    It records what it learns of each server in the pool's state, and keeps no copy.
 
     Args:
         pool: the servers.
@@ -65,13 +65,13 @@ class UpdateSession:
         report: records phases, pause mode and the time without generation.
         mark: names the process groups of this update in the servers' dirty version, so that another trainer can
             destroy them; ``None`` is the version's owner.
-        groups: process groups that the update goes over; after a failure they are left before anything else.
+        groups: process groups that the update goes over; after a failure the servers first leave them.
 
     Raises:
         ConfigError: these servers can't do what ``config`` asks for.
 
     Attributes:
-        adapter: ``None``: requests go on to use the adapter they used before.
+        adapter: ``None``: this update changes no adapter.
     """
 
     adapter: str | None = None
@@ -279,12 +279,12 @@ class UpdateSession:
 
     def _quarantine(self, *states: ServerWeights, error: BaseException) -> None:
         for url, weights in self.server_weights.items():
-            reason = f"its weights are {weights} after a failed update ({error})"
+            reason = f"its weights are {weights} after a failed update ({str(error) or type(error).__name__})"
             if weights in states and self._state.server(url).reason != reason:
                 self._pool.quarantine(url, reason)
 
     def _raise(self, error: BaseException) -> NoReturn:
-        """Raise an error of ours with what each server holds now and what to do; any other as it is."""
+        """Raise an error of this package with what each server holds now and what to do; any other error as it is."""
         if isinstance(error, WeightCoverageError):
             error.server_weights.update(self.server_weights)
         if isinstance(error, WeightCoverageError) or not isinstance(error, SGLangError):
@@ -300,7 +300,7 @@ class UpdateSession:
             timeout_s = min(_CLEANUP_TIMEOUT_S, client.config.control_timeout_s)
             try:
                 for group in self._groups:
-                    # Before all else: a healthy peer may be waiting for this server in a broadcast.
+                    # First: a healthy server may be waiting for this one in a broadcast.
                     if client in group.clients:
                         with suppress(RequestRejectedError):
                             group.leave(client, timeout_s)
@@ -308,8 +308,8 @@ class UpdateSession:
                     client.send(control.build_end_update(), timeout_s=timeout_s)
                     self._state.session_closed(client.url)
                 if known.weights == "old":
-                    if known.marked_dirty:
-                        client.send(control.build_set_version(known.version), timeout_s=timeout_s)
+                    if known.version_before:
+                        client.send(control.build_set_version(known.version_before), timeout_s=timeout_s)
                     client.send(control.build_continue(), timeout_s=timeout_s)
                     self._state.update_abandoned(client.url)
                 else:
