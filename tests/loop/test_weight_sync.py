@@ -307,7 +307,7 @@ def test_after_a_trainer_died_in_the_middle_the_next_one_finds_the_mark_and_heal
     url: str, processes: ProcessFactory, tiny_llama_b: Path, model_a: Any, inside_a_broadcast: bool
 ) -> None:
     trainer = processes.start_stalled_trainer(url, tiny_llama_b, inside_a_broadcast=inside_a_broadcast)
-    assert trainer.read() == ("announced" if inside_a_broadcast else "half way")
+    assert trainer.read() == ("announced" if inside_a_broadcast else "half of the tensors sent")
     trainer.kill()
     pool = SGLangPool([SGLangClient(url)])
     pool.connect()
