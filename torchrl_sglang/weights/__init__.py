@@ -3,7 +3,7 @@
 Other folders import the names below from this package; engine and doctor also import helpers from its modules. This
 folder imports pool, client, protocol, config, errors and ``parallel``, never rollout or engine. Inside, each folder
 imports only those before it: ``checkpoint``, ``source``, ``buckets``, ``group``, ``update``, ``transports``; then come
-``sync.py`` and ``scheme.py``.
+``planning.py``, ``sync.py`` and ``scheme.py``.
 """
 
 from torchrl_sglang.weights.scheme import SGLangWeightSender, SGLangWeightSyncScheme

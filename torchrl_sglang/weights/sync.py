@@ -7,10 +7,8 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from torchrl_sglang.client import SGLangClient
@@ -19,12 +17,8 @@ from torchrl_sglang.errors import ConfigError, ServerTimeoutError, SGLangError, 
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import ServerState, SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
-from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, trainable_specs
-from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.checkpoint.wire_dtype import wire_dtype
-from torchrl_sglang.weights.source.adapter import AdapterSource
-from torchrl_sglang.weights.source.factory import open_source
+from torchrl_sglang.weights.planning import PushPlanner
 from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import is_sharded, ranks_of
 from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
@@ -109,7 +103,7 @@ class WeightSync:
         self._is_made_by_hand = True
         self._config_is_given = config is not None
         self._pool = pool
-        self._checkpoint = checkpoint
+        self._planner = PushPlanner(pool, self.config, self.owner, checkpoint)
         self._liveness = LivenessCheck(pool, restart)
         self._transport: WeightTransport[Any] | None = None
         self._last_weights: Any = None
@@ -283,19 +277,19 @@ class WeightSync:
         start = time.monotonic()
         self._reach_on_all_ranks(weights)
         transport = self._choose_transport()
-        source = self._open_source(weights)
+        source = self._planner.open_source(weights)
         if not source.is_sender:
-            _gather_only(source, self._plan(source, partial))
+            self._planner.gather_only(source, partial=partial, transport=transport.name)
             return None
         number = self._pool.state.weights.next_version if version is None else version
         target = WeightVersion(number=number, owner=self.owner)
         report = SyncReport(version=number, transport=transport.name)
         with report.phase("prepare"):
             clients = self._prepare(transport, source, partial)
-            plan = self._plan(source, partial)
+            plan = self._planner.plan(source, partial=partial, transport=transport.name)
         self._last_weights = None if source.one_shot else weights
-        packed = self._pack(source, plan, transport, report)
-        num_bytes = sum(bucket.nbytes for bucket in plan) or self._read_checkpoint().nbytes
+        packed = self._planner.pack(source, plan, transport.packer, report)
+        num_bytes = sum(bucket.nbytes for bucket in plan) or self._planner.checkpoint.nbytes
         deadline = time.monotonic() + self.config.deadline_s(num_bytes)
         servers = self._pool.state.servers
         incomplete = [client for client in clients if partial and servers[client.url].complete_from != self.owner]
@@ -350,7 +344,7 @@ class WeightSync:
             if isinstance(error, WeightSyncError):
                 self._liveness.record_failure(error)
             if source.is_sharded:  # the other ranks wait for this one to gather with them
-                _gather_only(source, self._plan(source, partial))
+                self._planner.gather_only(source, partial=partial, transport=transport.name)
             raise
         return clients
 
@@ -408,7 +402,7 @@ class WeightSync:
                     vocab_size=vocab_size,
                     model=source.module,
                     config=self.config,
-                    served_dtype=self._served_dtype,
+                    served_dtype=self._planner.served_dtype,
                     lora=session.adapter,
                 )
                 if self.config.verify == "full" and session.adapter is None:
@@ -417,85 +411,9 @@ class WeightSync:
             session.reject(error)
             raise
 
-    # ------------------------------------------------------------------ what is sent
-
-    def _open_source(self, weights: Any) -> WeightSource:
-        if self.config.transport == "lora":
-            return AdapterSource(weights)
-        return open_source(weights, self._read_checkpoint(), name_map=self.config.name_map, ignore=self.config.ignore)
-
-    def _plan(self, source: WeightSource, partial: bool) -> list[Bucket]:
-        """Which tensors travel in which bucket. Everything that can be wrong with them is found here.
-
-        Returns:
-            The buckets; none for a source that can be read only once, whose tensors are checked while they are packed.
-
-        Raises:
-            WeightCoverageError: names, shapes or values don't match.
-        """
-        config, checkpoint = self.config, self._read_checkpoint()
-        if source.one_shot:
-            if config.check_values:
-                source.check_values(target=self._served_dtype)
-            return []
-        specs = source.specs()
-        if isinstance(source, AdapterSource):
-            source.check_values()
-            return [Bucket.of(specs.values())]
-        ignore = (*config.ignore, *source.omitted_names)
-        if partial:
-            ignore += tuple(name for name in checkpoint.specs if name not in specs)
-        check_coverage(specs, checkpoint, ignore=ignore, server=self._pool.clients[0].url)
-        wire = [replace(spec, dtype=wire_dtype(spec, checkpoint, self._served_dtype)) for spec in specs.values()]
-        if self._may_skip_frozen(source):
-            wire = trainable_specs(wire)
-        if config.check_values:
-            source.check_values([spec.name for spec in wire], self._served_dtype)
-        return plan_buckets(wire, bucket_bytes=config.bucket_bytes)
-
-    def _may_skip_frozen(self, source: WeightSource) -> bool:
-        """Whether every server is known to hold this trainer's frozen tensors.
-
-        Never for a sharded model: the ranks that help to gather don't learn of a server's failure, and all ranks must
-        gather the same tensors. Never by disk, where checkpoints are complete.
-        """
-        by_disk = self._transport is not None and self._transport.name == "disk"
-        if not self.config.only_trainable or source.is_sharded or by_disk:
-            return False
-        servers = self._pool.state.servers.values()
-        return all(server.is_routed and server.complete_from == self.owner for server in servers)
-
-    def _pack(
-        self, source: WeightSource, plan: Sequence[Bucket], transport: WeightTransport[Any], report: SyncReport
-    ) -> PackedWeights:
-        """Buckets with their bytes, each packed when the transport asks for it."""
-        if not source.one_shot:
-            packed = transport.packer.packed(plan, source.tensors)
-            return PackedWeights(packed, report, num_buckets=len(plan), peft_config=source.peft_config)
-        checkpoint = self._read_checkpoint()
-        stream = transport.packer.packed_stream(
-            source.tensors(),
-            bucket_bytes=self.config.bucket_bytes,
-            dtype_of=lambda spec: wire_dtype(spec, checkpoint, self._served_dtype),
-            expected=checkpoint.specs,
-        )
-        return PackedWeights(stream, report, num_buckets=None)
-
-    # ------------------------------------------------------------------ where it goes
-
-    def _read_checkpoint(self) -> Checkpoint:
-        if self._checkpoint is None:
-            self._checkpoint = Checkpoint.read(self._pool.info.model_path)
-        return self._checkpoint
-
-    @property
-    def _served_dtype(self) -> torch.dtype | None:
-        dtype = getattr(torch, self._pool.info.dtype, None)
-        return dtype if isinstance(dtype, torch.dtype) else self._read_checkpoint().dtype
-
     def _choose_transport(self) -> WeightTransport[Any]:
         if self._transport is None:
-            self._transport = make_transport(self._pool, self.config, self.owner, self._read_checkpoint())
+            self._transport = make_transport(self._pool, self.config, self.owner, self._planner.checkpoint)
             # Also runs at exit, while sockets and threads still work: a scheme held by a collector is collected later.
             weakref.finalize(self, self._transport.close)
         return self._transport
@@ -530,9 +448,3 @@ def _held_weakly(restart: Callable[[str], bool]) -> Callable[[str], bool]:
         return alive is not None and alive(url)
 
     return call
-
-
-def _gather_only(source: WeightSource, plan: Sequence[Bucket]) -> None:
-    """Gather, with the sending rank and in its order, the tensors of ``plan``."""
-    for _ in source.tensors([name for bucket in plan for name in bucket.names]):
-        pass

@@ -1,0 +1,141 @@
+"""What a push sends: opens the source, checks it against the checkpoint, lays out buckets and packs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, trainable_specs
+from torchrl_sglang.weights.buckets.packing import BucketPacker
+from torchrl_sglang.weights.checkpoint.coverage import check_coverage
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.checkpoint.wire_dtype import wire_dtype
+from torchrl_sglang.weights.source.adapter import AdapterSource
+from torchrl_sglang.weights.source.factory import open_source
+from torchrl_sglang.weights.source.interface import WeightSource
+from torchrl_sglang.weights.transports.base import PackedWeights
+from torchrl_sglang.weights.update.report import SyncReport
+
+__all__ = ["PushPlanner"]
+
+
+class PushPlanner:
+    """Plans pushes to the servers of one pool.
+
+    Args:
+        pool: the servers.
+        config: names to ignore, bucket size, whether values are checked.
+        owner: id of this trainer.
+        checkpoint: what the servers were started from; read from the served path when it is first needed if ``None``.
+    """
+
+    def __init__(self, pool: SGLangPool, config: SyncConfig, owner: str, checkpoint: Checkpoint | None) -> None:
+        self._pool = pool
+        self._config = config
+        self._owner = owner
+        self._checkpoint = checkpoint
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What the servers were started from.
+
+        Raises:
+            ConfigError: it can't be read from this machine.
+        """
+        if self._checkpoint is None:
+            self._checkpoint = Checkpoint.read(self._pool.info.model_path)
+        return self._checkpoint
+
+    @property
+    def served_dtype(self) -> torch.dtype | None:
+        """What the servers compute in."""
+        dtype = getattr(torch, self._pool.info.dtype, None)
+        return dtype if isinstance(dtype, torch.dtype) else self.checkpoint.dtype
+
+    def open_source(self, weights: Any) -> WeightSource:
+        """The trainer's weights as named tensors: its adapter for ``transport="lora"``, else the whole model.
+
+        Raises:
+            ConfigError: weights of an unknown kind.
+        """
+        if self._config.transport == "lora":
+            return AdapterSource(weights)
+        return open_source(weights, self.checkpoint, name_map=self._config.name_map, ignore=self._config.ignore)
+
+    def plan(self, source: WeightSource, *, partial: bool, transport: str) -> list[Bucket]:
+        """Decide which tensors travel in which bucket. Everything that can be wrong with them is found here.
+
+        Args:
+            source: the trainer's weights.
+            partial: names that are missing are no error.
+            transport: name of the transport; a checkpoint on disk is always complete.
+
+        Returns:
+            The buckets; none for a source that can be read only once, whose tensors are checked while they are packed.
+
+        Raises:
+            WeightCoverageError: names, shapes or values don't match.
+        """
+        config, checkpoint = self._config, self.checkpoint
+        if source.one_shot:
+            if config.check_values:
+                source.check_values(target=self.served_dtype)
+            return []
+        specs = source.specs()
+        if isinstance(source, AdapterSource):
+            source.check_values()
+            return [Bucket.of(specs.values())]
+        ignore = (*config.ignore, *source.omitted_names)
+        if partial:
+            ignore += tuple(name for name in checkpoint.specs if name not in specs)
+        check_coverage(specs, checkpoint, ignore=ignore, server=self._pool.clients[0].url)
+        wire = [replace(spec, dtype=wire_dtype(spec, checkpoint, self.served_dtype)) for spec in specs.values()]
+        if transport != "disk" and self._may_skip_frozen(source):
+            wire = trainable_specs(wire)
+        if config.check_values:
+            source.check_values([spec.name for spec in wire], self.served_dtype)
+        return plan_buckets(wire, bucket_bytes=config.bucket_bytes)
+
+    def pack(
+        self, source: WeightSource, plan: Sequence[Bucket], packer: BucketPacker, report: SyncReport
+    ) -> PackedWeights:
+        """Buckets with their bytes, each packed when the transport asks for it.
+
+        Args:
+            source: the trainer's weights.
+            plan: from :meth:`plan`.
+            packer: packs where the transport needs the bytes.
+            report: counts what is packed.
+        """
+        if not source.one_shot:
+            packed = packer.packed(plan, source.tensors)
+            return PackedWeights(packed, report, num_buckets=len(plan), peft_config=source.peft_config)
+        stream = packer.packed_stream(
+            source.tensors(),
+            bucket_bytes=self._config.bucket_bytes,
+            dtype_of=lambda spec: wire_dtype(spec, self.checkpoint, self.served_dtype),
+            expected=self.checkpoint.specs,
+        )
+        return PackedWeights(stream, report, num_buckets=None)
+
+    def gather_only(self, source: WeightSource, *, partial: bool, transport: str) -> None:
+        """Gather, with the sending rank and in its order, the tensors that it sends: those of :meth:`plan`."""
+        plan = self.plan(source, partial=partial, transport=transport)
+        for _ in source.tensors([name for bucket in plan for name in bucket.names]):
+            pass
+
+    def _may_skip_frozen(self, source: WeightSource) -> bool:
+        """Whether every server is known to hold this trainer's frozen tensors.
+
+        Never for a sharded model: the ranks that help to gather don't learn of a server's failure, and all ranks must
+        gather the same tensors.
+        """
+        if not self._config.only_trainable or source.is_sharded:
+            return False
+        servers = self._pool.state.servers.values()
+        return all(server.is_routed and server.complete_from == self._owner for server in servers)
