@@ -20,7 +20,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 help:
 	@echo "make quickstart  environment, then a language model trained with GRPO against a real SGLang server (no GPU)"
 	@echo "make test-quick  the tests to run while editing: no server, no Ray (about a minute on 2 cores)"
-	@echo "make test        environment, checks, tests (about 13 minutes on 2 cores)"
+	@echo "make test        environment, checks, tests (about 10 minutes on 2 cores)"
 	@echo "make test-full   make test, then TorchRL 0.13 and its nightly build (reported only) and the slow tests (another 25)"
 	@echo "make check       lint, format, types, architecture"
 	@echo "make docs        the documentation site, in site/index.html (under a minute)"
