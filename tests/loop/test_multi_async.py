@@ -17,7 +17,7 @@ from torchrl_sglang.server import SGLangServer
 WORKERS = 2
 
 
-def test_asynchronous_workers_receive_an_update_and_label_each_response_with_its_weight_version(
+def test_asynchronous_workers_receive_an_update_and_label_each_token_with_its_weight_version(
     pristine_server: SGLangServer, tiny_llama: Path, tiny_llama_b: Path
 ) -> None:
     url = pristine_server.url
@@ -44,12 +44,15 @@ def test_asynchronous_workers_receive_an_update_and_label_each_response_with_its
             rows = next(batches).reshape(-1).unbind(0)
             assert len(rows) == 2
             for row in rows:
-                version = int(row["generation"].policy_version)
                 made = int(row["generation"].completion_tokens)
                 real = row["tokens", "full"][row["masks", "all_attention_mask"]]
-                expected = reference_log_probs(models[version], real)[-made:]
-                torch.testing.assert_close(row["log_probs", "response"][:made], expected, atol=1e-4, rtol=0)
-                seen.append(version)
+                # A response that was under way during the update continues with the new weights: a version per token.
+                versions_R = row["generation"].weight_version[:made]
+                expected_VR = torch.stack([reference_log_probs(model, real)[-made:] for model in models])
+                expected_R = expected_VR.gather(0, versions_R[None])[0]
+                torch.testing.assert_close(row["log_probs", "response"][:made], expected_R, atol=1e-4, rtol=0)
+                assert int(row["generation"].policy_version) == int(versions_R.min())
+                seen.append(int(versions_R.min()))
     finally:
         collector.shutdown()
     assert seen[: 2 * WORKERS] == [0] * 2 * WORKERS
