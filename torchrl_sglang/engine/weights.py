@@ -126,9 +126,5 @@ class EngineWeights:
         return self._config or (sync.config if sync is not None else SyncConfig())
 
     def _use(self, config: SyncConfig | None) -> WeightSync:
-        self._sync = WeightSync.of(self._pool, config, user=self, restart=self._restart_server)
+        self._sync = WeightSync.of(self._pool, config, user=self, restart=self._restart())
         return self._sync
-
-    def _restart_server(self, url: str) -> bool:
-        restart = self._restart()
-        return restart is not None and restart(url)
