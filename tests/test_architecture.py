@@ -20,6 +20,8 @@ PACKAGE = "torchrl_sglang"
 # PEERS, the line with the engine, import each other, and of those `rollout` and `weights` never meet.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
+    frozenset({"cached_folder", "progress"}),
+    frozenset({"smollm2"}),
     frozenset({"config", "model_files", "parallel", "tls"}),
     frozenset({"protocol"}),
     frozenset({"http_errors"}),

@@ -1,6 +1,7 @@
-"""Finds and reads a checkpoint's files on this machine, from its folder or its hub name. Nothing is downloaded.
+"""Finds and reads a checkpoint's files on this machine, from its folder or its hub name.
 
-Also loads tokenizers. All other modules get checkpoint files through this one.
+Nothing is downloaded, except the model named ``SmolLM2``. Also loads tokenizers. All other modules get checkpoint files
+through this one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.smollm2 import is_smollm2, smollm2_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,10 +29,17 @@ __all__ = [
 def find_local_path(model: str | Path) -> Path | None:
     """The path of a checkpoint that is given as one; ``None`` for a hub name, also one in the local cache.
 
+    ``SmolLM2`` is the path of :func:`smollm2_checkpoint`, which the first call makes.
+
+    Raises:
+        ConfigError: the model is ``SmolLM2``, and can't be made.
+
     Examples:
         >>> find_local_path("Qwen/Qwen3-0.6B") is None
         True
     """
+    if is_smollm2(model):
+        return smollm2_checkpoint()
     path = Path(model).expanduser()
     return path.absolute() if path.exists() else None
 
@@ -113,7 +122,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer  # slow to import, and not needed for token-only use
 
+    found = find_local_path(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path if found is None else found)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the tokenizer {path!r} can't be loaded here ({error}); pass tokenizer=") from error
