@@ -10,14 +10,14 @@ from typing import TextIO
 
 __all__ = ["PhaseLine"]
 
-_ELAPSED = re.compile(r", \d+ s$")
+_ELAPSED = re.compile(r"(, \d+ %)?(, \d+ s)?$")
 
 
 class PhaseLine:
     r"""One line that changes on a terminal; elsewhere (a log file, a pipe) one line per phase and no carriage return.
 
-    Pass it as ``progress`` to whatever takes such a callback. A phase is the text without the seconds at its end, so
-    ``"loading the weights, 3 s"`` and ``"loading the weights, 4 s"`` are one phase.
+    Pass it as ``progress`` to whatever takes such a callback. A phase is the text without the percentage and the
+    seconds at its end, so ``"loading the weights, 3 s"`` and ``"loading the weights, 50 %, 4 s"`` are one phase.
 
     Args:
         prefix: put before every text.
