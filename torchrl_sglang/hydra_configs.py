@@ -78,7 +78,7 @@ def shared_engine(
     model: str | None = None,
     *,
     name: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | bool | None = None,
     **settings: Any,
 ) -> AsyncSGLang:
     """Return the engine for these arguments; the first call makes it, later calls return the same object.
@@ -87,7 +87,7 @@ def shared_engine(
         url: base URL(s) of running servers to attach to; exclusive with ``model``.
         model: the checkpoint to launch servers with.
         name: distinguishes engines with otherwise equal arguments.
-        progress: called with a line of text while servers load.
+        progress: shows how far launched servers are, see :meth:`AsyncSGLang.from_pretrained`.
         **settings: further arguments of :meth:`AsyncSGLang.connect` or :meth:`AsyncSGLang.from_pretrained`.
 
     Raises:
