@@ -44,7 +44,7 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
         *("state", "checks", "router_client", "balancing", "streaming", "dispatch", "batch", "dead_servers"),
         *("pool", "resolve"),
     ),
-    "recipes": ("setup", "data", "batch", "losses", "run", "tools"),
+    "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": ("checkpoint", "source", "buckets", "group", "update", "transports", "planning", "sync", "scheme"),
 }
 
