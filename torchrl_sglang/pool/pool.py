@@ -17,13 +17,15 @@ from torchrl_sglang.pool.batch import Batch
 from torchrl_sglang.pool.checks import label_with_version, refuse_different_models, refuse_mixed_weights
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.pool.dispatch import dead_server, dispatch_shares, is_gone
+from torchrl_sglang.pool.end_tokens import EndTokens
 from torchrl_sglang.pool.router_client import MAX_REQUESTS, RouterClient
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.protocol.generate import build_generate, parse_one
-from torchrl_sglang.protocol.limits import check_prompts
+from torchrl_sglang.protocol.limits import check_prompts, check_sampling
 from torchrl_sglang.protocol.media import Media
-from torchrl_sglang.protocol.messages import GenerateReply, ServerInfo
+from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest, ServerInfo
 from torchrl_sglang.protocol.router import has_no_workers, router_forwards, worker_in_error
+from torchrl_sglang.protocol.stream_events import StreamedReply
 from torchrl_sglang.protocol.version import version_number
 
 __all__ = ["SGLangPool"]
@@ -67,6 +69,7 @@ class SGLangPool:
         self._weight_sync: weakref.ref[Any] | None = None
         self._connected = False
         self._load = LoadTracker()
+        self._end_tokens = EndTokens()
         self._dead_servers = DeadServerTracker(self.state, self._server_returned)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -287,7 +290,9 @@ class SGLangPool:
         num_prompts, n = len(batch.ids_B_T), batch.sampling.n
         replies: dict[int, list[GenerateReply]] = {}
         waiting = list(range(num_prompts))
-        through_router = self.router is not None and batch.progress is None and router_forwards(batch.build(waiting))
+        through_router = (
+            self.router is not None and batch.progress is None and self._router_forwards(batch.build(waiting))
+        )
         while waiting:
             unanswered = f"{len(waiting)} of {num_prompts} prompts have no answer: {_shorten(waiting)}"
             clients = self._router_slots(len(waiting)) if through_router else self.require_healthy(unanswered)
@@ -331,11 +336,12 @@ class SGLangPool:
             lora=lora,
             cache_salt=self.state.weights.cache_salt,
         )
-        through_router = self.router is not None and router_forwards(request)
+        through_router = self._router_forwards(request)
         clients = self._router_slots(1) if through_router else self.require_healthy("the stream was not begun")
         with self._load.assign_one(clients) as client:
+            sequence = StreamedReply(client.url)
             for event in client.stream(request):
-                reply = parse_one(event, server=client.url, return_logprobs=return_logprobs)
+                reply = parse_one(sequence.add(event), server=client.url, return_logprobs=return_logprobs)
                 refuse_mixed_weights([reply])
                 yield label(reply)
 
@@ -356,6 +362,10 @@ class SGLangPool:
                 f"the vocabulary of {self.info.model_path!r} can't be read from here, and an unknown token id kills an "
                 "SGLang server: pass vocab_size=... when connecting (or unchecked_vocab=True)"
             )
+        for client in self.clients:
+            check_sampling(sampling, vocab_size=vocab_size, info=client.info)
+        if sampling.min_new_tokens and vocab_size is not None:
+            self._end_tokens.check(self.info, vocab_size)
         check_prompts(
             ids_B_T,
             max_new_tokens=sampling.max_new_tokens,
@@ -392,6 +402,13 @@ class SGLangPool:
             reasons = "; ".join(f"{url}: {reason}" for url, reason in self.quarantined.items())
             raise ServerError(f"no server is left, {consequence}. {reasons}")
         return clients
+
+    def _router_forwards(self, request: HttpRequest) -> bool:
+        """Whether there is a router, and a request keeps its meaning when it goes through it."""
+        if self.router is None:
+            return False
+        filled_in = frozenset[str]().union(*(client.info.preferred_sampling for client in self.clients))
+        return router_forwards(request, filled_in=filled_in)
 
     def _router_slots(self, num_requests: int) -> Sequence[SGLangClient]:
         """The router's client, once per request that a batch is divided into."""

@@ -106,6 +106,9 @@ class ServerInfo:
         device: ``"cpu"``, ``"cuda"``, ...
         lora_enabled: whether adapters can be loaded.
         quantization: the server's ``--quantization``, if any.
+        grammar_backend: what constrains responses to grammars; ``"none"`` when nothing does.
+        skips_tokenizer: launched with ``--skip-tokenizer-init``: replies have no text, and there are no stop strings.
+        preferred_sampling: the sampling parameters that the server fills in where a request leaves them out.
         raw: the answer of ``/server_info``, for settings without a field here.
     """
 
@@ -126,4 +129,7 @@ class ServerInfo:
     device: str = "cuda"
     lora_enabled: bool = False
     quantization: str | None = None
+    grammar_backend: str | None = None
+    skips_tokenizer: bool = False
+    preferred_sampling: frozenset[str] = frozenset()
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
