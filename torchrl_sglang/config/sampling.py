@@ -140,7 +140,8 @@ class SamplingParams:
         values.update({name: grammar_text(name, getattr(self, name)) for name in GRAMMARS})
         values["stop"] = tuple(text("stop", each) for each in one_or_more("stop", self.stop, "strings"))
         require(all(values["stop"]), f"stop must be non-empty strings, got {self.stop!r}")
-        patterns = [self.stop_regex] if isinstance(self.stop_regex, re.Pattern) else self.stop_regex
+        given: Any = self.stop_regex
+        patterns = [given] if isinstance(given, re.Pattern) else given
         values["stop_regex"] = tuple(map(stop_pattern, one_or_more("stop_regex", patterns, "strings")))
         values["stop_token_ids"] = token_ids("stop_token_ids", self.stop_token_ids)
         values["logit_bias"] = logit_bias(self.logit_bias)

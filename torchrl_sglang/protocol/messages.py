@@ -46,8 +46,9 @@ class GenerateReply:
 
     Attributes:
         output_ids: response token ids, length ``T``; a matched stop token is included.
-        output_logprobs: natural-log probability of each response token, length ``T``; ``None`` when not requested.
-        prompt_logprobs: one entry per prompt token, the first ``None``; ``None`` when not requested.
+        output_logprobs: natural-log probability of each response token, length ``T``, NaN where the server computed NaN
+            or infinity; ``None`` when not requested.
+        prompt_logprobs: one entry per prompt token, the first ``None``, NaN as above; ``None`` when not requested.
         support_ids: per response token the ids that top-k, top-p and min-p kept; ``None`` when not requested.
         support_logprobs: log-prob of each response token among those ids; ``None`` when not requested.
         text: the server's decoded response (stop strings trimmed).

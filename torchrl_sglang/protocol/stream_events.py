@@ -93,12 +93,14 @@ class StreamedReply:
                 f"{self._server} stopped the stream: {detail}", server=self._server, status=status, detail=detail
             )
         finish = event["meta_info"].get("finish_reason") if isinstance(event["meta_info"], Mapping) else None
-        status = finish.get("status_code") if isinstance(finish, Mapping) and finish.get("type") == "abort" else None
-        if isinstance(status, int) and status >= 400:
-            detail = str(finish.get("message", "")) if finish else ""
+        if not isinstance(finish, Mapping) or finish.get("type") != "abort":
+            return
+        code = finish.get("status_code")
+        if isinstance(code, int) and code >= 400:
+            detail = str(finish.get("message", ""))
             raise RequestRejectedError(
-                f"{self._server} answered {status} in the stream: {detail}",
+                f"{self._server} answered {code} in the stream: {detail}",
                 server=self._server,
-                status=status,
+                status=code,
                 detail=detail,
             )
