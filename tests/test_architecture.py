@@ -20,7 +20,8 @@ PACKAGE = "torchrl_sglang"
 # PEERS, the line with the engine, import each other, and of those `rollout` and `weights` never meet.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"config", "forks", "model_files", "parallel", "tls"}),
+    frozenset({"config", "forks", "model_files", "parallel", "text_tokens", "tls"}),
+    frozenset({"chat_templates"}),
     frozenset({"protocol"}),
     frozenset({"connections", "http_errors"}),
     frozenset({"client"}),

@@ -23,6 +23,7 @@ from torchrl_sglang.pool import RouterClient, SGLangPool
 from torchrl_sglang.protocol.control import build_flush
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.server import SGLangRouter, SGLangServer, start_fleet, stop_fleet
+from torchrl_sglang.text_tokens import encode_texts
 from torchrl_sglang.weights.update.report import SyncReport
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class AsyncSGLang:
             ConfigError: the server's tokenizer path can't be read from this machine.
         """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.pool.info.tokenizer_path)
+            self._tokenizer = load_tokenizer(self.pool.info.tokenizer_path, self.pool.info.revision)
         return self._tokenizer
 
     @property
@@ -202,7 +203,7 @@ class AsyncSGLang:
         """Generate from text or token ids, one or many.
 
         Args:
-            prompts: text; encoded with the served tokenizer.
+            prompts: text; encoded with the served tokenizer, whose BOS is added unless the text begins with it.
             input_ids: token ids instead of text.
             sampling_params: how tokens are drawn.
             return_logprobs: report the log-prob of every response token.
@@ -222,7 +223,7 @@ class AsyncSGLang:
             raise ConfigError("give either prompts (text) or input_ids (token ids)")
         if prompts is not None:
             texts = [prompts] if isinstance(prompts, str) else list(prompts)
-            ids_B_T = [self.tokenizer.encode(text) for text in texts]
+            ids_B_T = encode_texts(self.tokenizer, texts, open_end=True)
             single = isinstance(prompts, str)
         else:
             assert input_ids is not None

@@ -48,7 +48,7 @@ class PushPlanner:
             ConfigError: it can't be read from this machine.
         """
         if self._checkpoint is None:
-            self._checkpoint = Checkpoint.read(self._pool.info.model_path)
+            self._checkpoint = Checkpoint.read(self._pool.info.model_path, revision=self._pool.info.revision)
         return self._checkpoint
 
     @property
