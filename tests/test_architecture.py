@@ -41,6 +41,7 @@ LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 SUBLAYERS: dict[str, tuple[str, ...]] = {
     "pool": (
         *("state", "checks", "router_client", "balancing", "streaming", "dispatch", "batch", "dead_servers"),
+        *("end_tokens", "batch_run"),
         *("pool", "resolve"),
     ),
     "recipes": ("setup", "data", "batch", "losses", "run", "tools"),

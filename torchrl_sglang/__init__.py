@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams, ServerConfig, SyncConfig
 from torchrl_sglang.errors import (
     ConfigError,
+    LethalPromptError,
     ProtocolError,
     RequestRejectedError,
     ServerError,
@@ -64,6 +65,7 @@ __all__ = [
     "ClientConfig",
     "ConfigError",
     "Generation",
+    "LethalPromptError",
     "ProtocolError",
     "RequestRejectedError",
     "Response",
