@@ -64,7 +64,7 @@ class PushPlanner:
             ConfigError: weights of an unknown kind.
         """
         if self._config.transport == "lora":
-            return AdapterSource(weights)
+            return AdapterSource(weights, self.checkpoint, self.served_dtype)
         return open_source(weights, self.checkpoint, name_map=self._config.name_map, ignore=self._config.ignore)
 
     def plan(self, source: WeightSource, *, partial: bool, transport: str) -> list[Bucket]:
@@ -88,7 +88,7 @@ class PushPlanner:
             return []
         specs = source.specs()
         if isinstance(source, AdapterSource):
-            source.check_values()
+            source.check_values(target=self.served_dtype)
             return [Bucket.of(specs.values())]
         ignore = (*config.ignore, *source.omitted_names)
         if partial:

@@ -19,7 +19,7 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import require_model_folder
 from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 
-__all__ = ["Checkpoint", "is_output_embedding"]
+__all__ = ["Checkpoint", "is_output_embedding", "weight_files"]
 
 _DTYPES: dict[str, str] = {
     "BOOL": "bool",
@@ -83,7 +83,7 @@ class Checkpoint:
         folder = require_model_folder(model_path, hint=_NO_CHECKPOINT, revision=revision)
         config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         specs: dict[str, TensorSpec] = {}
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             specs.update(_read_safetensors_header(file))
         return cls(
             specs=MappingProxyType(specs),
@@ -174,7 +174,7 @@ _NO_CHECKPOINT = (
 )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that a server would load: those that the index names; without an index, all model files."""
     if (folder / _INDEX).is_file():
         files = sorted({folder / file for file in _read_json(folder / _INDEX)["weight_map"].values()})
