@@ -45,7 +45,10 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
         *("pool", "resolve"),
     ),
     "recipes": ("setup", "data", "batch", "losses", "run", "tools"),
-    "weights": ("checkpoint", "source", "buckets", "group", "update", "transports", "planning", "sync", "scheme"),
+    "weights": (
+        *("checkpoint", "source", "buckets", "checksums", "group", "update"),
+        *("transports", "planning", "sync", "scheme"),
+    ),
 }
 
 # Where private names of libraries that move may be used: one place to mend when they do.
