@@ -13,6 +13,7 @@ The packages exist for Python 3.11 and 3.12.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +91,8 @@ def _check_python(python: str) -> None:
 def _step(number: int, what: str, command: list[str]) -> None:
     """Run one step with its output on standard error, so that a slow download shows what it does."""
     print(f"{number}/4  {what}", file=sys.stderr, flush=True)
-    done = subprocess.run(command, stdout=sys.stderr, check=False)
+    safe = {**os.environ, "PYTHONSAFEPATH": "1"}  # not the modules of the working directory
+    done = subprocess.run(command, stdout=sys.stderr, check=False, env=safe)
     if done.returncode != 0:
         raise ServerError(
             f"step {number} ({what}) failed with exit code {done.returncode}; its output is above. Finished steps are "
