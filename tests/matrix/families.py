@@ -23,8 +23,9 @@ _SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-_OTHER_NAMES = {
+_OTHER_NAMES: dict[str, dict[str, str | None]] = {
     "gpt2": {
+        "num_key_value_heads": None,
         "hidden_size": "n_embd",
         "intermediate_size": "n_inner",
         "num_hidden_layers": "n_layer",
@@ -44,14 +45,19 @@ class Family:
         config: name of the configuration class.
         settings: what differs from the sizes that all families share.
         std: standard deviation of the matrices; so large that attention matters, and that no answer repeats one token.
+        embedding_std: likewise of the embedding; ``std`` by default. Where the model scales the embedding up, a smaller
+            one is needed, or answers only repeat the last token.
         about: what of this family the settings cover, for the docs.
+        server_args: more flags for the server.
     """
 
     architecture: str
     config: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     std: float = 0.25
+    embedding_std: float | None = None
     about: str = ""
+    server_args: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Family] = {
@@ -106,14 +112,14 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 32,
             "norm_topk_prob": True,
-            "mlp_only_layers": [1],
         },
-        about="experts, a dense layer among them",
+        about="experts in every layer, query and key norms",
     ),
     "Gemma": Family(
         architecture="GemmaForCausalLM",
         config="GemmaConfig",
-        settings={"head_dim": 32, "hidden_activation": "gelu_pytorch_tanh"},
+        settings={"head_dim": 32},
+        embedding_std=0.05,
         about="scaled and tied embeddings, norms with an offset",
     ),
     "Gemma 2": Family(
@@ -125,7 +131,9 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 16,
             "final_logit_softcapping": 5.0,
             "attn_logit_softcapping": None,
+            "hidden_act": "gelu_pytorch_tanh",  # SGLang reads it; transformers 5 has hidden_activation only
         },
+        embedding_std=0.05,
         about="sliding window in every other layer, capped output logits; no capped attention logits",
     ),
     "Gemma 3": Family(
@@ -141,6 +149,7 @@ FAMILIES: dict[str, Family] = {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
             },
         },
+        embedding_std=0.006,
         about="sliding windows, linear rope scaling in the full layers only, scaled and tied embeddings",
     ),
     "GPT-2": Family(
@@ -191,6 +200,10 @@ def make_model(family: Family, tokenizer: Any, folder: Path, *, seed: int, vocab
         vocab_size: rows of the embedding; the tokenizer's size by default.
     """
     model = build(family, tokenizer, seed=seed, vocab_size=vocab_size)
+    # Several EOS ids, as chat models have: the second is a token that the model generates soon.
+    prompt = torch.randint(model.config.vocab_size, (1, 6), generator=torch.Generator().manual_seed(3))
+    soon = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=4)[0, -1]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, int(soon)]
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
@@ -199,7 +212,8 @@ def make_model(family: Family, tokenizer: Any, folder: Path, *, seed: int, vocab
 def build(family: Family, tokenizer: Any, *, seed: int, vocab_size: int | None = None) -> Any:
     """The model itself, in float32."""
     names = next((names for start, names in _OTHER_NAMES.items() if family.config.lower().startswith(start)), {})
-    sizes = {names.get(name, name): value for name, value in _SIZES.items()}
+    renamed = {names.get(name, name): value for name, value in _SIZES.items()}
+    sizes = {name: value for name, value in renamed.items() if name is not None}
     config = getattr(transformers, family.config)(
         **{**sizes, **family.settings},
         vocab_size=len(tokenizer) if vocab_size is None else vocab_size,
@@ -210,15 +224,17 @@ def build(family: Family, tokenizer: Any, *, seed: int, vocab_size: int | None =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, family.architecture)(config).float().eval()
-        randomize(model, family.std)
+        randomize(model, family)
     return model
 
 
-def randomize(model: torch.nn.Module, std: float) -> None:
+def randomize(model: Any, family: Family) -> None:
     """Overwrite every parameter; the caller seeds torch. Vectors are biases, or factors of a norm."""
+    embedding = model.get_input_embeddings().weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(0.0, std)
+                special = parameter is embedding and family.embedding_std is not None
+                parameter.normal_(0.0, family.embedding_std if special else family.std)
             else:
                 parameter.add_(torch.randn_like(parameter) * (0.1 if name.endswith("bias") else 0.2))
