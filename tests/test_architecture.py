@@ -20,9 +20,9 @@ PACKAGE = "torchrl_sglang"
 # PEERS, the line with the engine, import each other, and of those `rollout` and `weights` never meet.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"config", "model_files", "parallel", "tls"}),
+    frozenset({"config", "forks", "model_files", "parallel", "tls"}),
     frozenset({"protocol"}),
-    frozenset({"http_errors"}),
+    frozenset({"connections", "http_errors"}),
     frozenset({"client"}),
     frozenset({"pool", "server"}),
     frozenset({"rollout", "weights", "engine", "chat", "scores"}),

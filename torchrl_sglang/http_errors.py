@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+
 import requests
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
 from torchrl_sglang.errors import (
     ProtocolError,
@@ -17,6 +19,10 @@ from torchrl_sglang.protocol.messages import HttpRequest
 from torchrl_sglang.tls import explain_tls
 
 __all__ = ["may_retry", "raise_for_status", "stream_cut_short", "translate_error"]
+
+_NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}
+_LOCAL_ERRNOS = {*_NO_DESCRIPTOR, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.ENETDOWN}
+"""No descriptor, no memory, no free local port, no network."""
 
 
 def may_retry(request: HttpRequest, error: Exception) -> bool:
@@ -39,6 +45,10 @@ def translate_error(error: requests.RequestException, request: HttpRequest, *, u
     reason = getattr(error.args[0], "reason", None) if error.args else None
     if isinstance(error, requests.exceptions.SSLError) and (refusal := explain_tls(error, url)):
         return refusal
+    if local := _local_cause(reason):
+        return ServerUnreachableError(
+            f"this machine could not open a connection to {url}: {local}", server=url, is_local=True
+        )
     if isinstance(error, requests.ConnectTimeout) or isinstance(reason, (NewConnectionError, ConnectTimeoutError)):
         return ServerUnreachableError(
             f"nothing accepts connections at {url}; is the server running and the address right?", server=url
@@ -58,6 +68,21 @@ def translate_error(error: requests.RequestException, request: HttpRequest, *, u
             server=url,
         )
     return ProtocolError(f"{where}: {error}", server=url)
+
+
+def _local_cause(reason: object) -> str:
+    """What this machine lacked when it tried to connect; empty if the cause is elsewhere."""
+    if isinstance(reason, NameResolutionError):
+        return f"{reason}. Check the host name in the URL and this machine's DNS"
+    cause = reason.__cause__ if isinstance(reason, NewConnectionError) else None
+    if not isinstance(cause, OSError) or cause.errno not in _LOCAL_ERRNOS:
+        return ""
+    advice = (
+        ". Raise the limit of open files (ulimit -n), or send fewer requests at once"
+        if cause.errno in _NO_DESCRIPTOR
+        else ""
+    )
+    return f"{cause}{advice}"
 
 
 def stream_cut_short(request: HttpRequest, *, url: str) -> ServerLostError:
