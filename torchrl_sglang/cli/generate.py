@@ -19,9 +19,7 @@ from torchrl_sglang.cli.target import add_generation_options, add_target_options
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["SUMMARY", "add_arguments", "run"]
-
-SUMMARY = "generate responses to prompts"
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

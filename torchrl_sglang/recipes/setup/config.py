@@ -31,7 +31,6 @@ from torchrl_sglang.config.checking import require
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.hydra_configs import SGLangEngineConfig, register_hydra_configs
 from torchrl_sglang.recipes.setup.settings import SETTINGS
-from torchrl_sglang.testing import smollm2_checkpoint
 
 __all__ = [
     "CONFIG_FILE",
@@ -159,9 +158,6 @@ def _register() -> None:
     store = ConfigStore.instance()
     for node, settings in SETTINGS.items():
         store.store(group=f"{node}_settings", name="default", node=settings)
-    # omegaconf 2.4 deprecates the old name, 2.3 does not have the new one
-    register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
-    register("smollm2", lambda: str(smollm2_checkpoint()), replace=True)
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
