@@ -20,7 +20,7 @@ PACKAGE = "torchrl_sglang"
 # PEERS, the line with the engine, import each other, and of those `rollout` and `weights` never meet.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"config", "model_files", "parallel", "tls"}),
+    frozenset({"config", "model_files", "parallel", "server_url", "tls"}),
     frozenset({"protocol"}),
     frozenset({"http_errors"}),
     frozenset({"client"}),
@@ -40,7 +40,7 @@ LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 SUBLAYERS: dict[str, tuple[str, ...]] = {
     "pool": (
         *("state", "checks", "router_client", "balancing", "streaming", "dispatch", "batch", "dead_servers"),
-        *("pool", "resolve"),
+        *("pool", "resolve", "earlier_weights"),
     ),
     "recipes": ("setup", "data", "batch", "losses", "run", "tools"),
     "weights": ("checkpoint", "source", "buckets", "group", "update", "transports", "planning", "sync", "scheme"),
