@@ -65,7 +65,7 @@ def test_an_empty_batch_has_the_entries_of_a_full_one(
     assert tuple(empty.batch_size) == (0, *full.batch_size[1:])
     for key in policy.out_keys:
         assert type(empty.get(key)) is type(full.get(key))
-        assert tuple(empty.get(key).batch_size[: empty.ndim]) == tuple(empty.batch_size)
+        assert tuple(empty.get(key).shape[: empty.ndim]) == tuple(empty.batch_size)
 
 
 def test_the_shape_of_an_empty_batch_is_kept() -> None:

@@ -100,7 +100,7 @@ class AsyncSGLang:
         """
         refuse_unknown(client, [f.name for f in fields(ClientConfig)])
         config = ClientConfig(**client)
-        urls = list(url) if isinstance(url, (list, tuple)) else [url]
+        urls: list[Any] = list(url) if isinstance(url, (list, tuple)) else [url]  # anything else is refused by name
         router_client = RouterClient(router, config) if router is not None else None
         pool = SGLangPool([SGLangClient(each, config) for each in urls], router=router_client)
         pool.connect()

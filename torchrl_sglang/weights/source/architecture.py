@@ -25,8 +25,8 @@ def architecture_of(weights: Any) -> str | None:
         True
     """
     if isinstance(weights, (str, Path)):
-        names = read_model_json(weights, "config.json").get("architectures") or [None]
-        return names[0]
+        names = read_model_json(weights, "config.json").get("architectures")
+        return str(names[0]) if names else None
     model = find_transformers_model(weights) if isinstance(weights, nn.Module) else None
     if model is None:
         return None
