@@ -25,6 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cached_folder", "progress"}),
     frozenset({"smollm2"}),
     frozenset({"config", "model_files", "parallel", "tls"}),
+    frozenset({"config", "model_files", "parallel", "server_url", "tls"}),
     frozenset({"protocol"}),
     frozenset({"connections", "http_errors"}),
     frozenset({"client"}),
@@ -46,6 +47,7 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
         *("state", "checks", "router_client", "balancing", "streaming", "dispatch", "batch", "dead_servers"),
         *("end_tokens", "batch_run"),
         *("pool", "resolve"),
+        *("pool", "resolve", "earlier_weights"),
     ),
     "recipes": ("setup", "data", "batch", "losses", "run", "tools"),
     "weights": (

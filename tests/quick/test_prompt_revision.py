@@ -46,7 +46,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., str]]:
-    """``serve(**fields)``: the URL of something that answers like a server with these fields in its ``/server_info``."""
+    """``serve(**fields)``: URL of something that answers like a server with these fields in ``/server_info``."""
     running = []
 
     def start(**fields: Any) -> str:

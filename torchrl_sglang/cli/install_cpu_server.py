@@ -13,8 +13,8 @@ The packages exist for Python 3.11 and 3.12.
 from __future__ import annotations
 
 import argparse
-import os
 import contextlib
+import os
 import shutil
 import subprocess
 import sys

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from torchrl_sglang.config.checking import require, require_positive, words
+from torchrl_sglang.config.checking import names_checked, require, require_positive, words
+from torchrl_sglang.config.foreign_names import ENGINE_ARGUMENTS, unknown_argument
 
 __all__ = ["ServerConfig"]
 
 
+@names_checked(lambda name, known: unknown_argument(name, known, foreign=ENGINE_ARGUMENTS))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """How one SGLang server process is launched. SGLang's other flags go into ``extra_args``."""

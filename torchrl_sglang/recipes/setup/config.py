@@ -26,10 +26,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from torchrl_sglang.config import nearest_name
 from torchrl_sglang.config.checking import require
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.hydra_configs import SGLangEngineConfig, register_hydra_configs
+from torchrl_sglang.recipes.setup.setting_names import suggest_setting
 from torchrl_sglang.recipes.setup.settings import SETTINGS
 
 __all__ = [
@@ -179,12 +179,7 @@ def _require_known(override: Override, known: Sequence[str]) -> None:
     key = override.key_or_group
     if override.is_add() or key in known:
         return
-    parent, _, _ = key.rpartition(".")
-    siblings = [one for one in known if one.rpartition(".")[0] == parent]
-    hint = nearest_name(key, [one for one in known if one != parent])
-    if not hint and parent and siblings:
-        hint = f" There are {', '.join(siblings)}."
-    raise ConfigError(f"unknown setting {key!r}.{hint} A new key is added with +{key}=...")
+    raise ConfigError(f"unknown setting {key!r}.{suggest_setting(key, known)} A new key is added with +{key}=...")
 
 
 def _keys(node: Any, above: str = "") -> Iterator[str]:
