@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torchrl_sglang.config.checking import nearest_name, require
+from torchrl_sglang.config.checking import names_checked, require
+from torchrl_sglang.config.foreign_names import GENERATION_ARGUMENTS, unknown_argument
 from torchrl_sglang.config.grammars import GRAMMARS, grammar_text, stop_pattern
 from torchrl_sglang.config.sampling_values import (
     INT32_MAX,
@@ -25,6 +26,13 @@ from torchrl_sglang.errors import ConfigError
 __all__ = ["SamplingParams"]
 
 
+def _other_name(name: str, known: Sequence[str]) -> str:
+    if name in _ALIASES:
+        return f" It is called {_ALIASES[name]}; SamplingParams.from_kwargs(...) takes both names."
+    return unknown_argument(name, known, foreign=GENERATION_ARGUMENTS)
+
+
+@names_checked(_other_name)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are sampled. Field names are SGLang's; :meth:`from_kwargs` takes other libraries' names too.
@@ -162,10 +170,10 @@ class SamplingParams:
         Translated: ``max_tokens`` (max_new_tokens), ``min_tokens`` (min_new_tokens), ``num_return_sequences`` (n),
         ``stop_sequences`` and ``stop_strings`` (stop), ``eos_token_id`` (stop_token_ids), ``seed`` (sampling_seed),
         ``do_sample=False`` (temperature 0), ``include_stop_str_in_output`` (no_stop_trim), ``top_k=0`` (-1).
-        If an alias and SGLang's name are both given, the alias wins, as in TorchRL's wrappers.
 
         Raises:
-            ConfigError: an unknown name (the error names the nearest one), a beam-search argument, or a bad value.
+            ConfigError: an unknown name (the error says what to write instead), two names of one argument with
+                different values, a beam-search argument, or a bad value.
         """
         return cls(**cls._translate(kwargs))
 
@@ -177,19 +185,34 @@ class SamplingParams:
             >>> params.max_new_tokens, params.top_p
             (4, 0.9)
         """
+        require(
+            not (kwargs.get("do_sample") and self.temperature == 0 and kwargs.get("temperature") is None),
+            "do_sample=True samples, but these settings have temperature=0, which is greedy: give a temperature",
+        )
         return replace(self, **self._translate(kwargs))
 
     @classmethod
     def _translate(cls, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in kwargs.items() if value is not None}
-        for old, name in _ALIASES.items():
-            if old in given:
-                given[name] = given.pop(old)
+        given_as: dict[str, str] = {}
+        for old in [old for old in given if old in _ALIASES]:
+            name, value = _ALIASES[old], given.pop(old)
+            if name in given and _same_form(name, given[name]) != _same_form(name, value):
+                other = given_as.get(name, name)
+                raise ConfigError(
+                    f"{other}={given[name]!r} and {old}={value!r} are two names of one argument with different values: "
+                    "give one"
+                )
+            given[name], given_as[name] = value, old
         for name, neutral in _BEAM_SEARCH.items():
             value = given.pop(name, neutral)
             require(value == neutral, f"SGLang has no beam search: {name}={value!r} can't be honoured; remove it")
-        do_sample = flag("do_sample", given.pop("do_sample", True))
-        if not do_sample:
+        do_sample = given.pop("do_sample", None)
+        require(
+            not (do_sample and given.get("temperature") == 0),
+            "do_sample=True samples, but temperature=0 is greedy decoding: remove one",
+        )
+        if do_sample is not None and not flag("do_sample", do_sample):
             require(
                 given.get("temperature", 0) == 0,
                 f"do_sample=False is greedy decoding, but temperature={given.get('temperature')} was given: remove one",
@@ -200,7 +223,7 @@ class SamplingParams:
         known = [f.name for f in fields(cls)]
         for name in given:
             if name not in known:
-                hint = nearest_name(name, [*known, *_ALIASES, "do_sample"])
+                hint = unknown_argument(name, [*known, *_ALIASES, "do_sample"], foreign=GENERATION_ARGUMENTS)
                 raise ConfigError(f"unknown generation argument {name!r}.{hint}")
         return given
 
@@ -239,6 +262,15 @@ _SMALLEST_REPETITION_PENALTY = 0.01
 """Logits are divided by it: SGLang replaces those that overflow, and draws token 0."""
 _ALL_TOKENS = 2**30
 """What SGLang takes for all tokens; its scheduler ends on a ``top_k`` beyond 32 bits."""
+
+
+def _same_form(name: str, value: Any) -> Any:
+    """A value that compares equal to another one of the same meaning."""
+    if name in ("stop", "stop_token_ids"):
+        return sorted(map(repr, value if isinstance(value, (list, tuple, set)) else [value]))
+    return value
+
+
 _ALIASES = {
     "max_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",

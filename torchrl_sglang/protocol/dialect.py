@@ -68,6 +68,7 @@ def parse_info(model_info: Any, server_info: Any, *, url: str, vocab_size: int |
         version=str(server_info.get("version", "unknown")),
         model_path=str(model_info["model_path"]),
         tokenizer_path=str(model_info.get("tokenizer_path") or model_info["model_path"]),
+        revision=server_info.get("revision"),
         dtype=str(server_info.get("dtype", "auto")),
         architectures=tuple(model_info.get("architectures") or ()),
         is_generation=bool(model_info.get("is_generation", True)),

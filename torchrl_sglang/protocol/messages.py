@@ -94,6 +94,7 @@ class ServerInfo:
         version: SGLang's version string.
         model_path: the served checkpoint, as given to the server.
         tokenizer_path: the served tokenizer, as given to the server.
+        revision: branch, tag or commit of both on the hub (``--revision``); ``None`` is the default branch.
         dtype: the server's ``--dtype``: ``"auto"``, ``"float32"``, ``"bfloat16"``...
         architectures: the checkpoint's architectures, e.g. ``("LlamaForCausalLM",)``.
         is_generation: ``False`` for embedding and reward models.
@@ -117,6 +118,7 @@ class ServerInfo:
     version: str
     model_path: str
     tokenizer_path: str
+    revision: str | None = None
     dtype: str = "auto"
     architectures: tuple[str, ...] = ()
     is_generation: bool = True
