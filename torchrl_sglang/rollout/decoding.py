@@ -79,15 +79,16 @@ def decode_contents(replies_S: Sequence[GenerateReply], prompts: Prompts, tokeni
 
 def _needs_front(prompts: Prompts, index: int, ids_R: Sequence[int], content: str, behind: str) -> bool:
     """Whether the rendered conversation has the response's text only with the content as it reads behind the prompt."""
-    if prompts.renderer is None or prompts.messages_B is None:
+    renderer = prompts.renderer
+    if renderer is None or prompts.messages_B is None:
         return False
-    tokenizer = prompts.renderer.tokenizer
+    question, tokenizer = prompts.messages_B[index], renderer.tokenizer
     wanted = tokenizer.decode([*prompts.ids_B_T[index], *ids_R])
 
     def renders(text: str) -> bool:
-        messages = [*prompts.messages_B[index], {"role": "assistant", "content": text}]
-        rendered = prompts.renderer.render(messages, add_generation_prompt=False)
-        return str(tokenizer.decode(prompts.renderer.encode(rendered))).startswith(wanted)
+        answered = [*question, {"role": "assistant", "content": text}]
+        rendered = renderer.render(answered, add_generation_prompt=False)
+        return str(tokenizer.decode(renderer.encode(rendered))).startswith(wanted)
 
     try:
         return not renders(content) and renders(behind)
