@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.text_tokens import encode_untemplated, special_ids
+from torchrl_sglang.text_tokens import added_tokens, encode_untemplated, special_ids
 
 __all__ = ["ChatRenderer", "check_template_kwargs", "message_forms", "name_tool_results"]
 
@@ -67,7 +67,9 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self._variables = check_template_kwargs(variables)
         self._options = {} if chat_template is None else {"chat_template": chat_template}
-        if chat_template is None and not getattr(tokenizer, "chat_template", None):
+        # mistral-common's tokenizers render without a template
+        own = getattr(tokenizer, "chat_template", None) if hasattr(tokenizer, "chat_template") else tokenizer
+        if (chat_template is None and not own) or not hasattr(tokenizer, "apply_chat_template"):
             name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
             raise ConfigError(
                 f"the tokenizer {name!r} has no chat template, so it can't turn a conversation into a prompt: pass "
@@ -125,8 +127,7 @@ class ChatRenderer:
         except ConfigError:
             return special
         ids = self.encode_after(_MARK, closing)
-        added = getattr(self.tokenizer, "added_tokens_decoder", None) or {}
-        return special | {int(i) for i in ids[:1] if i in added}
+        return special | {int(i) for i in ids[:1] if i in added_tokens(self.tokenizer)}
 
     # ------------------------------------------------------------------ what the assistant wrote
 
