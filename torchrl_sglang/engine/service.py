@@ -269,7 +269,7 @@ class AsyncSGLang:
         params = _sampling(sampling_params, sampling)
         if params.n != 1:
             raise ConfigError(f"a stream carries one sequence, got n={params.n}")
-        ids_T = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids_T = encode_texts(self.tokenizer, [prompt], open_end=True)[0] if isinstance(prompt, str) else list(prompt)
         return self.pool.stream(ids_T, params, return_logprobs=return_logprobs)
 
     def flush_cache(self) -> None:
