@@ -240,6 +240,15 @@ def test_one_tensor_larger_than_the_share_has_its_turn_too() -> None:
     assert {unit.name for sample in samples for unit in sample} == set(sizes)
 
 
+def test_small_tensors_that_exceed_the_share_take_turns_too() -> None:
+    names = [f"layers.{i}.norm.weight" for i in range(2000)]
+    specs = [TensorSpec(name=name, shape=(2**14,), dtype=torch.float32) for name in names]
+    chooser = SampleChooser(1 / 16)
+    buckets = plan_buckets(specs, bucket_bytes=2**20)
+    samples = [chooser.choose(fused_units(names), buckets) for _ in range(17)]
+    assert {unit.name for sample in samples for unit in sample} == set(names)
+
+
 def test_what_a_server_leaves_out_never_contains_a_wanted_name() -> None:
     units = fused_units(
         [f"model.layers.{i}.self_attn.{part}_proj.weight" for i in (1, 11) for part in "qkvo"] + ["model.norm.weight"]

@@ -30,8 +30,8 @@ class SampleChooser:
     def choose(self, units: Sequence[FusedUnit], buckets: Sequence[Bucket]) -> list[FusedUnit]:
         """The units to hash after this push.
 
-        All small ones; then one of every bucket that contains no small one, if these take less than half of the share;
-        then those that have waited longest, until the share is used up. One unit may exceed it.
+        All small ones, and one of every bucket that contains no small one, as long as these take at most half of the
+        share; then those that have waited longest, until the share is used up. One unit may exceed it.
 
         Args:
             units: what this push sends.
@@ -44,10 +44,11 @@ class SampleChooser:
         chosen: dict[str, FusedUnit] = {}
         small = [unit for unit in units if nbytes[unit.name] <= _ALWAYS_BYTES]
         by_turn = sorted(units, key=lambda unit: self._turns[unit.name])
-        witnesses = _witnesses(units, buckets, nbytes, small)
-        if sum(nbytes[unit.name] for unit in witnesses) > left / 2:
-            witnesses = []
-        for unit in [*small, *witnesses, *by_turn]:
+        every_time: list[FusedUnit] = []
+        for more in (small, _witnesses(units, buckets, nbytes, small)):
+            if sum(nbytes[unit.name] for unit in [*every_time, *more]) <= left / 2:
+                every_time += more
+        for unit in [*every_time, *by_turn]:
             if unit.name not in chosen and left > 0 and (nbytes[unit.name] <= left or unit is by_turn[0]):
                 chosen[unit.name] = unit
                 left -= nbytes[unit.name]
