@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from torchrl_sglang.config.checking import require, require_positive, words
+from torchrl_sglang.config.checking import names_checked, require, require_positive, words
 
 __all__ = ["SyncConfig"]
 
 
+@names_checked()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncConfig:
     """How weights reach the servers."""
