@@ -76,7 +76,7 @@ class AsyncSGLang:
         self.pool = pool
         self.servers = tuple(servers)
         self.router = router
-        self.weights = EngineWeights(pool, self.restart)
+        self.weights = EngineWeights(pool, self._restart_server)
         self.memory = EngineMemory(pool)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._restart = restart
@@ -327,7 +327,8 @@ class AsyncSGLang:
     def restart(self, url: str) -> bool:
         """Restart the server at ``url``, at the same address and with the checkpoint that it was launched from.
 
-        Where synced weights have replaced the checkpoint's, it serves nothing until the next weight update.
+        Where synced weights have replaced the checkpoint's, it serves nothing until the next weight update. A weight
+        update under way is waited for.
 
         Returns:
             ``False`` if this engine did not launch it, or was told never to restart: then nothing is done.
@@ -335,6 +336,11 @@ class AsyncSGLang:
         Raises:
             ServerStartError: it did not become ready again.
         """
+        with self.pool.update_lock:
+            return self._restart_server(url)
+
+    def _restart_server(self, url: str) -> bool:
+        """Restart a server for the holder of the update lock: a push calls this from several threads of its own."""
         for client, server in zip(self.pool.clients, self.servers, strict=False):
             if client.url == url and self._restart != "never":
                 server.kill()
