@@ -21,6 +21,7 @@ from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import RouterClient, SGLangPool
 from torchrl_sglang.pool.earlier_weights import warn_of_earlier_weights
+from torchrl_sglang.progress import shown_progress
 from torchrl_sglang.protocol.control import build_flush
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.server import SGLangRouter, SGLangServer, start_fleet, stop_fleet
@@ -118,14 +119,15 @@ class AsyncSGLang:
         gpus: Sequence[Sequence[int]] | None = None,
         router: bool | RouterConfig = False,
         restart: Literal["on-update", "on-failure", "never"] = "on-update",
-        progress: Callable[[str], None] | None = None,
+        progress: Callable[[str], None] | bool | None = None,
         client: ClientConfig | None = None,
         **server: Any,
     ) -> AsyncSGLang:
         """Launch servers and wait until they are ready.
 
         Args:
-            model: path or hub name of the checkpoint.
+            model: path or hub name of the checkpoint; ``"SmolLM2"`` is a small chat model for a machine without a GPU,
+                downloaded on first use (see :func:`~torchrl_sglang.smollm2_checkpoint`).
             tp_size: tensor-parallel ranks per server.
             dp_size: number of servers. Several servers are the only form of data parallelism that can take weight
                 updates, so SGLang's own ``--dp-size`` is not used.
@@ -137,7 +139,8 @@ class AsyncSGLang:
                 part in. ``"on-failure"``: at once, with a warning that shows the end of its log. It serves as soon as
                 it holds the current weights: at once if these are the checkpoint's or were synced through a shared
                 folder, otherwise after the next weight update. ``"never"``: this engine does not restart it.
-            progress: called with a line of text while the servers load.
+            progress: called with a line of text while the servers load; ``True`` shows it on standard error, ``False``
+                shows nothing, ``None`` shows it on a terminal.
             client: how to talk to the servers; their keys are filled in.
             **server: fields of :class:`~torchrl_sglang.ServerConfig` (vLLM's ``max_model_len``,
                 ``gpu_memory_utilization``, ... are translated); SGLang's other flags go into ``extra_args``.
@@ -156,7 +159,8 @@ class AsyncSGLang:
                 process = SGLangRouter(router if isinstance(router, RouterConfig) else RouterConfig()).start()
                 on_failure.callback(process.stop)
                 router_client = RouterClient(process.url, config)
-            servers = start_fleet(configs, progress=progress)
+            with shown_progress(progress) as show:
+                servers = start_fleet(configs, progress=show)
             on_failure.callback(stop_fleet, servers, kill=True)
             pool = SGLangPool([SGLangClient(each.url, config) for each in servers], router=router_client)
             pool.connect()
