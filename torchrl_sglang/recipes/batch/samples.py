@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torchrl_sglang.recipes.batch.sequences import Sequences
+from torchrl_sglang.recipes.batch.token_texts import token_texts
 
 __all__ = ["sample_lines"]
 
@@ -19,8 +20,8 @@ def sample_lines(step: int, sequences: Sequences, tokenizer: Any) -> Iterator[di
         tokenizer: decodes the ids.
 
     Yields:
-        ``step``, ``prompt_ids``, ``response_ids``, ``log_probs`` and ``weight_versions`` (one per response token),
-        ``weight_version`` (the newest of them), ``reward``, ``right``, ``truncated``,
+        ``step``, ``prompt_ids``, ``response_ids``, ``response_tokens`` (texts), ``log_probs`` and ``weight_versions``
+        (one per response token), ``weight_version`` (the newest of them), ``reward``, ``right``, ``truncated``,
         ``position``, ``prompt``, ``response``.
     """
     log_probs_B_R, versions_B_R = sequences.per_answer(sequences.server_N), sequences.per_answer(sequences.version_N)
@@ -29,6 +30,7 @@ def sample_lines(step: int, sequences: Sequences, tokenizer: Any) -> Iterator[di
             "step": step,
             "prompt_ids": prompt_T.tolist(),
             "response_ids": response_R.tolist(),
+            "response_tokens": token_texts(tokenizer, response_R.tolist()),
             "log_probs": log_probs_B_R[index].tolist(),
             "weight_versions": versions_B_R[index].tolist(),
             "weight_version": int(versions_B_R[index].max()) if len(response_R) else -1,

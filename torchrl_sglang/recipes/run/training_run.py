@@ -15,7 +15,7 @@ from torchrl_sglang.recipes.batch.sequences import Sequences
 from torchrl_sglang.recipes.run.checkpoints import Checkpoints
 from torchrl_sglang.recipes.run.clock import StepClock
 from torchrl_sglang.recipes.run.interrupt import StopRequest
-from torchrl_sglang.recipes.run.report import draw_report
+from torchrl_sglang.recipes.run.pictures import draw_pictures
 from torchrl_sglang.recipes.run.run_folder import RunFolder
 from torchrl_sglang.recipes.run.table import Row
 from torchrl_sglang.recipes.setup.memory import peak_memory_gb
@@ -95,7 +95,7 @@ class Run:
             resume_step=self.last_step if resume else None,
             keep_checkpoints=self._saving.keep,
             loggers=config.run.loggers,
-            draw=draw_report,
+            draw=draw_pictures,
             draw_every_s=config.run.report_every_s,
         )
         self.bar = tqdm(total=self.settings.steps, initial=self.last_step, unit="step", dynamic_ncols=True)
