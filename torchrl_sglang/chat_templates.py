@@ -9,15 +9,16 @@ from typing import Any
 from jinja2 import TemplateError
 
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.text_tokens import encode_untemplated, special_ids
+from torchrl_sglang.text_tokens import added_tokens, encode_untemplated, special_ids
 
-__all__ = ["ChatRenderer", "check_template_kwargs", "message_forms"]
+__all__ = ["ChatRenderer", "check_template_kwargs", "message_forms", "name_tool_results"]
 
 Message = Mapping[str, Any]
 
 _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 _MARK = "7f3b-the-answer"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_RESULT_ROLES = ("tool", "ipython")
 _SET_HERE = (
     *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
     *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
@@ -66,7 +67,9 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self._variables = check_template_kwargs(variables)
         self._options = {} if chat_template is None else {"chat_template": chat_template}
-        if chat_template is None and not getattr(tokenizer, "chat_template", None):
+        # mistral-common's tokenizers render without a template
+        own = getattr(tokenizer, "chat_template", None) if hasattr(tokenizer, "chat_template") else tokenizer
+        if (chat_template is None and not own) or not hasattr(tokenizer, "apply_chat_template"):
             name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
             raise ConfigError(
                 f"the tokenizer {name!r} has no chat template, so it can't turn a conversation into a prompt: pass "
@@ -124,8 +127,7 @@ class ChatRenderer:
         except ConfigError:
             return special
         ids = self.encode_after(_MARK, closing)
-        added = getattr(self.tokenizer, "added_tokens_decoder", None) or {}
-        return special | {int(i) for i in ids[:1] if i in added}
+        return special | {int(i) for i in ids[:1] if i in added_tokens(self.tokenizer)}
 
     # ------------------------------------------------------------------ what the assistant wrote
 
@@ -263,7 +265,7 @@ def message_forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]
     """
     form = [dict(message) for message in messages]
     yield form
-    named = _with_call_ids(form)
+    named = name_tool_results(form, make_ids=True)
     if named != form:
         yield named
     filled = [{**m, "content": ""} if m.get("content") is None else m for m in named]
@@ -271,20 +273,38 @@ def message_forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]
         yield filled
 
 
-def _with_call_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    count, waiting, named = 0, [], []
-    for message in messages:
+def name_tool_results(messages: Sequence[Message], *, make_ids: bool = False) -> list[dict[str, Any]]:
+    """The messages with the ids of the calls in the tools' results, in the order of the calls.
+
+    Args:
+        messages: the conversation.
+        make_ids: also give ids to calls that have none.
+
+    Examples:
+        >>> talk = [{"role": "assistant", "tool_calls": [{"id": "x"}]}, {"role": "tool", "content": "5"}]
+        >>> name_tool_results(talk)[1]
+        {'role': 'tool', 'content': '5', 'tool_call_id': 'x'}
+    """
+    count, named = 0, []
+    waiting: list[Any] = []
+    for given in messages:
+        message = dict(given)
         calls = message.get("tool_calls")
         if isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls):
-            calls = [call if call.get("id") else {**call, "id": f"call{count + i:05d}"} for i, call in enumerate(calls)]
+            if make_ids:
+                calls = [
+                    call if call.get("id") else {**call, "id": f"call{count + i:05d}"} for i, call in enumerate(calls)
+                ]
+                message["tool_calls"] = calls
             count += len(calls)
-            waiting = [call["id"] for call in calls]
-            message = {**message, "tool_calls": calls}
-        elif message.get("role") in ("tool", "ipython"):
+            waiting = [call.get("id") for call in calls]
+        elif message.get("role") in _RESULT_ROLES and waiting:
             known = message.get("tool_call_id")
             if known in waiting:
                 waiting.remove(known)
-            elif not known and waiting:
-                message = {**message, "tool_call_id": waiting.pop(0)}
+            elif not known:
+                expected = waiting.pop(0)
+                if expected:
+                    message["tool_call_id"] = expected
         named.append(message)
     return named

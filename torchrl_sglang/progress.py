@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TextIO
 
-__all__ = ["PhaseLine"]
+__all__ = ["PhaseLine", "shown_progress"]
 
 _ELAPSED = re.compile(r"(, \d+ %)?(, \d+ s)?$")
 
@@ -66,3 +68,20 @@ class PhaseLine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.clear()
+
+
+@contextlib.contextmanager
+def shown_progress(progress: Callable[[str], None] | bool | None) -> Iterator[Callable[[str], None] | None]:
+    """What to call with lines of text during this block.
+
+    Args:
+        progress: a callback, used as it is; ``True`` shows the lines on standard error, ``False`` shows nothing,
+            ``None`` shows them on a terminal.
+    """
+    if callable(progress):
+        yield progress
+    elif progress or (progress is None and sys.stderr.isatty()):
+        with PhaseLine() as show:
+            yield show
+    else:
+        yield None

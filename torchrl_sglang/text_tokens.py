@@ -7,7 +7,7 @@ from typing import Any
 
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["encode_texts", "encode_untemplated", "is_encodable", "special_ids"]
+__all__ = ["added_tokens", "decode_ids", "encode_texts", "encode_untemplated", "is_encodable", "special_ids"]
 
 _PROBE = "a"
 
@@ -78,9 +78,28 @@ def is_encodable(text: str) -> bool:
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of all special tokens: those with a role (BOS, EOS...) and those added as special tokens."""
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    marked = [index for index, token in added.items() if getattr(token, "special", False)]
+    marked = [index for index, token in added_tokens(tokenizer).items() if getattr(token, "special", False)]
     return frozenset(map(int, [*tokenizer.all_special_ids, *marked]))
+
+
+def added_tokens(tokenizer: Any) -> Mapping[int, Any]:
+    """The tokens that were added to the tokenizer's model, by their ids; empty where a tokenizer doesn't tell."""
+    try:
+        return getattr(tokenizer, "added_tokens_decoder", None) or {}
+    except NotImplementedError:  # mistral-common's tokenizers
+        return {}
+
+
+def decode_ids(tokenizer: Any, ids_B_T: Sequence[Sequence[int]], *, skip_special_tokens: bool = False) -> list[str]:
+    """Texts of token ids. An id that the tokenizer has no token for, which a padded vocabulary allows, is no text."""
+    rows = [list(ids_T) for ids_T in ids_B_T]
+    if not rows:  # batch_decode([]) is one empty text
+        return []
+    try:
+        return list(tokenizer.batch_decode(rows, skip_special_tokens=skip_special_tokens))
+    except (ValueError, TypeError, KeyError, IndexError):  # slow tokenizers; the fast ones leave such ids out
+        rows = [[token for token in ids_T if token < len(tokenizer)] for ids_T in rows]
+        return list(tokenizer.batch_decode(rows, skip_special_tokens=skip_special_tokens))
 
 
 def _added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -15,12 +15,13 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from tests.tokenizers_made import make_tokenizer
-from torchrl_sglang import AsyncSGLang, ConfigError, SGLangWrapper
+from torchrl_sglang import AsyncSGLang, ConfigError, SGLangWrapper, SyncConfig
 from torchrl_sglang.chat import SGLangChat
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.model_files import find_model_file, load_tokenizer, read_vocab_size
 from torchrl_sglang.pool.checks import refuse_different_models
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.planning import PushPlanner
 
 NAME = "org/model"
 WIDTHS = {"main": 4, "B": 6}
@@ -46,7 +47,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., str]]:
-    """``serve(**fields)``: URL of something that answers like a server with these fields in ``/server_info``."""
+    """``serve(**fields)``: the URL of something that answers like a server with these fields in ``/server_info``."""
     running = []
 
     def start(**fields: Any) -> str:
@@ -88,7 +89,8 @@ def test_everything_that_is_read_is_of_the_servers_revision(
         assert engine.pool.vocab_size == 400 + width
         assert engine.tokenizer.chat_template == f"template of {revision}"
         assert engine.weights.get_model_metadata()["w"][1] == (width,)
-        assert engine.weights.sync.checkpoint.specs["w"].shape == (width,)
+        planner = PushPlanner(engine.pool, SyncConfig(), "me", None)
+        assert planner.checkpoint.specs["w"].shape == (width,)
     chat = SGLangChat(url)
     assert chat.tokenizer.chat_template == f"template of {revision}"
     assert chat._defaults.sampling({}, prompt_length=1, context_length=50).temperature == width / 10

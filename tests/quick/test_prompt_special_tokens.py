@@ -8,12 +8,13 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.modules.llm.policies import Text
+from transformers import ByT5Tokenizer
 
 from tests.tokenizers_made import INST, KINDS, make_tokenizer
-from torchrl_sglang import ConfigError, SGLangWrapper
+from torchrl_sglang import AsyncSGLang, ConfigError, SGLangWrapper
 from torchrl_sglang.rollout.prompts import read_tokens
 from torchrl_sglang.testing.echo_pool import EchoPool
-from torchrl_sglang.text_tokens import encode_texts
+from torchrl_sglang.text_tokens import decode_ids, encode_texts
 
 TEXTS = ["The quick fox", "a", "What is 2 + 3?"]
 
@@ -143,3 +144,29 @@ def test_a_padding_token_outside_the_served_vocabulary_is_read_but_not_written()
     assert pool.requests == [[[5], [6, 7]]]
     assert out["tokens", "full"].max() < pool.vocab_size
     assert out["tokens", "prompt"][0].tolist() == [tokenizer.eos_token_id, 5]
+
+
+def test_the_engine_adds_special_tokens_once_too() -> None:
+    class Timed(EchoPool):
+        def generate(self, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> Any:
+            return super().generate(*args, **kwargs)
+
+    tokenizer, bare = make_tokenizer("sentencepiece", eos_added=True), make_tokenizer("sentencepiece")
+    pool: Any = Timed(vocab_size=len(tokenizer))
+    engine = AsyncSGLang(pool)
+    engine._tokenizer = tokenizer
+    engine.generate(["The fox", "<s>The fox"], max_new_tokens=1)
+    assert pool.requests == [[bare("The fox")["input_ids"], bare("<s>The fox", add_special_tokens=False)["input_ids"]]]
+
+
+def test_ids_without_a_token_are_no_text() -> None:
+    slow = ByT5Tokenizer()
+    assert decode_ids(slow, [[100, 10**6, 101]]) == ["ab"]
+    fast = make_tokenizer("byte-level")
+    assert decode_ids(fast, [[*fast("ab", add_special_tokens=False)["input_ids"], 10**6]]) == ["ab"]
+
+
+def test_a_slow_tokenizer_is_read_the_same_way() -> None:
+    tokenizer = ByT5Tokenizer()  # adds EOS
+    assert sent(tokenizer, ["The fox"]) == [tokenizer("The fox")["input_ids"][:-1]]
+    assert sent(tokenizer, ["The fox"], generate=False) == [tokenizer("The fox")["input_ids"]]

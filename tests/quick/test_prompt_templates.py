@@ -122,7 +122,7 @@ def test_messages_have_their_own_fields_only() -> None:
     assert history_messages(history) == [
         TALK[0],
         {"role": "assistant", "content": None, "tool_calls": calls},
-        {"role": "tool", "content": "3"},
+        {"role": "tool", "content": "3", "tool_call_id": "abcdefghi"},
     ]
     dense = History(role=[["user", "<none>"]], content=[["a", ""]], tool_calls=[[None, []]], batch_size=(1, 2))[0]
     assert history_messages(dense) == [{"role": "user", "content": "a"}]

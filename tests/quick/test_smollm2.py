@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import find_local_path, find_model_file
 from torchrl_sglang.server.command import build_command
 from torchrl_sglang.smollm2 import is_smollm2, smollm2_checkpoint
+from torchrl_sglang.smollm2.checkpoint import GGUF
 
 
 @pytest.fixture
@@ -49,3 +52,12 @@ def test_a_folder_of_that_name_goes_first(made: Path, tmp_path: Path) -> None:
     assert not is_smollm2("SmolLM2")
     assert find_local_path("SmolLM2") == tmp_path / "SmolLM2"
     assert not is_smollm2("someone/SmolLM2"), "a hub name is looked up on the hub"
+
+
+def test_the_expected_file_is_the_one_in_the_pinned_package() -> None:
+    about = metadata.distribution(GGUF.package)
+    assert about.version == GGUF.version
+    (listed,) = (file for file in about.files or [] if file.name == GGUF.name)
+    assert listed.hash is not None
+    digest = base64.urlsafe_b64decode(listed.hash.value + "=")
+    assert (listed.hash.mode, digest.hex()) == ("sha256", GGUF.sha256)

@@ -29,7 +29,7 @@ _POLL_S = 0.2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    parser.add_argument("model", metavar="MODEL", help="path or hub name of the checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="path or hub name of the checkpoint, or SmolLM2")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=30000, help="port to listen on (default: 30000)")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that requests must have")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -31,6 +32,8 @@ from torchrl_sglang.protocol.stream_events import StreamedReply
 from torchrl_sglang.protocol.version import version_number
 
 __all__ = ["SGLangPool"]
+
+_POLL_S = 0.2
 
 
 class SGLangPool:
@@ -94,7 +97,8 @@ class SGLangPool:
     def connect(self) -> None:
         """Ask every server what it serves, once.
 
-        A server whose weights are half-updated (its version is marked dirty) is quarantined until a full sync.
+        A server whose weights are half-updated (its version is marked dirty) gets no requests until the update that
+        another process has begun is over, or until a full sync.
 
         Raises:
             ServerUnreachableError: a server (or the router) does not listen.
@@ -109,7 +113,11 @@ class SGLangPool:
         for info in infos:
             if info.weight_version.startswith("dirty-"):
                 held = info.weight_version
-                self.quarantine(info.url, f"it holds half-updated weights ({held}); a full sync heals it")
+                self.state.found_dirty(
+                    info.url,
+                    f"it holds half-updated weights ({held}): another process is updating it, or died in an update; "
+                    "then a full sync heals it",
+                )
         self.state.connected({info.url: info.weight_version for info in infos})
         if self.router is not None:
             self.router.join([client.url for client in self.healthy])
@@ -180,7 +188,9 @@ class SGLangPool:
         self._leave_router(url)
         return known
 
-    def restore(self, url: str, *, based_on: ServerState, new_process_with: str | None = None) -> bool:
+    def restore(
+        self, url: str, *, based_on: ServerState, new_process_with: str | None = None, updated_to: str | None = None
+    ) -> bool:
         """Put a server back into routing.
 
         Args:
@@ -188,6 +198,7 @@ class SGLangPool:
             based_on: its state when the caller found it fit to serve. If its state has changed since (for example
                 because an update has quarantined it), the finding is out of date and the server stays as it is.
             new_process_with: the version it holds, if it was found to be a new process.
+            updated_to: the version it holds, if another process was found to have updated it.
 
         Returns:
             Whether the finding was up to date: the server is routed now.
@@ -197,7 +208,7 @@ class SGLangPool:
         """
         if self.router is not None and self.state.server(url).revision == based_on.revision:
             self.router.join([url])
-        restored = self.state.restored(url, based_on=based_on, new_process_with=new_process_with)
+        restored = self.state.restored(url, based_on=based_on, new_process_with=new_process_with, updated_to=updated_to)
         if not restored and not self.state.server(url).is_routed:
             self._leave_router(url)
         return restored
@@ -213,12 +224,27 @@ class SGLangPool:
         self._leave_router(url)
 
     def poll_dead_servers(self) -> None:
-        """Poll dead servers, at most every few seconds, and restore those that answer with the current weights."""
+        """Poll dead and dirty servers, at most every few seconds, and restore those that hold the current weights.
+
+        If no server is left and another process is updating some, wait for it: as long as one step of an update may
+        take (``ClientConfig.update_timeout_s``).
+        """
         if self.state.weights.adapter is None:  # a new process has no adapter
             self._dead_servers.poll(self.clients)
+        deadline = time.monotonic() + max(client.config.update_timeout_s for client in self.clients)
+        while not self.healthy and self._is_updated_elsewhere and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            self._dead_servers.poll(self.clients)
+
+    @property
+    def _is_updated_elsewhere(self) -> bool:
+        return any(server.phase == "dirty" for server in self.state.servers.values())
 
     def _server_returned(self, before: ServerState, version: str) -> None:
-        self.restore(before.url, based_on=before, new_process_with=version)
+        if before.phase == "dirty":
+            self.restore(before.url, based_on=before, updated_to=version)
+        else:
+            self.restore(before.url, based_on=before, new_process_with=version)
 
     def offload(self, url: str, tags: Iterable[str] = ()) -> None:
         """Take a server out of routing because it is about to release GPU memory, or has released ``tags`` of it."""
@@ -339,6 +365,7 @@ class SGLangPool:
             ServerError: no server is left, or the stream broke.
         """
         self.check([ids_T], sampling)
+        self.poll_dead_servers()
         lora, label = self.resolve_adapter(lora)
         request = build_generate(
             [ids_T],

@@ -46,7 +46,7 @@ def find_unsupported(
         >>> config = {"architectures": ["MistralForCausalLM"], "sliding_window": 4096, "max_position_embeddings": 32768}
         >>> find_unsupported(config, context_length=4096)
         []
-        >>> find_unsupported(config)[0][:62]
+        >>> find_unsupported(config)[0][:61]
         'MistralForCausalLM: sliding_window=4096 is ignored, so tokens'
     """
     architecture = str((config.get("architectures") or [""])[0])

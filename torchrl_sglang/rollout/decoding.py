@@ -12,9 +12,9 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.rollout.prompts import Prompts
 from torchrl_sglang.rollout.settings import RolloutSettings
-from torchrl_sglang.text_tokens import encode_untemplated, special_ids
+from torchrl_sglang.text_tokens import decode_ids, encode_untemplated, special_ids
 
-__all__ = ["decode_contents", "decode_responses"]
+__all__ = ["decode_behind_words", "decode_contents", "decode_responses"]
 
 _WORD = "a"
 
@@ -29,12 +29,12 @@ def decode_responses(replies_S: Sequence[GenerateReply], settings: RolloutSettin
     ids_S_R = [reply.output_ids for reply in replies_S]
     if trims:
         ids_S_R = [ids[:-1] if isinstance(r.matched, int) else ids for ids, r in zip(ids_S_R, replies_S, strict=True)]
-    texts = _decode_behind_words(ids_S_R, tokenizer, skips)
+    texts = decode_behind_words(ids_S_R, tokenizer, skips)
     if trims:
         for index, reply in enumerate(replies_S):
             # With stop_regex the server reports the pattern, which is not in the text.
             if isinstance(reply.matched, str) and reply.matched in texts[index]:
-                before = _decode_behind_words([reply.output_ids[:-1]], tokenizer, skips)[0]
+                before = decode_behind_words([reply.output_ids[:-1]], tokenizer, skips)[0]
                 # Generation ends with the token that completes the stop string, and that token may reach beyond it.
                 start = texts[index].find(reply.matched, max(0, len(before) - len(reply.matched) + 1))
                 if start < 0:  # the token before was no whole character
@@ -43,17 +43,16 @@ def decode_responses(replies_S: Sequence[GenerateReply], settings: RolloutSettin
     return texts
 
 
-def _decode_behind_words(ids_S_R: Sequence[Sequence[int]], tokenizer: Any, skip_special_tokens: bool) -> list[str]:
+def decode_behind_words(
+    ids_S_R: Sequence[Sequence[int]], tokenizer: Any, skip_special_tokens: bool = False
+) -> list[str]:
     """Decode tokens as they read behind other text: at the front, SentencePiece tokenizers drop a space."""
-    if not ids_S_R:  # batch_decode([]) is one empty text
-        return []
     words = encode_untemplated(tokenizer, _WORD)
-    decode = tokenizer.batch_decode
-    joined = decode([[*words, *ids_R] for ids_R in ids_S_R], skip_special_tokens=skip_special_tokens)
+    joined = decode_ids(tokenizer, [[*words, *ids_R] for ids_R in ids_S_R], skip_special_tokens=skip_special_tokens)
     front = str(tokenizer.decode(words))
     if all(text.startswith(front) for text in joined):
         return [text[len(front) :] for text in joined]
-    return list(decode([list(ids_R) for ids_R in ids_S_R], skip_special_tokens=skip_special_tokens))
+    return decode_ids(tokenizer, ids_S_R, skip_special_tokens=skip_special_tokens)
 
 
 def decode_contents(replies_S: Sequence[GenerateReply], prompts: Prompts, tokenizer: Any) -> list[str]:
@@ -69,9 +68,9 @@ def decode_contents(replies_S: Sequence[GenerateReply], prompts: Prompts, tokeni
         r.output_ids[:-1] if r.output_ids[-1:] == [r.matched] and r.matched in special else r.output_ids
         for r in replies_S
     ]
-    contents: list[str] = tokenizer.batch_decode(ids_S_R, skip_special_tokens=False)
+    contents = decode_ids(tokenizer, ids_S_R)
     n = len(replies_S) // len(prompts.ids_B_T)
-    for index, behind in enumerate(_decode_behind_words(ids_S_R, tokenizer, skip_special_tokens=False)):
+    for index, behind in enumerate(decode_behind_words(ids_S_R, tokenizer)):
         if behind != contents[index] and _needs_front(prompts, index // n, ids_S_R[index], contents[index], behind):
             contents[index] = behind
     return contents
@@ -79,15 +78,16 @@ def decode_contents(replies_S: Sequence[GenerateReply], prompts: Prompts, tokeni
 
 def _needs_front(prompts: Prompts, index: int, ids_R: Sequence[int], content: str, behind: str) -> bool:
     """Whether the rendered conversation has the response's text only with the content as it reads behind the prompt."""
-    if prompts.renderer is None or prompts.messages_B is None:
+    renderer = prompts.renderer
+    if renderer is None or prompts.messages_B is None:
         return False
-    tokenizer = prompts.renderer.tokenizer
-    wanted = tokenizer.decode([*prompts.ids_B_T[index], *ids_R])
+    question, tokenizer = prompts.messages_B[index], renderer.tokenizer
+    wanted = decode_ids(tokenizer, [[*prompts.ids_B_T[index], *ids_R]])[0]
 
     def renders(text: str) -> bool:
-        messages = [*prompts.messages_B[index], {"role": "assistant", "content": text}]
-        rendered = prompts.renderer.render(messages, add_generation_prompt=False)
-        return str(tokenizer.decode(prompts.renderer.encode(rendered))).startswith(wanted)
+        answered = [*question, {"role": "assistant", "content": text}]
+        rendered = renderer.render(answered, add_generation_prompt=False)
+        return str(tokenizer.decode(renderer.encode(rendered))).startswith(wanted)
 
     try:
         return not renders(content) and renders(behind)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.text_tokens import decode_ids
 
 __all__ = ["RewrittenAnswer", "continue_tokens"]
 
@@ -68,10 +69,10 @@ def continue_tokens(
     segments = renderer.segments(messages)
     if segments is None:
         return None
-    decode = renderer.tokenizer.decode
     if len(segments) == 1:
         canonical = renderer.encode(text)
-        return known if known == canonical or decode(known) == decode(canonical) else None
+        same = known == canonical or len(set(decode_ids(renderer.tokenizer, [known, canonical]))) == 1
+        return known if same else None
     first = renderer.encode(segments[0])
     if known[: len(first)] != first:
         return None
@@ -209,4 +210,4 @@ class _Walk:
         return isinstance(content, str) and content.rstrip().endswith(self._decode([token]).strip())
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.renderer.tokenizer.decode(ids))
+        return decode_ids(self.renderer.tokenizer, [ids])[0]

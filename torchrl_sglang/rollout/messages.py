@@ -7,6 +7,7 @@ from typing import Any
 
 from torchrl.data.llm import History
 
+from torchrl_sglang.chat_templates import name_tool_results
 from torchrl_sglang.errors import ConfigError
 
 __all__ = ["history_messages", "named_template"]
@@ -20,7 +21,8 @@ def history_messages(conversation: History) -> list[dict[str, Any]]:
     """The messages of one conversation of shape ``(messages,)``.
 
     Fields without a value are left out, since templates ask whether a message *has* ``tool_calls``. Tool calls, tool
-    responses and parts of a content are kept.
+    responses and parts of a content are kept. A ``History`` has no place for a result's ``tool_call_id``: it is that of
+    the call, if that has an id.
 
     Examples:
         >>> history_messages(History.from_chats([{"role": "user", "content": "Hi"}]))
@@ -39,7 +41,7 @@ def history_messages(conversation: History) -> list[dict[str, Any]]:
             if name not in message and name not in _NOT_FOR_TEMPLATES and plain is not None and plain != []:
                 message[name] = plain
         messages.append(message)
-    return messages
+    return name_tool_results(messages)
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.rollout.incremental_tokens import RewrittenAnswer, continue_tokens
 from torchrl_sglang.rollout.messages import history_messages
-from torchrl_sglang.text_tokens import encode_texts, is_encodable
+from torchrl_sglang.text_tokens import decode_ids, encode_texts, is_encodable
 
 __all__ = ["Prompts", "prefer_given_tokens", "read_history", "read_text", "read_tokens"]
 
@@ -321,7 +321,6 @@ def prefer_given_tokens(prompts: Prompts, given: Sequence[Prompts], *, rewritten
     """
     assert prompts.renderer is not None
     ids_B_T, texts_B = list(prompts.ids_B_T), list(prompts.texts_B or ())
-    decode = prompts.renderer.tokenizer.decode
     refused = None
     for index, messages in enumerate(prompts.messages_B or ()):
         if index in prompts.problems:
@@ -334,7 +333,7 @@ def prefer_given_tokens(prompts: Prompts, given: Sequence[Prompts], *, rewritten
                 break
             if joined:
                 ids_B_T[index] = joined
-                texts_B[index] = str(decode(joined, skip_special_tokens=False))
+                texts_B[index] = decode_ids(prompts.renderer.tokenizer, [joined])[0]
                 break
     if refused is not None:
         warnings.warn(

@@ -131,7 +131,8 @@ class RewardModel:
             if renderer is None:
                 renderer = ChatRenderer(self.tokenizer, chat_template=self.chat_template, variables=variables)
             try:
-                ids_B_T.append(renderer.encode(renderer.render(text, add_generation_prompt=False)))
+                messages = [message for message in text if isinstance(message, Mapping)]
+                ids_B_T.append(renderer.encode(renderer.render(messages, add_generation_prompt=False)))
             except ConfigError as error:
                 raise ConfigError(f"text {index}: {error}") from error
         return ids_B_T

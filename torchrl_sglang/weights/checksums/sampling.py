@@ -30,8 +30,8 @@ class SampleChooser:
     def choose(self, units: Sequence[FusedUnit], buckets: Sequence[Bucket]) -> list[FusedUnit]:
         """The units to hash after this push.
 
-        All small ones; then one of every bucket that contains no small one; then others. Those that have waited longest
-        come first, until the share is used up. One unit may exceed it.
+        All small ones, and one of every bucket that contains no small one, as long as these take at most half of the
+        share; then those that have waited longest, until the share is used up. One unit may exceed it.
 
         Args:
             units: what this push sends.
@@ -44,30 +44,31 @@ class SampleChooser:
         chosen: dict[str, FusedUnit] = {}
         small = [unit for unit in units if nbytes[unit.name] <= _ALWAYS_BYTES]
         by_turn = sorted(units, key=lambda unit: self._turns[unit.name])
-        for unit in [*small, *self._witnesses(by_turn, buckets, nbytes, small), *by_turn]:
+        every_time: list[FusedUnit] = []
+        for more in (small, _witnesses(units, buckets, nbytes, small)):
+            if sum(nbytes[unit.name] for unit in [*every_time, *more]) <= left / 2:
+                every_time += more
+        for unit in [*every_time, *by_turn]:
             if unit.name not in chosen and left > 0 and (nbytes[unit.name] <= left or unit is by_turn[0]):
                 chosen[unit.name] = unit
                 left -= nbytes[unit.name]
         self._turns.update(chosen.keys())
         return [unit for unit in units if unit.name in chosen]
 
-    def _witnesses(
-        self,
-        by_turn: Sequence[FusedUnit],
-        buckets: Sequence[Bucket],
-        nbytes: Mapping[str, int],
-        small: Sequence[FusedUnit],
-    ) -> list[FusedUnit]:
-        """The smallest unit of each bucket without a small one, those that have waited longest first."""
-        unit_of = {part: unit for unit in by_turn for part in unit.parts}
-        covered = {unit.name for unit in small}
-        smallest: dict[str, FusedUnit] = {}
-        for bucket in buckets:
-            inside = {unit_of[name].name: unit_of[name] for name in bucket.names if name in unit_of}
-            if inside and not covered & inside.keys():
-                unit = min(inside.values(), key=lambda unit: nbytes[unit.name])
-                smallest[unit.name] = unit
-        return sorted(smallest.values(), key=lambda unit: self._turns[unit.name])
+
+def _witnesses(
+    units: Sequence[FusedUnit], buckets: Sequence[Bucket], nbytes: Mapping[str, int], small: Sequence[FusedUnit]
+) -> list[FusedUnit]:
+    """The smallest unit of each bucket without a small one."""
+    unit_of = {part: unit for unit in units for part in unit.parts}
+    covered = {unit.name for unit in small}
+    smallest: dict[str, FusedUnit] = {}
+    for bucket in buckets:
+        inside = {unit_of[name].name: unit_of[name] for name in bucket.names if name in unit_of}
+        if inside and not covered & inside.keys():
+            unit = min(inside.values(), key=lambda unit: nbytes[unit.name])
+            smallest[unit.name] = unit
+    return list(smallest.values())
 
 
 def skip_list(units: Iterable[FusedUnit], sample: Iterable[FusedUnit], known_names: Iterable[str]) -> list[str]:
