@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["names_checked", "nearest_name", "require", "require_positive", "words"]
+__all__ = ["names_checked", "nearest_name", "require", "require_positive", "require_timeout", "words"]
 
 Record = TypeVar("Record", bound=type)
 
@@ -65,6 +65,14 @@ def require_positive(config: object, *names: str, zero: bool = False) -> None:
             value is None or (is_number and (value > 0 or (zero and value == 0))),
             f"{name} must be {'at least 0' if zero else 'positive'}, got {value!r}",
         )
+
+
+def require_timeout(name: str, value: object) -> None:
+    """Raise :class:`ConfigError` unless a time-out is ``None`` or a finite number of seconds above 0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # A socket's time-out has an upper limit; a year is below it.
+    ok = value is None or (is_number and 0 < value < 3.2e7)  # type: ignore[operator]
+    require(ok, f"{name} must be a number of seconds above 0, got {value!r}")
 
 
 def words(name: str, value: Sequence[str]) -> tuple[str, ...]:
