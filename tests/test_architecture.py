@@ -20,7 +20,7 @@ PACKAGE = "torchrl_sglang"
 # PEERS, the line with the engine, import each other, and of those `rollout` and `weights` never meet.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"config", "model_files", "parallel", "tls"}),
+    frozenset({"config", "disk_space", "model_files", "parallel", "tls"}),
     frozenset({"protocol"}),
     frozenset({"http_errors"}),
     frozenset({"client"}),

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["draw_report"]
+__all__ = ["draw_report", "unfinished_report"]
 
 _COLORS = {"generate": "#4393c3", "wait": "#92c5de", "score": "#d1e5f0", "train": "#f4a582", "sync": "#5aae61"}
 _COLORS |= {"evaluate": "#b2abd2", "save": "#cccccc"}
@@ -44,9 +44,14 @@ def draw_report(rows: Rows, evaluations: Rows, path: Path) -> None:
     _draw_seconds(panels[0, 1], rows)
     _draw_agreement(panels[1, 0], rows)
     _draw_staleness(panels[1, 1], rows)
-    unfinished = path.with_name(f".{path.name}")
+    unfinished = unfinished_report(path)
     figure.savefig(unfinished, dpi=110, format="png")
     unfinished.replace(path)
+
+
+def unfinished_report(path: Path) -> Path:
+    """The file that holds a report until it is complete."""
+    return path.with_name(f".{path.name}")
 
 
 def _draw_reward(axes: Axes, rows: Rows, evaluations: Rows) -> None:

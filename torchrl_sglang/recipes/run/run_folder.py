@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,8 +13,10 @@ from omegaconf import DictConfig
 from torchrl.record.loggers import get_logger
 
 from torchrl_sglang.config import nearest_name
+from torchrl_sglang.disk_space import writing
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.recipes.run.checkpoints import Checkpoints
+from torchrl_sglang.recipes.run.report import unfinished_report
 from torchrl_sglang.recipes.run.table import Row, Table
 from torchrl_sglang.recipes.setup.config import save_config
 
@@ -41,6 +44,7 @@ class RunFolder:
 
     Raises:
         ConfigError: an unknown logger.
+        StorageError: the folder can't be written to. Methods that write raise it too.
 
     Attributes:
         metrics: the table of steps.
@@ -62,7 +66,8 @@ class RunFolder:
         for name in loggers:
             if name not in LOGGERS:
                 raise ConfigError(f"unknown logger {name!r}.{nearest_name(name, LOGGERS)} There are {LOGGERS}")
-        path.mkdir(parents=True, exist_ok=True)
+        with writing(path, "the run"):
+            path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints", keep=keep_checkpoints)
         self._draw = draw
@@ -75,7 +80,8 @@ class RunFolder:
         else:
             _cut_samples(self.samples, resume_step)
         if config is not None:
-            save_config(config, path)
+            with writing(path, "the configuration"):
+                save_config(config, path)
         self.metrics = Table(path / "metrics.csv", resume_step=resume_step)
         self.evaluations = Table(path / "evaluations.csv", resume_step=resume_step)
         self._samples = self.samples.open("a")
@@ -107,21 +113,25 @@ class RunFolder:
 
     def log_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Add answers, one JSON object each; every object needs ``step``."""
-        for sample in samples:
-            self._samples.write(json.dumps(sample) + "\n")
-        self._samples.flush()
+        with writing(self.samples, "the samples"):
+            for sample in samples:
+                self._samples.write(json.dumps(sample) + "\n")
+            self._samples.flush()
 
     def draw(self) -> None:
         """Draw the report of the steps so far."""
         if self._draw is not None and self.metrics.rows:
-            self._draw(self.metrics.rows, self.evaluations.rows, self.report)
+            with writing(self.report, "the report", incomplete=unfinished_report(self.report)):
+                self._draw(self.metrics.rows, self.evaluations.rows, self.report)
         self._drawn_at = time.monotonic()
 
     def close(self) -> None:
         """Draw the report and close the files."""
-        self.draw()
-        for file in (self.metrics, self.evaluations, self._samples):
-            file.close()
+        with contextlib.ExitStack() as files:  # a file that can't be written does not keep the others open
+            files.enter_context(writing(self.samples, "the samples"))
+            for file in (self.metrics, self.evaluations, self._samples):
+                files.callback(file.close)
+            self.draw()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -141,4 +151,7 @@ def _cut_samples(path: Path, step: int) -> None:
         return
     text = path.read_text()
     complete = text[: text.rfind("\n") + 1].splitlines(keepends=True)  # a killed run may leave a partial last line
-    path.write_text("".join(line for line in complete if json.loads(line)["step"] <= step))
+    kept = path.with_name(f".{path.name}")
+    with writing(path, "the samples", incomplete=kept):
+        kept.write_text("".join(line for line in complete if json.loads(line)["step"] <= step))
+        kept.replace(path)
