@@ -67,5 +67,5 @@ def test_the_working_directory_is_not_on_a_childs_path_and_the_users_path_is() -
 
 
 def test_this_packages_own_requests_use_no_proxy() -> None:
-    session = SGLangClient("127.0.0.1:9")._fresh_session("control")
+    session = SGLangClient("127.0.0.1:9")._connections.session("control")
     assert session.merge_environment_settings("http://127.0.0.1:9", {}, None, None, None)["proxies"] == {}

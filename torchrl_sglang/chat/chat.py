@@ -78,10 +78,10 @@ class SGLangChat:
         self.pool = resolve_pool(servers, client)
         self.pool.connect()
         tokenizer = tokenizer or getattr(processor, "tokenizer", None)
-        self.tokenizer = tokenizer or load_tokenizer(self.pool.info.tokenizer_path)
+        self.tokenizer = tokenizer or load_tokenizer(self.pool.info.tokenizer_path, self.pool.info.revision)
         self.adapter = adapter
         self._template = ChatTemplate(self.tokenizer, processor)
-        checkpoint = read_model_json(self.pool.info.model_path, "generation_config.json")
+        checkpoint = read_model_json(self.pool.info.model_path, "generation_config.json", self.pool.info.revision)
         self._defaults = GenerationDefaults(
             given=generation,
             checkpoint=checkpoint,
