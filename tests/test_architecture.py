@@ -20,6 +20,7 @@ PACKAGE = "torchrl_sglang"
 # PEERS, the line with the engine, import each other, and of those `rollout` and `weights` never meet.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
+    frozenset({"config", "disk_space", "model_files", "parallel", "tls"}),
     frozenset({"config", "forks", "model_files", "parallel", "text_tokens", "tls"}),
     frozenset({"chat_templates"}),
     frozenset({"cached_folder", "progress"}),
