@@ -21,8 +21,9 @@ PACKAGE = "torchrl_sglang"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"config", "model_files", "parallel", "server_url", "tls"}),
+    frozenset({"config", "forks", "model_files", "parallel", "tls"}),
     frozenset({"protocol"}),
-    frozenset({"http_errors"}),
+    frozenset({"connections", "http_errors"}),
     frozenset({"client"}),
     frozenset({"pool", "server"}),
     frozenset({"rollout", "weights", "engine", "chat", "scores"}),

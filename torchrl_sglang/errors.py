@@ -92,7 +92,16 @@ class ServerStartError(ServerError):
 
 
 class ServerUnreachableError(ServerError, ConnectionError):
-    """No connection was made, so nothing can have run: sending again is safe."""
+    """No connection was made, so nothing can have run: sending again is safe.
+
+    Attributes:
+        is_local: the cause is on this machine (no free file descriptor, no name resolution, no network): it says
+            nothing about the server.
+    """
+
+    def __init__(self, message: str, *, server: str | None = None, is_local: bool = False) -> None:
+        super().__init__(message, server=server)
+        self.is_local = is_local
 
 
 class ServerLostError(ServerError, ConnectionError):

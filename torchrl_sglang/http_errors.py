@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import errno
 from urllib.parse import urlsplit
 
 import requests
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
 from torchrl_sglang.errors import (
     ProtocolError,
@@ -21,6 +21,10 @@ from torchrl_sglang.server_url import unresolvable_host
 from torchrl_sglang.tls import explain_tls
 
 __all__ = ["may_retry", "raise_for_status", "stream_cut_short", "translate_error"]
+
+_NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}
+_LOCAL_ERRNOS = {*_NO_DESCRIPTOR, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.ENETDOWN}
+"""No descriptor, no memory, no free local port, no network."""
 
 
 def may_retry(request: HttpRequest, error: Exception) -> bool:
@@ -43,8 +47,12 @@ def translate_error(error: requests.RequestException, request: HttpRequest, *, u
     reason = getattr(error.args[0], "reason", None) if error.args else None
     if isinstance(error, requests.exceptions.SSLError) and (refusal := explain_tls(error, url)):
         return refusal
-    if isinstance(reason, NewConnectionError) and re.search("resolve|Name or service not known", str(reason)):
-        return ServerUnreachableError(unresolvable_host(url), server=url)
+    if isinstance(reason, NameResolutionError):
+        return ServerUnreachableError(unresolvable_host(url), server=url, is_local=True)
+    if local := _local_cause(reason):
+        return ServerUnreachableError(
+            f"this machine could not open a connection to {url}: {local}", server=url, is_local=True
+        )
     if isinstance(error, requests.ConnectTimeout) or isinstance(reason, (NewConnectionError, ConnectTimeoutError)):
         no_port = "" if urlsplit(url).port else " The URL has no port; SGLang's own is 30000."
         return ServerUnreachableError(
@@ -65,6 +73,19 @@ def translate_error(error: requests.RequestException, request: HttpRequest, *, u
             server=url,
         )
     return ProtocolError(f"{where}: {error}", server=url)
+
+
+def _local_cause(reason: object) -> str:
+    """What this machine lacked when it tried to connect; empty if the cause is elsewhere."""
+    cause = reason.__cause__ if isinstance(reason, NewConnectionError) else None
+    if not isinstance(cause, OSError) or cause.errno not in _LOCAL_ERRNOS:
+        return ""
+    advice = (
+        ". Raise the limit of open files (ulimit -n), or send fewer requests at once"
+        if cause.errno in _NO_DESCRIPTOR
+        else ""
+    )
+    return f"{cause}{advice}"
 
 
 def stream_cut_short(request: HttpRequest, *, url: str) -> ServerLostError:

@@ -11,6 +11,7 @@ from typing import Any
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
+from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool.balancing import LoadTracker
 from torchrl_sglang.pool.batch import Batch
@@ -32,7 +33,7 @@ __all__ = ["SGLangPool"]
 class SGLangPool:
     """One or more servers of the same model behind one ``generate``.
 
-    Thread-safe. Pickles as its clients; a copy connects where it lands and keeps a state of its own.
+    Thread-safe. Pickles as its clients. A pickled copy, or a forked child's, connects anew and has its own state.
 
     Args:
         clients: one client per server.
@@ -68,6 +69,11 @@ class SGLangPool:
         self._connected = False
         self._load = LoadTracker()
         self._dead_servers = DeadServerTracker(self.state, self._server_returned)
+        renew_in_forked_children(self)
+
+    def renew_after_fork(self) -> None:
+        """Start with a state and locks of its own, as a pickled copy does; called in a forked child."""
+        self._init_runtime()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"clients": self.clients, "router": self.router}
