@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 __all__ = ["Rows", "draw_report"]
 
@@ -101,7 +102,7 @@ def _draw_right(axes: Axes, rows: Rows, evaluations: Rows) -> None:
         _line(right, rows, "staleness_mean", _GRAY, "mean age", linestyle="--", linewidth=1, markersize=0)
         _line(right, rows, "staleness_max", _GRAY, "largest age", linestyle=":", linewidth=1, markersize=0)
         right.set_ylim(0, max(ages) * 2.1)
-        right.yaxis.get_major_locator().set_params(integer=True)
+        right.yaxis.set_major_locator(MaxNLocator(integer=True))
         more_handles, more_labels = right.get_legend_handles_labels()
         handles, labels = handles + more_handles, labels + more_labels
     if len(labels) > 1:
