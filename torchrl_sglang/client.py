@@ -93,7 +93,8 @@ class SGLangClient:
             ) from error
         self._dialect = parse_dialect(self._status(SESSION_PROBE))
         model_path = model_info.get("model_path", "") if isinstance(model_info, dict) else ""
-        vocab_size = self.config.vocab_size or read_vocab_size(str(model_path))
+        revision = server_info.get("revision") if isinstance(server_info, dict) else None
+        vocab_size = self.config.vocab_size or read_vocab_size(str(model_path), revision)
         self._info = parse_info(model_info, server_info, url=self.url, vocab_size=vocab_size)
         return self._info
 

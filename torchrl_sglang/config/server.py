@@ -23,7 +23,8 @@ class ServerConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """``auto`` uses a GPU if one is visible, else SGLang's CPU engine."""
     python: str | None = None
-    """Python that has SGLang installed; ``None`` is the current one. Often another one: SGLang pins its torch."""
+    """Python that has SGLang installed. ``None``: the current one if it has SGLang with what SGLang needs; else, for a
+    server without a GPU, that of ``torchrl-sglang install-cpu-server``."""
     host: str = "127.0.0.1"
     """Address to listen on; the default, loopback, is not reachable from other machines."""
     port: int | None = None

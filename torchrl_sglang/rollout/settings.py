@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from tensordict import NestedKey
 
+from torchrl_sglang.chat_templates import check_template_kwargs
 from torchrl_sglang.config import SamplingParams, ServerConfig
 from torchrl_sglang.config.foreign_names import (
     ENGINE_ARGUMENTS,
@@ -64,6 +65,7 @@ class RolloutSettings:
     num_samples: int | None = None
     chat_template_name: str | None = None
     chat_template: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     return_log_probs: bool | None = None
     history_key: NestedKey = "history"
     text_key: NestedKey = "text"
@@ -76,7 +78,7 @@ class RolloutSettings:
     min_batch_size: int | None = None
     max_batch_size: int | None = None
     batching_timeout: float = 10.0
-    prefer_tokens: bool = False
+    prefer_tokens: Literal[True, False, "always"] = False
     on_overlong: Literal["raise", "truncate_left"] = "raise"
     on_error: Literal["raise", "mask"] = "raise"
     progress: bool = False
@@ -86,15 +88,17 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         for name in ("generate_kwargs", "tokenizer_kwargs"):  # copies: the caller may change its own later
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        object.__setattr__(self, "template_kwargs", check_template_kwargs(self.template_kwargs))
         for name, allowed in (
             ("input_mode", get_args(InputMode)),
             ("on_overlong", ("raise", "truncate_left")),
             ("on_error", ("raise", "mask")),
             ("inplace", (None, True, False, "empty")),
+            ("prefer_tokens", (True, False, "always")),
         ):
             value = getattr(self, name)
             _require(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
-        for name in ("generate", "pad_output", "prefer_tokens", "progress", "exact_log_probs"):
+        for name in ("generate", "pad_output", "progress", "exact_log_probs"):
             _require(isinstance(getattr(self, name), bool), f"{name} must be a boolean, got {getattr(self, name)!r}")
         _require(self.pad_model_input is None, "pad_model_input is not supported: servers take ragged input; remove it")
         _require(
@@ -258,12 +262,6 @@ class RolloutSettings:
             return True if self.inplace is None else self.inplace
         _require(not self.inplace, "inplace must be False (or None) when generating more than one sample.")
         return False
-
-    @property
-    def template_kwargs(self) -> dict[str, str]:
-        """The arguments that choose the chat template."""
-        given = {"chat_template_name": self.chat_template_name, "chat_template": self.chat_template}
-        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def text_kwargs(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +49,7 @@ class PushPlanner:
             ConfigError: it can't be read from this machine.
         """
         if self._checkpoint is None:
-            self._checkpoint = Checkpoint.read(self._pool.info.model_path)
+            self._checkpoint = Checkpoint.read(self._pool.info.model_path, revision=self._pool.info.revision)
         return self._checkpoint
 
     @property
@@ -69,7 +69,7 @@ class PushPlanner:
             ConfigError: weights of an unknown kind.
         """
         if self._config.transport == "lora":
-            return AdapterSource(weights)
+            return AdapterSource(weights, self.checkpoint, self.served_dtype)
         architecture = architecture_of(weights)
         with naming_architectures(architecture, self._served_architectures):
             source = open_source(weights, self.checkpoint, name_map=self._config.name_map, ignore=self._config.ignore)
@@ -97,7 +97,7 @@ class PushPlanner:
             return []
         specs = source.specs()
         if isinstance(source, AdapterSource):
-            source.check_values()
+            source.check_values(target=self.served_dtype)
             return [Bucket.of(specs.values())]
         ignore = (*config.ignore, *source.omitted_names)
         if partial:
@@ -112,7 +112,12 @@ class PushPlanner:
         return plan_buckets(wire, bucket_bytes=config.bucket_bytes)
 
     def pack(
-        self, source: WeightSource, plan: Sequence[Bucket], packer: BucketPacker, report: SyncReport
+        self,
+        source: WeightSource,
+        plan: Sequence[Bucket],
+        packer: BucketPacker,
+        report: SyncReport,
+        on_packed: Callable[[Bucket, torch.Tensor], None] | None = None,
     ) -> PackedWeights:
         """Buckets with their bytes, each packed when the transport asks for it.
 
@@ -121,17 +126,28 @@ class PushPlanner:
             plan: from :meth:`plan`.
             packer: packs where the transport needs the bytes.
             report: counts what is packed.
+            on_packed: called with every packed bucket and its bytes.
         """
         if not source.one_shot:
             packed = packer.packed(plan, source.tensors)
-            return PackedWeights(packed, report, num_buckets=len(plan), peft_config=source.peft_config)
+            return PackedWeights(
+                packed, report, num_buckets=len(plan), peft_config=source.peft_config, on_packed=on_packed
+            )
         stream = packer.packed_stream(
             source.tensors(),
             bucket_bytes=self._config.bucket_bytes,
             dtype_of=lambda spec: wire_dtype(spec, self.checkpoint, self.served_dtype),
             expected=self.checkpoint.specs,
         )
-        return PackedWeights(stream, report, num_buckets=None)
+        return PackedWeights(stream, report, num_buckets=None, on_packed=on_packed)
+
+    def expected_plan(self, source: WeightSource, plan: Sequence[Bucket]) -> Sequence[Bucket]:
+        """:meth:`plan`'s buckets. A source that can be read only once is taken to have the checkpoint's tensors."""
+        if not source.one_shot:
+            return plan
+        specs = self.checkpoint.specs.values()
+        wire = [replace(spec, dtype=wire_dtype(spec, self.checkpoint, self.served_dtype)) for spec in specs]
+        return plan_buckets(wire, bucket_bytes=self._config.bucket_bytes)
 
     def gather_only(self, source: WeightSource, *, partial: bool, transport: str) -> None:
         """Gather, with the sending rank and in its order, the tensors that it sends: those of :meth:`plan`."""

@@ -70,16 +70,17 @@ class Checkpoint:
     path: Path | None = None
 
     @classmethod
-    def read(cls, model_path: str | Path) -> Checkpoint:
+    def read(cls, model_path: str | Path, *, revision: str | None = None) -> Checkpoint:
         """Read the headers of a checkpoint's safetensors files. Loads no tensor and uses no network.
 
         Args:
             model_path: a local folder, or a hub name that is in the local Hugging Face cache.
+            revision: branch, tag or commit of a hub name; for a server's checkpoint ``pool.info.revision``.
 
         Raises:
             ConfigError: the folder doesn't exist, has no safetensors files, or can't be read.
         """
-        folder = require_model_folder(model_path, hint=_NO_CHECKPOINT)
+        folder = require_model_folder(model_path, hint=_NO_CHECKPOINT, revision=revision)
         config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         specs: dict[str, TensorSpec] = {}
         for file in weight_files(folder):
