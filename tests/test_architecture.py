@@ -27,6 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"smollm2"}),
     frozenset({"config", "model_files", "parallel", "tls"}),
     frozenset({"config", "model_files", "parallel", "server_url", "tls"}),
+    frozenset({"config", "forks", "model_files", "parallel", "tls"}),
     frozenset({"protocol"}),
     frozenset({"connections", "http_errors"}),
     frozenset({"client"}),

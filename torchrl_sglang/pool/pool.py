@@ -115,8 +115,8 @@ class SGLangPool:
                 held = info.weight_version
                 self.state.found_dirty(
                     info.url,
-                    f"it holds half-updated weights ({held}): another process is updating it, or died in an update; "
-                    "then a full sync heals it",
+                    f"it holds half-updated or unverified weights ({held}): another process is updating it, or died in "
+                    "an update, or the update failed its verification; then servers.update_weights(model) heals it",
                 )
         self.state.connected({info.url: info.weight_version for info in infos})
         if self.router is not None:
