@@ -168,6 +168,10 @@ def test_text_is_tokenized_as_by_the_tokenizer(served: Served) -> None:
     td = policy(TensorDict(text=Text(prompt=[text], batch_size=[1]), batch_size=[1]))
     assert td["tokens", "prompt"][0].tolist() == ids
     assert td["tokens", "response"][0].tolist() == without_end(served.model, ids, 4)
+    if served.case.extra_rows < 0:  # the tokenizer has an id that the embedding has no row for
+        beyond = served.tokenizer.convert_ids_to_tokens(served.model.config.vocab_size)
+        with pytest.raises(ConfigError, match=f"token id {served.model.config.vocab_size} "):
+            policy(TensorDict(text=Text(prompt=[f"fox {beyond}"], batch_size=[1]), batch_size=[1]))
 
 
 def test_a_second_turn_keeps_the_first_turns_tokens(served: Served) -> None:
