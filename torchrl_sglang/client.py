@@ -6,13 +6,12 @@ import json
 import time
 from collections.abc import Iterator
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import requests
 
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.connections import ServerConnections
-from torchrl_sglang.errors import ConfigError, ProtocolError, RequestRejectedError
+from torchrl_sglang.errors import ProtocolError, RequestRejectedError
 from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.http_errors import may_retry, raise_for_status, stream_cut_short, translate_error
 from torchrl_sglang.model_files import read_vocab_size
@@ -26,6 +25,7 @@ from torchrl_sglang.protocol.dialect import (
 )
 from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
 from torchrl_sglang.protocol.version import WeightVersion
+from torchrl_sglang.server_url import base_url
 
 __all__ = ["SGLangClient"]
 
@@ -47,7 +47,7 @@ class SGLangClient:
     """
 
     def __init__(self, url: str, config: ClientConfig | None = None) -> None:
-        self.url = _normalise(url)
+        self.url = base_url(url)
         self.config = config or ClientConfig()
         self._init_runtime()
 
@@ -93,7 +93,8 @@ class SGLangClient:
             ) from error
         self._dialect = parse_dialect(self._status(SESSION_PROBE))
         model_path = model_info.get("model_path", "") if isinstance(model_info, dict) else ""
-        vocab_size = self.config.vocab_size or read_vocab_size(str(model_path))
+        revision = server_info.get("revision") if isinstance(server_info, dict) else None
+        vocab_size = self.config.vocab_size or read_vocab_size(str(model_path), revision)
         self._info = parse_info(model_info, server_info, url=self.url, vocab_size=vocab_size)
         return self._info
 
@@ -237,14 +238,3 @@ class SGLangClient:
 def _purpose(request: HttpRequest) -> Literal["generate", "control"]:
     """While a server is paused, generate requests may hold all their connections: control calls have others."""
     return "generate" if request.timeout == "generate" else "control"
-
-
-def _normalise(url: str) -> str:
-    full = url if "//" in url else f"http://{url}"
-    parts = urlsplit(full.rstrip("/"))
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{url!r} is not the URL of a server; expected something like 'http://127.0.0.1:30000'")
-    if parts.hostname in ("0.0.0.0", "::"):  # an address to listen on, not one to connect to
-        loopback = "127.0.0.1" if parts.hostname == "0.0.0.0" else "[::1]"
-        return f"{parts.scheme}://{loopback}" + (f":{parts.port}" if parts.port else "") + parts.path
-    return parts.geturl()

@@ -50,7 +50,7 @@ PHASES: dict[str, tuple[str, int, int]] = {
     "the new version": ("/update_weight_version", 2, 2),
     "continue": ("/continue_generation", 1, 1),
     "the probe": ("/generate", 1, 1),
-    "the checksums": ("/weights_checker", 1, 1),
+    "the checksums": ("/weights_checker", 2, 2),  # the first ones are read before the update
 }
 PHASE_NAMES = list(PHASES)
 FIRST_BUCKET, LAST_BUCKET = PHASE_NAMES.index("the first bucket"), PHASE_NAMES.index("the last bucket")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from torchrl_sglang.config.checking import require, require_positive
+from torchrl_sglang.config.checking import names_checked, require, require_positive
 
 __all__ = ["ClientConfig"]
 
 
+@names_checked()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientConfig:
     """Settings of the HTTP client of a server."""

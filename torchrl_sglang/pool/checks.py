@@ -29,6 +29,11 @@ def refuse_different_models(infos: Sequence[ServerInfo]) -> None:
                 f"{first.url} serves {first.model_path!r} and {info.url} serves {info.model_path!r}: "
                 "one pool needs servers of one model"
             )
+        if info.model_path == first.model_path and info.revision != first.revision:
+            raise ConfigError(
+                f"{first.url} serves revision {first.revision} of {first.model_path!r} and {info.url} revision "
+                f"{info.revision}: one pool needs servers of one model"
+            )
         _refuse_unsupported_model(info)
 
 

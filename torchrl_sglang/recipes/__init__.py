@@ -29,7 +29,8 @@ from torchrl_sglang.recipes.run.checkpoints import Checkpoint, Checkpoints
 from torchrl_sglang.recipes.run.report import draw_report
 from torchrl_sglang.recipes.run.table import read_metrics
 from torchrl_sglang.recipes.run.training_run import Run
-from torchrl_sglang.recipes.setup.config import load_config, parse_arguments
+from torchrl_sglang.recipes.setup.arguments import parse_arguments
+from torchrl_sglang.recipes.setup.config import load_config
 from torchrl_sglang.recipes.setup.models import load_model, save_model
 from torchrl_sglang.recipes.setup.optimizer import make_optimizer
 from torchrl_sglang.recipes.setup.program import run_program
