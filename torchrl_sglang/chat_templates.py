@@ -109,7 +109,7 @@ class ChatRenderer:
         """Token ids that ``text`` has behind ``before``; a tokenizer may mark the start of a text of its own."""
         if not text:
             return []
-        for context in (before, "a", "0", ".", "\n"):
+        for context in filter(None, (before, "a", "0", ".", "\n")):
             known, joined = self.encode(context), self.encode(context + text)
             if joined[: len(known)] == known:
                 return joined[len(known) :]
