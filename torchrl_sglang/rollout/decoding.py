@@ -61,8 +61,8 @@ def decode_contents(
     """Content of every assistant message: the response without the special token that ended it.
 
     The chat template writes the end of a message; with the token in the content too, the next turn's prompt would hold
-    it twice. A response whose last possible token is such a token ends with it too, although SGLang names its length as
-    the reason. A space at the front is part of the content only if the template renders the response wrongly without.
+    it twice. That holds whatever reason the server gives for the end: its own EOS may be another token. A space at the
+    front is part of the content only if the template renders the response wrongly without it.
     """
     if not replies_S:
         return []
