@@ -12,7 +12,7 @@ from typing import Any
 
 from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.text_tokens import decode_ids
+from torchrl_sglang.text_tokens import decode_ids, special_ids
 
 __all__ = ["RewrittenAnswer", "continue_tokens"]
 
@@ -76,7 +76,7 @@ def continue_tokens(
     first = renderer.encode(segments[0])
     if known[: len(first)] != first:
         return None
-    special = renderer.ending_ids()
+    special = special_ids(renderer.tokenizer) | renderer.turn_end_ids()
     gaps = _gaps(messages, segments, renderer, special)
     last = next(message for message in reversed(messages) if message["role"] == "assistant")
     walk = _Walk(known, text, gaps, special, renderer, last, rewritten)
