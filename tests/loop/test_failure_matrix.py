@@ -125,6 +125,7 @@ def make_rows() -> Iterator[Row]:
         yield failing(phase, "refuse", servers=3, failing_server=2)  # no child of the trainer in gloo's tree
         # Server 1 hands the bytes on to server 3 in gloo's tree: it waits with it.
         yield replace(failing(phase, "stop", servers=3, failing_server=2), states=("stuck", "mixed", "stuck"))
+        yield orphaned(phase, servers=3, failing_server=1)
         yield orphaned(phase, servers=3, failing_server=2)
     yield from particular_rows()
 

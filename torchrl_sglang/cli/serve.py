@@ -21,9 +21,8 @@ from torchrl_sglang.cli.secrets import key_from
 from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.server import SGLangServer
 
-__all__ = ["SUMMARY", "add_arguments", "run"]
+__all__ = ["add_arguments", "run"]
 
-SUMMARY = "launch a server"
 
 _POLL_S = 0.2
 

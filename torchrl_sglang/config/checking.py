@@ -4,17 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["nearest_name", "require", "require_number", "require_numbers", "require_positive", "words"]
+__all__ = [
+    "names_checked",
+    "nearest_name",
+    "require",
+    "require_number",
+    "require_numbers",
+    "require_positive",
+    "words",
+]
 
 _LONGEST_S = 1e9
 """Python's waits and time-outs overflow at about nine times this."""
+
+Record = TypeVar("Record", bound=type)
+
+
+def names_checked(hint: Callable[[str, Sequence[str]], str] | None = None) -> Callable[[Record], Record]:
+    """Class decorator: the constructor of a keyword-only dataclass refuses unknown names with a :class:`ConfigError`.
+
+    Python's own ``TypeError`` suggests no name.
+
+    Args:
+        hint: ``hint(name, known names)`` ends the message; :func:`nearest_name` by default.
+    """
+
+    def decorate(record: Record) -> Record:
+        checked = record.__init__  # type: ignore[misc]
+        known = [field.name for field in dataclasses.fields(record) if field.init]
+
+        @functools.wraps(checked)
+        def __init__(self: Any, *args: Any, **given: Any) -> None:
+            for name in given:
+                if name not in known:
+                    raise ConfigError(
+                        f"{record.__name__} has no argument {name!r}.{(hint or nearest_name)(name, known)}"
+                    )
+            checked(self, *args, **given)
+
+        record.__init__ = __init__  # type: ignore[misc]
+        return record
+
+    return decorate
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str:
@@ -43,8 +82,8 @@ def require_number(
     """Check one number, such as a constructor's argument.
 
     Args:
-        name: what the message calls it. A name that ends in ``_s`` is a time: at most 30 years, beyond which the
-            system's clocks overflow.
+        name: what the message calls it. If it ends in ``_s``, but not in ``per_s``, it is a time: at most 30 years,
+            beyond which the system's clocks overflow.
         value: what was given. Booleans, strings, NaN and infinity are no numbers.
         whole: it must be an integer.
         optional: ``None`` is allowed.
@@ -69,7 +108,7 @@ def require_number(
     """
     if value is None and optional:
         return
-    if at_most is None and name.endswith("_s"):
+    if at_most is None and name.endswith("_s") and not name.endswith("per_s"):
         at_most = _LONGEST_S
     kind = numbers.Integral if whole else numbers.Real
     is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
@@ -86,15 +125,15 @@ def require_number(
     limits += [f"at least {at_least}"] if at_least is not None else []
     limits += [f"below {below}"] if below is not None else []
     limits += [f"at most {at_most:g}"] if at_most is not None and (at_most != _LONGEST_S or is_number) else []
-    what = ["an integer"] if whole else ["a finite number"] if not limits else []
+    what = ["an integer"] if whole and not is_number else ["a finite number"] if not limits else []
     raise ConfigError(f"{name} must be {' and '.join(what + limits)}, got {value!r}")
 
 
 def require_numbers(config: Any, *names: str, **limits: float) -> None:
     """Check fields of a settings record with :func:`require_number`, which has the ``limits``.
 
-    A field that is annotated ``int`` must be whole, and ``None`` is allowed where the annotation has it. NumPy's numbers
-    become Python's, which JSON can hold.
+    A field that is annotated ``int`` must be whole, and ``None`` is allowed where the annotation has it. NumPy's
+    numbers become Python's, which JSON can hold.
 
     Args:
         config: a dataclass, whose fields these are.

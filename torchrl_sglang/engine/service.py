@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from functools import partial
@@ -20,9 +20,11 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import RouterClient, SGLangPool
+from torchrl_sglang.pool.earlier_weights import warn_of_earlier_weights
 from torchrl_sglang.protocol.control import build_flush
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.server import SGLangRouter, SGLangServer, start_fleet, stop_fleet
+from torchrl_sglang.text_tokens import encode_texts
 from torchrl_sglang.weights.update.report import SyncReport
 
 if TYPE_CHECKING:
@@ -99,10 +101,11 @@ class AsyncSGLang:
         """
         refuse_unknown(client, [f.name for f in fields(ClientConfig)])
         config = ClientConfig(**client)
-        urls = [url] if isinstance(url, str) else list(url)
+        urls: list[Any] = list(url) if isinstance(url, (list, tuple)) else [url]  # anything else is refused by name
         router_client = RouterClient(router, config) if router is not None else None
         pool = SGLangPool([SGLangClient(each, config) for each in urls], router=router_client)
         pool.connect()
+        warn_of_earlier_weights(pool)
         return cls(pool)
 
     @classmethod
@@ -170,7 +173,7 @@ class AsyncSGLang:
             ConfigError: the server's tokenizer path can't be read from this machine.
         """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.pool.info.tokenizer_path)
+            self._tokenizer = load_tokenizer(self.pool.info.tokenizer_path, self.pool.info.revision)
         return self._tokenizer
 
     @property
@@ -191,9 +194,9 @@ class AsyncSGLang:
     def generate(
         self,
         prompts: str | Sequence[str] | None = None,
+        sampling_params: SamplingParams | dict[str, Any] | None = None,
         *,
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        sampling_params: SamplingParams | dict[str, Any] | None = None,
         return_logprobs: bool = True,
         return_text: bool = True,
         timeout_s: float | None = None,
@@ -202,9 +205,9 @@ class AsyncSGLang:
         """Generate from text or token ids, one or many.
 
         Args:
-            prompts: text; encoded with the served tokenizer.
-            input_ids: token ids instead of text.
+            prompts: text; encoded with the served tokenizer, whose BOS is added unless the text begins with it.
             sampling_params: how tokens are drawn.
+            input_ids: token ids instead of text.
             return_logprobs: report the log-prob of every response token.
             return_text: keep the server's decoded text in the replies.
             timeout_s: seconds for the whole batch.
@@ -222,7 +225,7 @@ class AsyncSGLang:
             raise ConfigError("give either prompts (text) or input_ids (token ids)")
         if prompts is not None:
             texts = [prompts] if isinstance(prompts, str) else list(prompts)
-            ids_B_T = [self.tokenizer.encode(text) for text in texts]
+            ids_B_T = encode_texts(self.tokenizer, texts, open_end=True)
             single = isinstance(prompts, str)
         else:
             assert input_ids is not None
@@ -378,4 +381,9 @@ def _sampling(given: SamplingParams | dict[str, Any] | None, single: dict[str, A
         raise ConfigError(f"give sampling_params or single arguments, not both: {sorted(single)}")
     if isinstance(given, SamplingParams):
         return given
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(
+            f"sampling_params must be a torchrl_sglang.SamplingParams or a dict, got {type(given).__name__} of "
+            f"{type(given).__module__}"
+        )
     return SamplingParams.from_kwargs(**(given or single))

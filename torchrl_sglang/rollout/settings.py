@@ -10,8 +10,15 @@ from typing import Any, Literal, get_args
 import torch
 from tensordict import NestedKey
 
-from torchrl_sglang.config import SamplingParams, nearest_name
+from torchrl_sglang.chat_templates import check_template_kwargs
+from torchrl_sglang.config import SamplingParams, ServerConfig
 from torchrl_sglang.config.checking import require_numbers
+from torchrl_sglang.config.foreign_names import (
+    ENGINE_ARGUMENTS,
+    GENERATION_ARGUMENTS,
+    POLICY_ARGUMENTS,
+    unknown_argument,
+)
 from torchrl_sglang.errors import ConfigError
 
 __all__ = ["RolloutSettings"]
@@ -20,6 +27,19 @@ InputMode = Literal["history", "text", "tokens"]
 
 # The policy needs these values of the tokenizer's arguments: a caller may repeat them but not change them.
 _TOKENIZER_FIXED = {"return_attention_mask": (True,), "padding_side": ("left",), "padding": (True, False)}
+
+
+# Where arguments belong that are not the policy's.
+_ELSEWHERE = {
+    "generate_kwargs={{{name!r}: ...}}": [
+        *(f.name for f in fields(SamplingParams)),
+        *("max_tokens", "min_tokens", "do_sample", "logprobs", "prompt_logprobs", *GENERATION_ARGUMENTS),
+    ],
+    "AsyncSGLang.from_pretrained(...), which makes the servers": [
+        *(f.name for f in fields(ServerConfig)),
+        *("dp_size", "max_model_len", "gpu_memory_utilization", "tensor_parallel_size", *ENGINE_ARGUMENTS),
+    ],
+}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -46,6 +66,7 @@ class RolloutSettings:
     num_samples: int | None = None
     chat_template_name: str | None = None
     chat_template: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     return_log_probs: bool | None = None
     history_key: NestedKey = "history"
     text_key: NestedKey = "text"
@@ -58,7 +79,7 @@ class RolloutSettings:
     min_batch_size: int | None = None
     max_batch_size: int | None = None
     batching_timeout: float = 10.0
-    prefer_tokens: bool = False
+    prefer_tokens: Literal[True, False, "always"] = False
     on_overlong: Literal["raise", "truncate_left"] = "raise"
     on_error: Literal["raise", "mask"] = "raise"
     progress: bool = False
@@ -68,15 +89,17 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         for name in ("generate_kwargs", "tokenizer_kwargs"):  # copies: the caller may change its own later
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        object.__setattr__(self, "template_kwargs", check_template_kwargs(self.template_kwargs))
         for name, allowed in (
             ("input_mode", get_args(InputMode)),
             ("on_overlong", ("raise", "truncate_left")),
             ("on_error", ("raise", "mask")),
             ("inplace", (None, True, False, "empty")),
+            ("prefer_tokens", (True, False, "always")),
         ):
             value = getattr(self, name)
             _require(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
-        for name in ("generate", "pad_output", "prefer_tokens", "progress", "exact_log_probs"):
+        for name in ("generate", "pad_output", "progress", "exact_log_probs"):
             _require(isinstance(getattr(self, name), bool), f"{name} must be a boolean, got {getattr(self, name)!r}")
         _require(self.pad_model_input is None, "pad_model_input is not supported: servers take ragged input; remove it")
         _require(
@@ -91,6 +114,10 @@ class RolloutSettings:
         _require(
             self.policy_version_key is None or self.generation_key is not None,
             "policy_version_key needs a generation_key: the version is read from the Generation",
+        )
+        _require(
+            self.chat_template is None or self.chat_template_name is None,
+            "chat_template and chat_template_name are two ways to choose the chat template: give one",
         )
         self._check_batching()
         self._check_tokenizer_kwargs()
@@ -124,7 +151,8 @@ class RolloutSettings:
         """
         known = [f.name for f in fields(cls)]
         for name in kwargs:
-            _require(name in known, f"unknown argument {name!r}.{nearest_name(name, known)}")
+            hint = unknown_argument(name, known, foreign=POLICY_ARGUMENTS, elsewhere=_ELSEWHERE)
+            _require(name in known, f"unknown argument {name!r}.{hint}")
         return cls(**kwargs)
 
     def changed(self, **kwargs: Any) -> RolloutSettings:
@@ -208,8 +236,9 @@ class RolloutSettings:
         given = {k: v for k, v in self.generate_kwargs.items() if k not in self._own_kwargs}
         sampling = SamplingParams.from_kwargs(**given)
         if self.num_samples is not None:
+            is_given = any(given.get(name) is not None for name in ("n", "num_return_sequences"))
             _require(
-                sampling.n in (1, self.num_samples),
+                sampling.n == self.num_samples or not is_given,
                 f"num_samples={self.num_samples} differs from generate_kwargs['n']={sampling.n}.",
             )
             sampling = sampling.updated(n=self.num_samples)
@@ -229,12 +258,6 @@ class RolloutSettings:
             return True if self.inplace is None else self.inplace
         _require(not self.inplace, "inplace must be False (or None) when generating more than one sample.")
         return False
-
-    @property
-    def template_kwargs(self) -> dict[str, str]:
-        """The arguments that choose the chat template."""
-        given = {"chat_template_name": self.chat_template_name, "chat_template": self.chat_template}
-        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def text_kwargs(self) -> dict[str, Any]:

@@ -26,12 +26,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from torchrl_sglang.config import nearest_name
 from torchrl_sglang.config.checking import require
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.hydra_configs import SGLangEngineConfig, register_hydra_configs
+from torchrl_sglang.recipes.setup.setting_names import suggest_setting
 from torchrl_sglang.recipes.setup.settings import SETTINGS
-from torchrl_sglang.testing import smollm2_checkpoint
 
 __all__ = [
     "CONFIG_FILE",
@@ -159,9 +158,6 @@ def _register() -> None:
     store = ConfigStore.instance()
     for node, settings in SETTINGS.items():
         store.store(group=f"{node}_settings", name="default", node=settings)
-    # omegaconf 2.4 deprecates the old name, 2.3 does not have the new one
-    register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
-    register("smollm2", lambda: str(smollm2_checkpoint()), replace=True)
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -183,12 +179,7 @@ def _require_known(override: Override, known: Sequence[str]) -> None:
     key = override.key_or_group
     if override.is_add() or key in known:
         return
-    parent, _, _ = key.rpartition(".")
-    siblings = [one for one in known if one.rpartition(".")[0] == parent]
-    hint = nearest_name(key, [one for one in known if one != parent])
-    if not hint and parent and siblings:
-        hint = f" There are {', '.join(siblings)}."
-    raise ConfigError(f"unknown setting {key!r}.{hint} A new key is added with +{key}=...")
+    raise ConfigError(f"unknown setting {key!r}.{suggest_setting(key, known)} A new key is added with +{key}=...")
 
 
 def _keys(node: Any, above: str = "") -> Iterator[str]:

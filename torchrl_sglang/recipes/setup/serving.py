@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,9 @@ class Serving:
 
     def __init__(self, config: DictConfig, progress: Callable[[str], None] | None = None) -> None:
         try:
-            self.servers: AsyncSGLang = instantiate(config.engine, progress=progress)
+            with warnings.catch_warnings():  # push_first_weights() replaces the weights that running servers hold
+                warnings.filterwarnings("ignore", ".* holds weights of an earlier run")
+                self.servers: AsyncSGLang = instantiate(config.engine, progress=progress)
             self.policy: SGLangWrapper = instantiate(config.policy)
             self.scheme: SGLangWeightSyncScheme = instantiate(config.weight_sync_schemes.policy)
         except BaseException:

@@ -45,7 +45,7 @@ class TrainSettings:
     """Seed of the order of questions, of the trainer, and of launched servers."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, "steps", "questions", "answers", "micro_batch", "epochs", at_least=1)
+        require_numbers(self, "steps", "questions", "answers", "micro_batch", "epochs", above=0)
         require_numbers(self, "lr", "clip_norm", above=0)
         require_numbers(self, "weight_decay", "warmup_steps", at_least=0)
         require_numbers(self, "seed", at_least=0, below=2**32)
@@ -83,7 +83,7 @@ class EvaluateSettings:
     """Values of k for pass@k, the probability that at least one of k answers is right."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, "questions", "answers", at_least=1)
+        require_numbers(self, "questions", "answers", above=0)
         require_numbers(self, "every", at_least=0)
         require(not isinstance(self.ks, str) and bool(self.ks), f"ks must be numbers of answers, got {self.ks!r}")
         for k in self.ks:

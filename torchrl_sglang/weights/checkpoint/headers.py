@@ -70,16 +70,17 @@ class Checkpoint:
     path: Path | None = None
 
     @classmethod
-    def read(cls, model_path: str | Path) -> Checkpoint:
+    def read(cls, model_path: str | Path, *, revision: str | None = None) -> Checkpoint:
         """Read the headers of a checkpoint's safetensors files. Loads no tensor and uses no network.
 
         Args:
             model_path: a local folder, or a hub name that is in the local Hugging Face cache.
+            revision: branch, tag or commit of a hub name; for a server's checkpoint ``pool.info.revision``.
 
         Raises:
             ConfigError: the folder doesn't exist, has no safetensors files, or can't be read.
         """
-        folder = require_model_folder(model_path, hint=_NO_CHECKPOINT)
+        folder = require_model_folder(model_path, hint=_NO_CHECKPOINT, revision=revision)
         config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         specs: dict[str, TensorSpec] = {}
         for file in weight_files(folder):
@@ -179,8 +180,16 @@ _NO_CHECKPOINT = (
 )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that a server would load: those that the index names; without an index, all model files."""
+def weight_files(folder: Path, *, purpose: str = "tensor names are read from safetensors headers") -> list[Path]:
+    """The files that a server would load: those that the index names; without an index, all model files.
+
+    Args:
+        folder: a checkpoint.
+        purpose: what needs safetensors files, for the error.
+
+    Raises:
+        ConfigError: it has no safetensors files, or lacks some that its index names.
+    """
     if (folder / _INDEX).is_file():
         files = sorted({folder / file for file in _read_json(folder / _INDEX)["weight_map"].values()})
         absent = [file.name for file in files if not file.is_file()]
@@ -196,7 +205,7 @@ def weight_files(folder: Path) -> list[Path]:
         pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
         what = f"only {pickled[0].name}" if pickled else "no weight files"
         raise ConfigError(
-            f"{folder} holds {what}: tensor names are read from safetensors headers. Convert it with "
+            f"{folder} holds {what}: {purpose}. Convert it with "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), or describe it with "
             "Checkpoint.from_specs(...)."
         )
