@@ -159,8 +159,8 @@ def require_positive(config: Any, *names: str, zero: bool = False) -> None:
         ConfigError: as :func:`require_number`.
     """
     for name in names:
-        limit = {"at_least": 0} if zero else {"above": 0}
-        require_number(name, getattr(config, name), optional=True, **limit)
+        value = getattr(config, name)
+        require_number(name, value, optional=True, above=None if zero else 0, at_least=0 if zero else None)
 
 
 def words(name: str, value: Sequence[str]) -> tuple[str, ...]:

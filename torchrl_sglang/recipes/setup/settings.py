@@ -49,9 +49,7 @@ class TrainSettings:
         require_numbers(self, "lr", "clip_norm", above=0)
         require_numbers(self, "weight_decay", "warmup_steps", at_least=0)
         require_numbers(self, "seed", at_least=0, below=2**32)
-        require(
-            not isinstance(self.betas, str) and len(self.betas) == 2, f"betas must be two numbers, got {self.betas!r}"
-        )
+        require(len(self.betas) == 2, f"betas must be two numbers, got {self.betas!r}")
         for beta in self.betas:
             require_number("each of betas", beta, at_least=0, below=1)
         require(
@@ -85,7 +83,7 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         require_numbers(self, "questions", "answers", above=0)
         require_numbers(self, "every", at_least=0)
-        require(not isinstance(self.ks, str) and bool(self.ks), f"ks must be numbers of answers, got {self.ks!r}")
+        require(bool(self.ks), f"ks must be numbers of answers, got {self.ks!r}")
         for k in self.ks:
             require_number("each of ks", k, whole=True, at_least=1)
         require(
