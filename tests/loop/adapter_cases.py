@@ -45,16 +45,22 @@ def adapted(
     return model.eval()
 
 
-def worst_gap(pool: SGLangPool, sync: WeightSync, model: Any) -> float:
-    """Send the adapter, generate with it, and compare all log-probs, of the prompt too, with PEFT's own.
+def worst_gap(pool: SGLangPool, sync: WeightSync, model: Any, reference: Any = None) -> float:
+    """Send the adapter, generate with it, and compare the log-probs with PEFT's own.
+
+    Args:
+        pool: the server.
+        sync: sends; unless it does not verify, its own comparison (a scored prompt) counts too.
+        model: has the adapter.
+        reference: the model to compare with; ``None`` is ``model``.
 
     Returns:
         Largest difference, in nats.
     """
     report = sync.push(model)
     assert report is not None
-    assert report.max_logprob_gap is not None
+    model = model if reference is None else reference
     (reply,) = pool.generate([PROMPT], SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True))
     expected = trainer_logprobs(model, PROMPT + list(reply.output_ids))[len(PROMPT) - 1 :]
     got = torch.tensor(reply.output_logprobs, dtype=torch.float64)
-    return max(report.max_logprob_gap, float((expected - got).abs().max()))
+    return max(report.max_logprob_gap or 0.0, float((expected - got).abs().max()))

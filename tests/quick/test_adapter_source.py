@@ -1,4 +1,4 @@
-"""The adapter that is sent computes what PEFT's layers compute, in the form that SGLang takes, or is refused by name."""
+"""The adapter that is sent computes what PEFT's layers compute, in SGLang's form; or it is refused by name."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ def randomise(model: Any) -> None:
 
 def changes(model: Any) -> dict[str, torch.Tensor]:
     """What PEFT adds to each weight, by the module's path from ``layers`` on."""
-    return {
-        path[path.index("layers.") :]: sum(
-            layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A
-        )
-        for path, layer in model.named_modules()
-        if hasattr(layer, "get_delta_weight") and set(layer.active_adapters) & set(layer.lora_A)
-    }
+    found: dict[str, torch.Tensor] = {}
+    for path, layer in model.named_modules():
+        for name in layer.active_adapters if hasattr(layer, "lora_A") else ():
+            if name in layer.lora_A:
+                key = path[path.index("layers.") :]
+                found[key] = found.get(key, 0) + layer.get_delta_weight(name)
+    return found
 
 
 def sent_changes(source: AdapterSource) -> dict[str, torch.Tensor]:
