@@ -8,7 +8,7 @@ from typing import Any
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
-from torchrl_sglang.config.checking import require, require_timeout
+from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool.streaming import generate_streaming
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
@@ -40,7 +40,7 @@ class Batch:
     media: Sequence[Media] | None
 
     def __post_init__(self) -> None:
-        require_timeout("timeout_s", self.timeout_s)
+        require_number("timeout_s", self.timeout_s, optional=True, above=0)
         require(self.lora is None or isinstance(self.lora, str), f"lora must be an adapter's name, got {self.lora!r}")
         if self.media is not None and (self.progress is not None or len(self.media) != len(self.ids_B_T)):
             raise ConfigError("media needs one entry per prompt, and can't be combined with progress")
