@@ -40,7 +40,7 @@ PHASES: dict[str, tuple[str, int, int]] = {
     "joining the group": ("/init_weights_update_group", 1, 1),
     "the look at its load": ("/v1/loads", 1, 1),
     "the pause": ("/pause_generation", 1, 1),
-    "the look at its version": ("/model_info", 1, 2),
+    "the look at its version": ("/model_info", 2, 3),
     "the dirty mark": ("/update_weight_version", 1, 1),
     "begin": ("/begin_weight_update", 1, 2),
     "the first bucket": (UPDATE, 1, 1),

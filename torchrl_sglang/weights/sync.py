@@ -311,6 +311,8 @@ class WeightSync:
             if isinstance(error, WeightSyncError):
                 new = [client for client in clients if error.server_weights.get(client.url) == "new"]
                 self._serve(new, number, updated)
+            for client in clients:
+                self._pool.state.verification_ended(client.url)
             raise
         self._serve(clients, number, updated)
         report.server_weights = {url: state.weights for url, state in updated.items()}

@@ -10,6 +10,7 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import RequestRejectedError, ServerError, WeightSyncError, WeightUpdateError
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.pool.reply_weights import is_outdated
 from torchrl_sglang.protocol.control import build_destroy_group, build_ready
 from torchrl_sglang.protocol.dialect import SERVER_INFO
 from torchrl_sglang.weights.group.rendezvous import group_name
@@ -104,6 +105,9 @@ class LivenessCheck:
                 client.send(build_ready())
             if self._is_stuck(client) or not self._is_routed(client):
                 _require_scheduler(client)
+            held = client.weight_version()
+            if is_outdated(held, self._pool.state.server(client.url)):
+                self._pool.state.replaced_elsewhere(client.url, held)
         except ServerError:
             restarts = self._pool.state.server(client.url).restarts
             if self.restart is None or not self.restart(client.url):

@@ -255,6 +255,7 @@ class UpdateSession:
             if client.url in error.server_weights:
                 self._pool.quarantine(client.url, f"its verification failed ({error})")
                 self._state.weights_changed(client.url, self._withdraw(client))
+                self._state.update_rejected(client.url, str(self._version))
         error.server_weights.update(self.server_weights)
 
     def _withdraw(self, client: SGLangClient) -> ServerWeights:
