@@ -65,6 +65,9 @@ class SyncConfig:
     """Fixed part of a sync's deadline."""
     assumed_bytes_per_s: float = 100e6
     """Slowest expected transfer; a sync's deadline is ``fixed_timeout_s + bytes / assumed_bytes_per_s``."""
+    takeover: bool = False
+    """End another trainer's unfinished update at once. Otherwise a sync waits until that trainer's process has ended,
+    or, if it is on another host, until its update must have failed; if it runs, the sync is refused."""
     disk_dir: Path | None = None
     """Folder that trainer and servers share, for ``transport="disk"``."""
 

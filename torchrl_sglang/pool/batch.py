@@ -54,6 +54,11 @@ class Batch:
             "cache_salt": self.cache_salt,
         }
 
+    def part(self, share: Sequence[int]) -> Batch:
+        """The batch of the prompts with these indices only."""
+        media = None if self.media is None else [self.media[index] for index in share]
+        return replace(self, ids_B_T=[self.ids_B_T[index] for index in share], media=media)
+
     def build(self, share: Sequence[int]) -> HttpRequest:
         """One request for the prompts with these indices."""
         shown = None if self.media is None else [self.media[index] for index in share]
