@@ -66,6 +66,8 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
         *("checkpoint", "source", "buckets", "checksums", "group", "update"),
         *("transports", "planning", "sync", "scheme"),
     ),
+    "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
+    "weights": ("checkpoint", "source", "buckets", "group", "update", "transports", "planning", "sync", "scheme"),
 }
 
 # Where private names of libraries that move may be used: one place to mend when they do.

@@ -30,6 +30,7 @@ from torchrl_sglang.rollout.prompts import (
 from torchrl_sglang.rollout.requests import RequestBatcher, generate_prompts, score_sequences, truncate_left
 from torchrl_sglang.rollout.sampling_mask import warn_of_truncation, with_sampling_mask
 from torchrl_sglang.rollout.settings import RolloutSettings
+from torchrl_sglang.rollout.signature import policy_signature
 from torchrl_sglang.rollout.tensorclasses import Padding, stack_rows
 
 __all__ = ["SGLangWrapper"]
@@ -125,6 +126,8 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         >>> td["tokens", "full"].tolist(), list(td["generation"].finish_reason)
         ([[5, 6, 7, 7, 6]], ['length'])
     """
+
+    __signature__ = policy_signature()  # of the constructor: help, editors and the API page show it
 
     def __init__(self, model: Servers, **kwargs: Any) -> None:
         super().__init__()
