@@ -46,28 +46,14 @@ LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 # that is not named here. The package's own __init__ imports any of them.
 SUBLAYERS: dict[str, tuple[str, ...]] = {
     "pool": (
-        *(
-            "state",
-            "checks",
-            "reply_weights",
-            "router_client",
-            "balancing",
-            "streaming",
-            "dispatch",
-            "batch",
-            "dead_servers",
-        ),
-        *("end_tokens", "batch_run"),
-        *("pool", "resolve"),
-        *("pool", "resolve", "earlier_weights"),
+        *("state", "checks", "reply_weights", "router_client", "balancing", "streaming", "dispatch", "batch"),
+        *("dead_servers", "end_tokens", "batch_run", "pool", "resolve", "earlier_weights"),
     ),
-    "recipes": ("setup", "data", "batch", "losses", "run", "tools"),
+    "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": (
         *("checkpoint", "source", "buckets", "checksums", "group", "update"),
         *("transports", "planning", "sync", "scheme"),
     ),
-    "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
-    "weights": ("checkpoint", "source", "buckets", "group", "update", "transports", "planning", "sync", "scheme"),
 }
 
 # Where private names of libraries that move may be used: one place to mend when they do.

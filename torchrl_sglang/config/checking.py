@@ -111,7 +111,7 @@ def require_number(
     if at_most is None and name.endswith("_s") and not name.endswith("per_s"):
         at_most = _LONGEST_S
     kind = numbers.Integral if whole else numbers.Real
-    is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = not isinstance(value, bool) and isinstance(value, kind) and math.isfinite(value)
     fits = (
         is_number
         and (above is None or value > above)  # type: ignore[operator]
