@@ -1,4 +1,4 @@
-# make env | quickstart | test-quick | test | test-full | check      Needs Python 3.11 or 3.12, pip and make; no GPU.
+# make env | quickstart | test-quick | test | test-install | test-full | check      Needs Python 3.11 or 3.12, pip and make; no GPU.
 #
 # The environment is .venv; it is updated when a file with pins changes. Another Python: make env PYTHON=/path/to/python3.12
 
@@ -15,13 +15,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help env quickstart test-quick test test-full test-torchrl-nightly check format clean
+.PHONY: help env quickstart test-quick test test-install test-full test-torchrl-nightly check format clean
 
 help:
-	@echo "make quickstart  environment, then a language model trained with GRPO against a real SGLang server (no GPU)"
+	@echo "make quickstart  environment, then a language model trained with GRPO against a real SGLang server (no GPU);"
+	@echo "                 once more: make quickstart ARGS=--overwrite"
 	@echo "make test-quick  the tests to run while editing: no server, no Ray (about a minute on 2 cores)"
 	@echo "make test        environment, checks, tests (about 10 minutes on 2 cores)"
-	@echo "make test-full   make test, then TorchRL 0.13 and its nightly build (reported only) and the slow tests (another 25)"
+	@echo "make test-install  the first hour of a new user: the wheel, each extra, the CPU server, the examples (about 20 minutes)"
+	@echo "make test-full   make test, test-install, TorchRL 0.13 and its nightly build (reported only), the slow tests (another 45)"
 	@echo "make check       lint, format, types, architecture"
 	@echo "make docs        the documentation site, in site/index.html (under a minute)"
 	@echo "make tutorials   run the tutorials and render their pages again (about seven minutes)"
@@ -56,7 +58,7 @@ $(VENV)/.ready: pyproject.toml $(VENV)/.pins
 	@touch $@
 
 quickstart: env
-	@CUDA_VISIBLE_DEVICES= $(BIN)/python examples/grpo.py
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python examples/grpo.py $(ARGS)
 
 check: env
 	@echo "check 1/4  ruff check";    $(BIN)/ruff check --quiet .
@@ -75,7 +77,11 @@ test: env
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check docs test-torchrl-0.12
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-full: test test-torchrl-0.13 test-torchrl-nightly
+# In environments of its own, which pip resolves without our pins.
+test-install:
+	@"$(PYTHON)" tests/install/first_hour.py
+
+test-full: test test-torchrl-0.13 test-torchrl-nightly test-install
 	@$(BIN)/python -m pytest -m slow
 
 # The tests that call TorchRL, with an older release of it first on the import path.

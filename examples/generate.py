@@ -11,9 +11,8 @@ import argparse
 from tensordict import TensorDict, set_list_to_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm import ChatHistory
-from tqdm import tqdm
 
-from torchrl_sglang import AsyncSGLang, SGLangWrapper, smollm2_checkpoint
+from torchrl_sglang import AsyncSGLang, SGLangWrapper
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -23,12 +22,10 @@ parser.add_argument("questions", nargs="*", default=["What is the capital of Fra
 args = parser.parse_args()
 set_list_to_stack(True).set()  # TorchRL's language model classes need it
 
-with tqdm(bar_format="{desc}") as bar:
-    bar.set_description_str("connecting")
-    if args.url:
-        servers = AsyncSGLang.connect(args.url)
-    else:
-        servers = AsyncSGLang.from_pretrained(str(smollm2_checkpoint()), progress=bar.set_description_str)
+if args.url:
+    servers = AsyncSGLang.connect(args.url)
+else:
+    servers = AsyncSGLang.from_pretrained("SmolLM2", progress=True)
 
 with servers:
     policy = SGLangWrapper(servers, input_mode="history", generate_kwargs={"max_new_tokens": 40, "temperature": 0})

@@ -7,6 +7,7 @@
     python examples/grpo.py --preset gpu                     # three GPUs, a larger model and task
     python examples/grpo.py evaluate.every=4                 # pass@k on held-out questions
     python examples/grpo.py --resume outputs/quickstart      # continue after Ctrl-C
+    python examples/grpo.py --overwrite                      # once more, in place of the run in outputs/quickstart
 
 SmolLM2-135M-Instruct is asked "What is 5 + 2? Answer with only the number." At first its answers are long, and about
 one in ten contains the sum. After every step the trainer sends its weights to the server over the network, and the new
@@ -17,14 +18,12 @@ in the last (the answers become "5 + 2 = 7"), server and trainer agree on every 
 of weights reach the server in about a second, and its weight version rises by one per step.
 
 Files in outputs/quickstart/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per answer), report.png
-(redrawn during the run), checkpoint/ (the last weights), checkpoint-previous/ (the weights before the last step, which
-generated the last answers) and checkpoints/ (to resume from).
+(redrawn during the run), checkpoint/ (the last weights, 0.5 GB) and checkpoints/ (to resume from, 1.6 GB).
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,7 +35,6 @@ import torch
 from omegaconf import DictConfig
 from torchrl.collectors import Collector
 from torchrl.data import LazyStackStorage, ReplayBuffer, SamplerWithoutReplacement
-from torchrl.objectives.llm import MCAdvantage
 
 from torchrl_sglang import recipes
 
@@ -49,9 +47,6 @@ STEP_LINE = (
 
 def train(config: DictConfig, resume: bool) -> bool:
     settings, output = recipes.TrainSettings(**config.train), Path(config.run.folder)
-    if not resume:  # remove the weights of an earlier run in this folder
-        for name in ("checkpoint", "checkpoint-previous"):
-            shutil.rmtree(output / name, ignore_errors=True)
     started = time.perf_counter()
     tokenizer = recipes.load_tokenizer(config.model)
     model = recipes.load_model(config.model, settings.device)
@@ -59,7 +54,7 @@ def train(config: DictConfig, resume: bool) -> bool:
         storage=LazyStackStorage(settings.batch_size),
         sampler=SamplerWithoutReplacement(),
         batch_size=settings.micro_batch,
-        transform=MCAdvantage(grpo_size=settings.answers),
+        transform=recipes.GroupAdvantage(grpo_size=settings.answers),
     )
     task = recipes.make_task(config.task)
     with ExitStack() as stack:  # closes everything in reverse order, also after an error
@@ -100,12 +95,12 @@ def train(config: DictConfig, resume: bool) -> bool:
             with run.clock("generate"):
                 batch_B = next(rollouts).reshape(-1).to(run.device)
             answers = recipes.Sequences.from_tensordict(batch_B)
-            if step == settings.steps:
+            if step == settings.steps and config.checkpoint.get("previous"):
                 recipes.save_model(model, tokenizer, output / "checkpoint-previous")
 
             with run.clock("train"):
                 buffer.empty()
-                buffer.extend(batch_B)  # MCAdvantage compares the answers to one question and writes "advantage"
+                buffer.extend(batch_B)  # GroupAdvantage compares the answers to one question and writes "advantage"
                 losses, trainer_parts, server_parts = [], [], []
                 for epoch in range(settings.epochs):
                     for number, micro_B in enumerate(buffer, 1):

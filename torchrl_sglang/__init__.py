@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams, ServerConfig, SyncConfig
 from torchrl_sglang.errors import (
     ConfigError,
+    LethalPromptError,
     ProtocolError,
     RequestRejectedError,
     ServerError,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from torchrl_sglang.rollout import Generation, SGLangWrapper, behaviour_log_probs, temper, trainer_log_probs
     from torchrl_sglang.scores import RewardModel, RewardModelTransform
     from torchrl_sglang.server import SGLangServer
-    from torchrl_sglang.testing import smollm2_checkpoint
+    from torchrl_sglang.smollm2 import smollm2_checkpoint
     from torchrl_sglang.weights import SGLangWeightSender, SGLangWeightSyncScheme, SyncReport, WeightSync
 
 __version__ = "0.1.0"
@@ -54,7 +55,7 @@ _LAZY = {
     "SyncReport": "torchrl_sglang.weights",
     "WeightSync": "torchrl_sglang.weights",
     "behaviour_log_probs": "torchrl_sglang.rollout",
-    "smollm2_checkpoint": "torchrl_sglang.testing",
+    "smollm2_checkpoint": "torchrl_sglang.smollm2",
     "temper": "torchrl_sglang.rollout",
     "trainer_log_probs": "torchrl_sglang.rollout",
 }
@@ -64,6 +65,7 @@ __all__ = [
     "ClientConfig",
     "ConfigError",
     "Generation",
+    "LethalPromptError",
     "ProtocolError",
     "RequestRejectedError",
     "Response",

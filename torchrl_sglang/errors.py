@@ -10,6 +10,7 @@
     │   ├── ServerUnreachableError(ConnectionError)   no connection was made: nothing ran, safe to send again
     │   ├── ServerLostError(ConnectionError)       the connection broke after sending: the request may have run
     │   ├── ServerTimeoutError(TimeoutError)       no answer in time: the request may still be running
+    │   ├── LethalPromptError                      servers died on a prompt; has the other prompts' replies
     │   └── RequestRejectedError                   the server answered with an error status
     └── WeightSyncError(RuntimeError)              has the state of every server's weights
         ├── WeightCoverageError                    names, shapes, dtypes or values don't match, listed
@@ -21,10 +22,11 @@ All of them pickle (they cross process boundaries in multi-process collectors), 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = [
     "ConfigError",
+    "LethalPromptError",
     "ProtocolError",
     "RequestRejectedError",
     "SGLangError",
@@ -92,7 +94,16 @@ class ServerStartError(ServerError):
 
 
 class ServerUnreachableError(ServerError, ConnectionError):
-    """No connection was made, so nothing can have run: sending again is safe."""
+    """No connection was made, so nothing can have run: sending again is safe.
+
+    Attributes:
+        is_local: the cause is on this machine (no free file descriptor, no name resolution, no network): it says
+            nothing about the server.
+    """
+
+    def __init__(self, message: str, *, server: str | None = None, is_local: bool = False) -> None:
+        super().__init__(message, server=server)
+        self.is_local = is_local
 
 
 class ServerLostError(ServerError, ConnectionError):
@@ -101,6 +112,27 @@ class ServerLostError(ServerError, ConnectionError):
 
 class ServerTimeoutError(ServerError, TimeoutError):
     """No answer within the time-out: the request may still be running on the server."""
+
+
+class LethalPromptError(ServerError):
+    """Servers died on prompts: each was in two requests during which a server died, alone in the last one.
+
+    Attributes:
+        prompts: per index of such a prompt, how the last server died.
+        replies: per index of every other prompt, its replies.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        server: str | None = None,
+        prompts: Mapping[int, str] | None = None,
+        replies: Mapping[int, Sequence[Any]] | None = None,
+    ) -> None:
+        super().__init__(message, server=server)
+        self.prompts: dict[int, str] = dict(prompts or {})
+        self.replies: dict[int, list[Any]] = {index: list(each) for index, each in (replies or {}).items()}
 
 
 class RequestRejectedError(ServerError):

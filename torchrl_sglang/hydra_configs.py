@@ -12,7 +12,8 @@ After :func:`register_hydra_configs` a config can contain::
     weight_sync_schemes:
       policy: {servers: ${engine}, config: {bucket_bytes: 67108864}}
 
-``hydra.utils.instantiate`` builds policy and scheme on one engine: hydra copies ``${engine}`` to both nodes, and
+``hydra.utils.instantiate``, or :func:`build`, which passes this package's errors on unwrapped, builds policy and scheme
+on one engine: hydra copies ``${engine}`` to both nodes, and
 :func:`shared_engine` returns the same engine for equal arguments until :func:`close_engines` is called.
 """
 
@@ -26,7 +27,7 @@ from typing import Any
 
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.engine import AsyncSGLang
-from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.errors import ConfigError, SGLangError
 from torchrl_sglang.rollout import SGLangWrapper
 from torchrl_sglang.weights import SGLangWeightSyncScheme
 
@@ -34,6 +35,7 @@ __all__ = [
     "SGLangEngineConfig",
     "SGLangPolicyConfig",
     "SGLangWeightSyncSchemeConfig",
+    "build",
     "close_engines",
     "make_policy",
     "make_scheme",
@@ -44,12 +46,39 @@ __all__ = [
 _engines: dict[str, AsyncSGLang] = {}
 
 
+def build(node: Any, **settings: Any) -> Any:
+    """``hydra.utils.instantiate``, with this package's errors as they are.
+
+    Hydra wraps every error in an ``InstantiationException`` that quotes the message with its line breaks escaped.
+
+    Args:
+        node: a node with ``_target_``.
+        **settings: added to the node's.
+
+    Raises:
+        SGLangError: the one that the target raised.
+        ConfigError: the target refused the node's settings, or does not exist.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, **settings)
+    except InstantiationException as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None and not isinstance(cause, SGLangError):
+            cause = cause.__cause__
+        if isinstance(cause, SGLangError):
+            raise cause from None
+        raise ConfigError(f"{node.get('_target_')} can't be built: {cause}") from error
+
+
 def shared_engine(
     url: str | Sequence[str] | None = None,
     model: str | None = None,
     *,
     name: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | bool | None = None,
     **settings: Any,
 ) -> AsyncSGLang:
     """Return the engine for these arguments; the first call makes it, later calls return the same object.
@@ -58,7 +87,7 @@ def shared_engine(
         url: base URL(s) of running servers to attach to; exclusive with ``model``.
         model: the checkpoint to launch servers with.
         name: distinguishes engines with otherwise equal arguments.
-        progress: called with a line of text while servers load.
+        progress: shows how far launched servers are, see :meth:`AsyncSGLang.from_pretrained`.
         **settings: further arguments of :meth:`AsyncSGLang.connect` or :meth:`AsyncSGLang.from_pretrained`.
 
     Raises:

@@ -1,6 +1,7 @@
-"""Finds and reads a checkpoint's files on this machine, from its folder or its hub name. Nothing is downloaded.
+"""Finds and reads a checkpoint's files on this machine, from its folder or its hub name.
 
-Also loads tokenizers. All other modules get checkpoint files through this one.
+Nothing is downloaded, except the model named ``SmolLM2``. Also loads tokenizers. All other modules get checkpoint files
+through this one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.smollm2 import is_smollm2, smollm2_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,10 +29,17 @@ __all__ = [
 def find_local_path(model: str | Path) -> Path | None:
     """The path of a checkpoint that is given as one; ``None`` for a hub name, also one in the local cache.
 
+    ``SmolLM2`` is the path of :func:`smollm2_checkpoint`, which the first call makes.
+
+    Raises:
+        ConfigError: the model is ``SmolLM2``, and can't be made.
+
     Examples:
         >>> find_local_path("Qwen/Qwen3-0.6B") is None
         True
     """
+    if is_smollm2(model):
+        return smollm2_checkpoint()
     path = Path(model).expanduser()
     return path.absolute() if path.exists() else None
 
@@ -117,10 +126,11 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     """
     from transformers import AutoTokenizer  # slow to import, and not needed for token-only use
 
+    found = find_local_path(path)
     # A folder has no revisions: transformers would look for a sub-folder of refs.
-    chosen = {} if revision is None or find_local_path(path) is not None else {"revision": revision}
+    chosen = {} if revision is None or found is not None else {"revision": revision}
     try:
-        return AutoTokenizer.from_pretrained(path, **chosen)
+        return AutoTokenizer.from_pretrained(path if found is None else found, **chosen)
     except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
         named = f"{path!r} at revision {revision!r}" if chosen else repr(path)
         raise ConfigError(f"the tokenizer {named} can't be loaded here ({error}); pass tokenizer=") from error

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["added_tokens", "decode_ids", "encode_texts", "encode_untemplated", "special_ids"]
+from torchrl_sglang.errors import ConfigError
+
+__all__ = ["added_tokens", "decode_ids", "encode_texts", "encode_untemplated", "is_encodable", "special_ids"]
 
 _PROBE = "a"
 
@@ -24,8 +26,14 @@ def encode_texts(
         texts_B: the texts.
         options: arguments of the tokenizer, e.g. ``{"add_special_tokens": False}``.
         open_end: whether the model continues the texts.
+
+    Raises:
+        ConfigError: a text holds half of a surrogate pair.
     """
     texts = list(texts_B)
+    for index, text in enumerate(texts):
+        if not is_encodable(text):
+            raise ConfigError(f"text {index} holds half of a surrogate pair, which is no character: {text[:80]!r}")
     options = dict(options or {})
     ids_B_T = [list(ids_T) for ids_T in tokenizer(texts, **options)["input_ids"]] if texts else []
     if not options.get("add_special_tokens", True) or not hasattr(tokenizer, "num_special_tokens_to_add"):
@@ -44,8 +52,28 @@ def encode_texts(
 
 
 def encode_untemplated(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that has all its special tokens, such as a rendered chat template."""
+    """Token ids of a text that has all its special tokens, such as a rendered chat template.
+
+    Raises:
+        ConfigError: the text holds half of a surrogate pair.
+    """
+    if not is_encodable(text):
+        raise ConfigError("the conversation holds half of a surrogate pair, which is no character")
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def is_encodable(text: str) -> bool:
+    r"""Whether UTF-8 can encode a text: it has no half of a surrogate pair, as JSON with broken escapes may.
+
+    Examples:
+        >>> is_encodable("text"), is_encodable("\ud83d")
+        (True, False)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:

@@ -72,6 +72,7 @@ def grpo_arguments(model: Path, output: Path, steps: int) -> list[str]:
             "train.micro_batch=3",
             "policy.generate_kwargs.max_new_tokens=6",
             "train.lr=1e-2",
+            "checkpoint.previous=true",
         ),
     ]
 

@@ -50,7 +50,7 @@ PHASES: dict[str, tuple[str, int, int]] = {
     "the new version": ("/update_weight_version", 2, 2),
     "continue": ("/continue_generation", 1, 1),
     "the probe": ("/generate", 1, 1),
-    "the checksums": ("/weights_checker", 1, 1),
+    "the checksums": ("/weights_checker", 2, 2),  # the first ones are read before the update
 }
 PHASE_NAMES = list(PHASES)
 FIRST_BUCKET, LAST_BUCKET = PHASE_NAMES.index("the first bucket"), PHASE_NAMES.index("the last bucket")
@@ -125,6 +125,7 @@ def make_rows() -> Iterator[Row]:
         yield failing(phase, "refuse", servers=3, failing_server=2)  # no child of the trainer in gloo's tree
         # Server 1 hands the bytes on to server 3 in gloo's tree: it waits with it.
         yield replace(failing(phase, "stop", servers=3, failing_server=2), states=("stuck", "mixed", "stuck"))
+        yield orphaned(phase, servers=3, failing_server=1)
         yield orphaned(phase, servers=3, failing_server=2)
     yield from particular_rows()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,11 +12,16 @@ import pytest
 
 from tests.fake_sglang import FakeServer, FakeSettings
 from torchrl_sglang.cli import main
-from torchrl_sglang.doctor import check_environment
+from torchrl_sglang.config import ServerConfig
+from torchrl_sglang.doctor import Check, check_environment
+
+
+def checks_of(config: ServerConfig, *, launches: bool = True) -> dict[str, Check]:
+    return {check.name: check for check in check_environment(config, launches=launches)}
 
 
 def test_the_environment_check_reports_both_pythons() -> None:
-    checks = {check.name: check for check in check_environment(sys.executable)}
+    checks = checks_of(ServerConfig(model="-", device="cpu"))
     assert "torchrl 0." in checks["trainer's Python"].detail
     assert checks["server's Python"].status == "pass"
     assert "sglang 0.5." in checks["server's Python"].detail
@@ -24,9 +30,32 @@ def test_the_environment_check_reports_both_pythons() -> None:
 def test_a_python_without_sglang_fails_with_what_to_install(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
-    check = next(c for c in check_environment(str(bare / "bin" / "python")) if c.name == "server's Python")
-    assert check.status == "fail"
-    assert "install-cpu-server" in check.next_step
+    config = ServerConfig(model="-", python=str(bare / "bin" / "python"))
+    assert checks_of(config)["server's Python"].status == "fail"
+    assert "install-cpu-server" in checks_of(config)["server's Python"].next_step
+    assert checks_of(config, launches=False)["server's Python"].status == "skip"
+
+
+def test_the_doctor_finds_the_cpu_server_and_needs_none_for_a_remote_one(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # This Python has no SGLang.
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sglang" else find_spec(name))
+    assert main(["doctor", "--device", "cpu"]) == 1
+    assert "Looked in this Python" in " ".join(capsys.readouterr().out.split())
+    with FakeServer(FakeSettings(model_path=tiny_llama)) as server:
+        assert main(["doctor", server.url]) == 0
+    assert "none is needed" in capsys.readouterr().out
+
+    installed = tmp_path / ".cache" / "torchrl-sglang" / "cpu-server"  # a link to an environment that has SGLang
+    installed.parent.mkdir(parents=True)
+    installed.symlink_to(sys.prefix)
+    assert main(["doctor", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "all checks passed" in said
+    assert "cpu-server/bin/python: sglang" in " ".join(said.split())
 
 
 def test_nothing_listening_is_a_failure_and_exit_code_one(capsys: pytest.CaptureFixture[str]) -> None:

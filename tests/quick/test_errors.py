@@ -20,6 +20,7 @@ EXAMPLES = [
     errors.ServerUnreachableError("what", server=URL),
     errors.ServerLostError("what", server=URL),
     errors.ServerTimeoutError("what", server=URL),
+    errors.LethalPromptError("what", server=URL, prompts={3: "it died"}, replies={0: ["reply"]}),
     errors.RequestRejectedError("what", server=URL, status=400, detail="no session"),
     errors.WeightSyncError("what", server_weights={URL: "old"}),
     errors.WeightCoverageError(

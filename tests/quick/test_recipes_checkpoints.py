@@ -124,10 +124,46 @@ def test_a_resumed_folder_has_every_step_once_even_if_the_run_was_killed_while_w
     assert lines == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
 
 
-def test_a_new_run_replaces_an_earlier_one(tmp_path: Path) -> None:
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_with_an_earlier_run_is_refused_with_the_three_ways_to_go_on(tmp_path: Path) -> None:
     write_run(tmp_path, range(1, 4))
     save(recipes.Checkpoints(tmp_path / "checkpoints"), Trainer(), 3)
-    write_run(tmp_path, range(1, 2))
+    before = files_in(tmp_path)
+    with pytest.raises(ConfigError) as raised:
+        write_run(tmp_path, range(1, 2))
+    for part in ("metrics.csv, evaluations.csv, samples.jsonl", f"--resume {tmp_path}", "run.folder=", "--overwrite"):
+        assert part in str(raised.value)
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("how", [{"overwrite": True}, {"resume_step": 1}])
+def test_nothing_changes_before_the_run_begins(tmp_path: Path, how: dict[str, Any]) -> None:
+    """The servers start between the folder's making and its beginning, and may fail."""
+    write_run(tmp_path, range(1, 4))
+    before = files_in(tmp_path)
+    with pytest.raises(RuntimeError, match="the servers don't start"), RunFolder(tmp_path, **how):
+        raise RuntimeError("the servers don't start")
+    assert files_in(tmp_path) == before
+    assert not list(RunFolder(tmp_path / "new").path.parent.glob("new"))
+
+
+def test_only_a_runs_own_files_are_replaced(tmp_path: Path) -> None:
+    write_run(tmp_path, range(1, 4))
+    for name in ("model", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").touch()
+    write_run(tmp_path, range(1, 2), overwrite=True)
+    assert (tmp_path / "model" / "mine.txt").exists(), "there is no config.yaml, so the model is not a run's"
+    assert (tmp_path / "notes" / "mine.txt").exists()
+
+
+def test_a_new_run_replaces_an_earlier_one_when_told_to(tmp_path: Path) -> None:
+    write_run(tmp_path, range(1, 4))
+    save(recipes.Checkpoints(tmp_path / "checkpoints"), Trainer(), 3)
+    write_run(tmp_path, range(1, 2), overwrite=True)
     assert len(recipes.read_metrics(tmp_path / "metrics.csv")) == 1
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2
     assert recipes.Checkpoints(tmp_path / "checkpoints").latest() is None

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from tests.fake_sglang import FakeServer, FakeSettings
 from torchrl_sglang import ConfigError, recipes
 from torchrl_sglang.hydra_configs import close_engines, shared_engine
-from torchrl_sglang.recipes.setup.config import load_config, parse_arguments, save_config
+from torchrl_sglang.recipes.setup.arguments import parse_arguments
+from torchrl_sglang.recipes.setup.config import load_config, save_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PRESETS = sorted((file.parent.name, file.stem) for file in (EXAMPLES / "config").glob("*/*.yaml"))

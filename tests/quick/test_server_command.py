@@ -15,10 +15,10 @@ from torchrl_sglang.server.command import (
     build_command,
     build_url,
     check_config,
-    find_python,
     keys_as_yaml,
     local_model_path,
 )
+from torchrl_sglang.server.locate import find_python
 
 
 @pytest.fixture

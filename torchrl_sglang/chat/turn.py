@@ -29,6 +29,7 @@ class Turn:
         sampling: how tokens are drawn.
         adapter: name of the LoRA adapter, ``None`` for the pool's own.
         return_log_probs: report the log-prob of every response token.
+        num_earlier_calls: number of tool calls in the conversation.
     """
 
     ids_T: list[int]
@@ -37,6 +38,7 @@ class Turn:
     sampling: SamplingParams
     adapter: str | None
     return_log_probs: bool
+    num_earlier_calls: int = 0
 
 
 def prepare_turn(
@@ -74,4 +76,5 @@ def prepare_turn(
         sampling=sampling,
         adapter=adapter,
         return_log_probs=return_log_probs,
+        num_earlier_calls=sum(len(message.get("tool_calls") or ()) for message in conversation.messages),
     )

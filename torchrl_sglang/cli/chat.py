@@ -15,15 +15,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torchrl_sglang.chat import Response, SGLangChat
 from torchrl_sglang.cli.target import add_generation_options, add_target_options, generation_settings, target
 from torchrl_sglang.errors import SGLangError
 
-__all__ = ["SUMMARY", "add_arguments", "run"]
+if TYPE_CHECKING:
+    from torchrl_sglang.chat import Response, SGLangChat
 
-SUMMARY = "chat with a model in the terminal"
+__all__ = ["add_arguments", "run"]
+
 
 _HELP = "/image PATH sends an image with the next message, /reset deletes the conversation, /exit ends the chat"
 
@@ -37,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Chat until the input ends."""
+    from torchrl_sglang.chat import SGLangChat
+
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() a history and arrow keys
     with target(args) as (url, config):

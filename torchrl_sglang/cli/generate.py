@@ -1,8 +1,10 @@
 """Generate responses to prompts.
 
-Prompts are arguments of the command, or lines of standard input. Responses go to standard output in the same order.
-With --chat each prompt is a user's message and goes through the model's chat template.
+Prompts are arguments of the command, or lines of standard input. Responses go to standard output in the same order;
+with -n above 1 a line above each says which it is. With --chat each prompt is a user's message and goes through the
+model's chat template.
 
+    torchrl-sglang generate --model SmolLM2 --chat "What is the capital of France?"
     torchrl-sglang generate "The capital of France is" --max-new-tokens 8
     torchrl-sglang generate --chat "What is 2 + 2?" --temperature 0
     torchrl-sglang generate --json < prompts.txt > responses.jsonl
@@ -19,9 +21,7 @@ from torchrl_sglang.cli.target import add_generation_options, add_target_options
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["SUMMARY", "add_arguments", "run"]
-
-SUMMARY = "generate responses to prompts"
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +43,22 @@ def run(args: argparse.Namespace) -> int:
     with target(args) as (url, config):
         rows = _answer(url, config, prompts, args.adapter, settings) if args.chat else None
         rows = rows if rows is not None else _continue(url, config, prompts, args.adapter, settings)
-    for row in rows:
+    for number, row in enumerate(rows):
+        if args.n > 1 and not args.json:
+            print(_heading(number, args.n, prompts))
         print(json.dumps(row, ensure_ascii=False) if args.json else row["text"])
     return 0
+
+
+def _heading(number: int, per_prompt: int, prompts: list[str]) -> str:
+    """The line above one of several responses to a prompt.
+
+    Examples:
+        >>> _heading(3, 2, ["one", "two"])
+        '--- prompt 2 of 2, response 2 of 2 ---'
+    """
+    which = f"prompt {number // per_prompt + 1} of {len(prompts)}, " if len(prompts) > 1 else ""
+    return f"--- {which}response {number % per_prompt + 1} of {per_prompt} ---"
 
 
 def _lines() -> list[str]:

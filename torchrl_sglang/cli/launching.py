@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
-import shutil
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 from torchrl_sglang.config import ServerConfig
-from torchrl_sglang.server import SGLangServer, needs_cpu_engine
+from torchrl_sglang.progress import PhaseLine
+from torchrl_sglang.server import SGLangServer
+from torchrl_sglang.server.locate import find_python
 
-__all__ = ["CPU_SERVER", "add_server_options", "launch", "server_config"]
-
-CPU_SERVER = Path("~/.cache/torchrl-sglang/cpu-server")
-"""Default folder of ``install-cpu-server``; commands that launch a server look for one there."""
+__all__ = ["add_server_options", "launch", "server_config"]
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +39,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 def server_config(args: argparse.Namespace, **more: object) -> ServerConfig:
     """The settings that the options describe."""
-    config = ServerConfig(
+    return ServerConfig(
         model=args.model,
         python=args.python,
         device=args.device,
@@ -56,27 +51,12 @@ def server_config(args: argparse.Namespace, **more: object) -> ServerConfig:
         stop_timeout_s=0.0,  # SGLang has nothing to save, and takes 6-9 s to end after SIGTERM
         **more,  # type: ignore[arg-type]
     )
-    installed = CPU_SERVER.expanduser() / "bin" / "python"
-    has_none = config.python is None and importlib.util.find_spec("sglang") is None
-    if has_none and installed.is_file() and needs_cpu_engine(config):
-        return replace(config, python=str(installed))
-    return config
 
 
 def launch(config: ServerConfig) -> SGLangServer:
-    """Launch a server and wait until it is ready; a terminal shows one progress line meanwhile."""
-    server = SGLangServer(config)
-    shown = sys.stderr.isatty()
-
-    def progress(line: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        if shown:
-            print(f"\r{f'loading, {line}'[:width]:<{width}}", end="", file=sys.stderr, flush=True)
-
-    where = f" (with {config.python})" if config.python else ""
+    """Launch a server and wait until it is ready, showing the phases of its start."""
+    python = find_python(config)
+    where = f" (with {python})" if python != sys.executable else ""
     print(f"starting SGLang on {config.model}{where}", file=sys.stderr, flush=True)
-    try:
-        return server.start(progress=progress)
-    finally:
-        if shown:
-            print(f"\r{'':<{shutil.get_terminal_size().columns - 1}}\r", end="", file=sys.stderr, flush=True)
+    with PhaseLine() as show:
+        return SGLangServer(config).start(progress=show)

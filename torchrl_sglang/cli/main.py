@@ -8,18 +8,20 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from torchrl_sglang.cli.parser import Parser
 from torchrl_sglang.errors import ConfigError, SGLangError
 
 __all__ = ["COMMANDS", "main"]
 
-# A subcommand is a module of this folder with SUMMARY, add_arguments(parser) and run(args) -> int.
+# A subcommand is a module of this folder with add_arguments(parser) and run(args) -> int. Only the named command's
+# module is imported, and modules import torch, transformers and torchrl inside run(): help must appear at once.
 COMMANDS = {
-    "serve": "serve",
-    "generate": "generate",
-    "chat": "chat",
-    "doctor": "doctor",
-    "install-cpu-server": "install_cpu_server",
-    "version": "version",
+    "serve": ("serve", "launch a server"),
+    "generate": ("generate", "generate responses to prompts"),
+    "chat": ("chat", "chat with a model in the terminal"),
+    "doctor": ("doctor", "check the installation, a server, or a whole weight sync"),
+    "install-cpu-server": ("install_cpu_server", "install a server that needs no GPU"),
+    "version": ("version", "print versions"),
 }
 
 _FAILURE, _USAGE, _INTERRUPTED = 1, 2, 130
@@ -34,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 1 after a failure, 2 for a wrong call, 130 after Ctrl-C.
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = ["version"] if words == ["--version"] else words
+    args = _parser(words).parse_args(words)
     try:
         return int(args.run(args))
     except ConfigError as error:
@@ -55,21 +58,23 @@ def _print_error(error: SGLangError, code: int) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The program's parser, with the options of the command that ``words`` name."""
+    parser = Parser(
         prog="torchrl-sglang",
         description="SGLang servers from the command line, with and without a GPU.",
         epilog="torchrl-sglang COMMAND --help describes one command.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, module_name in COMMANDS.items():
+    named = next((word for word in words if word in COMMANDS), None)
+    for name, (module_name, summary) in COMMANDS.items():
+        if name != named:
+            commands.add_parser(name, help=summary)
+            continue
         module = import_module(f"torchrl_sglang.cli.{module_name}")
         command = commands.add_parser(
-            name,
-            help=module.SUMMARY,
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parser=command)
     return parser

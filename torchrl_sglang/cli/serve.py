@@ -21,16 +21,15 @@ from torchrl_sglang.cli.secrets import key_from
 from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.server import SGLangServer
 
-__all__ = ["SUMMARY", "add_arguments", "run"]
+__all__ = ["add_arguments", "run"]
 
-SUMMARY = "launch a server"
 
 _POLL_S = 0.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    parser.add_argument("model", metavar="MODEL", help="path or hub name of the checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="path or hub name of the checkpoint, or SmolLM2")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=30000, help="port to listen on (default: 30000)")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that requests must have")

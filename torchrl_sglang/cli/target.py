@@ -22,7 +22,9 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the model")
     where = group.add_mutually_exclusive_group()
     where.add_argument("--url", help="address of a running server (default: http://127.0.0.1:30000)")
-    where.add_argument("--model", help="path or hub name of a checkpoint: launches a server until the command ends")
+    where.add_argument(
+        "--model", help="path or hub name of a checkpoint, or SmolLM2: launches a server until the command ends"
+    )
     group.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the server's key")
     group.add_argument(
         "--ca-certificate", metavar="FILE", help="certificate of the private authority of an https:// server"

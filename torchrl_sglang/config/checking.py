@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["nearest_name", "require", "require_positive", "words"]
+__all__ = ["names_checked", "nearest_name", "require", "require_positive", "words"]
+
+Record = TypeVar("Record", bound=type)
+
+
+def names_checked(hint: Callable[[str, Sequence[str]], str] | None = None) -> Callable[[Record], Record]:
+    """Class decorator: the constructor of a keyword-only dataclass refuses unknown names with a :class:`ConfigError`.
+
+    Python's own ``TypeError`` suggests no name.
+
+    Args:
+        hint: ``hint(name, known names)`` ends the message; :func:`nearest_name` by default.
+    """
+
+    def decorate(record: Record) -> Record:
+        checked = record.__init__  # type: ignore[misc]
+        known = [field.name for field in fields(record) if field.init]
+
+        @functools.wraps(checked)
+        def __init__(self: Any, *args: Any, **given: Any) -> None:
+            for name in given:
+                if name not in known:
+                    raise ConfigError(
+                        f"{record.__name__} has no argument {name!r}.{(hint or nearest_name)(name, known)}"
+                    )
+            checked(self, *args, **given)
+
+        record.__init__ = __init__  # type: ignore[misc]
+        return record
+
+    return decorate
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str:

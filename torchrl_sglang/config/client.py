@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from torchrl_sglang.config.checking import require, require_positive
+from torchrl_sglang.config.checking import names_checked, require, require_positive
 
 __all__ = ["ClientConfig"]
 
 
+@names_checked()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientConfig:
     """Settings of the HTTP client of a server."""
@@ -30,8 +31,9 @@ class ClientConfig:
     update_timeout_s: float = 300.0
     """For each step of a weight update but the buckets: begin and end of the session, loading a checkpoint from disk,
     verification. The update's deadline may be earlier. For a bucket see :attr:`SyncConfig.bucket_timeout_s`."""
-    max_connections: int = 32
-    """Most open connections per server; when all are in use, further threads wait for one."""
+    max_connections: int = 1024
+    """Most generate requests under way per server, each on a connection of its own; further threads wait, and the wait
+    counts towards their time-out. A process needs as many file descriptors (``ulimit -n``)."""
     connect_retries: int = 2
     """How often a request that did not reach the server is retried."""
     unchecked_vocab: bool = False

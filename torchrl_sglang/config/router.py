@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torchrl_sglang.config.checking import require, require_positive, words
+from torchrl_sglang.config.checking import names_checked, require, require_positive, words
 
 __all__ = ["RouterConfig"]
 
 _OWN_FLAGS = ("--host", "--port", "--policy", "--worker-urls", "--api-key")
 
 
+@names_checked()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     """How an ``sglang-router`` process is launched. Everything not named here goes into ``extra_args``."""

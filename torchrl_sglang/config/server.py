@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from torchrl_sglang.config.checking import require, require_positive, words
+from torchrl_sglang.config.checking import names_checked, require, require_positive, words
+from torchrl_sglang.config.foreign_names import ENGINE_ARGUMENTS, unknown_argument
 
 __all__ = ["ServerConfig"]
 
 
+@names_checked(lambda name, known: unknown_argument(name, known, foreign=ENGINE_ARGUMENTS))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """How one SGLang server process is launched. SGLang's other flags go into ``extra_args``."""
@@ -21,7 +23,8 @@ class ServerConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """``auto`` uses a GPU if one is visible, else SGLang's CPU engine."""
     python: str | None = None
-    """Python that has SGLang installed; ``None`` is the current one. Often another one: SGLang pins its torch."""
+    """Python that has SGLang installed. ``None``: the current one if it has SGLang with what SGLang needs; else, for a
+    server without a GPU, that of ``torchrl-sglang install-cpu-server``."""
     host: str = "127.0.0.1"
     """Address to listen on; the default, loopback, is not reachable from other machines."""
     port: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -13,7 +14,11 @@ from typing import Any
 
 import torch
 
+from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.doctor.checks import Check
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.server.cpu import needs_cpu_engine
+from torchrl_sglang.server.locate import find_python, missing_packages
 
 __all__ = ["check_environment"]
 
@@ -30,6 +35,11 @@ except ImportError: pass
 print(json.dumps(found))
 """
 
+_INSTALL = (
+    "without a GPU: torchrl-sglang install-cpu-server; with one: pip install sglang into an environment of its own, "
+    "then ServerConfig(python=...)"
+)
+
 _PROBE_TIMEOUT_S = 120.0
 """The longest that importing torch from a cold disk takes."""
 
@@ -41,38 +51,58 @@ def _read_versions(python: str) -> Mapping[str, Any]:
         OSError: that Python can't be run.
         subprocess.SubprocessError: it fails or hangs.
     """
-    done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=True)
+    done = subprocess.run(
+        [python, "-c", _PROBE],
+        capture_output=True,
+        text=True,
+        timeout=_PROBE_TIMEOUT_S,
+        check=True,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},  # not the modules of the working directory
+    )
     versions: Mapping[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return versions
 
 
-def check_environment(server_python: str | None = None) -> list[Check]:
+def check_environment(server: ServerConfig | None = None, *, launches: bool = True) -> list[Check]:
     """Check both Pythons, the GPUs, and that both sides have the same NCCL.
 
     Args:
-        server_python: the Python that has SGLang; ``None`` is the current one.
+        server: how a server would be launched here; its ``python`` and ``device`` count.
+        launches: a server has to run on this machine. Otherwise, as for a trainer whose servers run elsewhere, a
+            machine without SGLang passes.
     """
+    config = server or ServerConfig(model="-")
     checks = [_trainer(), _gpus()]
-    python = server_python or sys.executable
+    try:
+        python = find_python(config)
+    except ConfigError as error:
+        return [*checks, _no_server(str(error), launches)]
     try:
         versions = _read_versions(python)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        checks.append(
-            Check(
-                name="server's Python",
-                status="fail",
-                detail=f"{python} can't be run: {error}",
-                next_step="name the Python of the environment that has SGLang",
-            )
-        )
-        return checks
-    return [*checks, _server(python, versions), _nccl(versions)]
+        return [*checks, _no_server(f"{python} can't be run: {error}", launches)]
+    return [*checks, _server(python, versions, launches, cpu=needs_cpu_engine(config)), _nccl(versions)]
+
+
+def _no_server(problem: str, launches: bool) -> Check:
+    if launches:
+        return Check(name="server's Python", status="fail", detail=problem, next_step=_INSTALL)
+    return Check(
+        name="server's Python", status="skip", detail="no SGLang here, and none is needed: the server runs already"
+    )
 
 
 def _trainer() -> Check:
     names = ("torchrl-sglang", "torchrl", "tensordict", "torch", "transformers")
-    versions = ", ".join(f"{name} {_version(name)}" for name in names)
-    return Check(name="trainer's Python", status="pass", detail=f"{platform.python_version()}: {versions}")
+    versions = {name: _version(name) for name in names}
+    missing = [name for name, version in versions.items() if version is None]
+    listed = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
+    return Check(
+        name="trainer's Python",
+        status="fail" if missing else "pass",
+        detail=f"{platform.python_version()} ({sys.executable}): {listed}",
+        next_step=f"pip install {' '.join(missing)}" if missing else "",
+    )
 
 
 def _gpus() -> Check:
@@ -100,22 +130,16 @@ def _gpus() -> Check:
     return Check(name="GPUs", status="pass", detail=f"{detail}; {links}")
 
 
-def _server(python: str, versions: Mapping[str, Any]) -> Check:
+def _server(python: str, versions: Mapping[str, Any], launches: bool, *, cpu: bool) -> Check:
     if versions["sglang"] is None:
-        return Check(
-            name="server's Python",
-            status="fail",
-            detail=f"{python} has no SGLang",
-            next_step="without a GPU: torchrl-sglang install-cpu-server; with one: pip install sglang into an "
-            "environment of its own, then ServerConfig(python=...)",
-        )
+        return _no_server(f"{python} has no SGLang", launches)
+    detail = f"{python}: sglang {versions['sglang']}, torch {versions['torch']}"
+    missing = missing_packages() if cpu and python == sys.executable else []
     old = tuple(int(part) for part in versions["sglang"].split(".")[:3] if part.isdigit()) < (0, 5, 20)
-    return Check(
-        name="server's Python",
-        status="warn" if old else "pass",
-        detail=f"{python}: sglang {versions['sglang']}, torch {versions['torch']}",
-        next_step="only 0.5.20 and later are tested; upgrade SGLang" if old else "",
-    )
+    step = "only 0.5.20 and later are tested; upgrade SGLang" if old else ""
+    if missing:
+        step = f"SGLang may not start without {', '.join(missing[:5])}: torchrl-sglang install-cpu-server"
+    return Check(name="server's Python", status="warn" if step else "pass", detail=detail, next_step=step)
 
 
 def _nccl(server_versions: Mapping[str, Any]) -> Check:
@@ -133,11 +157,11 @@ def _nccl(server_versions: Mapping[str, Any]) -> Check:
     )
 
 
-def _version(name: str) -> str:
+def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "missing"
+        return None
 
 
 def _nvidia_smi(*words: str) -> str:

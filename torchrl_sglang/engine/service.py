@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from functools import partial
@@ -20,6 +20,8 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import RouterClient, SGLangPool
+from torchrl_sglang.pool.earlier_weights import warn_of_earlier_weights
+from torchrl_sglang.progress import shown_progress
 from torchrl_sglang.protocol.control import build_flush
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.server import SGLangRouter, SGLangServer, start_fleet, stop_fleet
@@ -75,7 +77,7 @@ class AsyncSGLang:
         self.pool = pool
         self.servers = tuple(servers)
         self.router = router
-        self.weights = EngineWeights(pool, self.restart)
+        self.weights = EngineWeights(pool, self._restart_server)
         self.memory = EngineMemory(pool)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._restart = restart
@@ -100,10 +102,11 @@ class AsyncSGLang:
         """
         refuse_unknown(client, [f.name for f in fields(ClientConfig)])
         config = ClientConfig(**client)
-        urls = [url] if isinstance(url, str) else list(url)
+        urls: list[Any] = list(url) if isinstance(url, (list, tuple)) else [url]  # anything else is refused by name
         router_client = RouterClient(router, config) if router is not None else None
         pool = SGLangPool([SGLangClient(each, config) for each in urls], router=router_client)
         pool.connect()
+        warn_of_earlier_weights(pool)
         return cls(pool)
 
     @classmethod
@@ -116,14 +119,15 @@ class AsyncSGLang:
         gpus: Sequence[Sequence[int]] | None = None,
         router: bool | RouterConfig = False,
         restart: Literal["on-update", "on-failure", "never"] = "on-update",
-        progress: Callable[[str], None] | None = None,
+        progress: Callable[[str], None] | bool | None = None,
         client: ClientConfig | None = None,
         **server: Any,
     ) -> AsyncSGLang:
         """Launch servers and wait until they are ready.
 
         Args:
-            model: path or hub name of the checkpoint.
+            model: path or hub name of the checkpoint; ``"SmolLM2"`` is a small chat model for a machine without a GPU,
+                downloaded on first use (see :func:`~torchrl_sglang.smollm2_checkpoint`).
             tp_size: tensor-parallel ranks per server.
             dp_size: number of servers. Several servers are the only form of data parallelism that can take weight
                 updates, so SGLang's own ``--dp-size`` is not used.
@@ -135,7 +139,8 @@ class AsyncSGLang:
                 part in. ``"on-failure"``: at once, with a warning that shows the end of its log. It serves as soon as
                 it holds the current weights: at once if these are the checkpoint's or were synced through a shared
                 folder, otherwise after the next weight update. ``"never"``: this engine does not restart it.
-            progress: called with a line of text while the servers load.
+            progress: called with a line of text while the servers load; ``True`` shows it on standard error, ``False``
+                shows nothing, ``None`` shows it on a terminal.
             client: how to talk to the servers; their keys are filled in.
             **server: fields of :class:`~torchrl_sglang.ServerConfig` (vLLM's ``max_model_len``,
                 ``gpu_memory_utilization``, ... are translated); SGLang's other flags go into ``extra_args``.
@@ -154,7 +159,8 @@ class AsyncSGLang:
                 process = SGLangRouter(router if isinstance(router, RouterConfig) else RouterConfig()).start()
                 on_failure.callback(process.stop)
                 router_client = RouterClient(process.url, config)
-            servers = start_fleet(configs, progress=progress)
+            with shown_progress(progress) as show:
+                servers = start_fleet(configs, progress=show)
             on_failure.callback(stop_fleet, servers, kill=True)
             pool = SGLangPool([SGLangClient(each.url, config) for each in servers], router=router_client)
             pool.connect()
@@ -192,9 +198,9 @@ class AsyncSGLang:
     def generate(
         self,
         prompts: str | Sequence[str] | None = None,
+        sampling_params: SamplingParams | dict[str, Any] | None = None,
         *,
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        sampling_params: SamplingParams | dict[str, Any] | None = None,
         return_logprobs: bool = True,
         return_text: bool = True,
         timeout_s: float | None = None,
@@ -204,8 +210,8 @@ class AsyncSGLang:
 
         Args:
             prompts: text; encoded with the served tokenizer, whose BOS is added unless the text begins with it.
-            input_ids: token ids instead of text.
             sampling_params: how tokens are drawn.
+            input_ids: token ids instead of text.
             return_logprobs: report the log-prob of every response token.
             return_text: keep the server's decoded text in the replies.
             timeout_s: seconds for the whole batch.
@@ -325,7 +331,8 @@ class AsyncSGLang:
     def restart(self, url: str) -> bool:
         """Restart the server at ``url``, at the same address and with the checkpoint that it was launched from.
 
-        Where synced weights have replaced the checkpoint's, it serves nothing until the next weight update.
+        Where synced weights have replaced the checkpoint's, it serves nothing until the next weight update. A weight
+        update under way is waited for.
 
         Returns:
             ``False`` if this engine did not launch it, or was told never to restart: then nothing is done.
@@ -333,6 +340,11 @@ class AsyncSGLang:
         Raises:
             ServerStartError: it did not become ready again.
         """
+        with self.pool.update_lock:
+            return self._restart_server(url)
+
+    def _restart_server(self, url: str) -> bool:
+        """Restart a server for the holder of the update lock: a push calls this from several threads of its own."""
         for client, server in zip(self.pool.clients, self.servers, strict=False):
             if client.url == url and self._restart != "never":
                 server.kill()
@@ -379,4 +391,9 @@ def _sampling(given: SamplingParams | dict[str, Any] | None, single: dict[str, A
         raise ConfigError(f"give sampling_params or single arguments, not both: {sorted(single)}")
     if isinstance(given, SamplingParams):
         return given
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(
+            f"sampling_params must be a torchrl_sglang.SamplingParams or a dict, got {type(given).__name__} of "
+            f"{type(given).__module__}"
+        )
     return SamplingParams.from_kwargs(**(given or single))

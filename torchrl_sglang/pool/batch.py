@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torchrl_sglang.client import SGLangClient
@@ -15,6 +15,8 @@ from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest
 
 __all__ = ["Batch"]
+
+_CANARY_TOKENS = 2  # one from the prompt, one from decoding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,14 @@ class Batch:
         """One request for the prompts with these indices."""
         shown = None if self.media is None else [self.media[index] for index in share]
         return build_generate([self.ids_B_T[index] for index in share], self.sampling, media=shown, **self._shared)
+
+    def canary(self) -> Batch:
+        """The same prompts with one short response each, to see which of them a server survives."""
+        length = min(self.sampling.max_new_tokens, _CANARY_TOKENS)
+        short = replace(
+            self.sampling, n=1, max_new_tokens=length, min_new_tokens=min(length, self.sampling.min_new_tokens)
+        )
+        return replace(self, sampling=short, progress=None)
 
     def send(self, client: SGLangClient, share: Sequence[int]) -> list[GenerateReply]:
         """Send them in one request; their replies, prompt-major."""

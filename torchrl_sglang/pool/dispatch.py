@@ -22,14 +22,13 @@ class DispatchResult:
 
     Attributes:
         replies: per answered prompt, its ``n`` replies.
-        retry: prompts whose server is known to be dead, ascending: no reply to them can exist any more.
-        deaths: per URL of those servers, the error that they left.
+        lost: shares whose server is known to be dead, with its URL and the error that it left: no reply to them can
+            exist any more.
         failure: an error after which requests may or may not have run.
     """
 
     replies: dict[int, list[GenerateReply]] = field(default_factory=dict)
-    retry: list[int] = field(default_factory=list)
-    deaths: dict[str, SGLangError] = field(default_factory=dict)
+    lost: list[tuple[list[int], str, SGLangError]] = field(default_factory=list)
     failure: SGLangError | None = None
 
 
@@ -54,11 +53,9 @@ def dispatch_shares(
             replies = outcome.unwrap()
             result.replies.update((index, replies[i * n : (i + 1) * n]) for i, index in enumerate(share))
         elif dead := find_dead(client, outcome.error):
-            result.deaths[dead.url] = outcome.error
-            result.retry.extend(share)
+            result.lost.append((list(share), dead.url, outcome.error))
         else:
             result.failure = result.failure or outcome.error
-    result.retry.sort()
     return result
 
 

@@ -19,12 +19,13 @@ __all__ = ["Adapter", "Phase", "PoolState", "SavedWeights", "ServerState", "Weig
 
 _log = logging.getLogger(__name__)
 
-Phase = Literal["serving", "updating", "quarantined", "dead", "offloaded"]
+Phase = Literal["serving", "updating", "quarantined", "dead", "dirty", "offloaded"]
 """What a server does for this pool.
 
 ``serving``: it gets requests; ``updating``: it gets requests, which wait while it is paused for a weight update;
 ``quarantined``: it gets none until a weight update or :meth:`SGLangPool.restore`; ``dead``: a request found that it is
-gone, and later requests poll it; ``offloaded``: its GPU memory is released.
+gone, and later requests poll it; ``dirty``: it was in the middle of an update when this pool connected, and is polled
+until that has ended; ``offloaded``: its GPU memory is released.
 """
 
 
@@ -186,12 +187,20 @@ class PoolState:
             _log.warning("%s is taken out of routing: %s", url, reason)
             return self._change(url, phase="dead", reason=reason)
 
+    def found_dirty(self, url: str, reason: str) -> ServerState:
+        """The pool has connected to a server whose version is marked dirty: another process is updating it, or was."""
+        with self._lock:
+            _log.warning("%s gets no requests: %s", url, reason)
+            return self._change(url, phase="dirty", reason=reason)
+
     def restarted(self, url: str, version: str) -> ServerState:
         """A server's process was replaced by a new one, which holds ``version``."""
         with self._lock:
             return self._new_process(self._servers[url], version)
 
-    def restored(self, url: str, *, based_on: ServerState, new_process_with: str | None = None) -> bool:
+    def restored(
+        self, url: str, *, based_on: ServerState, new_process_with: str | None = None, updated_to: str | None = None
+    ) -> bool:
         """A server was found fit to serve.
 
         Args:
@@ -199,6 +208,7 @@ class PoolState:
             based_on: its record when that was found out. If anything has happened to the server since, the finding is
                 out of date, and it stays as it is.
             new_process_with: the version it holds, if it was found to be a new process.
+            updated_to: the version it holds, if another process was found to have updated it.
 
         Returns:
             Whether it gets requests now.
@@ -211,6 +221,8 @@ class PoolState:
             if not known.is_routed:
                 _log.info("%s is back in routing", url)
             known = self._change(url, phase="serving", reason="")
+            if updated_to is not None:
+                self._change(url, version=updated_to, weights=_weights_under(updated_to))
             if new_process_with is not None:
                 self._new_process(known, new_process_with)
             return True
@@ -227,7 +239,9 @@ class PoolState:
         """A weight update is about to reach a server."""
         with self._lock:
             known = self._servers[url]
-            phase: Phase = "updating" if known.phase == "serving" else known.phase
+            # An update of ours ends a dirty server's polling: only its verification may put the server back.
+            changed: dict[Phase, Phase] = {"serving": "updating", "dirty": "quarantined"}
+            phase = changed.get(known.phase, known.phase)
             weights: ServerWeights = "mixed" if known.weights in ("mixed", "stuck") else "old"
             self._change(url, phase=phase, weights=weights, session_open=False, version_before="")
 

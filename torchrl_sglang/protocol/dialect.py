@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchrl_sglang.errors import ProtocolError
+from torchrl_sglang.protocol.launch_flags import preferred_sampling, refuse_launch_flags
 from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
 
 __all__ = ["MODEL_INFO", "SERVER_INFO", "SESSION_PROBE", "Dialect", "parse_dialect", "parse_info"]
@@ -47,16 +48,21 @@ def parse_info(model_info: Any, server_info: Any, *, url: str, vocab_size: int |
 
     Raises:
         ProtocolError: this is not an SGLang server, or one too old to serve (no ``weight_version``).
+        ConfigError: it was launched with a flag that changes the meaning of every request, see :mod:`.launch_flags`.
     """
     if not isinstance(model_info, Mapping) or "model_path" not in model_info or not isinstance(server_info, Mapping):
         raise ProtocolError(
             f"{url} answers, but not like an SGLang server: /model_info has no model_path. Is the port right?",
             server=url,
         )
+    refuse_launch_flags(server_info, url=url)
     # SGLang 0.5.23 reports max_req_input_len = context_length - 6, and refuses prompts of that length too ("exceeds the
     # maximum"). Prompt plus response may fill the whole context.
     limit = server_info.get("max_req_input_len")
-    context = server_info.get("context_length") or (limit + 6 if limit else None)
+    # With a KV cache smaller than the context (--max-total-tokens), it is the limit that counts: SGLang cuts
+    # max_new_tokens down to it without a word.
+    bounds = [server_info.get("context_length"), limit + 6 if limit else None]
+    context = min((bound for bound in bounds if bound), default=None)
     return ServerInfo(
         url=url,
         version=str(server_info.get("version", "unknown")),
@@ -76,5 +82,8 @@ def parse_info(model_info: Any, server_info: Any, *, url: str, vocab_size: int |
         device=str(server_info.get("device") or "cuda"),
         lora_enabled=bool(server_info.get("enable_lora")),
         quantization=server_info.get("quantization"),
+        grammar_backend=server_info.get("grammar_backend"),
+        skips_tokenizer=bool(server_info.get("skip_tokenizer_init")),
+        preferred_sampling=frozenset(preferred_sampling(server_info, url=url)),
         raw=dict(server_info),
     )

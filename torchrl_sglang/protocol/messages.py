@@ -46,8 +46,9 @@ class GenerateReply:
 
     Attributes:
         output_ids: response token ids, length ``T``; a matched stop token is included.
-        output_logprobs: natural-log probability of each response token, length ``T``; ``None`` when not requested.
-        prompt_logprobs: one entry per prompt token, the first ``None``; ``None`` when not requested.
+        output_logprobs: natural-log probability of each response token, length ``T``, NaN where the server computed NaN
+            or infinity; ``None`` when not requested.
+        prompt_logprobs: one entry per prompt token, the first ``None``, NaN as above; ``None`` when not requested.
         support_ids: per response token the ids that top-k, top-p and min-p kept; ``None`` when not requested.
         support_logprobs: log-prob of each response token among those ids; ``None`` when not requested.
         text: the server's decoded response (stop strings trimmed).
@@ -107,6 +108,9 @@ class ServerInfo:
         device: ``"cpu"``, ``"cuda"``, ...
         lora_enabled: whether adapters can be loaded.
         quantization: the server's ``--quantization``, if any.
+        grammar_backend: what constrains responses to grammars; ``"none"`` when nothing does.
+        skips_tokenizer: launched with ``--skip-tokenizer-init``: replies have no text, and there are no stop strings.
+        preferred_sampling: the sampling parameters that the server fills in where a request leaves them out.
         raw: the answer of ``/server_info``, for settings without a field here.
     """
 
@@ -128,4 +132,7 @@ class ServerInfo:
     device: str = "cuda"
     lora_enabled: bool = False
     quantization: str | None = None
+    grammar_backend: str | None = None
+    skips_tokenizer: bool = False
+    preferred_sampling: frozenset[str] = frozenset()
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)

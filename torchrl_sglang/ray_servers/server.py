@@ -13,7 +13,7 @@ from torchrl_sglang.errors import ConfigError, ServerError, ServerStartError
 from torchrl_sglang.ray_servers.placement import PlacementGroup
 from torchrl_sglang.ray_servers.ray_calls import get_result, import_ray, is_done
 from torchrl_sglang.server import SGLangServer
-from torchrl_sglang.server.diagnosis import last_meaningful_line
+from torchrl_sglang.server.start_phases import start_phase
 
 __all__ = ["RayServer"]
 
@@ -83,8 +83,8 @@ class RayServer:
                         "see `ray status`"
                     )
                 if progress is not None:
-                    line = self.actor.last_line.remote()
-                    progress(f"server {self._index}: {get_result(line) if is_done(line) else 'Ray starts its actor'}")
+                    phase = self.actor.phase.remote()
+                    progress(f"server {self._index}: {get_result(phase) if is_done(phase) else 'Ray starts its actor'}")
             self._url = get_result(self._starting, ServerStartError)
             # After a restart the server must be at the address that clients know.
             host, port = self._url.rsplit("://")[-1].rsplit(":", 1)
@@ -163,9 +163,9 @@ class _ServerActor:
         self._server.start(weight_version=weight_version)
         return self._server.url
 
-    def last_line(self) -> str:
-        """The latest line of the server's log."""
-        return last_meaningful_line(self._server.log_tail(15)) or "starting"
+    def phase(self) -> str:
+        """What the server is doing while it starts."""
+        return start_phase(self._server.log_tail(100_000))
 
     def call(self, name: str, *args: Any, **options: Any) -> Any:
         """An attribute of the server, or the result of its method."""

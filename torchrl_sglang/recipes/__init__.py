@@ -9,6 +9,7 @@ Its folders form layers; each may import those to its left: setup < data < batch
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.recipes.batch.advantages import token_advantages, token_rewards, whiten
 from torchrl_sglang.recipes.batch.conversations import Conversations
+from torchrl_sglang.recipes.batch.group_advantage import GroupAdvantage
 from torchrl_sglang.recipes.batch.importance import truncated_importance_weights
 from torchrl_sglang.recipes.batch.rows import batch_numbers
 from torchrl_sglang.recipes.batch.samples import sample_lines
@@ -28,7 +29,8 @@ from torchrl_sglang.recipes.run.checkpoints import Checkpoint, Checkpoints
 from torchrl_sglang.recipes.run.report import draw_report
 from torchrl_sglang.recipes.run.table import read_metrics
 from torchrl_sglang.recipes.run.training_run import Run
-from torchrl_sglang.recipes.setup.config import load_config, parse_arguments
+from torchrl_sglang.recipes.setup.arguments import parse_arguments
+from torchrl_sglang.recipes.setup.config import load_config
 from torchrl_sglang.recipes.setup.models import load_model, save_model
 from torchrl_sglang.recipes.setup.optimizer import make_optimizer
 from torchrl_sglang.recipes.setup.program import run_program
@@ -45,6 +47,7 @@ __all__ = [
     "Conversations",
     "Critic",
     "GRPOActor",
+    "GroupAdvantage",
     "PythonTool",
     "Question",
     "QuestionStream",

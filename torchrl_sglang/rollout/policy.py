@@ -14,8 +14,10 @@ from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.pool import Servers, resolve_pool
+from torchrl_sglang.pool.earlier_weights import warn_of_earlier_weights
 from torchrl_sglang.rollout.attributes import WrapperAttributes
 from torchrl_sglang.rollout.batching import Batcher
+from torchrl_sglang.rollout.empty_batch import empty_rows
 from torchrl_sglang.rollout.messages import named_template
 from torchrl_sglang.rollout.outputs import generated_rows, scored_rows
 from torchrl_sglang.rollout.prompts import (
@@ -132,6 +134,7 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         self.model = self.pool if isinstance(model, (str, list, tuple)) else model
         if isinstance(model, (str, list, tuple)):
             self.pool.connect()
+            warn_of_earlier_weights(self.pool)
         # TensorDictModuleBase holds these two, because select_out_keys() changes them.
         self.in_keys = [self.settings.source_key]
         self.out_keys = self.settings.out_keys
@@ -294,16 +297,19 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         if logits_only:
             raise NotImplementedError("SGLang servers return log-probs of tokens, not logits")
         shape = tensordict.batch_size
-        flat = lazy_stack([tensordict]) if not shape else tensordict if len(shape) == 1 else tensordict.reshape(-1)
         sampling = self.settings.sampling.updated(**kwargs) if kwargs else self.settings.sampling
         if sampling.n != self.settings.sampling.n:
             raise ConfigError("the number of samples is part of the output's shape: set num_samples, not n per call")
-        if flat.shape[0]:
+        if shape.numel():
+            flat = lazy_stack([tensordict]) if not shape else tensordict if len(shape) == 1 else tensordict.reshape(-1)
             prompts = self._read(flat, template_kwargs)
             rows = self._generate(prompts, sampling) if self.generate else self._score(prompts)
             out = stack_rows(rows, [*shape, self.num_samples] if self.num_samples is not None else shape)
         else:
-            out = TensorDict(batch_size=[*shape, *([] if self.num_samples is None else [self.num_samples])])
+            samples = [] if self.num_samples is None else [self.num_samples]
+            out = empty_rows(
+                self.settings, sampling, [*shape, *samples], self._padding(Prompts(ids_B_T=[])), self._text_tokenizer()
+            )
         device = tensordict.device or self.settings.device
         return self._write(out if device is None else out.to(device), tensordict, tensordict_out)
 
@@ -362,8 +368,10 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
             progress=settings.progress,
             batcher=self._batcher,
         )
-        tokenizer = self.tokenizer if settings.writes_text else None
-        return generated_rows(answers, settings, sampling, self._padding(answers.prompts), tokenizer)
+        return generated_rows(answers, settings, sampling, self._padding(answers.prompts), self._text_tokenizer())
+
+    def _text_tokenizer(self) -> Any:
+        return self.tokenizer if self.settings.writes_text else None
 
     def _score(self, prompts: Prompts) -> list[TensorDict]:
         answers = score_sequences(self.pool, prompts, mask_errors=self.settings.on_error == "mask")

@@ -20,7 +20,7 @@ from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.rollout.incremental_tokens import RewrittenAnswer, continue_tokens
 from torchrl_sglang.rollout.messages import history_messages
-from torchrl_sglang.text_tokens import decode_ids, encode_texts
+from torchrl_sglang.text_tokens import decode_ids, encode_texts, is_encodable
 
 __all__ = ["Prompts", "prefer_given_tokens", "read_history", "read_text", "read_tokens"]
 
@@ -230,6 +230,8 @@ def read_text(
     for index, text in enumerate(value):
         if not isinstance(text, str):
             problems[index] = f"{key!r} holds a {type(text).__name__}; text mode needs strings"
+        elif not is_encodable(text):
+            problems[index] = f"{key!r} holds half of a surrogate pair, which is no character: {text[:80]!r}"
     texts_B = ["" if index in problems else text for index, text in enumerate(value)]
     ids_B_T = encode_texts(tokenizer, texts_B, tokenizer_kwargs, open_end=open_end)
     return Prompts(ids_B_T=ids_B_T, texts_B=texts_B, problems=problems)

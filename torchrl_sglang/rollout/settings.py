@@ -11,7 +11,13 @@ import torch
 from tensordict import NestedKey
 
 from torchrl_sglang.chat_templates import check_template_kwargs
-from torchrl_sglang.config import SamplingParams, nearest_name
+from torchrl_sglang.config import SamplingParams, ServerConfig
+from torchrl_sglang.config.foreign_names import (
+    ENGINE_ARGUMENTS,
+    GENERATION_ARGUMENTS,
+    POLICY_ARGUMENTS,
+    unknown_argument,
+)
 from torchrl_sglang.errors import ConfigError
 
 __all__ = ["RolloutSettings"]
@@ -20,6 +26,19 @@ InputMode = Literal["history", "text", "tokens"]
 
 # The policy needs these values of the tokenizer's arguments: a caller may repeat them but not change them.
 _TOKENIZER_FIXED = {"return_attention_mask": (True,), "padding_side": ("left",), "padding": (True, False)}
+
+
+# Where arguments belong that are not the policy's.
+_ELSEWHERE = {
+    "generate_kwargs={{{name!r}: ...}}": [
+        *(f.name for f in fields(SamplingParams)),
+        *("max_tokens", "min_tokens", "do_sample", "logprobs", "prompt_logprobs", *GENERATION_ARGUMENTS),
+    ],
+    "AsyncSGLang.from_pretrained(...), which makes the servers": [
+        *(f.name for f in fields(ServerConfig)),
+        *("dp_size", "max_model_len", "gpu_memory_utilization", "tensor_parallel_size", *ENGINE_ARGUMENTS),
+    ],
+}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -95,6 +114,10 @@ class RolloutSettings:
             self.policy_version_key is None or self.generation_key is not None,
             "policy_version_key needs a generation_key: the version is read from the Generation",
         )
+        _require(
+            self.chat_template is None or self.chat_template_name is None,
+            "chat_template and chat_template_name are two ways to choose the chat template: give one",
+        )
         self._check_batching()
         self._check_tokenizer_kwargs()
         _ = self.sampling, self.samples, self.writes_log_probs, self.writes_inplace  # each raises if it contradicts
@@ -128,7 +151,8 @@ class RolloutSettings:
         """
         known = [f.name for f in fields(cls)]
         for name in kwargs:
-            _require(name in known, f"unknown argument {name!r}.{nearest_name(name, known)}")
+            hint = unknown_argument(name, known, foreign=POLICY_ARGUMENTS, elsewhere=_ELSEWHERE)
+            _require(name in known, f"unknown argument {name!r}.{hint}")
         return cls(**kwargs)
 
     def changed(self, **kwargs: Any) -> RolloutSettings:
@@ -216,8 +240,9 @@ class RolloutSettings:
                 isinstance(self.num_samples, int) and self.num_samples >= 1,
                 f"num_samples must be at least 1, got {self.num_samples}",
             )
+            is_given = any(given.get(name) is not None for name in ("n", "num_return_sequences"))
             _require(
-                sampling.n in (1, self.num_samples),
+                sampling.n == self.num_samples or not is_given,
                 f"num_samples={self.num_samples} differs from generate_kwargs['n']={sampling.n}.",
             )
             sampling = sampling.updated(n=self.num_samples)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import sys
 from pathlib import Path
@@ -12,15 +11,17 @@ from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import find_local_path
 from torchrl_sglang.server.cpu import cpu_command_args
+from torchrl_sglang.server.locate import find_python
 
 __all__ = [
+    "WILDCARD_HOSTS",
     "build_command",
     "build_url",
     "check_config",
-    "find_python",
     "key_spellings",
     "keys_as_yaml",
     "local_model_path",
+    "outward_address",
     "probe_host",
     "uses_tls",
 ]
@@ -36,24 +37,7 @@ _OWN_FLAGS = {
     "--tp": "tp_size",
     "--device": "device",
 }
-_WILDCARD_HOSTS = ("0.0.0.0", "::", "")
-
-
-def find_python(config: ServerConfig) -> str:
-    """Path of the Python that runs the server.
-
-    Raises:
-        ConfigError: ``config.python`` is not an executable file.
-    """
-    if config.python is None:
-        return sys.executable
-    found = shutil.which(str(Path(config.python).expanduser()))
-    if found is None:
-        raise ConfigError(
-            f"python={config.python!r} is not an executable file. Give the path of a Python that has SGLang installed; "
-            "without a GPU, `torchrl-sglang install-cpu-server --venv DIR` makes one at DIR/bin/python."
-        )
-    return str(Path(found).absolute())  # not resolved: a virtual environment's Python is a link that must stay one
+WILDCARD_HOSTS = ("0.0.0.0", "::", "")
 
 
 def local_model_path(model: str) -> Path | None:
@@ -83,7 +67,7 @@ def check_config(config: ServerConfig) -> None:
     """Raise now for what would otherwise fail after a minute of loading.
 
     Raises:
-        ConfigError: no such Python or checkpoint, or ``extra_args`` has a flag that a field sets.
+        ConfigError: no Python with SGLang, no such checkpoint, or ``extra_args`` has a flag that a field sets.
     """
     if not sys.platform.startswith("linux"):
         raise ConfigError("servers are launched on Linux only; start SGLang elsewhere and connect to its address")
@@ -188,7 +172,7 @@ def build_url(config: ServerConfig, port: int) -> str:
         ('http://127.0.0.1:30000', 'http://[::1]:30000')
     """
     scheme = "https" if uses_tls(config) else "http"
-    host = _outward_address(config.host) if config.host in _WILDCARD_HOSTS else config.host
+    host = outward_address(config.host) if config.host in WILDCARD_HOSTS else config.host
     return join_url(scheme, host, port)
 
 
@@ -207,7 +191,7 @@ def uses_tls(config: ServerConfig) -> bool:
     return any(word.partition("=")[0] == "--ssl-certfile" for word in config.extra_args)
 
 
-def _outward_address(wildcard: str) -> str:
+def outward_address(wildcard: str) -> str:
     """This machine's address on the interface of its default route; loopback when it has none."""
     family, anywhere = (socket.AF_INET6, "2001:db8::1") if wildcard == "::" else (socket.AF_INET, "192.0.2.1")
     with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 
-__all__ = ["ADDRESS_IN_USE", "INSTALL_ROUTER", "describe_exit", "explain_failure", "last_meaningful_line"]
+__all__ = ["ADDRESS_IN_USE", "INSTALL_ROUTER", "describe_exit", "explain_failure"]
 
 ADDRESS_IN_USE = re.compile(r"address already in use|EADDRINUSE|port (at )?\d+ is (not available|in use|already)", re.I)
 
@@ -100,18 +100,3 @@ def explain_failure(log: str, code: int | None) -> str:
     # SGLang kills all its processes when one of them fails; the log of that one has the cause.
     failures = _EXCEPTION.findall(log) if "kill_process_tree called" in log else []
     return f"One of its processes failed: {failures[-1][:300]}." if failures else _MEMORY_KILL
-
-
-def last_meaningful_line(log: str) -> str:
-    r"""The latest line that shows a person how far the start is: no blank line, warning or logged request.
-
-    Examples:
-        >>> last_meaningful_line("[2026-01-01 10:00:00] Load weight begin.\n  warnings.warn(\n\n")
-        'Load weight begin.'
-    """
-    for line in reversed(re.split(r"[\r\n]+", log)):
-        text = re.sub(r"\x1b\[[0-9;]*m", "", line)
-        if not text.strip() or text[0].isspace() or "Warning:" in text or '"GET /' in text:
-            continue
-        return re.sub(r"^\[[^\]]*\]\s*", "", text).strip()[:160]
-    return ""

@@ -74,7 +74,10 @@ def start_fleet(
         for server in servers:
             server.launch()
         with ThreadPoolExecutor(max(1, len(servers)), thread_name_prefix="sglang-start") as threads:
-            waits = [threads.submit(server.wait_ready, progress=_labelled(progress, server)) for server in servers]
+            waits = [
+                threads.submit(server.wait_ready, progress=_labelled(progress, server, alone=len(servers) == 1))
+                for server in servers
+            ]
             try:
                 wait(waits, return_when=FIRST_EXCEPTION)
             finally:
@@ -99,7 +102,9 @@ def stop_fleet(servers: Sequence[SGLangServer], *, kill: bool = False) -> None:
             done.result()
 
 
-def _labelled(progress: Callable[[str], None] | None, server: SGLangServer) -> Callable[[str], None] | None:
-    if progress is None:
-        return None
+def _labelled(
+    progress: Callable[[str], None] | None, server: SGLangServer, *, alone: bool
+) -> Callable[[str], None] | None:
+    if progress is None or alone:
+        return progress
     return lambda line: progress(f"{server.url}: {line}")

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_sglang.errors import ConfigError, ServerError, ServerStartError
-from torchrl_sglang.server.diagnosis import ADDRESS_IN_USE, last_meaningful_line
+from torchrl_sglang.server.diagnosis import ADDRESS_IN_USE
 from torchrl_sglang.server.managed_process import LaunchSpec, ManagedProcess, read_end
 
 __all__ = ["ProcessLifecycle"]
 
 _POLL_S = 0.2
+_WHOLE_LOG = 100_000  # lines; a phase is recognised by what was logged since the launch
 _LAUNCH_TRIES = 3  # with a new port each, when another program takes the port that was picked
 
 
@@ -39,6 +40,7 @@ class ProcessLifecycle:
         url: the base URL for a port.
         probe: readiness check of the program on a port: ``True``, ``False``, or ``None`` when nothing answers.
         start_timeout_s: from launch to ready.
+        phase: describes how far the start is, from the log so far.
         attached: another process launched the program.
     """
 
@@ -50,6 +52,7 @@ class ProcessLifecycle:
         url: Callable[[int], str],
         probe: Callable[[int], bool | None],
         start_timeout_s: float,
+        phase: Callable[[str], str] = lambda log: "starting",
         attached: bool = False,
     ) -> None:
         self.port = port
@@ -57,6 +60,7 @@ class ProcessLifecycle:
         self._url = url
         self._probe = probe
         self._start_timeout_s = start_timeout_s
+        self._phase = phase
         self._attached = attached
         self._may_change_port = port is None
         self._process: ManagedProcess | None = None
@@ -96,7 +100,7 @@ class ProcessLifecycle:
         """Wait until the launched program takes requests; kill it when it doesn't.
 
         Args:
-            progress: called about once a second with one line: seconds so far and the latest line of the log.
+            progress: called about once a second with one line: what the program is doing, and seconds so far.
 
         Raises:
             ServerStartError: the process ended, or is not ready within ``start_timeout_s``.
@@ -139,7 +143,7 @@ class ProcessLifecycle:
                 )
             if progress is not None and now - last_progress >= 1:
                 last_progress = now
-                progress(f"{now - started:.0f} s: {last_meaningful_line(self.log_tail()) or 'starting'}")
+                progress(f"{self._phase(self.log_tail(_WHOLE_LOG))}, {now - started:.0f} s")
             time.sleep(_POLL_S)
 
     def _start_error(self, what: str) -> ServerStartError:

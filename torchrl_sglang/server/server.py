@@ -19,7 +19,10 @@ from torchrl_sglang.server import command
 from torchrl_sglang.server.cpu import needs_cpu_engine
 from torchrl_sglang.server.environment import child_environment
 from torchrl_sglang.server.lifecycle import ProcessLifecycle
+from torchrl_sglang.server.locate import find_python
 from torchrl_sglang.server.managed_process import LaunchSpec
+from torchrl_sglang.server.model_check import refuse_unsupported_model
+from torchrl_sglang.server.start_phases import start_phase
 
 __all__ = ["SGLangServer"]
 
@@ -59,7 +62,7 @@ class SGLangServer:
         """Launch and wait until the server takes requests.
 
         Args:
-            progress: called about once a second with one line: seconds so far and the latest line of the log.
+            progress: called about once a second with one line: what the server is doing, and seconds so far.
             weight_version: what the server calls the checkpoint's weights; ``None`` is SGLang's ``"default"``.
 
         Returns:
@@ -89,7 +92,7 @@ class SGLangServer:
         """Wait until the launched server takes requests; kill it when it doesn't.
 
         Args:
-            progress: called about once a second with one line: seconds so far and the latest line of the log.
+            progress: called about once a second with one line: what the server is doing, and seconds so far.
 
         Raises:
             ServerStartError: it ended, or is not ready within ``config.start_timeout_s``.
@@ -200,6 +203,7 @@ def _lifecycle(config: ServerConfig, *, port: int | None, attached: bool = False
         url=partial(command.build_url, config),
         probe=partial(_probe_ready, config),
         start_timeout_s=config.start_timeout_s,
+        phase=start_phase,
         attached=attached,
     )
 
@@ -212,7 +216,8 @@ def _launch_spec(config: ServerConfig, weight_version: str | None) -> LaunchSpec
     """
     command.check_config(config)
     cpu = needs_cpu_engine(config)
-    same_python = config.python is None or command.find_python(config) == sys.executable
+    refuse_unsupported_model(config, cpu=cpu)
+    same_python = find_python(config) == sys.executable
 
     def build_command(port: int, rendezvous_port: int, key_file: Path | None) -> list[str]:
         return command.build_command(

@@ -3,8 +3,8 @@
 Other folders import the names below from this package, and the vision model from :mod:`.vision`.
 """
 
+from torchrl_sglang.smollm2 import smollm2_checkpoint
 from torchrl_sglang.testing.echo_pool import EchoPool
 from torchrl_sglang.testing.models import TinyArch, make_tiny_model
-from torchrl_sglang.testing.smollm2 import smollm2_checkpoint
 
 __all__ = ["EchoPool", "TinyArch", "make_tiny_model", "smollm2_checkpoint"]

@@ -13,9 +13,9 @@ import tokenizers
 import torch
 import transformers
 
+from torchrl_sglang.cached_folder import cached_folder
 from torchrl_sglang.config import nearest_name
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.testing.cached_folder import cached_folder
 
 __all__ = ["CHAT_TEMPLATE", "VOCAB_SIZE", "TinyArch", "make_tiny_model"]
 

@@ -14,8 +14,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from torchrl_sglang.cached_folder import cached_folder
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.testing.cached_folder import cached_folder
 from torchrl_sglang.testing.models import make_tiny_model
 
 __all__ = ["VISION_SERVER_ARGS", "VISION_SERVER_DTYPE", "make_tiny_vision_model"]

@@ -17,7 +17,9 @@ from torchrl_sglang.errors import ConfigError, ServerTimeoutError, SGLangError, 
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import ServerState, SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
+from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.checksums.verifier import ChecksumVerifier, PushChecksums
 from torchrl_sglang.weights.planning import PushPlanner
 from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import is_sharded, ranks_of
@@ -25,7 +27,7 @@ from torchrl_sglang.weights.transports.base import PackedWeights, TransportSessi
 from torchrl_sglang.weights.transports.choice import make_transport
 from torchrl_sglang.weights.update.liveness import LivenessCheck
 from torchrl_sglang.weights.update.report import SyncReport
-from torchrl_sglang.weights.update.verification import compare_checksums, verify_servers
+from torchrl_sglang.weights.update.verification import verify_servers
 
 __all__ = ["PendingSync", "WeightSync"]
 
@@ -81,7 +83,8 @@ class WeightSync:
         config: how weights travel.
         checkpoint: what the servers were started from; read from the served path when not given.
         restart: restarts the server at a URL and returns whether its engine launched it
-            (:meth:`AsyncSGLang.restart`); called for servers that are gone or stuck in a collective.
+            (see :meth:`AsyncSGLang.restart`); called for servers that are gone or stuck in a collective, from threads
+            of its own while this one holds the pool's update lock.
 
     Attributes:
         owner: id that this trainer writes into the servers' weight version.
@@ -104,6 +107,7 @@ class WeightSync:
         self._config_is_given = config is not None
         self._pool = pool
         self._planner = PushPlanner(pool, self.config, self.owner, checkpoint)
+        self._checksums = ChecksumVerifier(pool.state, self.config)
         self._liveness = LivenessCheck(pool, restart)
         self._transport: WeightTransport[Any] | None = None
         self._last_weights: Any = None
@@ -287,8 +291,10 @@ class WeightSync:
         with report.phase("prepare"):
             clients = self._prepare(transport, source, partial)
             plan = self._planner.plan(source, partial=partial, transport=transport.name)
+            checksums = self._begin_checksums(clients, source, plan)
         self._last_weights = None if source.one_shot else weights
-        packed = self._planner.pack(source, plan, transport.packer, report)
+        on_packed = None if checksums is None else checksums.take
+        packed = self._planner.pack(source, plan, transport.packer, report, on_packed)
         num_bytes = sum(bucket.nbytes for bucket in plan) or self._planner.checkpoint.nbytes
         deadline = time.monotonic() + self.config.deadline_s(num_bytes)
         servers = self._pool.state.servers
@@ -299,7 +305,7 @@ class WeightSync:
             for client in incomplete:
                 self._pool.state.incomplete_found(client.url)
             updated = {client.url: self._pool.state.server(client.url) for client in clients}
-            self._verify(clients, source, session, report)
+            self._verify(clients, source, session, checksums, report)
         except BaseException as error:
             transport.close()  # servers that have received everything are still in a group
             if isinstance(error, WeightSyncError):
@@ -380,33 +386,45 @@ class WeightSync:
         if clients:
             self._pool.state.weights_served(number)
 
+    def _begin_checksums(
+        self, clients: Sequence[SGLangClient], source: WeightSource, plan: Sequence[Bucket]
+    ) -> PushChecksums | None:
+        """Choose what to verify by checksums; ``None`` for an adapter, which changes none of the servers' tensors."""
+        if self.config.verify == "off" or source.peft_config is not None:
+            return None
+        planner = self._planner
+        plan = planner.expected_plan(source, plan)
+        checksums = self._checksums.begin(clients, planner.checkpoint, source, plan, planner.served_dtype)
+        checksums.read_before()
+        return checksums
+
     def _verify(
         self,
         clients: Sequence[SGLangClient],
         source: WeightSource,
         session: TransportSession,
+        checksums: PushChecksums | None,
         report: SyncReport,
     ) -> None:
-        """Require that every server answers as the trainer's model.
+        """Require that every server holds what was sent and answers as the trainer's model.
 
         Raises:
             WeightUpdateError: one does not; the session has put it back or taken it out of service.
         """
-        vocab_size = self._pool.vocab_size
-        if self.config.verify == "off" or vocab_size is None:
+        if self.config.verify == "off":
             return
         try:
             with report.phase("verify"):
-                report.max_logprob_gap = verify_servers(
+                verify_servers(
                     clients,
-                    vocab_size=vocab_size,
-                    model=source.module,
+                    vocab_size=self._pool.vocab_size,
+                    source=source,
                     config=self.config,
                     served_dtype=self._planner.served_dtype,
+                    checksums=checksums,
+                    report=report,
                     lora=session.adapter,
                 )
-                if self.config.verify == "full" and session.adapter is None:
-                    compare_checksums(clients)
         except WeightUpdateError as error:
             session.reject(error)
             raise

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm import Tokens
 
 from torchrl_sglang.config.checking import require
 from torchrl_sglang.engine import AsyncSGLang
+from torchrl_sglang.hydra_configs import build
 from torchrl_sglang.recipes.batch.sequences import Sequences
 from torchrl_sglang.recipes.losses.scoring import score_in_parts
 from torchrl_sglang.recipes.setup.models import load_model
@@ -43,7 +43,7 @@ def make_reference(
     if kind == "copy":
         frozen = load_model(config.model, config.train.device).requires_grad_(False)
         return lambda sequences: score_in_parts(frozen, sequences, micro_batch=micro_batch)
-    engine: AsyncSGLang = instantiate(config.reference_engine, progress=progress)
+    engine: AsyncSGLang = build(config.reference_engine, progress=progress)
     shared = {client.url for client in engine.pool.clients} & {client.url for client in servers.pool.clients}
     require(
         not shared,

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from tqdm import tqdm
 
 from torchrl_sglang.recipes.batch.sequences import Sequences
 from torchrl_sglang.recipes.run.checkpoints import Checkpoints
 from torchrl_sglang.recipes.run.clock import StepClock
+from torchrl_sglang.recipes.run.display import Display
 from torchrl_sglang.recipes.run.interrupt import StopRequest
-from torchrl_sglang.recipes.run.report import draw_report
+from torchrl_sglang.recipes.run.pictures import draw_pictures
 from torchrl_sglang.recipes.run.run_folder import RunFolder
 from torchrl_sglang.recipes.run.table import Row
 from torchrl_sglang.recipes.setup.memory import peak_memory_gb
@@ -63,7 +63,7 @@ class Run:
         position: number of the first question that no finished step has trained on.
         folder: the run's files.
         clock: measures the phases of a step.
-        bar: the progress bar.
+        display: shows phases and steps.
         stop: whether Ctrl-C was pressed.
     """
 
@@ -93,21 +93,27 @@ class Run:
             path,
             config,
             resume_step=self.last_step if resume else None,
+            overwrite=bool(config.run.get("overwrite")),
             keep_checkpoints=self._saving.keep,
             loggers=config.run.loggers,
-            draw=draw_report,
+            draw=draw_pictures,
             draw_every_s=config.run.report_every_s,
         )
-        self.bar = tqdm(total=self.settings.steps, initial=self.last_step, unit="step", dynamic_ncols=True)
-        self.stop = StopRequest(lambda: self.bar.write("stopping after this step; Ctrl-C again stops at once"))
+        self.display = Display(self.settings.steps, self.last_step)
+        self.stop = StopRequest(lambda: self.display.line("stopping after this step; Ctrl-C again stops at once"))
         self.clock = StepClock("evaluate", "save")  # they run after the step's row is written
 
     def say(self, text: str) -> None:
-        """Show the current activity beside the progress bar."""
-        self.bar.set_postfix_str(text)
+        """Show the current activity: while loading on a line of its own, then beside the progress bar."""
+        self.display.say(text)
 
     def steps(self) -> Iterator[int]:
-        """Yield the remaining steps, from the one after the checkpoint; end early after Ctrl-C."""
+        """Yield the remaining steps, from the one after the checkpoint; end early after Ctrl-C.
+
+        With the first one, the folder's files of an earlier run are replaced.
+        """
+        self.folder.begin()
+        self.display.start()
         self.clock.lap()
         with self.stop:
             for step in range(self.last_step + 1, self.settings.steps + 1):
@@ -141,8 +147,8 @@ class Run:
         }
         ordered = {name: columns[name] for name in FIRST_COLUMNS if name in columns} | columns
         added = self.folder.log(ordered)
-        self.bar.write(line.format(**added))
-        self.bar.update()
+        self.display.line(line.format(**added))
+        self.display.step()
         return added
 
     def evaluate(self, step: int, evaluation: Callable[[], Mapping[str, float]]) -> None:
@@ -152,7 +158,7 @@ class Run:
                 self.say("evaluating")
                 results = self.folder.log_evaluation(step, evaluation())
                 text = ", ".join(f"{name} {value:.3f}" for name, value in results.items() if name != "step")
-                self.bar.write(f"after step {step} | {text}")
+                self.display.line(f"after step {step} | {text}")
 
     def save(self, step: int, trained: Sequences, *, weight_version: int) -> None:
         """Write a checkpoint if one is due after ``step``, or if the run is about to stop.
@@ -180,7 +186,7 @@ class Run:
     def close(self) -> None:
         """Draw the report, and close files and progress bar."""
         self.folder.close()
-        self.bar.close()
+        self.display.close()
 
     def __enter__(self) -> Run:
         return self

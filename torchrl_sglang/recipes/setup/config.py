@@ -4,16 +4,17 @@
     python recipe.py --preset gpu train.lr=1e-6        # another preset, one value changed
     python recipe.py engine.url=http://host:30000      # attach to running servers instead of launching some
     python recipe.py --resume outputs/recipe           # resume that run; overrides work here too
+    python recipe.py --overwrite                       # replace an earlier run in the same folder
 
 Overrides are hydra's: ``key=value``, ``+key=value`` for a key that the preset doesn't have, ``~key`` to remove one.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,75 +27,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from torchrl_sglang.config import nearest_name
 from torchrl_sglang.config.checking import require
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.hydra_configs import SGLangEngineConfig, register_hydra_configs
+from torchrl_sglang.recipes.setup.arguments import Arguments
+from torchrl_sglang.recipes.setup.names import setting_hint
+from torchrl_sglang.recipes.setup.results import CONFIG_FILE, refuse_results
 from torchrl_sglang.recipes.setup.settings import SETTINGS
-from torchrl_sglang.testing import smollm2_checkpoint
 
-__all__ = [
-    "CONFIG_FILE",
-    "Arguments",
-    "load_config",
-    "parse_arguments",
-    "presets_of",
-    "save_config",
-]
+__all__ = ["known_settings", "load_config", "save_config"]
 
-CONFIG_FILE = "config.yaml"
 _ALSO_ATTACHED = ("url", "name", "router", "_target_", "_partial_")
 _LAUNCH_ONLY = tuple(field.name for field in fields(SGLangEngineConfig) if field.name not in _ALSO_ATTACHED)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arguments:
-    """A recipe's parsed command line.
-
-    Attributes:
-        preset: name of the YAML preset.
-        resume: folder of the run to resume; ``None`` starts a new run.
-        overrides: hydra overrides.
-    """
-
-    preset: str = "cpu"
-    resume: Path | None = None
-    overrides: tuple[str, ...] = ()
-
-
-def parse_arguments(recipe: Path, words: Sequence[str] | None = None, *, description: str | None = None) -> Arguments:
-    """Parse a recipe's command line; options can't be abbreviated.
-
-    Args:
-        recipe: the recipe's file; its presets are in ``config/<name>/`` beside it.
-        words: the command line; ``None`` reads the program's own.
-        description: text for ``--help``.
-    """
-    parser = argparse.ArgumentParser(
-        prog=recipe.name,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--preset", choices=presets_of(recipe), default="cpu", help="YAML preset (default: cpu)")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="resume the run in this folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.lr=1e-6")
-    parsed = parser.parse_intermixed_args(words)
-    return Arguments(preset=parsed.preset, resume=parsed.resume, overrides=tuple(parsed.overrides))
-
-
-def presets_of(recipe: str | Path) -> list[str]:
-    """Names of a recipe's presets.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    recipe = Path(recipe)
-    folder = recipe.resolve().parent / "config" / recipe.stem
-    names = sorted(file.stem for file in folder.glob("*.yaml"))
-    if not names:
-        raise ConfigError(f"{recipe.name} has no presets: there is no YAML file in {folder}")
-    return names
 
 
 def load_config(recipe: Path, arguments: Arguments) -> DictConfig:
@@ -110,7 +54,7 @@ def load_config(recipe: Path, arguments: Arguments) -> DictConfig:
 
     Raises:
         ConfigError: an unknown key (the message names the nearest), an invalid value, values that don't fit together,
-            or no run to resume.
+            no run to resume, or a folder with an earlier run that is neither resumed nor to be overwritten.
     """
     if arguments.resume is None:
         folder, name = recipe.resolve().parent / "config", f"{recipe.stem}/{arguments.preset}"
@@ -121,37 +65,58 @@ def load_config(recipe: Path, arguments: Arguments) -> DictConfig:
     config = _compose(folder, name, arguments.overrides)
     if arguments.resume is not None:
         config.run.folder = str(arguments.resume)
+    if arguments.overwrite:
+        config.run.overwrite = True
     _attach_instead_of_launching(config, arguments.overrides)
     try:
         values: Any = OmegaConf.to_container(config, resolve=True)
         for node, settings in SETTINGS.items():
             if node in config:
+                _check_names(node, values[node], settings)
                 settings(**values[node])
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration does not fit together: {error}") from error
     _check_across_nodes(values)
+    if arguments.resume is None and not config.run.get("overwrite"):
+        refuse_results(Path(config.run.folder))
     return config
+
+
+def known_settings(recipe: Path, preset: str) -> list[str]:
+    """Every dotted key of a recipe's preset."""
+    with _composing(recipe.resolve().parent / "config"):
+        return sorted(_keys(compose(f"{recipe.stem}/{preset}")))
 
 
 def save_config(config: DictConfig, folder: Path) -> None:
     """Write the configuration into a run's folder, from where ``--resume`` reads it."""
-    OmegaConf.save(config, folder / CONFIG_FILE)
+    saved = config.copy()
+    if OmegaConf.select(saved, "run.overwrite"):
+        saved.run.overwrite = False  # it was meant for this run alone
+    OmegaConf.save(saved, folder / CONFIG_FILE)
 
 
-def _compose(folder: Path, name: str, overrides: Sequence[str]) -> DictConfig:
+@contextlib.contextmanager
+def _composing(folder: Path) -> Iterator[None]:
+    """Within this block hydra composes files of ``folder``."""
     _register()
     GlobalHydra.instance().clear()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # hydra 1.3 calls functions that omegaconf 2.4 deprecates
+        warnings.simplefilter("ignore")  # hydra 1.3 calls functions that newer releases of omegaconf deprecate
         with initialize_config_dir(str(folder), version_base=None):
+            yield
+
+
+def _compose(folder: Path, name: str, overrides: Sequence[str]) -> DictConfig:
+    with _composing(folder):
+        try:
             known = sorted(_keys(compose(name)))
             for override in _parse(overrides):
                 _require_known(override, known)
-            try:
-                return compose(name, overrides=_replacing_whole_nodes(overrides))
-            except (HydraException, OmegaConfBaseException) as error:
-                cause = error.__cause__ or error
-                raise ConfigError(f"{' '.join(overrides)}: {str(cause).splitlines()[0]}") from error
+            return compose(name, overrides=_replacing_whole_nodes(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            cause = error.__cause__ or error
+            raise ConfigError(f"{' '.join(overrides) or name}: {str(cause).splitlines()[0]}") from error
 
 
 def _register() -> None:
@@ -159,9 +124,6 @@ def _register() -> None:
     store = ConfigStore.instance()
     for node, settings in SETTINGS.items():
         store.store(group=f"{node}_settings", name="default", node=settings)
-    # omegaconf 2.4 deprecates the old name, 2.3 does not have the new one
-    register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
-    register("smollm2", lambda: str(smollm2_checkpoint()), replace=True)
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -183,12 +145,20 @@ def _require_known(override: Override, known: Sequence[str]) -> None:
     key = override.key_or_group
     if override.is_add() or key in known:
         return
-    parent, _, _ = key.rpartition(".")
-    siblings = [one for one in known if one.rpartition(".")[0] == parent]
-    hint = nearest_name(key, [one for one in known if one != parent])
-    if not hint and parent and siblings:
-        hint = f" There are {', '.join(siblings)}."
-    raise ConfigError(f"unknown setting {key!r}.{hint} A new key is added with +{key}=...")
+    raise ConfigError(f"unknown setting {key!r}.{setting_hint(key, known)} A new key is added with +{key}=...")
+
+
+def _check_names(node: str, given: Mapping[str, Any], settings: type[Any]) -> None:
+    """Refuse names that a record of settings doesn't have, from ``+key=value`` or an edited file.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    known = [field.name for field in fields(settings)]
+    for name in given:
+        if name not in known:
+            every = [f"{node}.{one}" for one in known]
+            raise ConfigError(f"unknown setting {node}.{name!r}.{setting_hint(f'{node}.{name}', every)}")
 
 
 def _keys(node: Any, above: str = "") -> Iterator[str]:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.model_files import find_local_path
 from torchrl_sglang.recipes.setup.devices import trainer_device
 
 __all__ = ["load_model", "save_model"]
@@ -22,17 +23,19 @@ def load_model(path: str, device: str = "auto") -> Any:
     sample from.
 
     Args:
-        path: path or hub name of the checkpoint.
+        path: path or hub name of the checkpoint, or ``SmolLM2``.
         device: see :func:`trainer_device`.
 
     Raises:
         ConfigError: the model or the device does not exist.
     """
     target = trainer_device(device)
+    found = find_local_path(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(target).eval()
+        model = AutoModelForCausalLM.from_pretrained(path if found is None else found, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model={path} can't be loaded: {error}") from error
+    return model.to(target).eval()
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from tensordict import set_list_to_stack
 from transformers.utils.logging import disable_progress_bar
 
 from torchrl_sglang.errors import SGLangError
-from torchrl_sglang.recipes.setup.config import load_config, parse_arguments
+from torchrl_sglang.recipes.setup.arguments import parse_arguments
+from torchrl_sglang.recipes.setup.config import known_settings, load_config
 from torchrl_sglang.recipes.setup.memory import keep_freed_memory
 
 __all__ = ["run_program"]
@@ -36,7 +38,9 @@ def run_program(
         SystemExit: with a message and status 1, after Ctrl-C or one of this package's errors.
     """
     recipe = Path(recipe)
-    arguments = parse_arguments(recipe, words, description=description)
+    arguments = parse_arguments(
+        recipe, words, description=description, known=lambda preset: known_settings(recipe, preset)
+    )
     set_list_to_stack(True).set()  # TorchRL's language model classes need it
     disable_progress_bar()  # of transformers
     keep_freed_memory()
@@ -44,6 +48,7 @@ def run_program(
     try:
         config = load_config(recipe, arguments)
         folder = config.run.folder
+        sys.stderr.write(f"{recipe.name}: model {config.model}, results in {folder}/\n")
         is_complete = train(config, arguments.resume is not None)
     except SGLangError as error:
         raise SystemExit(f"{recipe.name}: {error}") from error

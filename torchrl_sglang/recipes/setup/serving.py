@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from torchrl_sglang.engine import AsyncSGLang
-from torchrl_sglang.hydra_configs import close_engines
+from torchrl_sglang.hydra_configs import build, close_engines
 from torchrl_sglang.rollout import SGLangWrapper
 from torchrl_sglang.weights import SGLangWeightSyncScheme, SyncReport
 
@@ -35,9 +35,11 @@ class Serving:
 
     def __init__(self, config: DictConfig, progress: Callable[[str], None] | None = None) -> None:
         try:
-            self.servers: AsyncSGLang = instantiate(config.engine, progress=progress)
-            self.policy: SGLangWrapper = instantiate(config.policy)
-            self.scheme: SGLangWeightSyncScheme = instantiate(config.weight_sync_schemes.policy)
+            with warnings.catch_warnings():  # push_first_weights() replaces the weights that running servers hold
+                warnings.filterwarnings("ignore", ".* holds weights of an earlier run")
+                self.servers: AsyncSGLang = build(config.engine, progress=progress)
+            self.policy: SGLangWrapper = build(config.policy)
+            self.scheme: SGLangWeightSyncScheme = build(config.weight_sync_schemes.policy)
         except BaseException:
             close_engines()
             raise

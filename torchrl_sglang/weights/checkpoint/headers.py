@@ -19,7 +19,7 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import require_model_folder
 from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 
-__all__ = ["Checkpoint", "is_output_embedding"]
+__all__ = ["Checkpoint", "is_output_embedding", "weight_files"]
 
 _DTYPES: dict[str, str] = {
     "BOOL": "bool",
@@ -83,7 +83,7 @@ class Checkpoint:
         folder = require_model_folder(model_path, hint=_NO_CHECKPOINT, revision=revision)
         config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         specs: dict[str, TensorSpec] = {}
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             specs.update(_read_safetensors_header(file))
         return cls(
             specs=MappingProxyType(specs),
@@ -174,8 +174,16 @@ _NO_CHECKPOINT = (
 )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that a server would load: those that the index names; without an index, all model files."""
+def weight_files(folder: Path, *, purpose: str = "tensor names are read from safetensors headers") -> list[Path]:
+    """The files that a server would load: those that the index names; without an index, all model files.
+
+    Args:
+        folder: a checkpoint.
+        purpose: what needs safetensors files, for the error.
+
+    Raises:
+        ConfigError: it has no safetensors files, or lacks some that its index names.
+    """
     if (folder / _INDEX).is_file():
         files = sorted({folder / file for file in _read_json(folder / _INDEX)["weight_map"].values()})
         absent = [file.name for file in files if not file.is_file()]
@@ -191,7 +199,7 @@ def _weight_files(folder: Path) -> list[Path]:
         pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
         what = f"only {pickled[0].name}" if pickled else "no weight files"
         raise ConfigError(
-            f"{folder} holds {what}: tensor names are read from safetensors headers. Convert it with "
+            f"{folder} holds {what}: {purpose}. Convert it with "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), or describe it with "
             "Checkpoint.from_specs(...)."
         )

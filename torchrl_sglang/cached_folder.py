@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["cached_folder"]
+__all__ = ["cached_folder", "holds"]
 
 _RECIPE = "made_from.json"
 
@@ -45,7 +45,7 @@ def cached_folder(path: Path, recipe: Mapping[str, object], build: Callable[[Pat
         (2, ['hello.txt', 'made_from.json'])
     """
     path = path.absolute()
-    if _made_from(path) == recipe:
+    if holds(path, recipe):
         return path
     _refuse_foreign(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +58,11 @@ def cached_folder(path: Path, recipe: Mapping[str, object], build: Callable[[Pat
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+def holds(path: Path, recipe: Mapping[str, object]) -> bool:
+    """Whether ``path`` is a complete result of ``recipe``."""
+    return _made_from(path) == recipe
 
 
 def _made_from(path: Path) -> object:
@@ -77,12 +82,12 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _move_into_place(partial: Path, path: Path, recipe: Mapping[str, object]) -> None:
-    if _made_from(path) == recipe:  # another process was faster, and may already read its files
+    if holds(path, recipe):  # another process was faster, and may already read its files
         return
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
     try:
         partial.rename(path)
     except OSError:
-        if _made_from(path) != recipe:
+        if not holds(path, recipe):
             raise

@@ -1,0 +1,172 @@
+"""Each family on a real server: prompts, answers, log-probs, scores and new weights are those of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, lazy_stack
+from torchrl.data.llm import History
+from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
+
+from tests.loop.rollout_cases import greedy, reference_log_probs
+from tests.matrix.combinations import ANSWER, NEXT, QUESTION, TOOLS, conversations
+from tests.matrix.conftest import Served
+from torchrl_sglang import SamplingParams, SGLangChat, SGLangWrapper, SyncConfig, WeightSync
+from torchrl_sglang.protocol.version import version_number
+
+ATOL = 1e-4
+NEW_TOKENS = 8
+PROMPT_LENGTHS = (1, 6, 40, 90)  # two are longer than every sliding window of the families
+
+
+def random_prompts(served: Served) -> list[list[int]]:
+    limit = served.model.config.vocab_size  # rows without a token of the tokenizer are valid ids, too
+    seeded = [torch.Generator().manual_seed(3) for _ in PROMPT_LENGTHS]
+    return [torch.randint(limit, (n,), generator=g).tolist() for n, g in zip(PROMPT_LENGTHS, seeded, strict=True)]
+
+
+def assert_answers_as(served: Served, version: int | None = None) -> None:
+    """The server generates the tokens and log-probs of ``served.model``, each prompt in one batch with the others."""
+    prompts = random_prompts(served)
+    sampling = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+    replies = served.pool.generate(prompts, sampling, prompt_logprobs=True)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert reply.output_ids == greedy(served.model, prompt, NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+        expected = reference_log_probs(served.model, torch.tensor([*prompt, *reply.output_ids]))
+        assert reply.output_logprobs == pytest.approx(expected[len(prompt) :].tolist(), abs=ATOL)
+        assert reply.prompt_logprobs is not None
+        assert reply.prompt_logprobs[1:] == pytest.approx(expected[1 : len(prompt)].tolist(), abs=ATOL)
+        if version is not None:
+            assert version_number(reply.weight_version) == version
+
+
+def history_policy(served: Served, **options: Any) -> SGLangWrapper:
+    return SGLangWrapper(
+        served.pool,
+        input_mode="history",
+        tokenizer=served.tokenizer,
+        chat_template=served.tokenizer.chat_template,
+        generate_kwargs={"max_new_tokens": NEW_TOKENS, "do_sample": False},
+        **options,
+    )
+
+
+def as_prompt(chat: Sequence[Any]) -> TensorDict:
+    return TensorDict(history=ChatHistory(prompt=History.from_chats([list(chat)]), batch_size=[1]), batch_size=[1])
+
+
+def own_ids(served: Served, chat: Sequence[Any], **options: Any) -> list[int]:
+    """The prompt as transformers makes it."""
+    ids: list[int] = served.tokenizer.apply_chat_template(
+        list(chat), add_generation_prompt=True, return_dict=False, **options
+    )
+    return ids
+
+
+def until_an_end(served: Served, prompt: list[int], ends: set[int]) -> list[int]:
+    """transformers' greedy answer, up to and including the first token of ``ends``."""
+    tokens = greedy(served.model, prompt, NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: stop + 1]
+
+
+# ------------------------------------------------------------------------------------------------ tokens and log-probs
+
+
+def test_tokens_and_log_probs_are_those_of_transformers(served: Served) -> None:
+    assert_answers_as(served)
+
+
+def test_scores_of_sequences_are_those_of_transformers(served: Served) -> None:
+    sequences = random_prompts(served)
+    policy = SGLangWrapper(served.pool, input_mode="tokens", generate=False, tokenizer=served.tokenizer)
+    td = lazy_stack([TensorDict(tokens=Tokens(full=torch.tensor(ids))) for ids in sequences])
+    scores = policy(td).get(("log_probs", "full"), as_list=True)
+    for ids, found in zip(sequences, scores, strict=True):
+        torch.testing.assert_close(found, reference_log_probs(served.model, torch.tensor(ids)), atol=ATOL, rtol=0)
+
+
+def test_an_answer_ends_at_every_eos_of_the_checkpoint(served: Served) -> None:
+    prompt = random_prompts(served)[1]
+    [reply] = served.pool.generate([prompt], SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0))
+    listed = served.model.generation_config.eos_token_id
+    assert isinstance(listed, list)
+    assert reply.finish_reason == "stop"
+    assert reply.output_ids == greedy(served.model, prompt, NEW_TOKENS)
+    assert reply.output_ids[-1] in listed[1:], "the answer was to end at the second EOS"
+
+
+# ------------------------------------------------------------------------------------------------------- conversations
+
+
+def test_the_prompt_is_the_tokenizers_own_and_the_answer_transformers(served: Served) -> None:
+    ends = set(served.model.generation_config.eos_token_id)
+    policy = history_policy(served)
+    for name, chat in conversations(served.template).items():
+        if name == "a tool's result":
+            continue  # tests/quick/test_matrix_prompts.py
+        td = policy(as_prompt(chat))
+        prompt = own_ids(served, chat)
+        assert td["tokens", "prompt"][0].tolist() == prompt, name
+        answer = until_an_end(served, prompt, ends)
+        assert td["tokens", "response"][0].tolist() == answer, name
+        expected = reference_log_probs(served.model, torch.tensor([*prompt, *answer]))[len(prompt) :]
+        torch.testing.assert_close(td["log_probs", "response"][0], expected, atol=ATOL, rtol=0)
+        assert td["text", "response"][0] == served.tokenizer.decode(answer)
+
+
+def test_a_chat_sends_the_tokenizers_own_prompt_and_tools(served: Served) -> None:
+    chat = SGLangChat(served.pool, tokenizer=served.tokenizer, temperature=0, max_new_tokens=NEW_TOKENS)
+    for messages in conversations(served.template).values():
+        tools = TOOLS if served.template.has_tools else None
+        prompt = own_ids(served, messages, tools=tools)
+        [response] = chat.chat(messages, tools=tools)
+        assert response.prompt_length == len(prompt)
+        whole = greedy(served.model, prompt, NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+        assert list(response.token_ids) == whole[: len(response.token_ids)]
+
+
+def test_text_is_tokenized_as_by_the_tokenizer(served: Served) -> None:
+    text = "The quick brown  fox: ünï?"
+    ids = served.tokenizer(text)["input_ids"]
+    policy = SGLangWrapper(
+        served.pool,
+        input_mode="text",
+        tokenizer=served.tokenizer,
+        generate_kwargs={"max_new_tokens": 4, "do_sample": False, "ignore_eos": True},
+    )
+    td = policy(TensorDict(text=Text(prompt=[text], batch_size=[1]), batch_size=[1]))
+    assert td["tokens", "prompt"][0].tolist() == ids
+    assert td["tokens", "response"][0].tolist() == greedy(served.model, ids, 4, min_new_tokens=4)
+
+
+def test_a_second_turn_keeps_the_first_turns_tokens(served: Served) -> None:
+    policy = history_policy(served, prefer_tokens=True)
+    td = policy(as_prompt([QUESTION, ANSWER, NEXT]))
+    first = td["tokens", "full"][0].tolist()
+    history = td["history", "full"].append(History.from_chats([[QUESTION]])[:, 0], inplace=False, dim=-1)
+    follow_up = TensorDict(history=ChatHistory(prompt=history, batch_size=[1]), batch_size=[1])
+    follow_up["tokens"] = td["tokens"]
+    td = policy(follow_up)
+    second = td["tokens", "prompt"][0].tolist()
+    assert second[: len(first)] == first
+    ends = set(served.model.generation_config.eos_token_id)
+    assert td["tokens", "response"][0].tolist() == until_an_end(served, second, ends)
+
+
+# --------------------------------------------------------------------------------------------------------- new weights
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "disk"])
+def test_after_an_update_the_server_answers_as_the_new_model(served: Served, transport: str, tmp_path: Path) -> None:
+    config = SyncConfig(transport=transport, disk_dir=tmp_path if transport == "disk" else None)  # type: ignore[arg-type]
+    served.change_weights(seed=len(transport))
+    with closing(WeightSync(served.pool, config)) as sync:
+        report = sync.push(served.model)
+        assert report is not None
+        assert_answers_as(served, version=report.version)
