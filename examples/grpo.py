@@ -35,7 +35,6 @@ import torch
 from omegaconf import DictConfig
 from torchrl.collectors import Collector
 from torchrl.data import LazyStackStorage, ReplayBuffer, SamplerWithoutReplacement
-from torchrl.objectives.llm import MCAdvantage
 
 from torchrl_sglang import recipes
 
@@ -55,7 +54,7 @@ def train(config: DictConfig, resume: bool) -> bool:
         storage=LazyStackStorage(settings.batch_size),
         sampler=SamplerWithoutReplacement(),
         batch_size=settings.micro_batch,
-        transform=MCAdvantage(grpo_size=settings.answers),
+        transform=recipes.GroupAdvantage(grpo_size=settings.answers),
     )
     task = recipes.make_task(config.task)
     with ExitStack() as stack:  # closes everything in reverse order, also after an error
@@ -101,7 +100,7 @@ def train(config: DictConfig, resume: bool) -> bool:
 
             with run.clock("train"):
                 buffer.empty()
-                buffer.extend(batch_B)  # MCAdvantage compares the answers to one question and writes "advantage"
+                buffer.extend(batch_B)  # GroupAdvantage compares the answers to one question and writes "advantage"
                 losses, trainer_parts, server_parts = [], [], []
                 for epoch in range(settings.epochs):
                     for number, micro_B in enumerate(buffer, 1):

@@ -46,7 +46,6 @@ from torchrl.collectors import Collector
 from torchrl.collectors.llm import RayLLMCollector
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.envs.transforms import PolicyAgeFilter
-from torchrl.objectives.llm import MCAdvantage
 
 from torchrl_sglang import recipes
 
@@ -116,7 +115,7 @@ def train(config: DictConfig, resume: bool) -> bool:
             collector, ahead=config.rollouts.ahead, timeout_s=config.rollouts.timeout_s
         )
         stack.enter_context(rollouts)
-        advantage = MCAdvantage(grpo_size=settings.answers)  # compares the answers to one question
+        advantage = recipes.GroupAdvantage(grpo_size=settings.answers)  # compares the answers to one question
         is_fresh = PolicyAgeFilter(  # afterwards drops answers whose oldest token is too old
             lambda: serving.weight_version,
             config.rollouts.max_staleness,

@@ -31,7 +31,6 @@ import torch
 from omegaconf import DictConfig
 from torchrl.collectors import Collector
 from torchrl.data import LazyStackStorage, ReplayBuffer, SamplerWithoutReplacement
-from torchrl.objectives.llm import MCAdvantage
 
 from torchrl_sglang import recipes
 
@@ -92,7 +91,7 @@ def train(config: DictConfig, resume: bool) -> bool:
             storage=LazyStackStorage(settings.batch_size),
             sampler=SamplerWithoutReplacement(),
             batch_size=settings.micro_batch,
-            transform=MCAdvantage(grpo_size=settings.answers),
+            transform=recipes.GroupAdvantage(grpo_size=settings.answers),
         )
         autocast = torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bfloat16")
 
@@ -104,7 +103,7 @@ def train(config: DictConfig, resume: bool) -> bool:
 
             with run.clock("train"):
                 buffer.empty()
-                buffer.extend(batch_B)  # MCAdvantage compares the answers to one question and writes "advantage"
+                buffer.extend(batch_B)  # GroupAdvantage compares the answers to one question and writes "advantage"
                 scores, server_parts = [], []
                 for epoch in range(settings.epochs):
                     for number, micro_B in enumerate(buffer, 1):

@@ -26,8 +26,7 @@ STEPS, BATCH, ANSWERS = 16, 32, 8  # a step: 32 answers, 8 to each of 4 question
 def reward(answer: str, total: str, ended: bool) -> float:
     """0.7 for the right number at the end, up to 0.2 for digits, 0.1 for ending by itself; 0 without a number."""
     numbers = re.findall(r"\d+", answer)
-    value = 0.7 * (numbers[-1] == total) + 0.2 * len("".join(numbers)) / len(answer) + 0.1 * ended if numbers else 0
-    return round(1024 * value) / 1024  # so that the mean of equal rewards is exact, and their advantage exactly 0
+    return 0.7 * (numbers[-1] == total) + 0.2 * len("".join(numbers)) / len(answer) + 0.1 * ended if numbers else 0.0
 
 
 class Reward(Transform):
@@ -51,14 +50,15 @@ with AsyncSGLang.from_pretrained(MODEL, extra_args=("--random-seed", "0")) as se
     loader, tokenizer = DataLoader(questions, shuffle=True), servers.tokenizer
     env = ChatEnv.from_dataloader(loader, repeats=ANSWERS, batch_size=(BATCH,), tokenizer=tokenizer, system_prompt="")
     env = env.append_transform(Reward())
-    sync = {"policy": SGLangWeightSyncScheme(servers)}
-    options = {"weight_sync_schemes": sync, "auto_register_policy_transforms": False}
-    collector = Collector(env, policy, frames_per_batch=BATCH, total_frames=STEPS * BATCH, **options)
+    options = {"frames_per_batch": BATCH, "total_frames": STEPS * BATCH, "auto_register_policy_transforms": False}
+    collector = Collector(env, policy, weight_sync_schemes={"policy": SGLangWeightSyncScheme(servers)}, **options)
     actor = TransformersWrapper(model, tokenizer=tokenizer, input_mode="tokens", generate=False, pad_output=False)
     loss_module = GRPOLoss(actor, entropy_bonus=False, aggregation="prompt_mean")
     start = time.perf_counter()
     for rollout in collector:
         batch = MCAdvantage(ANSWERS).inv(rollout.to(model.device))  # writes "advantage", in groups of one question
+        spread = batch["next", "reward"].unflatten(0, (-1, ANSWERS)).std(1).repeat_interleave(ANSWERS, 0)
+        batch["advantage"] *= spread > 1e-6  # equal rewards: exactly 0, where MCAdvantage scales up a rounding error
         for part in batch.split(8):  # micro-batches, whose gradients add up
             loss = loss_module(part)
             (loss.loss_objective * len(part) / BATCH).backward()

@@ -37,7 +37,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # takes effect only before 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torchrl.collectors.llm import LLMCollector
-from torchrl.objectives.llm import MCAdvantage
 
 from torchrl_sglang import recipes
 
@@ -93,7 +92,7 @@ def train(config: DictConfig, resume: bool) -> bool:
         run.evaluate(0, evaluation)
         rollouts = iter(collector)
         # returns a question's conversations when all of them are complete
-        groups = MCAdvantage(grpo_size=settings.answers, prompt_key="position", trajectory_return="sum")
+        groups = recipes.GroupAdvantage(grpo_size=settings.answers, prompt_key="position", trajectory_return="sum")
         autocast = torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bfloat16")
         temperature = serving.policy.sampling_params.temperature
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, lazy_stack
 from torchrl.objectives.llm import MCAdvantage
 
 from torchrl_sglang import AsyncSGLang, SamplingParams
@@ -40,13 +42,29 @@ def example_names() -> dict[str, Any]:
     return names
 
 
-def advantages(rewards: list[float]) -> torch.Tensor:
-    """TorchRL's advantages of one group of answers with these rewards."""
-    rewards_B11 = torch.tensor(rewards).reshape(-1, 1, 1)
-    done_B1 = torch.ones(len(rewards), 1, dtype=torch.bool)
-    group = TensorDict({"next": {"reward": rewards_B11, "done": done_B1}}, batch_size=[len(rewards)])
-    group["query"] = ["the same question"] * len(rewards)
-    return MCAdvantage(len(rewards)).inv(group)["advantage"].flatten()
+def advantages_in_the_example(rewards_by_group: list[list[float]]) -> torch.Tensor:
+    """What the example's loop writes for these rewards, as ``(groups, answers)``: its statements before the loss."""
+    loops = [node for node in ast.walk(ast.parse(EXAMPLE.read_text())) if isinstance(node, ast.For)]
+    [body] = [loop.body for loop in loops if ast.unparse(loop.target) == "rollout"]
+    inner = next(i for i, statement in enumerate(body) if isinstance(statement, ast.For))
+    size, count = len(rewards_by_group[0]), sum(map(len, rewards_by_group))
+    rows = [
+        TensorDict(
+            {"query": f"question {i}", "next": {"reward": torch.tensor([[reward]]), "done": torch.tensor([True])}}
+        )
+        for i, rewards in enumerate(rewards_by_group)
+        for reward in rewards
+    ]
+    names = {
+        "MCAdvantage": MCAdvantage,
+        "ANSWERS": size,
+        "rollout": lazy_stack(rows),
+        "model": SimpleNamespace(device="cpu"),
+    }
+    exec(compile(ast.Module(body[:inner], []), str(EXAMPLE), "exec"), names)
+    advantage: torch.Tensor = names["batch"]["advantage"]  # type: ignore[index]
+    assert advantage.shape == (count, 1, 1)
+    return advantage.reshape(-1, size)
 
 
 def test_the_code_in_the_readme_is_the_minimal_example() -> None:
@@ -74,19 +92,18 @@ def test_the_minimal_example_is_short_and_uses_only_the_package_root() -> None:
 def test_the_example_scores_answers_as_the_quick_start_does(
     example_names: dict[str, Any], answer: str, ended: bool, expected: float
 ) -> None:
-    assert example_names["reward"](answer, "7", ended) == pytest.approx(expected, abs=1 / 2048)
+    assert example_names["reward"](answer, "7", ended) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("group_size", [5, 8, 12])
-def test_a_group_with_equal_rewards_has_no_advantage(example_names: dict[str, Any], group_size: int) -> None:
-    for length in range(1, 60):
-        equal = example_names["reward"]("7".rjust(length), "7", False)
-        assert torch.equal(advantages([equal] * group_size), torch.zeros(group_size))
-
-
-def test_unrounded_equal_rewards_would_have_one() -> None:
-    found = [advantages([0.7 + 0.2 / length] * 8).abs().max() for length in range(1, 60)]
-    assert max(found) > 0.01, "MCAdvantage no longer needs rewards whose mean is exact: remove the rounding"
+@pytest.mark.parametrize("size", [2, 5, 8, 12])
+def test_a_group_with_equal_rewards_has_no_advantage_in_the_example(size: int) -> None:
+    equal = [[0.7 + 0.2 / length] * size for length in range(1, 60)]
+    found = advantages_in_the_example([*equal, [0.85] * (size - 1) + [0.1], [0.0] * size])
+    assert torch.equal(found[:-2], torch.zeros(len(equal), size))
+    assert torch.equal(found[-1], torch.zeros(size))
+    mean, deviation = statistics.mean([0.85] * (size - 1) + [0.1]), statistics.stdev([0.85] * (size - 1) + [0.1])
+    expected = [(0.85 - mean) / deviation] * (size - 1) + [(0.1 - mean) / deviation]
+    assert found[-2].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.timeout(120)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams, ServerConfig, SyncConfig
 from torchrl_sglang.errors import (
     ConfigError,
+    LethalPromptError,
     ProtocolError,
     RequestRejectedError,
     ServerError,
@@ -20,6 +21,7 @@ from torchrl_sglang.errors import (
     ServerTimeoutError,
     ServerUnreachableError,
     SGLangError,
+    StorageError,
     WeightCoverageError,
     WeightSyncError,
     WeightUpdateError,
@@ -64,6 +66,7 @@ __all__ = [
     "ClientConfig",
     "ConfigError",
     "Generation",
+    "LethalPromptError",
     "ProtocolError",
     "RequestRejectedError",
     "Response",
@@ -85,6 +88,7 @@ __all__ = [
     "ServerStartError",
     "ServerTimeoutError",
     "ServerUnreachableError",
+    "StorageError",
     "SyncConfig",
     "SyncReport",
     "WeightCoverageError",

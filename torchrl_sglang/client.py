@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
 import requests
-from requests.adapters import HTTPAdapter
 
 from torchrl_sglang.config import ClientConfig
-from torchrl_sglang.errors import ConfigError, ProtocolError, RequestRejectedError
+from torchrl_sglang.connections import ServerConnections
+from torchrl_sglang.errors import ProtocolError, RequestRejectedError
+from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.http_errors import may_retry, raise_for_status, stream_cut_short, translate_error
 from torchrl_sglang.model_files import read_vocab_size
 from torchrl_sglang.protocol.dialect import (
@@ -26,17 +25,13 @@ from torchrl_sglang.protocol.dialect import (
 )
 from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
 from torchrl_sglang.protocol.version import WeightVersion
-from torchrl_sglang.tls import trusted_authorities
+from torchrl_sglang.server_url import base_url
 
 __all__ = ["SGLangClient"]
 
-# uvicorn closes a connection that was idle for 5 s. A connection that was idle for nearly as long is not used again:
-# if the server closes it while a request is on its way, nobody knows whether the request ran.
-_IDLE_LIMIT_S = 3.0
-
 
 class SGLangClient:
-    """Sends requests to one SGLang server. Thread-safe. A pickled copy opens connections of its own.
+    """Sends requests to one SGLang server. Thread-safe. A pickled copy and a forked child open their own connections.
 
     Args:
         url: base URL, e.g. ``"http://127.0.0.1:30000"``; ``"host:port"`` is taken as ``http``.
@@ -52,16 +47,19 @@ class SGLangClient:
     """
 
     def __init__(self, url: str, config: ClientConfig | None = None) -> None:
-        self.url = _normalise(url)
+        self.url = base_url(url)
         self.config = config or ClientConfig()
         self._init_runtime()
 
     def _init_runtime(self) -> None:
-        self._lock = threading.Lock()
-        self._sessions: dict[str, requests.Session] = {}
-        self._last_used: dict[str, float] = {}
+        self._connections = ServerConnections(self.url, self.config)
         self._info: ServerInfo | None = None
         self._dialect: Dialect | None = None
+        renew_in_forked_children(self)
+
+    def renew_after_fork(self) -> None:
+        """Forget the parent's connections; called in a forked child."""
+        self._init_runtime()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "config": self.config}
@@ -95,7 +93,8 @@ class SGLangClient:
             ) from error
         self._dialect = parse_dialect(self._status(SESSION_PROBE))
         model_path = model_info.get("model_path", "") if isinstance(model_info, dict) else ""
-        vocab_size = self.config.vocab_size or read_vocab_size(str(model_path))
+        revision = server_info.get("revision") if isinstance(server_info, dict) else None
+        vocab_size = self.config.vocab_size or read_vocab_size(str(model_path), revision)
         self._info = parse_info(model_info, server_info, url=self.url, vocab_size=vocab_size)
         return self._info
 
@@ -128,8 +127,9 @@ class SGLangClient:
             RequestRejectedError: the server answered with an error status.
             ProtocolError: half a reply, or invalid JSON.
         """
-        response = self._send_with_retries(request, timeout_s, stream=False)
-        return self._parse(request, response)
+        with self._connections.slot(_purpose(request), self._wait_s(request, timeout_s)) as left_s:
+            response = self._send_with_retries(request, left_s, stream=False)
+            return self._parse(request, response)
 
     def stream(self, request: HttpRequest, *, timeout_s: float | None = None) -> Iterator[dict[str, Any]]:
         """Send a request and yield its server-sent events; closing the iterator closes the connection.
@@ -137,8 +137,11 @@ class SGLangClient:
         Raises:
             SGLangError: the same errors as :meth:`send`, also in the middle of the stream.
         """
-        response = self._send_with_retries(request, timeout_s, stream=True)
-        with response:
+        with self._connections.slot(_purpose(request), self._wait_s(request, timeout_s)) as left_s:
+            yield from self._events(request, left_s)
+
+    def _events(self, request: HttpRequest, wait_s: float) -> Iterator[dict[str, Any]]:
+        with self._send_with_retries(request, wait_s, stream=True) as response:
             raise_for_status(response, request, url=self.url)
             finished = False
             try:
@@ -153,7 +156,7 @@ class SGLangClient:
             except requests.exceptions.ChunkedEncodingError as error:
                 raise stream_cut_short(request, url=self.url) from error
             except requests.RequestException as error:
-                raise self._translate(error, request, timeout_s) from error
+                raise translate_error(error, request, url=self.url, wait_s=wait_s) from error
             except json.JSONDecodeError as error:
                 raise ProtocolError(f"{self.url} streamed an event that is not JSON", server=self.url) from error
             if not finished:
@@ -171,55 +174,28 @@ class SGLangClient:
         """:meth:`weight_version`, parsed."""
         return WeightVersion.parse(self.weight_version())
 
-    def _send_with_retries(self, request: HttpRequest, timeout_s: float | None, *, stream: bool) -> requests.Response:
+    def _send_with_retries(self, request: HttpRequest, wait_s: float, *, stream: bool) -> requests.Response:
         tries = 0
         while True:
             try:
-                return self._send_once(request, timeout_s, stream=stream)
+                return self._send_once(request, wait_s, stream=stream)
             except requests.RequestException as foreign:
-                error = self._translate(foreign, request, timeout_s)
+                error = translate_error(foreign, request, url=self.url, wait_s=wait_s)
                 tries += 1
                 if not may_retry(request, error) or tries > self.config.connect_retries:
                     raise error from foreign
                 time.sleep(0.05 * 2**tries)  # a server that restarts its listener needs a moment
 
-    def _send_once(self, request: HttpRequest, timeout_s: float | None, *, stream: bool) -> requests.Response:
-        # While a server is paused, requests for generation may hold all connections of their session: the calls that
-        # pause it and continue have a session of their own.
-        purpose = "generate" if request.timeout == "generate" else "control"
-        session = self._fresh_session(purpose)
-        try:
-            return session.request(
-                request.method,
-                self.url + request.path,
-                data=None if request.body is None else json.dumps(request.body),
-                headers=self._headers(request),
-                timeout=(self.config.connect_timeout_s, self._wait_s(request, timeout_s)),
-                stream=stream,
-                allow_redirects=False,
-            )
-        finally:
-            self._last_used[purpose] = time.monotonic()
-
-    def _fresh_session(self, purpose: str) -> requests.Session:
-        with self._lock:
-            session = self._sessions.get(purpose)
-            if session is None:
-                self._sessions[purpose] = session = requests.Session()
-                session.trust_env = False  # no proxy and no .netrc: the servers are the trainer's own
-                session.verify = trusted_authorities(self.config.ca_certificate)
-                adapter = HTTPAdapter(
-                    pool_connections=1,
-                    pool_maxsize=self.config.max_connections,
-                    pool_block=purpose == "generate",
-                    max_retries=0,
-                )
-                session.mount("http://", adapter)
-                session.mount("https://", adapter)
-            elif time.monotonic() - self._last_used[purpose] > _IDLE_LIMIT_S:
-                session.close()  # closes idle connections only, not those of running requests
-            self._last_used[purpose] = time.monotonic()
-            return session
+    def _send_once(self, request: HttpRequest, wait_s: float, *, stream: bool) -> requests.Response:
+        return self._connections.session(_purpose(request)).request(
+            request.method,
+            self.url + request.path,
+            data=None if request.body is None else json.dumps(request.body),
+            headers=self._headers(request),
+            timeout=(self.config.connect_timeout_s, wait_s),
+            stream=stream,
+            allow_redirects=False,
+        )
 
     def _headers(self, request: HttpRequest) -> dict[str, str]:
         headers = {"Content-Type": "application/json"} if request.body is not None else {}
@@ -254,23 +230,11 @@ class SGLangClient:
         configured: float = getattr(self.config, f"{request.timeout}_timeout_s")
         return configured if timeout_s is None else timeout_s
 
-    def _translate(self, error: requests.RequestException, request: HttpRequest, timeout_s: float | None) -> Exception:
-        return translate_error(error, request, url=self.url, wait_s=self._wait_s(request, timeout_s))
-
     def close(self) -> None:
         """Close idle connections. The client can still be used afterwards."""
-        with self._lock:
-            for session in self._sessions.values():
-                session.close()
-            self._sessions.clear()
+        self._connections.close()
 
 
-def _normalise(url: str) -> str:
-    full = url if "//" in url else f"http://{url}"
-    parts = urlsplit(full.rstrip("/"))
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{url!r} is not the URL of a server; expected something like 'http://127.0.0.1:30000'")
-    if parts.hostname in ("0.0.0.0", "::"):  # an address to listen on, not one to connect to
-        loopback = "127.0.0.1" if parts.hostname == "0.0.0.0" else "[::1]"
-        return f"{parts.scheme}://{loopback}" + (f":{parts.port}" if parts.port else "") + parts.path
-    return parts.geturl()
+def _purpose(request: HttpRequest) -> Literal["generate", "control"]:
+    """While a server is paused, generate requests may hold all their connections: control calls have others."""
+    return "generate" if request.timeout == "generate" else "control"

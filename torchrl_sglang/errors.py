@@ -4,12 +4,14 @@
 
     SGLangError
     ├── ConfigError(ValueError)                    an argument can't be honoured
+    ├── StorageError(OSError)                      a file could not be written, most often because the disk is full
     ├── ProtocolError                              the answer is not what this SGLang version promises
     ├── ServerError(RuntimeError)
     │   ├── ServerStartError                       the process did not become ready; has the log's tail
     │   ├── ServerUnreachableError(ConnectionError)   no connection was made: nothing ran, safe to send again
     │   ├── ServerLostError(ConnectionError)       the connection broke after sending: the request may have run
     │   ├── ServerTimeoutError(TimeoutError)       no answer in time: the request may still be running
+    │   ├── LethalPromptError                      servers died on a prompt; has the other prompts' replies
     │   └── RequestRejectedError                   the server answered with an error status
     └── WeightSyncError(RuntimeError)              has the state of every server's weights
         ├── WeightCoverageError                    names, shapes, dtypes or values don't match, listed
@@ -21,10 +23,11 @@ All of them pickle (they cross process boundaries in multi-process collectors), 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = [
     "ConfigError",
+    "LethalPromptError",
     "ProtocolError",
     "RequestRejectedError",
     "SGLangError",
@@ -34,6 +37,7 @@ __all__ = [
     "ServerTimeoutError",
     "ServerUnreachableError",
     "ServerWeights",
+    "StorageError",
     "WeightCoverageError",
     "WeightSyncError",
     "WeightUpdateError",
@@ -53,6 +57,24 @@ class SGLangError(Exception):
 
 class ConfigError(SGLangError, ValueError):
     """An argument can't be honoured. Nothing was sent or started."""
+
+
+class StorageError(SGLangError, OSError):
+    """Files could not be written, most often because the disk is full. What was written of them has been removed.
+
+    Attributes:
+        path: what should have been written.
+        needed_bytes: how large it would have been, if known.
+        free_bytes: what was free on that disk afterwards, if known.
+    """
+
+    def __init__(
+        self, message: str, *, path: str = "", needed_bytes: int | None = None, free_bytes: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.path = path
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
 
 
 class ProtocolError(SGLangError):
@@ -92,7 +114,16 @@ class ServerStartError(ServerError):
 
 
 class ServerUnreachableError(ServerError, ConnectionError):
-    """No connection was made, so nothing can have run: sending again is safe."""
+    """No connection was made, so nothing can have run: sending again is safe.
+
+    Attributes:
+        is_local: the cause is on this machine (no free file descriptor, no name resolution, no network): it says
+            nothing about the server.
+    """
+
+    def __init__(self, message: str, *, server: str | None = None, is_local: bool = False) -> None:
+        super().__init__(message, server=server)
+        self.is_local = is_local
 
 
 class ServerLostError(ServerError, ConnectionError):
@@ -101,6 +132,27 @@ class ServerLostError(ServerError, ConnectionError):
 
 class ServerTimeoutError(ServerError, TimeoutError):
     """No answer within the time-out: the request may still be running on the server."""
+
+
+class LethalPromptError(ServerError):
+    """Servers died on prompts: each was in two requests during which a server died, alone in the last one.
+
+    Attributes:
+        prompts: per index of such a prompt, how the last server died.
+        replies: per index of every other prompt, its replies.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        server: str | None = None,
+        prompts: Mapping[int, str] | None = None,
+        replies: Mapping[int, Sequence[Any]] | None = None,
+    ) -> None:
+        super().__init__(message, server=server)
+        self.prompts: dict[int, str] = dict(prompts or {})
+        self.replies: dict[int, list[Any]] = {index: list(each) for index, each in (replies or {}).items()}
 
 
 class RequestRejectedError(ServerError):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+from urllib.parse import urlsplit
+
 import requests
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
 from torchrl_sglang.errors import (
     ProtocolError,
@@ -14,9 +17,14 @@ from torchrl_sglang.errors import (
     SGLangError,
 )
 from torchrl_sglang.protocol.messages import HttpRequest
+from torchrl_sglang.server_url import unresolvable_host
 from torchrl_sglang.tls import explain_tls
 
 __all__ = ["may_retry", "raise_for_status", "stream_cut_short", "translate_error"]
+
+_NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}
+_LOCAL_ERRNOS = {*_NO_DESCRIPTOR, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.ENETDOWN}
+"""No descriptor, no memory, no free local port, no network."""
 
 
 def may_retry(request: HttpRequest, error: Exception) -> bool:
@@ -39,9 +47,16 @@ def translate_error(error: requests.RequestException, request: HttpRequest, *, u
     reason = getattr(error.args[0], "reason", None) if error.args else None
     if isinstance(error, requests.exceptions.SSLError) and (refusal := explain_tls(error, url)):
         return refusal
-    if isinstance(error, requests.ConnectTimeout) or isinstance(reason, (NewConnectionError, ConnectTimeoutError)):
+    if isinstance(reason, NameResolutionError):
+        return ServerUnreachableError(unresolvable_host(url), server=url, is_local=True)
+    if local := _local_cause(reason):
         return ServerUnreachableError(
-            f"nothing accepts connections at {url}; is the server running and the address right?", server=url
+            f"this machine could not open a connection to {url}: {local}", server=url, is_local=True
+        )
+    if isinstance(error, requests.ConnectTimeout) or isinstance(reason, (NewConnectionError, ConnectTimeoutError)):
+        no_port = "" if urlsplit(url).port else " The URL has no port; SGLang's own is 30000."
+        return ServerUnreachableError(
+            f"nothing accepts connections at {url}; is the server running and the address right?{no_port}", server=url
         )
     if isinstance(error, requests.Timeout) or "timed out" in str(error):
         return ServerTimeoutError(
@@ -60,6 +75,19 @@ def translate_error(error: requests.RequestException, request: HttpRequest, *, u
     return ProtocolError(f"{where}: {error}", server=url)
 
 
+def _local_cause(reason: object) -> str:
+    """What this machine lacked when it tried to connect; empty if the cause is elsewhere."""
+    cause = reason.__cause__ if isinstance(reason, NewConnectionError) else None
+    if not isinstance(cause, OSError) or cause.errno not in _LOCAL_ERRNOS:
+        return ""
+    advice = (
+        ". Raise the limit of open files (ulimit -n), or send fewer requests at once"
+        if cause.errno in _NO_DESCRIPTOR
+        else ""
+    )
+    return f"{cause}{advice}"
+
+
 def stream_cut_short(request: HttpRequest, *, url: str) -> ServerLostError:
     """The error for a stream without its last event."""
     return ServerLostError(f"{url} ended the stream of {request.path} half-way", server=url)
@@ -74,15 +102,24 @@ def raise_for_status(response: requests.Response, request: HttpRequest, *, url: 
     if response.ok and not response.is_redirect:
         return
     detail = _detail(response)
-    advice = ""
-    if response.status_code in (401, 403):
-        advice = "; pass the server's key as api_key= (or admin_api_key=)"
+    advice = _about_keys(response, request) if response.status_code in (401, 403) else ""
     raise RequestRejectedError(
         f"{url} answered {response.status_code} to {request.path}: {detail}{advice}",
         server=url,
         status=response.status_code,
         detail=detail,
     )
+
+
+def _about_keys(response: requests.Response, request: HttpRequest) -> str:
+    """What to do about a refused key, or about one that was not sent."""
+    was_sent = "Authorization" in response.request.headers
+    if request.timeout in ("control", "update"):
+        what = "The key that was sent is not accepted" if was_sent else "No key was sent"
+        return f". {what}: this call needs the server's --admin-api-key as admin_api_key= (or its only key as api_key=)"
+    if was_sent:
+        return ". The key that was sent as api_key= is not the one that the server was started with (--api-key)"
+    return ". No key was sent: pass the server's --api-key as api_key=, as in AsyncSGLang.connect(url, api_key=...)"
 
 
 def _detail(response: requests.Response) -> str:

@@ -119,7 +119,10 @@ def close_engines() -> None:
 
 def make_policy(engine: Any, **settings: Any) -> SGLangWrapper:
     """Make a policy on an engine; ``settings`` are arguments of :class:`SGLangWrapper`, ``None`` means its default."""
-    return SGLangWrapper(_engine_of(engine), **{name: value for name, value in settings.items() if value is not None})
+    given = {name: value for name, value in settings.items() if value is not None}
+    if "template_kwargs" in given:  # a template's tests and filters know Python's lists and mappings only
+        given["template_kwargs"] = _plain(given["template_kwargs"])
+    return SGLangWrapper(_engine_of(engine), **given)
 
 
 def make_scheme(servers: Any, config: Mapping[str, Any] | SyncConfig | None = None) -> SGLangWeightSyncScheme:
@@ -177,7 +180,9 @@ class SGLangPolicyConfig:
     generate_kwargs: Any = field(default_factory=dict)
     num_samples: int | None = None
     pad_output: bool = False
-    prefer_tokens: bool = False
+    chat_template: str | None = None
+    template_kwargs: Any = None
+    prefer_tokens: Any = False
     return_log_probs: bool | None = None
     on_overlong: str | None = None
     on_error: str | None = None

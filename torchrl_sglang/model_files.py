@@ -44,12 +44,13 @@ def find_local_path(model: str | Path) -> Path | None:
     return path.absolute() if path.exists() else None
 
 
-def find_model_file(model: str | Path, name: str) -> Path | None:
+def find_model_file(model: str | Path, name: str, revision: str | None = None) -> Path | None:
     """One file of a checkpoint.
 
     Args:
         model: a folder, or a hub name that is in the local Hugging Face cache.
         name: file name, such as ``"config.json"``.
+        revision: branch, tag or commit of a hub model; ``None`` is ``main``. A folder has one revision.
 
     Returns:
         Its path; ``None`` if the checkpoint has no such file or is not on this machine.
@@ -65,17 +66,18 @@ def find_model_file(model: str | Path, name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        cached = try_to_load_from_cache(str(model), name)
+        cached = try_to_load_from_cache(str(model), name, revision=revision)
     except HFValidationError:  # a path that exists on the server's machine only
         return None
     return Path(cached) if isinstance(cached, str) else None
 
 
-def require_model_folder(model: str | Path, *, hint: str) -> Path:
+def require_model_folder(model: str | Path, *, hint: str, revision: str | None = None) -> Path:
     """The folder that holds a checkpoint.
 
     Args:
         model: a folder, or a hub name that is in the local Hugging Face cache.
+        revision: branch, tag or commit of a hub model; ``None`` is ``main``.
         hint: what to do without it; the error ends with this.
 
     Raises:
@@ -84,15 +86,16 @@ def require_model_folder(model: str | Path, *, hint: str) -> Path:
     folder = find_local_path(model)
     if folder is not None and folder.is_dir():
         return folder
-    config = find_model_file(model, "config.json")
+    config = find_model_file(model, "config.json", revision)
     if config is None:
-        raise ConfigError(f"{model} is neither a folder on this machine nor in the local Hugging Face cache. {hint}")
+        named = f"{model} at revision {revision}" if revision else str(model)
+        raise ConfigError(f"{named} is neither a folder on this machine nor in the local Hugging Face cache. {hint}")
     return config.parent
 
 
-def read_model_json(model: str | Path, name: str) -> dict[str, Any]:
+def read_model_json(model: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
     """A JSON file of a checkpoint, such as ``"generation_config.json"``; empty if it is absent or not readable."""
-    file = find_model_file(model, name)
+    file = find_model_file(model, name, revision)
     if file is None:
         return {}
     try:
@@ -102,20 +105,21 @@ def read_model_json(model: str | Path, name: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def read_vocab_size(model: str | Path) -> int | None:
+def read_vocab_size(model: str | Path, revision: str | None = None) -> int | None:
     """Rows of the checkpoint's embedding, from its ``config.json``; ``None`` if the file can't be read here."""
-    config = read_model_json(model, "config.json")
+    config = read_model_json(model, "config.json", revision)
     for section in (config, config.get("text_config") or {}, config.get("llm_config") or {}):
         if isinstance(section.get("vocab_size"), int):
             return int(section["vocab_size"])
     return None
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer.
 
     Args:
         path: a folder or hub name; for a server's own tokenizer ``pool.info.tokenizer_path``.
+        revision: branch, tag or commit of a hub name; for a server's own tokenizer ``pool.info.revision``.
 
     Raises:
         ConfigError: it can't be read from this machine.
@@ -123,7 +127,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer  # slow to import, and not needed for token-only use
 
     found = find_local_path(path)
+    # A folder has no revisions: transformers would look for a sub-folder of refs.
+    chosen = {} if revision is None or found is not None else {"revision": revision}
     try:
-        return AutoTokenizer.from_pretrained(path if found is None else found)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the tokenizer {path!r} can't be loaded here ({error}); pass tokenizer=") from error
+        return AutoTokenizer.from_pretrained(path if found is None else found, **chosen)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+        named = f"{path!r} at revision {revision!r}" if chosen else repr(path)
+        raise ConfigError(f"the tokenizer {named} can't be loaded here ({error}); pass tokenizer=") from error

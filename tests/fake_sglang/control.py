@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tests.fake_sglang.calls import Call, Reply, bad_request, refusal
+from tests.fake_sglang.fused_tensors import fused_checksums
 from tests.fake_sglang.locks import RequestLocks
 from tests.fake_sglang.model import read_checkpoint
 from tests.fake_sglang.ranks import Announcement, Ranks
@@ -264,18 +265,19 @@ class Control:
         return self._result_reply(result, new_version=version)
 
     def check(self, call: Call) -> Reply:
-        """``/weights_checker``: checksums per rank, of the checkpoint's tensors (SGLang hashes its fused ones)."""
+        """``/weights_checker``: checksums per rank, of the fused tensors."""
         action = call.value("action", str, "checksum") if call.body is not None else "checksum"
         if action != "checksum":
             return refusal(f"Unsupported action={action!r}")
-        ranks = self._scheduler.call(self._checksums)
+        skip = call.value("skip_tensor_list", list, []) if call.body is not None else []
+        ranks = self._scheduler.call(lambda: self._checksums(skip))
         overall = hashlib.sha256("".join(rank["per_gpu_checksum"] for rank in ranks).encode()).hexdigest()
         return Reply(body={"success": True, "message": "Success.", "ranks": ranks, "per_engine_checksum": overall})
 
-    def _checksums(self) -> list[dict[str, Any]]:
+    def _checksums(self, skip: list[str]) -> list[dict[str, Any]]:
         out = []
         for rank, weights in enumerate(self._ranks.weights):
-            sums = {name: f"{value:016x}" for name, value in weights.checksums.items()}
+            sums = fused_checksums(weights.tensors, rank, len(self._ranks.weights), skip)
             overall = hashlib.sha256("".join(k + sums[k] for k in sorted(sums)).encode()).hexdigest()
             place = {"role": "target", "tp_rank": rank, "tp_size": len(self._ranks.weights), "rank": rank}
             out.append({"checksums": sums, "per_gpu_checksum": overall, "parallelism_info": [place]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from tests.fake_sglang.locks import RequestLocks
 from tests.fake_sglang.request_parsing import parse_sequences
 from tests.fake_sglang.scheduler import Scheduler, ServerStopped
 from tests.fake_sglang.sequences import Sequence
+from tests.fake_sglang.settings import FakeSettings
 from tests.fake_sglang.vocabulary import Vocabulary
 
 __all__ = ["Generator"]
@@ -21,13 +23,23 @@ class Generator:
     """Answers ``/generate``.
 
     Args:
+        settings: the server's settings.
         vocabulary: the model's tokens.
         locks: the pause guard and the update lock.
         scheduler: runs the sequences.
         adapters: the LoRA adapters a request may name.
     """
 
-    def __init__(self, vocabulary: Vocabulary, locks: RequestLocks, scheduler: Scheduler, adapters: Adapters) -> None:
+    def __init__(
+        self,
+        settings: FakeSettings,
+        vocabulary: Vocabulary,
+        locks: RequestLocks,
+        scheduler: Scheduler,
+        adapters: Adapters,
+    ) -> None:
+        self._settings = settings
+        self._preferred = json.loads(settings.preferred_sampling_params or "{}")
         self._vocabulary = vocabulary
         self._locks = locks
         self._scheduler = scheduler
@@ -42,7 +54,11 @@ class Generator:
                 empty prompt in a batch.
         """
         sequences, is_list = parse_sequences(
-            call, self._vocabulary, self._adapters, checks_names=self._scheduler.state.has_session
+            call,
+            self._vocabulary,
+            self._adapters,
+            checks_names=self._scheduler.state.has_session,
+            preferred=self._preferred,
         )
         if call.body.get("stream"):
             return Reply(stream=self._stream(call, sequences, is_list))
@@ -60,6 +76,9 @@ class Generator:
             for sequence in sequences:
                 if not sequence.prompt or not all(0 <= i < self._vocabulary.size for i in sequence.prompt):
                     call.lifecycle.die("a prompt is empty or holds a token id outside the vocabulary")
+                fatal = sequence.sampling.max_new_tokens >= self._settings.lethal_new_tokens
+                if fatal and self._settings.lethal_id in sequence.prompt:
+                    call.lifecycle.die("a prompt holds the lethal token id")
             self._scheduler.add(sequences)
 
         self._scheduler.call(start)
@@ -79,12 +98,13 @@ class Generator:
                 raise ServerStopped
 
     def _stream(self, call: Call, sequences: list[Sequence], is_list: bool) -> Iterator[dict[str, Any]]:
-        """One event whenever a sequence has new tokens or has ended; each holds all tokens so far."""
+        """One event whenever a sequence has enough new tokens or has ended."""
         unfinished = dict(enumerate(sequences))
         sent = [0] * len(sequences)
 
         def changed() -> list[int]:
-            return [i for i, s in unfinished.items() if s.finish_reason or len(s.output) > sent[i]]
+            interval = self._settings.stream_interval
+            return [i for i, s in unfinished.items() if s.finish_reason or len(s.output) >= sent[i] + interval]
 
         with self._locks.for_request():
             self._submit(call, sequences)
@@ -93,11 +113,22 @@ class Generator:
                 events = []
                 with self._scheduler.progress:
                     for i in changed():
-                        events.append(self._reply(sequences[i]) | ({"index": i} if is_list else {}))
+                        start = sent[i] if self._settings.incremental_streaming_output else 0
+                        events.append(self._event(sequences[i], start) | ({"index": i} if is_list else {}))
                         sent[i] = len(sequences[i].output)
                         if sequences[i].finish_reason:
                             del unfinished[i]
                 yield from events
+
+    def _event(self, sequence: Sequence, start: int) -> dict[str, Any]:
+        """What a sequence has gained since it had ``start`` tokens."""
+        whole = self._reply(sequence)
+        meta = whole["meta_info"]
+        for name in ("output_token_logprobs", "output_top_logprobs"):
+            if name in meta:
+                meta[name] = meta[name][start:]
+        before = self._vocabulary.decode(list(sequence.output)[:start])
+        return {"text": whole["text"][len(before) :], "output_ids": whole["output_ids"][start:], "meta_info": meta}
 
     def _reply(self, sequence: Sequence) -> dict[str, Any]:
         ids = list(sequence.output)

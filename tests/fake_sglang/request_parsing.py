@@ -22,7 +22,12 @@ _SAMPLING_FIELDS = (
 
 
 def parse_sequences(
-    call: Call, vocabulary: Vocabulary, adapters: Adapters, *, checks_names: bool = True
+    call: Call,
+    vocabulary: Vocabulary,
+    adapters: Adapters,
+    *,
+    checks_names: bool = True,
+    preferred: Mapping[str, Any] | None = None,
 ) -> tuple[list[Sequence], bool]:
     """The sequences to generate, prompt-major, and whether the reply is a list.
 
@@ -31,6 +36,7 @@ def parse_sequences(
         vocabulary: the model's tokens and context length.
         adapters: the LoRA adapters a request may name.
         checks_names: whether the refusal of an unknown sampling parameter names it; up to 0.5.20 it is a bare 500.
+        preferred: sampling parameters for what a request leaves out, except ``n``.
 
     Raises:
         BadRequest: the request is invalid.
@@ -43,7 +49,7 @@ def parse_sequences(
     per_prompt = params if isinstance(params, list) else [params] * len(prompts)
     if len(per_prompt) != len(prompts):
         raise bad_request("The length of sampling_params should be equal to the batch size.")
-    samplings = [_sampling(p, checks_names) for p in per_prompt]
+    samplings = [_sampling({**(preferred or {}), **p}, checks_names) for p in per_prompt]
     copies = {int(p.get("n", 1)) for p in per_prompt}
     if len(copies) > 1:
         raise bad_request("The parallel_sample_num should be the same for all samples in sample params.")
@@ -97,6 +103,7 @@ def _sampling(params: Mapping[str, Any], checks_names: bool) -> Sampling:
         error = f"unknown field `{unknown[0]}`, expected one of {known}"
         raise BadRequest(Reply(status=400, body={"error": error}))
     stop = params.get("stop") or ()
+    params = {name: value for name, value in params.items() if value is not None}
     sampling = Sampling(
         max_new_tokens=int(params.get("max_new_tokens", 128)),
         temperature=float(params.get("temperature", 1.0)),

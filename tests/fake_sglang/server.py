@@ -82,7 +82,7 @@ class FakeServer:
         )
         self._control = Control(settings, self._locks, self._scheduler, self._ranks)
         self._info = InfoEndpoints(settings, config, vocabulary, self._locks, self._scheduler, self._control)
-        self._generate = Generator(vocabulary, self._locks, self._scheduler, self._adapters)
+        self._generate = Generator(settings, vocabulary, self._locks, self._scheduler, self._adapters)
         self._faults = FaultRegistry(settings.faults)
         self._events: list[dict[str, Any]] = []
         self._events_lock = threading.Lock()

@@ -33,6 +33,11 @@ class FakeSettings:
         max_total_tokens: reported size of the KV cache, in tokens.
         seed: seed of sampling at temperature > 0.
         weight_version: weight version at the start.
+        preferred_sampling_params: JSON of sampling parameters that are filled in where a request leaves them out.
+        incremental_streaming_output: an event of a stream has only what is new, instead of everything so far.
+        stream_interval: tokens between two events of a stream.
+        lethal_id: the server ends on a prompt with this token id, as SGLang does on requests that it can't decode.
+        lethal_new_tokens: but only if at least this many new tokens are requested.
         faults: faults armed from the start.
     """
 
@@ -53,6 +58,11 @@ class FakeSettings:
     max_total_tokens: int = 8192
     seed: int = 0
     weight_version: str = "default"
+    preferred_sampling_params: str | None = None
+    incremental_streaming_output: bool = False
+    stream_interval: int = 1
+    lethal_id: int = -1
+    lethal_new_tokens: int = 0
     faults: tuple[Fault, ...] = ()
 
     @property

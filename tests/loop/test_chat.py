@@ -144,7 +144,10 @@ def test_tool_calls_can_be_parsed_by_the_server(server: SGLangServer, tiny_llama
     text = 'Let me see. <tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
     answer = SGLangClient(server.url).send(build_parse_tool_calls(text, tools, "qwen25"))
-    assert parse_tool_calls_answer(answer, server=server.url) == ("Let me see.", [("add", {"a": 1, "b": 2})])
+    assert parse_tool_calls_answer(answer, server=server.url) == (
+        "Let me see.",
+        [("add", '{"a": 1, "b": 2}')],
+    )
     chat = SGLangChat(server.url, tool_call_parser="qwen25", max_new_tokens=4, temperature=0)
     assert chat.chat(QUESTION, tools=tools)[0].tool_calls == ()
 

@@ -14,12 +14,14 @@ URL = "http://127.0.0.1:30000"
 EXAMPLES = [
     errors.SGLangError("what"),
     errors.ConfigError("what"),
+    errors.StorageError("what", path="/runs/a", needed_bytes=5, free_bytes=3),
     errors.ProtocolError("what", server=URL),
     errors.ServerError("what", server=URL),
     errors.ServerStartError("what", server=URL, log_tail="last\nlines"),
     errors.ServerUnreachableError("what", server=URL),
     errors.ServerLostError("what", server=URL),
     errors.ServerTimeoutError("what", server=URL),
+    errors.LethalPromptError("what", server=URL, prompts={3: "it died"}, replies={0: ["reply"]}),
     errors.RequestRejectedError("what", server=URL, status=400, detail="no session"),
     errors.WeightSyncError("what", server_weights={URL: "old"}),
     errors.WeightCoverageError(
@@ -51,6 +53,7 @@ def test_an_error_pickles_with_its_message_and_attributes(error: Exception):
     ("error", "builtin"),
     [
         (errors.ConfigError, ValueError),
+        (errors.StorageError, OSError),
         (errors.ServerError, RuntimeError),
         (errors.ServerUnreachableError, ConnectionError),
         (errors.ServerLostError, ConnectionError),

@@ -160,7 +160,10 @@ def test_checksums_come_per_rank(tiny_llama: Path) -> None:
     with FakeServer(FakeSettings(model_path=tiny_llama, tp_size=2)) as server:
         reply = subject_of(server).post("/weights_checker", action="checksum").json()
     assert [rank["parallelism_info"][0]["tp_rank"] for rank in reply["ranks"]] == [0, 1]
-    assert reply["ranks"][0]["checksums"] == reply["ranks"][1]["checksums"]
+    first, second = (rank["checksums"] for rank in reply["ranks"])
+    assert first.keys() == second.keys()
+    different = {name for name in first if first[name] != second[name]}
+    assert different == {name for name in first if "norm" not in name}
 
 
 # ------------------------------------------------------------------------------------------- what tests read and set

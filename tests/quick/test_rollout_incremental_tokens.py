@@ -15,7 +15,9 @@ from torchrl.modules.llm.policies import ChatHistory
 from transformers import AutoTokenizer
 
 from torchrl_sglang import ConfigError, SGLangWrapper
-from torchrl_sglang.rollout.incremental_tokens import continue_tokens
+from torchrl_sglang.chat_templates import ChatRenderer
+from torchrl_sglang.rollout.incremental_tokens import RewrittenAnswer, continue_tokens
+from torchrl_sglang.rollout.messages import history_messages
 from torchrl_sglang.testing.echo_pool import EchoPool
 
 THINKING = (
@@ -34,11 +36,8 @@ def conversation(*messages: tuple[str, str]) -> History:
     return History.from_chats([[{"role": role, "content": content} for role, content in messages]])[0]
 
 
-def extend(tokenizer: Any, ids_T: list[int], history: History, **template: Any) -> list[int] | None:
-    def render(part: History, more: bool = False) -> str:
-        return part.apply_chat_template(tokenizer=tokenizer, add_generation_prompt=more, **template)
-
-    return continue_tokens(ids_T, render(history, True), tokenizer, history=history, render=render)
+def extend(tokenizer: Any, ids_T: list[int], history: History, *, rewritten: bool = False, **template: Any) -> Any:
+    return continue_tokens(ids_T, history_messages(history), ChatRenderer(tokenizer, **template), rewritten=rewritten)
 
 
 @settings(max_examples=40, deadline=None)
@@ -57,11 +56,13 @@ def test_sampled_tokens_are_kept_in_the_next_prompt(tokenizer: Any, sampled: lis
     )
 
 
-def test_sampled_tokens_are_kept_when_the_template_drops_past_thinking(tokenizer: Any) -> None:
+def test_tokens_of_an_answer_that_the_template_rewrites_are_kept_on_request_only(tokenizer: Any) -> None:
     history = conversation(("user", "dog"), ("assistant", "hmm</think>It is lazy."), ("user", "fox"))
     said = "<|im_start|>user\ndog<|im_end|>\n<|im_start|>assistant\nhmm</think>It is lazy.<|im_end|>"
     known = tokenizer(said)["input_ids"]
-    joined = extend(tokenizer, known, history, chat_template=THINKING)
+    with pytest.raises(RewrittenAnswer):
+        extend(tokenizer, known, history, chat_template=THINKING)
+    joined = extend(tokenizer, known, history, chat_template=THINKING, rewritten=True)
     assert joined is not None
     assert joined[: len(known)] == known
     assert tokenizer.decode(joined[len(known) :]) == "\n<|im_start|>user\nfox<|im_end|>\n<|im_start|>assistant\n"

@@ -209,7 +209,7 @@ def test_a_rejected_batch_is_halved_until_the_bad_prompt_is_alone() -> None:
     class Picky(EchoPool):
         def generate(self, ids_B_T: Any, *args: Any, **kwargs: Any) -> list[GenerateReply]:
             if any(13 in ids_T for ids_T in ids_B_T):
-                raise RequestRejectedError("13 is not allowed")
+                raise RequestRejectedError("13 is not allowed", status=400)
             return super().generate(ids_B_T, *args, **kwargs)
 
     prompts = [[i] for i in range(10, 18)]
@@ -224,7 +224,7 @@ def test_a_rejected_prompt_does_not_mask_those_of_other_threads_in_its_request()
         def generate(self, ids_B_T: Any, *args: Any, **kwargs: Any) -> list[GenerateReply]:
             replies = super().generate(ids_B_T, *args, **kwargs)
             if any(13 in ids_T for ids_T in ids_B_T):
-                raise RequestRejectedError("13 is not allowed")
+                raise RequestRejectedError("13 is not allowed", status=400)
             return replies
 
     pool = Picky()

@@ -14,11 +14,11 @@ from torchrl.modules.llm.policies import Masks, Tokens
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.rollout.prompts import read_text, read_tokens
 
-PAD, EOS = 0, 2
+PAD, EOS, BOS = 0, 2, 1
 ids = st.lists(st.lists(st.integers(1, 319), min_size=1, max_size=12), min_size=1, max_size=6)
 
 
-def never() -> tuple[int, int]:
+def never() -> tuple[int, int, int]:
     raise AssertionError("the padding value was requested although nothing is padded")
 
 
@@ -32,7 +32,7 @@ def padded(ids_B_T: list[list[int]], side: str, value: int = PAD) -> torch.Tenso
 @given(ids, st.sampled_from(["left", "right"]))
 def test_a_padded_tensor_gives_back_the_ids_that_were_padded(ids_B_T: list[list[int]], side: str) -> None:
     td = TensorDict({"x": padded(ids_B_T, side)}, batch_size=len(ids_B_T))
-    read = read_tokens(td, "x", padding=lambda: (PAD, EOS))
+    read = read_tokens(td, "x", padding=lambda: (PAD, EOS, BOS))
     assert read.ids_B_T == ids_B_T
     assert read.width == max(map(len, ids_B_T))
 
@@ -67,7 +67,7 @@ def test_an_attention_mask_takes_precedence_over_the_padding_value(ids_B_T: list
 
 def test_a_mask_of_other_lengths_is_ignored() -> None:
     td = TensorDict({"x": torch.tensor([[7, 8]]), "m": torch.tensor([[True, True, False]])}, batch_size=1)
-    assert read_tokens(td, "x", mask_keys=("m",), padding=lambda: (PAD, EOS)).ids_B_T == [[7, 8]]
+    assert read_tokens(td, "x", mask_keys=("m",), padding=lambda: (PAD, EOS, BOS)).ids_B_T == [[7, 8]]
 
 
 def test_tokens_marked_unpadded_keep_the_padding_id() -> None:
@@ -77,7 +77,7 @@ def test_tokens_marked_unpadded_keep_the_padding_id() -> None:
 
 def test_padding_that_is_also_eos_is_only_removed_at_the_ends() -> None:
     td = TensorDict({"x": torch.tensor([[EOS, EOS, 5, EOS, 6], [EOS, 7, 8, 9, 10]])}, batch_size=2)
-    assert read_tokens(td, "x", padding=lambda: (EOS, EOS)).ids_B_T == [[5, EOS, 6], [7, 8, 9, 10]]
+    assert read_tokens(td, "x", padding=lambda: (EOS, EOS, BOS)).ids_B_T == [[5, EOS, 6], [7, 8, 9, 10]]
 
 
 def test_an_assistant_mask_loses_the_same_padding_as_its_tokens() -> None:
@@ -87,7 +87,7 @@ def test_an_assistant_mask_loses_the_same_padding_as_its_tokens() -> None:
         batch_size=2,
     )
     key = ("masks", "all_assistant_mask")
-    read = read_tokens(td, ("tokens", "full"), padding=lambda: (PAD, EOS), assistant_key=key)
+    read = read_tokens(td, ("tokens", "full"), padding=lambda: (PAD, EOS, BOS), assistant_key=key)
     assert read.assistant_B_T == [[False, True], [False, True, True]]
 
 

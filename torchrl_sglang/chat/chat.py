@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torchrl_sglang.chat.asyncio_threads import call_in_thread, iterate_in_thread
 from torchrl_sglang.chat.defaults import GenerationDefaults
+from torchrl_sglang.chat.media_files import check_roots
 from torchrl_sglang.chat.messages import read_conversation
 from torchrl_sglang.chat.reply_stream import ReplyStream
-from torchrl_sglang.chat.response import Response, ToolCall
+from torchrl_sglang.chat.response import Response
 from torchrl_sglang.chat.template import ChatTemplate
 from torchrl_sglang.chat.text_deltas import TextDeltas
-from torchrl_sglang.chat.tool_calls import find_tool_calls
+from torchrl_sglang.chat.tool_call_reader import ToolCallReader, call_ids
+from torchrl_sglang.chat.tool_parsers import parser_for, template_text
 from torchrl_sglang.chat.turn import Turn, prepare_turn
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import load_tokenizer, read_model_json
 from torchrl_sglang.pool import Servers, resolve_pool
 from torchrl_sglang.protocol.messages import GenerateReply
-from torchrl_sglang.protocol.tool_calls import build_parse_tool_calls, parse_tool_calls_answer
 
 __all__ = ["SGLangChat"]
 
@@ -43,8 +45,13 @@ class SGLangChat:
         processor: the served model's processor, for models whose processor holds the chat template.
         adapter: name of the LoRA adapter to use by default.
         tool_call_parser: how the model writes tool calls, by SGLang's name (``"qwen25"``, ``"llama3"``,
-            ``"mistral"``...): the server's own parser then reads them. ``None`` reads the common formats, see
-            :func:`~torchrl_sglang.chat.tool_calls.find_tool_calls`.
+            ``"mistral"``...): the server's own parser then reads them, and this package's adds what it lost. ``None``
+            finds the name by the server's ``--tool-call-parser``, the chat template, the architecture or the model's
+            name. ``"local"``, or a family that is not known: only the common formats are read, without the server, see
+            :func:`~torchrl_sglang.chat.tool_calls.read_tool_calls`.
+        media_roots: folders whose files the parts of messages may name, as paths or ``file://`` URLs. By default none:
+            messages may come from a model or a dataset. Files in ``images=``, ``videos=`` and ``audios=`` may lie
+            anywhere.
         client: time-outs and keys, when ``servers`` is a URL.
         **generation: defaults for every call: ``temperature``, ``top_p``, ``top_k``, ``num_return_sequences``,
             ``repetition_penalty``, ``skip_special_tokens``, ``max_length`` (prompt and response), ``max_new_tokens``,
@@ -70,17 +77,18 @@ class SGLangChat:
         *,
         adapter: str | None = None,
         tool_call_parser: str | None = None,
+        media_roots: Sequence[str | Path] = (),
         client: ClientConfig | None = None,
         **generation: Any,
     ) -> None:
         self.pool = resolve_pool(servers, client)
         self.pool.connect()
         tokenizer = tokenizer or getattr(processor, "tokenizer", None)
-        self.tokenizer = tokenizer or load_tokenizer(self.pool.info.tokenizer_path)
+        self.tokenizer = tokenizer or load_tokenizer(self.pool.info.tokenizer_path, self.pool.info.revision)
         self.adapter = adapter
-        self._tool_call_parser = tool_call_parser
+        self._media_roots = check_roots(media_roots)
         self._template = ChatTemplate(self.tokenizer, processor)
-        checkpoint = read_model_json(self.pool.info.model_path, "generation_config.json")
+        checkpoint = read_model_json(self.pool.info.model_path, "generation_config.json", self.pool.info.revision)
         self._defaults = GenerationDefaults(
             given=generation,
             checkpoint=checkpoint,
@@ -88,6 +96,17 @@ class SGLangChat:
         )
         self._defaults.sampling({}, prompt_length=0, context_length=None)  # raises if a default is bad
         self._reply_stream = ReplyStream(self.pool)
+        self._tool_calls = ToolCallReader(
+            self.tokenizer,
+            self._reply_stream.pick_server,
+            named=tool_call_parser,
+            known=parser_for(
+                template=template_text(self.tokenizer) + template_text(processor),
+                config=read_model_json(self.pool.info.model_path, "config.json"),
+                model=self.pool.info.model_path,
+                server_flag=self.pool.info.raw.get("tool_call_parser"),
+            ),
+        )
 
     # ------------------------------------------------------------------ whole responses
 
@@ -254,16 +273,26 @@ class SGLangChat:
         adapter: str | None,
         **call: Any,
     ) -> Turn:
-        conversation = read_conversation(messages, system=system, images=images, videos=videos, audios=audios)
+        conversation = read_conversation(
+            messages, system=system, images=images, videos=videos, audios=audios, media_roots=self._media_roots
+        )
         adapter = adapter if adapter is not None else self.adapter
         return prepare_turn(conversation, self.pool, self._template, self._defaults, adapter=adapter, **call)
 
     def _response(self, turn: Turn, reply: GenerateReply) -> Response:
-        content, calls = self._tool_calls(turn, reply) if turn.tools else (reply.text, ())
+        found = self._tool_calls.read(turn.ids_T, reply, turn.tools) if turn.tools else None
+        calls = found.calls if found is not None else ()
         return Response(
             text=reply.text,
-            content=content if calls else reply.text,
-            tool_calls=calls,
+            content=found.content if found is not None and calls else reply.text,
+            tool_calls=call_ids(
+                calls,
+                parser=self._tool_calls.parser,
+                ids_T=turn.ids_T,
+                output_ids=reply.output_ids,
+                earlier_calls=turn.num_earlier_calls,
+            ),
+            rejected_calls=found.rejected if found is not None else (),
             prompt_length=reply.prompt_tokens,
             response_length=reply.completion_tokens,
             finish_reason=reply.finish_reason,
@@ -271,17 +300,6 @@ class SGLangChat:
             log_probs=None if reply.output_logprobs is None else tuple(reply.output_logprobs),
             weight_version=reply.weight_version,
         )
-
-    def _tool_calls(self, turn: Turn, reply: GenerateReply) -> tuple[str, tuple[ToolCall, ...]]:
-        # In many models special tokens mark a call; the server leaves special tokens out of the text.
-        ids_T = reply.output_ids[:-1] if isinstance(reply.matched, int) else reply.output_ids
-        text = self.tokenizer.decode(ids_T, skip_special_tokens=False)
-        if self._tool_call_parser is None:
-            return find_tool_calls(text, [tool["function"]["name"] for tool in turn.tools])
-        client = self._reply_stream.pick_server()
-        answer = client.send(build_parse_tool_calls(text, turn.tools, self._tool_call_parser))
-        content, calls = parse_tool_calls_answer(answer, server=client.url)
-        return content, tuple(ToolCall(name=name, arguments=arguments) for name, arguments in calls)
 
 
 def _stop_ids(template: Sequence[int], checkpoint: Mapping[str, Any], vocab_size: int | None) -> tuple[int, ...]:

@@ -50,8 +50,9 @@ class GenerationDefaults:
 
         Examples:
             >>> defaults = GenerationDefaults(given={"max_length": 30}, checkpoint={"top_p": 0.8}, stop_ids=(2,))
-            >>> defaults.sampling({"temperature": 0}, prompt_length=10, context_length=64).to_wire()
-            {'max_new_tokens': 20, 'temperature': 0, 'top_p': 0.8, 'stop_token_ids': [2]}
+            >>> params = defaults.sampling({"temperature": 0}, prompt_length=10, context_length=64)
+            >>> params.max_new_tokens, params.temperature, params.top_p, params.stop_token_ids
+            (20, 0, 0.8, (2,))
         """
         recommended = {name: self.checkpoint[name] for name in _RECOMMENDED if self.checkpoint.get(name) is not None}
         params = SamplingParams(max_new_tokens=_UNSET_LENGTH)

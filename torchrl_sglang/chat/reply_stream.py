@@ -7,10 +7,12 @@ from collections.abc import Generator
 
 from torchrl_sglang.chat.turn import Turn
 from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.errors import ProtocolError, RequestRejectedError, ServerError, ServerUnreachableError
+from torchrl_sglang.config.checking import require_number
+from torchrl_sglang.errors import ProtocolError, ServerError, ServerUnreachableError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.generate import build_generate, parse_one
 from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.protocol.stream_events import StreamedReply
 
 __all__ = ["ReplyStream"]
 
@@ -40,6 +42,7 @@ class ReplyStream:
             ServerError: no server is left, or a server failed.
             ProtocolError: a stream ended without a finished response.
         """
+        require_number("timeout_s", timeout_s, optional=True, above=0)
         self.pool.check([turn.ids_T], turn.sampling)
         lora, labelled = self.pool.resolve_adapter(turn.adapter)
         request = build_generate(
@@ -53,22 +56,17 @@ class ReplyStream:
         )
         while True:
             client = self.pick_server()
-            finished = False
+            sequence = StreamedReply(client.url)
             try:
                 for event in client.stream(request, timeout_s=timeout_s):
-                    if "meta_info" not in event:
-                        detail = str(event.get("error", event))
-                        raise RequestRejectedError(
-                            f"{client.url} stopped the stream: {detail}", server=client.url, status=200, detail=detail
-                        )
-                    finished = event["meta_info"].get("finish_reason") is not None
-                    yield labelled(parse_one(event, server=client.url, return_logprobs=turn.return_log_probs))
+                    whole = sequence.add(event)
+                    yield labelled(parse_one(whole, server=client.url, return_logprobs=turn.return_log_probs))
             except ServerUnreachableError as error:
                 self.pool.record_death(client.url, error)
                 if not self.pool.healthy:
                     raise
                 continue
-            if not finished:
+            if not sequence.is_finished:
                 raise ProtocolError(f"{client.url} ended a stream without a finished response", server=client.url)
             return
 

@@ -8,7 +8,9 @@ from typing import Any
 from jinja2 import TemplateError
 
 from torchrl_sglang.chat.messages import Conversation
+from torchrl_sglang.chat_templates import message_forms
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.text_tokens import encode_untemplated, special_ids
 
 __all__ = ["ChatTemplate"]
 
@@ -65,24 +67,28 @@ class ChatTemplate:
                     "(pass processor= if the model's template is in its processor)"
                 )
         # The rendered text has all special tokens; a second BOS would make a different prompt.
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode_untemplated(self.tokenizer, text)
 
     def _render(
         self, messages: Sequence[Any], tools: Any, extra: Mapping[str, Any] | None, continue_chat: bool = True
     ) -> str:
         continues = continue_chat and messages[-1]["role"] == "assistant"
-        try:
-            text: str = self._renderer.apply_chat_template(
-                list(messages),
-                tools=tools or None,
-                tokenize=False,
-                add_generation_prompt=continue_chat and not continues,
-                continue_final_message=continues,
-                **(extra or {}),
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise ConfigError(f"the chat template refuses the conversation: {error}") from error
-        return text
+        refusal: Exception | None = None
+        for form in message_forms(messages):
+            try:
+                text: str = self._renderer.apply_chat_template(
+                    form,
+                    tools=tools or None,
+                    tokenize=False,
+                    add_generation_prompt=continue_chat and not continues,
+                    continue_final_message=continues,
+                    **(extra or {}),
+                )
+            except (TemplateError, TypeError, ValueError, KeyError) as error:
+                refusal = refusal or error
+            else:
+                return text
+        raise ConfigError(f"the chat template refuses the conversation: {refusal}") from refusal
 
     def turn_end_ids(self) -> tuple[int, ...]:
         """The tokens that end a turn: EOS, and the special token after an assistant's message in the template."""
@@ -93,10 +99,6 @@ class ChatTemplate:
         except ConfigError:
             return tuple(found)
         ids = list(self.tokenizer(tail, add_special_tokens=False)["input_ids"]) if mark else []
-        if ids and self._is_special(ids[0]) and ids[0] not in found:
+        if ids and ids[0] in special_ids(self.tokenizer) and ids[0] not in found:
             found.append(int(ids[0]))
         return tuple(found)
-
-    def _is_special(self, token: int) -> bool:
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).get(token)
-        return token in self.tokenizer.all_special_ids or getattr(added, "special", False)

@@ -92,12 +92,13 @@ def _continue(
     from torchrl_sglang.config import SamplingParams
     from torchrl_sglang.model_files import load_tokenizer
     from torchrl_sglang.pool import SGLangPool
+    from torchrl_sglang.text_tokens import encode_texts
 
     pool = SGLangPool([SGLangClient(url, config)])
     pool.connect()
-    tokenizer = load_tokenizer(pool.info.tokenizer_path)
+    tokenizer = load_tokenizer(pool.info.tokenizer_path, pool.info.revision)
     sampling = SamplingParams.from_kwargs(**settings)
-    ids_B_T = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    ids_B_T = encode_texts(tokenizer, prompts, open_end=True)
     replies = pool.generate(ids_B_T, sampling, return_logprobs=False, lora=adapter)
     return [
         _row(prompts[i // sampling.n], r.text, r.prompt_tokens, r.completion_tokens, r.finish_reason)

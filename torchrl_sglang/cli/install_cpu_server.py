@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -107,7 +108,8 @@ def _python_version(python: str) -> tuple[int, ...]:
 def _step(number: int, what: str, command: list[str]) -> None:
     """Run one step with its output on standard error, so that a slow download shows what it does."""
     print(f"{number}/4  {what}", file=sys.stderr, flush=True)
-    done = subprocess.run(command, stdout=sys.stderr, check=False)
+    safe = {**os.environ, "PYTHONSAFEPATH": "1"}  # not the modules of the working directory
+    done = subprocess.run(command, stdout=sys.stderr, check=False, env=safe)
     if done.returncode != 0:
         raise ServerError(
             f"step {number} ({what}) failed with exit code {done.returncode}; its output is above. Finished steps are "

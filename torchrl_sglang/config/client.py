@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from torchrl_sglang.config.checking import require, require_positive
+from torchrl_sglang.config.checking import names_checked, require_numbers
 
 __all__ = ["ClientConfig"]
 
 
+@names_checked()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientConfig:
     """Settings of the HTTP client of a server."""
@@ -30,8 +31,9 @@ class ClientConfig:
     update_timeout_s: float = 300.0
     """For each step of a weight update but the buckets: begin and end of the session, loading a checkpoint from disk,
     verification. The update's deadline may be earlier. For a bucket see :attr:`SyncConfig.bucket_timeout_s`."""
-    max_connections: int = 32
-    """Most open connections per server; when all are in use, further threads wait for one."""
+    max_connections: int = 1024
+    """Most generate requests under way per server, each on a connection of its own; further threads wait, and the wait
+    counts towards their time-out. A process needs as many file descriptors (``ulimit -n``)."""
     connect_retries: int = 2
     """How often a request that did not reach the server is retried."""
     unchecked_vocab: bool = False
@@ -40,7 +42,6 @@ class ClientConfig:
     """Number of valid token ids, for servers whose checkpoint can't be read on this machine."""
 
     def __post_init__(self) -> None:
-        require_positive(self, *(f.name for f in fields(self) if f.name.endswith("_timeout_s")))
-        require(self.max_connections >= 1, f"max_connections must be at least 1, got {self.max_connections}")
-        require(self.connect_retries >= 0, f"connect_retries must be at least 0, got {self.connect_retries}")
-        require(self.vocab_size is None or self.vocab_size > 0, f"vocab_size must be positive, got {self.vocab_size}")
+        require_numbers(self, *(f.name for f in fields(self) if f.name.endswith("_timeout_s")), above=0)
+        require_numbers(self, "max_connections", "vocab_size", at_least=1)
+        require_numbers(self, "connect_retries", at_least=0)

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torchrl_sglang.config.checking import nearest_name, require
+from torchrl_sglang.config.checking import names_checked, require
+from torchrl_sglang.config.foreign_names import GENERATION_ARGUMENTS, unknown_argument
+from torchrl_sglang.config.grammars import GRAMMARS, grammar_text, stop_pattern
+from torchrl_sglang.config.sampling_values import (
+    INT32_MAX,
+    flag,
+    flat_params,
+    integer,
+    logit_bias,
+    number,
+    one_or_more,
+    text,
+    token_ids,
+)
 from torchrl_sglang.errors import ConfigError
 
 __all__ = ["SamplingParams"]
 
 
+def _other_name(name: str, known: Sequence[str]) -> str:
+    if name in _ALIASES:
+        return f" It is called {_ALIASES[name]}; SamplingParams.from_kwargs(...) takes both names."
+    return unknown_argument(name, known, foreign=GENERATION_ARGUMENTS)
+
+
+@names_checked(_other_name)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are sampled. Field names are SGLang's; :meth:`from_kwargs` takes other libraries' names too.
@@ -20,8 +40,9 @@ class SamplingParams:
     Source: SGLang's ``/generate`` ``sampling_params`` (0.5.23).
 
     Examples:
-        >>> SamplingParams.from_kwargs(max_tokens=16, do_sample=False).to_wire()
-        {'max_new_tokens': 16, 'temperature': 0.0}
+        >>> params = SamplingParams.from_kwargs(max_tokens=16, do_sample=False)
+        >>> params.max_new_tokens, params.temperature
+        (16, 0.0)
         >>> SamplingParams.from_kwargs(temprature=0.5)
         Traceback (most recent call last):
         ...
@@ -63,66 +84,84 @@ class SamplingParams:
     no_stop_trim: bool = False
     """Keep the stop string or token in the decoded text."""
     regex: str | None = None
-    """Constrain the response to a regular expression (needs a grammar backend)."""
-    json_schema: str | None = None
-    """Constrain the response to a JSON schema given as JSON text (needs a grammar backend)."""
+    """Constrain the response to a regular expression (needs a grammar backend); a compiled one is taken too."""
+    json_schema: str | Mapping[str, Any] | None = None
+    """Constrain the response to a JSON schema (needs a grammar backend). A mapping or a pydantic model is written as
+    JSON text."""
     ebnf: str | None = None
     """Constrain the response to an EBNF grammar (needs a grammar backend)."""
-    structural_tag: str | None = None
-    """Constrain tagged parts of the response (needs a grammar backend)."""
-    logit_bias: Mapping[str, float] | None = None
-    """Added to the logits of these token ids (ids as strings, as JSON requires)."""
+    structural_tag: str | Mapping[str, Any] | None = None
+    """Constrain tagged parts of the response (needs a grammar backend); JSON text, or a mapping."""
+    logit_bias: Mapping[int | str, float] | None = None
+    """Added to the logits of these token ids; kept with the ids as strings, as JSON requires. At most a million either
+    way; minus infinity is taken for minus a million."""
     sampling_seed: int | None = None
     """Seed of this request. SGLang honours it only under ``--enable-deterministic-inference``."""
     custom_params: Mapping[str, Any] | None = None
-    """Passed to a custom logit processor."""
+    """Passed to a custom logit processor: scalars, lists of scalars, one level of dictionaries of scalars."""
     sampling_mask: bool = False
     """Return which tokens top-k, top-p and min-p kept, and the sampled token's log-prob among them. SGLang (0.5.23)
     does so only for ``1 < top_k <= 4096``."""
 
     def __post_init__(self) -> None:
-        for name in ("stop", "stop_token_ids", "stop_regex"):
-            value = getattr(self, name)
-            if value is None:
-                object.__setattr__(self, name, ())
-            elif isinstance(value, (str, int)):
-                object.__setattr__(self, name, (value,))
-            else:
-                object.__setattr__(self, name, tuple(value))
+        for name, value in self._converted().items():
+            object.__setattr__(self, name, value)
         require(
-            all(isinstance(text, str) and text for text in (*self.stop, *self.stop_regex)),
-            f"stop and stop_regex must be non-empty strings, got stop={self.stop!r}, stop_regex={self.stop_regex!r}",
+            0 <= self.max_new_tokens <= INT32_MAX,
+            f"max_new_tokens must be at least 0 and fit into 32 bits, got {self.max_new_tokens}",
         )
-        require(
-            all(isinstance(token, int) and token >= 0 for token in self.stop_token_ids),
-            f"stop_token_ids must be token ids, got {self.stop_token_ids!r}",
-        )
-        for name in ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
-                f"{name} must be a finite number, got {value!r}",
-            )
-        for name in ("max_new_tokens", "min_new_tokens", "n", "top_k"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and not isinstance(value, bool), f"{name} must be an int, got {value!r}")
-        require(self.max_new_tokens >= 0, f"max_new_tokens must be at least 0, got {self.max_new_tokens}")
         require(
             0 <= self.min_new_tokens <= self.max_new_tokens,
             f"min_new_tokens must be between 0 and max_new_tokens={self.max_new_tokens}, got {self.min_new_tokens}",
         )
-        require(self.n >= 1, f"n must be at least 1, got {self.n}")
-        require(self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}")
-        require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        require(1 <= self.n <= _MOST_SAMPLES, f"n must be between 1 and {_MOST_SAMPLES}, got {self.n}")
+        require(
+            0 <= self.temperature <= _HOTTEST,
+            f"temperature must be at least 0 and at most {_HOTTEST:g}, got {self.temperature}",
+        )
+        require(_SMALLEST_TOP_P <= self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         require(self.top_k == -1 or self.top_k >= 1, f"top_k must be -1 (all tokens) or at least 1, got {self.top_k}")
         require(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}")
         for name in ("frequency_penalty", "presence_penalty"):
             require(-2 <= getattr(self, name) <= 2, f"{name} must be in [-2, 2], got {getattr(self, name)}")
         require(
-            0 < self.repetition_penalty <= 2, f"repetition_penalty must be in (0, 2], got {self.repetition_penalty}"
+            _SMALLEST_REPETITION_PENALTY <= self.repetition_penalty <= 2,
+            f"repetition_penalty must be in [{_SMALLEST_REPETITION_PENALTY}, 2], got {self.repetition_penalty}",
         )
-        grammars = [name for name in ("regex", "json_schema", "ebnf", "structural_tag") if getattr(self, name)]
+        require(
+            self.sampling_seed is None or -(2**63) <= self.sampling_seed < 2**63,
+            f"sampling_seed must fit into 64 bits, got {self.sampling_seed}",
+        )
+        require(len(self.stop) <= _MOST_STOPS, f"SGLang takes at most {_MOST_STOPS} stop strings, got {len(self.stop)}")
+        require(
+            len(self.stop_regex) <= _MOST_STOPS,
+            f"SGLang takes at most {_MOST_STOPS} expressions in stop_regex, got {len(self.stop_regex)}",
+        )
+        grammars = [name for name in GRAMMARS if getattr(self, name) is not None]
         require(len(grammars) <= 1, f"only one grammar can constrain a response, got {' and '.join(grammars)}")
+
+    def _converted(self) -> dict[str, Any]:
+        """Every field as the type that SGLang decodes, see :mod:`.sampling_values`."""
+        values: dict[str, Any] = {name: integer(name, getattr(self, name)) for name in _INTEGERS}
+        values.update({name: number(name, getattr(self, name)) for name in _NUMBERS})
+        values.update({name: flag(name, getattr(self, name)) for name in _FLAGS})
+        values.update({name: grammar_text(name, getattr(self, name)) for name in GRAMMARS})
+        values["stop"] = tuple(text("stop", each) for each in one_or_more("stop", self.stop, "strings"))
+        require(all(values["stop"]), f"stop must be non-empty strings, got {self.stop!r}")
+        given: Any = self.stop_regex
+        patterns = [given] if isinstance(given, re.Pattern) else given
+        values["stop_regex"] = tuple(map(stop_pattern, one_or_more("stop_regex", patterns, "strings")))
+        values["stop_token_ids"] = token_ids("stop_token_ids", self.stop_token_ids)
+        values["logit_bias"] = logit_bias(self.logit_bias)
+        values["custom_params"] = flat_params(self.custom_params)
+        if self.sampling_seed is not None:
+            values["sampling_seed"] = integer("sampling_seed", self.sampling_seed)
+        # SGLang takes a temperature this small for greedy decoding, whose log-probs count as temperature 1.
+        if 0 < values["temperature"] < _GREEDY_BELOW:
+            values["temperature"] = 0.0
+        if values["top_k"] > _ALL_TOKENS:
+            values["top_k"] = -1
+        return values
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> SamplingParams:
@@ -131,10 +170,10 @@ class SamplingParams:
         Translated: ``max_tokens`` (max_new_tokens), ``min_tokens`` (min_new_tokens), ``num_return_sequences`` (n),
         ``stop_sequences`` and ``stop_strings`` (stop), ``eos_token_id`` (stop_token_ids), ``seed`` (sampling_seed),
         ``do_sample=False`` (temperature 0), ``include_stop_str_in_output`` (no_stop_trim), ``top_k=0`` (-1).
-        If an alias and SGLang's name are both given, the alias wins, as in TorchRL's wrappers.
 
         Raises:
-            ConfigError: an unknown name (the error names the nearest one), a beam-search argument, or a bad value.
+            ConfigError: an unknown name (the error says what to write instead), two names of one argument with
+                different values, a beam-search argument, or a bad value.
         """
         return cls(**cls._translate(kwargs))
 
@@ -142,33 +181,49 @@ class SamplingParams:
         """These settings with some replaced, in any of the names :meth:`from_kwargs` takes.
 
         Examples:
-            >>> SamplingParams(max_new_tokens=16, top_p=0.9).updated(max_tokens=4).to_wire()
-            {'max_new_tokens': 4, 'top_p': 0.9}
+            >>> params = SamplingParams(max_new_tokens=16, top_p=0.9).updated(max_tokens=4)
+            >>> params.max_new_tokens, params.top_p
+            (4, 0.9)
         """
+        require(
+            not (kwargs.get("do_sample") and self.temperature == 0 and kwargs.get("temperature") is None),
+            "do_sample=True samples, but these settings have temperature=0, which is greedy: give a temperature",
+        )
         return replace(self, **self._translate(kwargs))
 
     @classmethod
     def _translate(cls, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in kwargs.items() if value is not None}
-        for old, name in _ALIASES.items():
-            if old in given:
-                given[name] = given.pop(old)
+        given_as: dict[str, str] = {}
+        for old in [old for old in given if old in _ALIASES]:
+            name, value = _ALIASES[old], given.pop(old)
+            if name in given and _same_form(name, given[name]) != _same_form(name, value):
+                other = given_as.get(name, name)
+                raise ConfigError(
+                    f"{other}={given[name]!r} and {old}={value!r} are two names of one argument with different values: "
+                    "give one"
+                )
+            given[name], given_as[name] = value, old
         for name, neutral in _BEAM_SEARCH.items():
             value = given.pop(name, neutral)
             require(value == neutral, f"SGLang has no beam search: {name}={value!r} can't be honoured; remove it")
-        do_sample = given.pop("do_sample", True)
-        if not do_sample:
+        do_sample = given.pop("do_sample", None)
+        require(
+            not (do_sample and given.get("temperature") == 0),
+            "do_sample=True samples, but temperature=0 is greedy decoding: remove one",
+        )
+        if do_sample is not None and not flag("do_sample", do_sample):
             require(
                 given.get("temperature", 0) == 0,
                 f"do_sample=False is greedy decoding, but temperature={given.get('temperature')} was given: remove one",
             )
             given["temperature"] = 0.0
-        if given.get("top_k") == 0:
+        if "top_k" in given and integer("top_k", given["top_k"]) == 0:
             given["top_k"] = -1
         known = [f.name for f in fields(cls)]
         for name in given:
             if name not in known:
-                hint = nearest_name(name, [*known, *_ALIASES, "do_sample"])
+                hint = unknown_argument(name, [*known, *_ALIASES, "do_sample"], foreign=GENERATION_ARGUMENTS)
                 raise ConfigError(f"unknown generation argument {name!r}.{hint}")
         return given
 
@@ -185,14 +240,35 @@ class SamplingParams:
         )
 
     def to_wire(self) -> dict[str, Any]:
-        """SGLang's ``sampling_params``: fields that differ from SGLang's defaults, and always ``max_new_tokens``."""
-        wire: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            # sampling_mask is a field of the request, beside sampling_params
-            if f.name not in ("max_new_tokens", "sampling_mask") and value != f.default:
-                wire[f.name] = list(value) if isinstance(value, tuple) else value
-        return wire
+        """SGLang's ``sampling_params``: every field, also those with SGLang's own default.
+
+        A server launched with ``--preferred-sampling-params`` fills in what a request leaves out.
+        """
+        # sampling_mask is a field of the request, beside sampling_params
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sampling_mask"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+_INTEGERS = ("max_new_tokens", "min_new_tokens", "n", "top_k")
+_NUMBERS = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+_FLAGS = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "sampling_mask")
+_MOST_STOPS = 32
+_MOST_SAMPLES = 4096
+"""The server makes one request of each; far more of them take its memory."""
+_GREEDY_BELOW = 1e-6
+_HOTTEST = 1e6
+_SMALLEST_TOP_P = 1e-30
+_SMALLEST_REPETITION_PENALTY = 0.01
+"""Logits are divided by it: SGLang replaces those that overflow, and draws token 0."""
+_ALL_TOKENS = 2**30
+"""What SGLang takes for all tokens; its scheduler ends on a ``top_k`` beyond 32 bits."""
+
+
+def _same_form(name: str, value: Any) -> Any:
+    """A value that compares equal to another one of the same meaning."""
+    if name in ("stop", "stop_token_ids"):
+        return sorted(map(repr, value if isinstance(value, (list, tuple, set)) else [value]))
+    return value
 
 
 _ALIASES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -50,7 +51,14 @@ def _read_versions(python: str) -> Mapping[str, Any]:
         OSError: that Python can't be run.
         subprocess.SubprocessError: it fails or hangs.
     """
-    done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=True)
+    done = subprocess.run(
+        [python, "-c", _PROBE],
+        capture_output=True,
+        text=True,
+        timeout=_PROBE_TIMEOUT_S,
+        check=True,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},  # not the modules of the working directory
+    )
     versions: Mapping[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return versions
 

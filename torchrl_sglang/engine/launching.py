@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from torchrl_sglang.config import ClientConfig, ServerConfig, nearest_name
+from torchrl_sglang.config import ClientConfig, SamplingParams, ServerConfig, SyncConfig
+from torchrl_sglang.config.checking import require_number
+from torchrl_sglang.config.foreign_names import ENGINE_ARGUMENTS, GENERATION_ARGUMENTS, unknown_argument
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.server import replicate
 
@@ -16,12 +18,21 @@ __all__ = ["client_config", "refuse_unknown", "server_configs"]
 _ALIASES = {
     "max_model_len": "context_length",
     "tensor_parallel_size": "tp_size",
+    "num_devices": "tp_size",
     "num_gpus": "tp_size",
     "gpu_memory_utilization": "mem_fraction_static",
     "num_replicas": "dp_size",
     "data_parallel_size": "dp_size",
 }
 # Arguments of `from_pretrained` itself: offered for a misspelt name.
+_ELSEWHERE = {
+    "SamplingParams or generate_kwargs={{{name!r}: ...}}": [
+        *(field.name for field in fields(SamplingParams)),
+        *("max_tokens", "min_tokens", "do_sample", *GENERATION_ARGUMENTS),
+    ],
+    "client=ClientConfig({name}=...)": [field.name for field in fields(ClientConfig)],
+    "SGLangWeightSyncScheme(servers, config=SyncConfig({name}=...))": [field.name for field in fields(SyncConfig)],
+}
 _OWN_ARGUMENTS = ("tp_size", "dp_size", "gpus", "router", "restart", "progress", "client")
 
 
@@ -54,8 +65,7 @@ def server_configs(
             raise ConfigError(f"{name}={value!r} means {ours}, which is also given as {settings[ours]!r}: give one")
         settings[ours] = value
     num_servers = settings.pop("dp_size")
-    if num_servers < 1:
-        raise ConfigError(f"dp_size is the number of servers and must be at least 1, got {num_servers}")
+    require_number("dp_size, the number of servers,", num_servers, whole=True, at_least=1)
     return replicate(ServerConfig(model=model, **settings), num_servers, gpus)
 
 
@@ -81,4 +91,5 @@ def refuse_unknown(given: Iterable[str], known: Sequence[str]) -> None:
     """
     for name in given:
         if name not in known:
-            raise ConfigError(f"unknown argument {name!r}.{nearest_name(name, known)}")
+            hint = unknown_argument(name, known, foreign=ENGINE_ARGUMENTS, elsewhere=_ELSEWHERE)
+            raise ConfigError(f"unknown argument {name!r}.{hint}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from functools import partial
@@ -20,10 +20,12 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import RouterClient, SGLangPool
+from torchrl_sglang.pool.earlier_weights import warn_of_earlier_weights
 from torchrl_sglang.progress import shown_progress
 from torchrl_sglang.protocol.control import build_flush
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.server import SGLangRouter, SGLangServer, start_fleet, stop_fleet
+from torchrl_sglang.text_tokens import encode_texts
 from torchrl_sglang.weights.update.report import SyncReport
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ class AsyncSGLang:
         self.pool = pool
         self.servers = tuple(servers)
         self.router = router
-        self.weights = EngineWeights(pool, self.restart)
+        self.weights = EngineWeights(pool, self._restart_server)
         self.memory = EngineMemory(pool)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._restart = restart
@@ -100,10 +102,11 @@ class AsyncSGLang:
         """
         refuse_unknown(client, [f.name for f in fields(ClientConfig)])
         config = ClientConfig(**client)
-        urls = [url] if isinstance(url, str) else list(url)
+        urls: list[Any] = list(url) if isinstance(url, (list, tuple)) else [url]  # anything else is refused by name
         router_client = RouterClient(router, config) if router is not None else None
         pool = SGLangPool([SGLangClient(each, config) for each in urls], router=router_client)
         pool.connect()
+        warn_of_earlier_weights(pool)
         return cls(pool)
 
     @classmethod
@@ -174,7 +177,7 @@ class AsyncSGLang:
             ConfigError: the server's tokenizer path can't be read from this machine.
         """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.pool.info.tokenizer_path)
+            self._tokenizer = load_tokenizer(self.pool.info.tokenizer_path, self.pool.info.revision)
         return self._tokenizer
 
     @property
@@ -195,9 +198,9 @@ class AsyncSGLang:
     def generate(
         self,
         prompts: str | Sequence[str] | None = None,
+        sampling_params: SamplingParams | dict[str, Any] | None = None,
         *,
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        sampling_params: SamplingParams | dict[str, Any] | None = None,
         return_logprobs: bool = True,
         return_text: bool = True,
         timeout_s: float | None = None,
@@ -206,9 +209,9 @@ class AsyncSGLang:
         """Generate from text or token ids, one or many.
 
         Args:
-            prompts: text; encoded with the served tokenizer.
-            input_ids: token ids instead of text.
+            prompts: text; encoded with the served tokenizer, whose BOS is added unless the text begins with it.
             sampling_params: how tokens are drawn.
+            input_ids: token ids instead of text.
             return_logprobs: report the log-prob of every response token.
             return_text: keep the server's decoded text in the replies.
             timeout_s: seconds for the whole batch.
@@ -226,7 +229,7 @@ class AsyncSGLang:
             raise ConfigError("give either prompts (text) or input_ids (token ids)")
         if prompts is not None:
             texts = [prompts] if isinstance(prompts, str) else list(prompts)
-            ids_B_T = [self.tokenizer.encode(text) for text in texts]
+            ids_B_T = encode_texts(self.tokenizer, texts, open_end=True)
             single = isinstance(prompts, str)
         else:
             assert input_ids is not None
@@ -270,7 +273,7 @@ class AsyncSGLang:
         params = _sampling(sampling_params, sampling)
         if params.n != 1:
             raise ConfigError(f"a stream carries one sequence, got n={params.n}")
-        ids_T = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids_T = encode_texts(self.tokenizer, [prompt], open_end=True)[0] if isinstance(prompt, str) else list(prompt)
         return self.pool.stream(ids_T, params, return_logprobs=return_logprobs)
 
     def flush_cache(self) -> None:
@@ -328,7 +331,8 @@ class AsyncSGLang:
     def restart(self, url: str) -> bool:
         """Restart the server at ``url``, at the same address and with the checkpoint that it was launched from.
 
-        Where synced weights have replaced the checkpoint's, it serves nothing until the next weight update.
+        Where synced weights have replaced the checkpoint's, it serves nothing until the next weight update. A weight
+        update under way is waited for.
 
         Returns:
             ``False`` if this engine did not launch it, or was told never to restart: then nothing is done.
@@ -336,6 +340,11 @@ class AsyncSGLang:
         Raises:
             ServerStartError: it did not become ready again.
         """
+        with self.pool.update_lock:
+            return self._restart_server(url)
+
+    def _restart_server(self, url: str) -> bool:
+        """Restart a server for the holder of the update lock: a push calls this from several threads of its own."""
         for client, server in zip(self.pool.clients, self.servers, strict=False):
             if client.url == url and self._restart != "never":
                 server.kill()
@@ -382,4 +391,9 @@ def _sampling(given: SamplingParams | dict[str, Any] | None, single: dict[str, A
         raise ConfigError(f"give sampling_params or single arguments, not both: {sorted(single)}")
     if isinstance(given, SamplingParams):
         return given
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(
+            f"sampling_params must be a torchrl_sglang.SamplingParams or a dict, got {type(given).__name__} of "
+            f"{type(given).__module__}"
+        )
     return SamplingParams.from_kwargs(**(given or single))

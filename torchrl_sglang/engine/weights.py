@@ -51,7 +51,8 @@ class EngineWeights:
         Raises:
             ConfigError: the checkpoint can't be read from this machine.
         """
-        specs = Checkpoint.read(self._pool.info.model_path).specs
+        info = self._pool.info
+        specs = Checkpoint.read(info.model_path, revision=info.revision).specs
         return {name: (spec.dtype, torch.Size(spec.shape)) for name, spec in specs.items()}
 
     def get_master_address(self) -> str:

@@ -48,6 +48,17 @@ class LoadTracker:
                 self._add(shares, -n)
 
     @contextmanager
+    def count(self, shares: Sequence[Share], n: int) -> Iterator[None]:
+        """Count shares that were divided otherwise until the block ends."""
+        with self._lock:
+            self._add(shares, n)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._add(shares, -n)
+
+    @contextmanager
     def assign_one(self, clients: Sequence[SGLangClient]) -> Iterator[SGLangClient]:
         """Choose the server with the least load, and count one sequence on it until the block ends."""
         with self._lock:

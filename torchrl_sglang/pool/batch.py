@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool.streaming import generate_streaming
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
@@ -15,6 +16,8 @@ from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest
 
 __all__ = ["Batch"]
+
+_CANARY_TOKENS = 2  # one from the prompt, one from decoding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,8 @@ class Batch:
     media: Sequence[Media] | None
 
     def __post_init__(self) -> None:
+        require_number("timeout_s", self.timeout_s, optional=True, above=0)
+        require(self.lora is None or isinstance(self.lora, str), f"lora must be an adapter's name, got {self.lora!r}")
         if self.media is not None and (self.progress is not None or len(self.media) != len(self.ids_B_T)):
             raise ConfigError("media needs one entry per prompt, and can't be combined with progress")
 
@@ -49,10 +54,23 @@ class Batch:
             "cache_salt": self.cache_salt,
         }
 
+    def part(self, share: Sequence[int]) -> Batch:
+        """The batch of the prompts with these indices only."""
+        media = None if self.media is None else [self.media[index] for index in share]
+        return replace(self, ids_B_T=[self.ids_B_T[index] for index in share], media=media)
+
     def build(self, share: Sequence[int]) -> HttpRequest:
         """One request for the prompts with these indices."""
         shown = None if self.media is None else [self.media[index] for index in share]
         return build_generate([self.ids_B_T[index] for index in share], self.sampling, media=shown, **self._shared)
+
+    def canary(self) -> Batch:
+        """The same prompts with one short response each, to see which of them a server survives."""
+        length = min(self.sampling.max_new_tokens, _CANARY_TOKENS)
+        short = replace(
+            self.sampling, n=1, max_new_tokens=length, min_new_tokens=min(length, self.sampling.min_new_tokens)
+        )
+        return replace(self, sampling=short, progress=None)
 
     def send(self, client: SGLangClient, share: Sequence[int]) -> list[GenerateReply]:
         """Send them in one request; their replies, prompt-major."""

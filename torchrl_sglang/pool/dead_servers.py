@@ -19,10 +19,11 @@ from torchrl_sglang.protocol.version import WeightVersion
 __all__ = ["DeadServerTracker"]
 
 _POLL_INTERVAL_S = 5.0
+_POLLED = ("dead", "dirty")
 
 
 class DeadServerTracker:
-    """Polls the servers whose phase is ``dead``.
+    """Polls the servers whose phase is ``dead`` or ``dirty``.
 
     Args:
         state: the pool's records.
@@ -48,7 +49,7 @@ class DeadServerTracker:
         Args:
             clients: all servers of the pool.
         """
-        dead = [client for client in clients if self._state.server(client.url).phase == "dead"]
+        dead = [client for client in clients if self._state.server(client.url).phase in _POLLED]
         none_left = len(dead) == len(clients)
         with self._lock:
             is_idle = self._running is None or self._running.done
@@ -63,7 +64,7 @@ class DeadServerTracker:
     def _ask(self, dead: Sequence[SGLangClient]) -> None:
         for client in dead:
             before = self._state.server(client.url)
-            if before.phase != "dead":  # something has happened to it while the servers before it were polled
+            if before.phase not in _POLLED:  # something has happened to it while the servers before it were polled
                 continue
             try:
                 held = client.weight_version()

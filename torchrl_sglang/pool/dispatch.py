@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,9 @@ from torchrl_sglang.protocol.messages import GenerateReply
 
 __all__ = ["DispatchResult", "dead_server", "dispatch_shares", "is_gone"]
 
+_CLOSING_S = 3.0
+_ASK_AGAIN_S = 0.05
+
 
 @dataclass(slots=True, kw_only=True)
 class DispatchResult:
@@ -22,14 +26,13 @@ class DispatchResult:
 
     Attributes:
         replies: per answered prompt, its ``n`` replies.
-        retry: prompts whose server is known to be dead, ascending: no reply to them can exist any more.
-        deaths: per URL of those servers, the error that they left.
+        lost: shares whose server is known to be dead, with its URL and the error that it left: no reply to them can
+            exist any more.
         failure: an error after which requests may or may not have run.
     """
 
     replies: dict[int, list[GenerateReply]] = field(default_factory=dict)
-    retry: list[int] = field(default_factory=list)
-    deaths: dict[str, SGLangError] = field(default_factory=dict)
+    lost: list[tuple[list[int], str, SGLangError]] = field(default_factory=list)
     failure: SGLangError | None = None
 
 
@@ -54,11 +57,9 @@ def dispatch_shares(
             replies = outcome.unwrap()
             result.replies.update((index, replies[i * n : (i + 1) * n]) for i, index in enumerate(share))
         elif dead := find_dead(client, outcome.error):
-            result.deaths[dead.url] = outcome.error
-            result.retry.extend(share)
+            result.lost.append((list(share), dead.url, outcome.error))
         else:
             result.failure = result.failure or outcome.error
-    result.retry.sort()
     return result
 
 
@@ -71,11 +72,21 @@ def dead_server(client: SGLangClient, error: SGLangError) -> SGLangClient | None
 
 
 def is_gone(client: SGLangClient) -> bool:
-    """Whether nothing listens at a server's address any more."""
-    try:
-        client.send(build_ready())
-    except ServerUnreachableError:
-        return True
-    except SGLangError:
-        return False
-    return False
+    """Whether nothing listens at a server's address any more.
+
+    A process that is ending may drop connections before its port is closed, so one that drops them is asked again.
+    """
+    deadline = time.monotonic() + _CLOSING_S
+    while True:
+        try:
+            client.send(build_ready())
+        except ServerUnreachableError:
+            return True
+        except (ServerLostError, ProtocolError):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_ASK_AGAIN_S)
+        except SGLangError:
+            return False
+        else:
+            return False

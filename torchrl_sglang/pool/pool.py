@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -10,29 +12,39 @@ from typing import Any
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
-from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
+from torchrl_sglang.errors import ConfigError, LethalPromptError, RequestRejectedError, ServerError, SGLangError
+from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool.balancing import LoadTracker
 from torchrl_sglang.pool.batch import Batch
+from torchrl_sglang.pool.batch_run import BatchRun
 from torchrl_sglang.pool.checks import label_with_version, refuse_different_models, refuse_mixed_weights
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
-from torchrl_sglang.pool.dispatch import dead_server, dispatch_shares, is_gone
+from torchrl_sglang.pool.dispatch import dead_server, is_gone
+from torchrl_sglang.pool.end_tokens import EndTokens
+from torchrl_sglang.pool.reply_weights import outdated_version, was_rejected
 from torchrl_sglang.pool.router_client import MAX_REQUESTS, RouterClient
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.protocol.generate import build_generate, parse_one
-from torchrl_sglang.protocol.limits import check_prompts
+from torchrl_sglang.protocol.limits import check_prompts, check_sampling
 from torchrl_sglang.protocol.media import Media
-from torchrl_sglang.protocol.messages import GenerateReply, ServerInfo
+from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest, ServerInfo
 from torchrl_sglang.protocol.router import has_no_workers, router_forwards, worker_in_error
+from torchrl_sglang.protocol.stream_events import StreamedReply
 from torchrl_sglang.protocol.version import version_number
 
 __all__ = ["SGLangPool"]
+
+_log = logging.getLogger(__name__)
+
+_POLL_S = 0.2
+_VERIFICATION_POLL_S = 0.005
 
 
 class SGLangPool:
     """One or more servers of the same model behind one ``generate``.
 
-    Thread-safe. Pickles as its clients; a copy connects where it lands and keeps a state of its own.
+    Thread-safe. Pickles as its clients. A pickled copy, or a forked child's, connects anew and has its own state.
 
     Args:
         clients: one client per server.
@@ -67,7 +79,13 @@ class SGLangPool:
         self._weight_sync: weakref.ref[Any] | None = None
         self._connected = False
         self._load = LoadTracker()
+        self._end_tokens = EndTokens()
         self._dead_servers = DeadServerTracker(self.state, self._server_returned)
+        renew_in_forked_children(self)
+
+    def renew_after_fork(self) -> None:
+        """Start with a state and locks of its own, as a pickled copy does; called in a forked child."""
+        self._init_runtime()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"clients": self.clients, "router": self.router}
@@ -84,7 +102,8 @@ class SGLangPool:
     def connect(self) -> None:
         """Ask every server what it serves, once.
 
-        A server whose weights are half-updated (its version is marked dirty) is quarantined until a full sync.
+        A server whose weights are half-updated (its version is marked dirty) gets no requests until the update that
+        another process has begun is over, or until a full sync.
 
         Raises:
             ServerUnreachableError: a server (or the router) does not listen.
@@ -99,7 +118,11 @@ class SGLangPool:
         for info in infos:
             if info.weight_version.startswith("dirty-"):
                 held = info.weight_version
-                self.quarantine(info.url, f"it holds half-updated weights ({held}); a full sync heals it")
+                self.state.found_dirty(
+                    info.url,
+                    f"it holds half-updated or unverified weights ({held}): another process is updating it, or died in "
+                    "an update, or the update failed its verification; then servers.update_weights(model) heals it",
+                )
         self.state.connected({info.url: info.weight_version for info in infos})
         if self.router is not None:
             self.router.join([client.url for client in self.healthy])
@@ -170,7 +193,9 @@ class SGLangPool:
         self._leave_router(url)
         return known
 
-    def restore(self, url: str, *, based_on: ServerState, new_process_with: str | None = None) -> bool:
+    def restore(
+        self, url: str, *, based_on: ServerState, new_process_with: str | None = None, updated_to: str | None = None
+    ) -> bool:
         """Put a server back into routing.
 
         Args:
@@ -178,6 +203,7 @@ class SGLangPool:
             based_on: its state when the caller found it fit to serve. If its state has changed since (for example
                 because an update has quarantined it), the finding is out of date and the server stays as it is.
             new_process_with: the version it holds, if it was found to be a new process.
+            updated_to: the version it holds, if another process was found to have updated it.
 
         Returns:
             Whether the finding was up to date: the server is routed now.
@@ -187,7 +213,7 @@ class SGLangPool:
         """
         if self.router is not None and self.state.server(url).revision == based_on.revision:
             self.router.join([url])
-        restored = self.state.restored(url, based_on=based_on, new_process_with=new_process_with)
+        restored = self.state.restored(url, based_on=based_on, new_process_with=new_process_with, updated_to=updated_to)
         if not restored and not self.state.server(url).is_routed:
             self._leave_router(url)
         return restored
@@ -203,12 +229,27 @@ class SGLangPool:
         self._leave_router(url)
 
     def poll_dead_servers(self) -> None:
-        """Poll dead servers, at most every few seconds, and restore those that answer with the current weights."""
+        """Poll dead and dirty servers, at most every few seconds, and restore those that hold the current weights.
+
+        If no server is left and another process is updating some, wait for it: as long as one step of an update may
+        take (``ClientConfig.update_timeout_s``).
+        """
         if self.state.weights.adapter is None:  # a new process has no adapter
             self._dead_servers.poll(self.clients)
+        deadline = time.monotonic() + max(client.config.update_timeout_s for client in self.clients)
+        while not self.healthy and self._is_updated_elsewhere and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            self._dead_servers.poll(self.clients)
+
+    @property
+    def _is_updated_elsewhere(self) -> bool:
+        return any(server.phase == "dirty" for server in self.state.servers.values())
 
     def _server_returned(self, before: ServerState, version: str) -> None:
-        self.restore(before.url, based_on=before, new_process_with=version)
+        if before.phase == "dirty":
+            self.restore(before.url, based_on=before, updated_to=version)
+        else:
+            self.restore(before.url, based_on=before, new_process_with=version)
 
     def offload(self, url: str, tags: Iterable[str] = ()) -> None:
         """Take a server out of routing because it is about to release GPU memory, or has released ``tags`` of it."""
@@ -259,6 +300,7 @@ class SGLangPool:
 
         Raises:
             ConfigError: a prompt that the servers can't serve; names its index and the limit.
+            LethalPromptError: servers died on a prompt; names its index, and has the other prompts' replies.
             ServerError: a server failed in a way that leaves open whether requests ran, or no server is left.
         """
         if len(ids_B_T) == 0:
@@ -276,35 +318,81 @@ class SGLangPool:
             cache_salt=self.state.weights.cache_salt,
             media=media,
         )
-        replies = self._dispatch(batch)
+        try:
+            return self._accepted(self._dispatch_until_current(batch), label)
+        except LethalPromptError as error:
+            error.replies = {index: self._accepted(each, label) for index, each in error.replies.items()}
+            raise
+
+    def _accepted(
+        self, replies: Sequence[GenerateReply], label: Callable[[GenerateReply], GenerateReply]
+    ) -> list[GenerateReply]:
         refuse_mixed_weights(replies)
-        self.state.replies_seen(version_number(reply.weight_version) for reply in replies)
+        for server in {reply.server for reply in replies}:
+            versions = (version_number(reply.weight_version) for reply in replies if reply.server == server)
+            self.state.replies_seen(versions, server)
         return [label(reply) for reply in replies]
+
+    def _dispatch_until_current(self, batch: Batch) -> list[GenerateReply]:
+        """Send a batch. Prompts that were answered with weights that nobody trained are generated again elsewhere.
+
+        These are answers of a server that somebody else has restarted, which holds its checkpoint's weights again, and
+        answers that a server gave after an update whose verification has failed since.
+        """
+        before = self.state.servers
+        replies = self._dispatch(batch)
+        self._await_verification(replies)
+        wrong = [index for index, reply in enumerate(replies) if self._is_wrong(reply, before)]
+        if not wrong:
+            return replies
+        n = batch.sampling.n
+        prompts = sorted({index // n for index in wrong})
+        _log.warning("%d prompts are generated again: their server held other weights than expected", len(prompts))
+        again = self._dispatch_until_current(batch.part(prompts))
+        for position, prompt in enumerate(prompts):
+            replies[prompt * n : (prompt + 1) * n] = again[position * n : (position + 1) * n]
+        return replies
+
+    def _is_wrong(self, reply: GenerateReply, before: Mapping[str, ServerState]) -> bool:
+        own = reply.server in before  # else the router's, which does not say which server it was
+        version = outdated_version(reply, before[reply.server]) if own else None
+        if version is not None and self.state.server(reply.server).restarts == before[reply.server].restarts:
+            self.state.replaced_elsewhere(reply.server, version)
+            self._leave_router(reply.server)
+        servers = self.state.servers
+        return version is not None or was_rejected(reply, [servers[reply.server]] if own else servers.values())
+
+    def _await_verification(self, replies: Sequence[GenerateReply]) -> None:
+        """Wait until it is known whether servers that have just been updated hold what was sent."""
+        deadline = time.monotonic() + max(client.config.update_timeout_s for client in self.clients)
+        versions = {reply.weight_version for reply in replies}
+        while time.monotonic() < deadline and any(
+            not server.is_verified and server.version in versions for server in self.state.servers.values()
+        ):
+            time.sleep(_VERIFICATION_POLL_S)
 
     def _dispatch(self, batch: Batch) -> list[GenerateReply]:
         """Send a batch, and what a dead server left unanswered again, until every prompt has its replies."""
         self.poll_dead_servers()
-        num_prompts, n = len(batch.ids_B_T), batch.sampling.n
-        replies: dict[int, list[GenerateReply]] = {}
-        waiting = list(range(num_prompts))
-        through_router = self.router is not None and batch.progress is None and router_forwards(batch.build(waiting))
-        while waiting:
-            unanswered = f"{len(waiting)} of {num_prompts} prompts have no answer: {_shorten(waiting)}"
-            clients = self._router_slots(len(waiting)) if through_router else self.require_healthy(unanswered)
-            with self._load.assign(clients, batch.ids_B_T, waiting, n) as shares:
-                result = dispatch_shares(shares, n, batch.send, self._find_dead)
-            replies.update(result.replies)
-            for url, death in result.deaths.items():
-                self.record_death(url, death)
-                if len(self.clients) == 1:
-                    raise death
-            if result.failure is not None:
-                if self.router is not None and has_no_workers(result.failure):
-                    message = f"no server is left behind the router at {self.router.url}, {unanswered}"
-                    raise ServerError(f"{message}. {result.failure}", server=self.router.url)
-                raise result.failure
-            waiting = result.retry
-        return [reply for index in range(num_prompts) for reply in replies[index]]
+        everything = range(len(batch.ids_B_T))
+        through_router = batch.progress is None and self._router_forwards(batch.build(everything))
+
+        def servers(consequence: str, num_requests: int) -> Sequence[SGLangClient]:
+            return self._router_slots(num_requests) if through_router else self.require_healthy(consequence)
+
+        def on_death(url: str, error: SGLangError) -> None:
+            self.record_death(url, error)
+            if len(self.clients) == 1:
+                raise error
+
+        run = BatchRun(batch, servers=servers, load=self._load, find_dead=self._find_dead, on_death=on_death)
+        try:
+            return run.replies()
+        except RequestRejectedError as error:
+            if self.router is None or not has_no_workers(error):
+                raise
+            message = f"no server is left behind the router at {self.router.url}, {run.unanswered}"
+            raise ServerError(f"{message}. {error}", server=self.router.url) from error
 
     def stream(
         self, ids_T: Sequence[int], sampling: SamplingParams, *, return_logprobs: bool = True, lora: str | None = None
@@ -322,6 +410,7 @@ class SGLangPool:
             ServerError: no server is left, or the stream broke.
         """
         self.check([ids_T], sampling)
+        self.poll_dead_servers()
         lora, label = self.resolve_adapter(lora)
         request = build_generate(
             [ids_T],
@@ -331,12 +420,18 @@ class SGLangPool:
             lora=lora,
             cache_salt=self.state.weights.cache_salt,
         )
-        through_router = self.router is not None and router_forwards(request)
+        through_router = self._router_forwards(request)
         clients = self._router_slots(1) if through_router else self.require_healthy("the stream was not begun")
         with self._load.assign_one(clients) as client:
+            sequence = StreamedReply(client.url)
+            before = self.state.servers
             for event in client.stream(request):
-                reply = parse_one(event, server=client.url, return_logprobs=return_logprobs)
+                reply = parse_one(sequence.add(event), server=client.url, return_logprobs=return_logprobs)
                 refuse_mixed_weights([reply])
+                if self._is_wrong(reply, before):
+                    raise ServerError(
+                        f"{reply.server} held other weights than expected: ask again", server=reply.server
+                    )
                 yield label(reply)
 
     def score(self, ids_B_T: Sequence[Sequence[int]], *, timeout_s: float | None = None) -> list[GenerateReply]:
@@ -356,6 +451,10 @@ class SGLangPool:
                 f"the vocabulary of {self.info.model_path!r} can't be read from here, and an unknown token id kills an "
                 "SGLang server: pass vocab_size=... when connecting (or unchecked_vocab=True)"
             )
+        for client in self.clients:
+            check_sampling(sampling, vocab_size=vocab_size, info=client.info)
+        if sampling.min_new_tokens and vocab_size is not None:
+            self._end_tokens.check(self.info, vocab_size)
         check_prompts(
             ids_B_T,
             max_new_tokens=sampling.max_new_tokens,
@@ -393,6 +492,13 @@ class SGLangPool:
             raise ServerError(f"no server is left, {consequence}. {reasons}")
         return clients
 
+    def _router_forwards(self, request: HttpRequest) -> bool:
+        """Whether there is a router, and a request keeps its meaning when it goes through it."""
+        if self.router is None:
+            return False
+        filled_in = frozenset[str]().union(*(client.info.preferred_sampling for client in self.clients))
+        return router_forwards(request, filled_in=filled_in)
+
     def _router_slots(self, num_requests: int) -> Sequence[SGLangClient]:
         """The router's client, once per request that a batch is divided into."""
         assert self.router is not None
@@ -412,8 +518,3 @@ class SGLangPool:
             client.close()
         if self.router is not None:
             self.router.close()
-
-
-def _shorten(indices: Sequence[int], most: int = 20) -> str:
-    shown = ", ".join(map(str, indices[:most]))
-    return f"numbers {shown}{f' and {len(indices) - most} more' if len(indices) > most else ''}"

@@ -19,12 +19,13 @@ __all__ = ["Adapter", "Phase", "PoolState", "SavedWeights", "ServerState", "Weig
 
 _log = logging.getLogger(__name__)
 
-Phase = Literal["serving", "updating", "quarantined", "dead", "offloaded"]
+Phase = Literal["serving", "updating", "quarantined", "dead", "dirty", "offloaded"]
 """What a server does for this pool.
 
 ``serving``: it gets requests; ``updating``: it gets requests, which wait while it is paused for a weight update;
 ``quarantined``: it gets none until a weight update or :meth:`SGLangPool.restore`; ``dead``: a request found that it is
-gone, and later requests poll it; ``offloaded``: its GPU memory is released.
+gone, and later requests poll it; ``dirty``: it was in the middle of an update when this pool connected, and is polled
+until that has ended; ``offloaded``: its GPU memory is released.
 """
 
 
@@ -68,6 +69,9 @@ class ServerState:
         session_open: an update session of ours is open on it.
         version_before: version string that it held before this update marked it dirty; empty when it is not marked.
         complete_from: owner id of the trainer that has sent it every tensor; empty when it holds others.
+        is_verified: whether the verification of its last update is over, one way or the other.
+        rejected_version: version string of an update of ours that failed its verification here; empty if none did.
+        newest_seen: highest version number among its replies, for pools whose weights another process updates.
         restarts: how often its process was replaced. A new process is in no process group and has no adapter loaded.
         offloaded_tags: what of its GPU memory is released.
         revision: number of changes to this record.
@@ -81,6 +85,9 @@ class ServerState:
     session_open: bool = False
     version_before: str = ""
     complete_from: str = ""
+    is_verified: bool = True
+    rejected_version: str = ""
+    newest_seen: int = 0
     restarts: int = 0
     offloaded_tags: frozenset[str] = frozenset()
     revision: int = 0
@@ -186,12 +193,31 @@ class PoolState:
             _log.warning("%s is taken out of routing: %s", url, reason)
             return self._change(url, phase="dead", reason=reason)
 
+    def found_dirty(self, url: str, reason: str) -> ServerState:
+        """The pool has connected to a server whose version is marked dirty: another process is updating it, or was."""
+        with self._lock:
+            _log.warning("%s gets no requests: %s", url, reason)
+            return self._change(url, phase="dirty", reason=reason)
+
+    def replaced_elsewhere(self, url: str, version: str) -> ServerState:
+        """A server was found to be a new process that somebody else has started; it holds ``version``."""
+        with self._lock:
+            known = self._servers[url]
+            reason = (
+                f"its process was replaced: it holds version {version!r} where it held {known.version!r}; the next "
+                "weight update puts it to use"
+            )
+            _log.warning("%s is taken out of routing: %s", url, reason)
+            return self._new_process(replace(known, phase="quarantined", reason=reason), version)
+
     def restarted(self, url: str, version: str) -> ServerState:
         """A server's process was replaced by a new one, which holds ``version``."""
         with self._lock:
             return self._new_process(self._servers[url], version)
 
-    def restored(self, url: str, *, based_on: ServerState, new_process_with: str | None = None) -> bool:
+    def restored(
+        self, url: str, *, based_on: ServerState, new_process_with: str | None = None, updated_to: str | None = None
+    ) -> bool:
         """A server was found fit to serve.
 
         Args:
@@ -199,27 +225,36 @@ class PoolState:
             based_on: its record when that was found out. If anything has happened to the server since, the finding is
                 out of date, and it stays as it is.
             new_process_with: the version it holds, if it was found to be a new process.
+            updated_to: the version it holds, if another process was found to have updated it.
 
         Returns:
             Whether it gets requests now.
         """
         with self._lock:
             known = self._servers[url]
+            if not known.is_verified:
+                known = self._servers[url] = replace(known, is_verified=True)
             if known.revision != based_on.revision:
                 _log.info("%s stays %s: its state has changed since it was looked at", url, known.phase)
                 return False
             if not known.is_routed:
                 _log.info("%s is back in routing", url)
             known = self._change(url, phase="serving", reason="")
+            if updated_to is not None:
+                self._change(url, version=updated_to, weights=_weights_under(updated_to))
             if new_process_with is not None:
                 self._new_process(known, new_process_with)
             return True
 
-    def replies_seen(self, versions: Iterable[int]) -> None:
-        """Replies came, made with weights of these version numbers."""
+    def replies_seen(self, versions: Iterable[int], server: str = "") -> None:
+        """Replies came, made with weights of these version numbers, from this server if it is known."""
+        versions = list(versions)
         with self._lock:
             newest = max([self._weights.newest_seen, *versions])
             self._weights = replace(self._weights, newest_seen=newest)
+            known = self._servers.get(server)
+            if known is not None and max(versions, default=0) > known.newest_seen:
+                self._servers[server] = replace(known, newest_seen=max(versions))
 
     # ------------------------------------------------------------------ events: a weight update
 
@@ -227,7 +262,9 @@ class PoolState:
         """A weight update is about to reach a server."""
         with self._lock:
             known = self._servers[url]
-            phase: Phase = "updating" if known.phase == "serving" else known.phase
+            # An update of ours ends a dirty server's polling: only its verification may put the server back.
+            changed: dict[Phase, Phase] = {"serving": "updating", "dirty": "quarantined"}
+            phase = changed.get(known.phase, known.phase)
             weights: ServerWeights = "mixed" if known.weights in ("mixed", "stuck") else "old"
             self._change(url, phase=phase, weights=weights, session_open=False, version_before="")
 
@@ -278,9 +315,27 @@ class PoolState:
         """
         with self._lock:
             phase = self._phase_after_update(url)
+            rejected = self._servers[url].rejected_version
             return self._change(
-                url, phase=phase, version=version, weights="new", complete_from=complete_from, version_before=""
+                url,
+                rejected_version="" if rejected == version else rejected,
+                phase=phase,
+                version=version,
+                weights="new",
+                complete_from=complete_from,
+                version_before="",
+                is_verified=False,
+                newest_seen=0,
             )
+
+    def update_rejected(self, url: str, version: str) -> None:
+        """A server has failed the verification of the update to ``version``."""
+        self._record(url, rejected_version=version)
+
+    def verification_ended(self, url: str) -> None:
+        """The verification of a server's last update is over, or was broken off."""
+        with self._lock:
+            self._servers[url] = replace(self._servers[url], is_verified=True)
 
     def adapter_loaded(self, url: str) -> None:
         """A server has loaded the trainer's adapter; its own weights stay as they are."""

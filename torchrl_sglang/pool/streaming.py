@@ -9,9 +9,10 @@ from typing import Any
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
-from torchrl_sglang.errors import ProtocolError, RequestRejectedError
+from torchrl_sglang.errors import ProtocolError
 from torchrl_sglang.protocol.generate import build_generate, parse_one
 from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.protocol.stream_events import StreamedReply
 
 __all__ = ["generate_streaming"]
 
@@ -31,7 +32,7 @@ def generate_streaming(
     """Generate on one server like one ``/generate`` call, and report progress.
 
     Events of a batch arrive interleaved, without an index, and with the request's id only if ``n`` is 1: so each prompt
-    is sent ``n`` times, each with an id of its own. Events are cumulative.
+    is sent ``n`` times, each with an id of its own.
 
     Args:
         client: the server.
@@ -63,19 +64,22 @@ def generate_streaming(
         lora=lora,
         cache_salt=cache_salt,
     )
+    sequences = {request_id: StreamedReply(client.url) for request_id in ids}
     last: dict[str, dict[str, Any]] = {}
-    counted: dict[str, int] = {}
+    counted = dict.fromkeys(ids, 0)
     for event in client.stream(request, timeout_s=timeout_s):
-        if "meta_info" not in event:
-            raise RequestRejectedError(f"{client.url} stopped the stream: {event}", server=client.url, status=200)
-        request_id = event["meta_info"].get("id", "")
-        done = int(event["meta_info"].get("completion_tokens", 0))
-        progress(done - counted.get(request_id, 0))
+        request_id = str((event.get("meta_info") or {}).get("id", ""))
+        sequence = sequences.get(request_id) or StreamedReply(client.url)  # raises what an event without an id says
+        last[request_id] = whole = sequence.add(event)
+        if request_id not in counted:
+            raise ProtocolError(f"{client.url} streamed the sequence {request_id!r}, which nobody requested",
+                                server=client.url)  # fmt: skip
+        done = len(whole["output_ids"])
+        progress(done - counted[request_id])
         counted[request_id] = done
-        last[request_id] = event
-    missing = [index for index, request_id in enumerate(ids) if request_id not in last]
+    missing = [index for index, request_id in enumerate(ids) if not sequences[request_id].is_finished]
     if missing:
-        raise ProtocolError(f"{client.url} streamed nothing for sequences {missing[:10]}", server=client.url)
+        raise ProtocolError(f"{client.url} did not finish the sequences {missing[:10]} of a stream", server=client.url)
     return [
         parse_one(last[request_id], server=client.url, return_logprobs=return_logprobs, prompt_logprobs=prompt_logprobs)
         for request_id in ids

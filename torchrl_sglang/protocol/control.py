@@ -11,7 +11,6 @@ from torchrl_sglang.protocol.messages import HttpRequest
 __all__ = [
     "build_abort",
     "build_begin_update",
-    "build_checksum",
     "build_continue",
     "build_destroy_group",
     "build_end_update",
@@ -28,7 +27,6 @@ __all__ = [
     "build_update_bucket",
     "build_update_from_disk",
     "check_success",
-    "parse_checksum",
     "parse_loads",
 ]
 
@@ -153,29 +151,6 @@ def build_update_from_disk(path: str, *, version: str, flush_cache: bool = True)
     """Load a checkpoint folder that the server can read. Needs no weight-update session."""
     body = {"model_path": path, "weight_version": version, "flush_cache": flush_cache}
     return _post("/update_weights_from_disk", body, timeout="update")
-
-
-def build_checksum() -> HttpRequest:
-    """Hashes of the tensors a server holds, under its own (fused) names."""
-    return _post("/weights_checker", {"action": "checksum"}, timeout="update", repeatable=True)
-
-
-def parse_checksum(answer: Any) -> dict[str, str]:
-    """Flatten the answer to :func:`build_checksum` to ``{"<rank>/<tensor>": hash}``, comparable between servers."""
-    flat: dict[str, str] = {}
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                walk(inner, f"{path}/{key}" if path else str(key))
-        elif isinstance(value, list):
-            for index, inner in enumerate(value):
-                walk(inner, f"{path}/{index}")
-        elif isinstance(value, str) and "checksum" in path:
-            flat[path] = value
-
-    walk(answer, "")
-    return flat
 
 
 def build_load_lora_from_tensors(name: str, config: Mapping[str, Any], payloads: Sequence[str]) -> HttpRequest:

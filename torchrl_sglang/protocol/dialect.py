@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchrl_sglang.errors import ProtocolError
+from torchrl_sglang.protocol.launch_flags import preferred_sampling, refuse_launch_flags
 from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
 
 __all__ = ["MODEL_INFO", "SERVER_INFO", "SESSION_PROBE", "Dialect", "parse_dialect", "parse_info"]
@@ -47,21 +48,25 @@ def parse_info(model_info: Any, server_info: Any, *, url: str, vocab_size: int |
 
     Raises:
         ProtocolError: this is not an SGLang server, or one too old to serve (no ``weight_version``).
+        ConfigError: it was launched with a flag that changes the meaning of every request, see :mod:`.launch_flags`.
     """
     if not isinstance(model_info, Mapping) or "model_path" not in model_info or not isinstance(server_info, Mapping):
         raise ProtocolError(
             f"{url} answers, but not like an SGLang server: /model_info has no model_path. Is the port right?",
             server=url,
         )
-    # SGLang 0.5.23 reports max_req_input_len = context_length - 6, and refuses prompts of that length too ("exceeds the
-    # maximum"). Prompt plus response may fill the whole context.
+    refuse_launch_flags(server_info, url=url)
+    # SGLang 0.5.23 reports max_req_input_len = context - 6, and refuses prompts of that length too ("exceeds the
+    # maximum"). It cuts max_new_tokens down, without a word, so that prompt and response have at most two tokens less
+    # than the context, or than the KV cache if that is smaller (--max-total-tokens).
     limit = server_info.get("max_req_input_len")
-    context = server_info.get("context_length") or (limit + 6 if limit else None)
+    context = limit + 4 if limit else server_info.get("context_length")
     return ServerInfo(
         url=url,
         version=str(server_info.get("version", "unknown")),
         model_path=str(model_info["model_path"]),
         tokenizer_path=str(model_info.get("tokenizer_path") or model_info["model_path"]),
+        revision=server_info.get("revision"),
         dtype=str(server_info.get("dtype", "auto")),
         architectures=tuple(model_info.get("architectures") or ()),
         is_generation=bool(model_info.get("is_generation", True)),
@@ -75,5 +80,8 @@ def parse_info(model_info: Any, server_info: Any, *, url: str, vocab_size: int |
         device=str(server_info.get("device") or "cuda"),
         lora_enabled=bool(server_info.get("enable_lora")),
         quantization=server_info.get("quantization"),
+        grammar_backend=server_info.get("grammar_backend"),
+        skips_tokenizer=bool(server_info.get("skip_tokenizer_init")),
+        preferred_sampling=frozenset(preferred_sampling(server_info, url=url)),
         raw=dict(server_info),
     )

@@ -5,7 +5,8 @@ Shapes: ``ids_B_T`` is a list of ``B`` prompts of differing lengths ``T``; repli
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.config import SamplingParams
@@ -100,12 +101,12 @@ def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_lo
         ids_T: list[int] = item["output_ids"]
         meta: Mapping[str, Any] = item["meta_info"]
         finish = meta["finish_reason"] or {}
-        logprobs_T = [entry[0] for entry in meta["output_token_logprobs"]] if return_logprobs else None
-        prompt_T = [entry[0] for entry in meta["input_token_logprobs"]] if prompt_logprobs else None
+        logprobs_T = _logprobs(entry[0] for entry in meta["output_token_logprobs"]) if return_logprobs else None
+        prompt_T = _prompt_logprobs(meta["input_token_logprobs"]) if prompt_logprobs else None
         support_R_K = meta.get("output_token_sampling_mask")
-        support_logprobs_R = meta.get("output_token_sampling_logprobs")
+        support_logprobs_R = None if support_R_K is None else _logprobs(meta["output_token_sampling_logprobs"])
         spans = _weight_spans(meta, len(ids_T))
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ProtocolError(
             f"{server} answered /generate without the field {error}: not the reply SGLang promises", server=server
         ) from error
@@ -136,6 +137,19 @@ def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_lo
         latency_s=float(meta.get("e2e_latency") or 0.0),
         server=server,
     )
+
+
+def _logprobs(values: Iterable[float | None]) -> list[float]:
+    """Log-probs, with NaN for the ``null`` that SGLang sends for NaN and infinity."""
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def _prompt_logprobs(entries: Sequence[Sequence[Any]]) -> list[float | None]:
+    """Those of a prompt. The first token is conditioned on nothing: its ``null`` means that it has none."""
+    values: list[float | None] = [*_logprobs(entry[0] for entry in entries)]
+    if values and entries[0][0] is None:
+        values[0] = None
+    return values
 
 
 def _weight_version(meta: Mapping[str, Any]) -> str:

@@ -1,12 +1,15 @@
-"""Checks a batch before it is sent: SGLang crashes on an unknown token id and on an empty prompt."""
+"""Checks a batch before it is sent: SGLang crashes on an unknown token id, wherever it is, and on an empty prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.config.grammars import GRAMMARS
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.protocol.messages import ServerInfo
 
-__all__ = ["check_prompts"]
+__all__ = ["check_prompts", "check_sampling"]
 
 
 def check_prompts(
@@ -64,3 +67,46 @@ ids (0..63); is this the served model's tokenizer?
                 f"prompt {index} has {len(ids_T)} tokens and max_new_tokens is {max_new_tokens}: together more than "
                 f"the context length of {context_length}; lower max_new_tokens or shorten the prompt"
             )
+
+
+def check_sampling(sampling: SamplingParams, *, vocab_size: int | None, info: ServerInfo) -> None:
+    """Refuse settings on which a server would end, or which it would ignore or reject.
+
+    Args:
+        sampling: how tokens are drawn.
+        vocab_size: number of valid ids; ``None`` skips the checks of ids.
+        info: the server.
+
+    Raises:
+        ConfigError: names the setting, and the server's flag where one is the reason.
+    """
+    if vocab_size is not None:
+        for token in sampling.stop_token_ids:
+            if token >= vocab_size:
+                raise ConfigError(
+                    f"stop_token_ids holds {token}, but the served vocabulary has {vocab_size} ids "
+                    f"(0..{vocab_size - 1}); is this the served model's tokenizer?"
+                )
+        for token in map(int, sampling.logit_bias or ()):
+            if token >= vocab_size:
+                raise ConfigError(
+                    f"logit_bias names token id {token}, but the served vocabulary has {vocab_size} ids "
+                    f"(0..{vocab_size - 1})"
+                )
+    if sampling.sampling_seed is not None and not info.raw.get("enable_deterministic_inference"):
+        raise ConfigError(
+            f"seed={sampling.sampling_seed}: {info.url} would ignore it; SGLang honours a seed under "
+            "--enable-deterministic-inference only (temperature=0 is repeatable without)"
+        )
+    grammar = next((name for name in GRAMMARS if getattr(sampling, name) is not None), None)
+    if grammar is not None and info.grammar_backend == "none":
+        raise ConfigError(
+            f"{grammar} needs a grammar backend, but {info.url} was launched with --grammar-backend none "
+            '(this package\'s default on a CPU): extra_args=("--grammar-backend", "xgrammar") turns it on'
+        )
+    if info.skips_tokenizer:
+        for name in ("stop", "stop_regex", "min_new_tokens", *GRAMMARS):
+            if getattr(sampling, name):
+                raise ConfigError(
+                    f"{name} needs the server's tokenizer, but {info.url} was launched with --skip-tokenizer-init"
+                )

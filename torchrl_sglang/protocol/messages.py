@@ -46,8 +46,9 @@ class GenerateReply:
 
     Attributes:
         output_ids: response token ids, length ``T``; a matched stop token is included.
-        output_logprobs: natural-log probability of each response token, length ``T``; ``None`` when not requested.
-        prompt_logprobs: one entry per prompt token, the first ``None``; ``None`` when not requested.
+        output_logprobs: natural-log probability of each response token, length ``T``, NaN where the server computed NaN
+            or infinity; ``None`` when not requested.
+        prompt_logprobs: one entry per prompt token, the first ``None``, NaN as above; ``None`` when not requested.
         support_ids: per response token the ids that top-k, top-p and min-p kept; ``None`` when not requested.
         support_logprobs: log-prob of each response token among those ids; ``None`` when not requested.
         text: the server's decoded response (stop strings trimmed).
@@ -93,6 +94,7 @@ class ServerInfo:
         version: SGLang's version string.
         model_path: the served checkpoint, as given to the server.
         tokenizer_path: the served tokenizer, as given to the server.
+        revision: branch, tag or commit of both on the hub (``--revision``); ``None`` is the default branch.
         dtype: the server's ``--dtype``: ``"auto"``, ``"float32"``, ``"bfloat16"``...
         architectures: the checkpoint's architectures, e.g. ``("LlamaForCausalLM",)``.
         is_generation: ``False`` for embedding and reward models.
@@ -100,12 +102,16 @@ class ServerInfo:
         dp_size: data-parallel replicas inside this server; weight updates need 1.
         pp_size: pipeline-parallel stages; weight updates need 1.
         max_prompt_tokens: longest prompt the server accepts, in tokens.
-        context_length: limit of prompt plus response, in tokens; ``None`` when the server does not report it.
+        context_length: limit of prompt plus response, in tokens: two less than the model's context, of which SGLang
+            keeps them; ``None`` when the server does not report it.
         vocab_size: number of valid token ids; ``None`` when unknown (the checkpoint can't be read on this machine).
         weight_version: the server's weight version string at connect time.
         device: ``"cpu"``, ``"cuda"``, ...
         lora_enabled: whether adapters can be loaded.
         quantization: the server's ``--quantization``, if any.
+        grammar_backend: what constrains responses to grammars; ``"none"`` when nothing does.
+        skips_tokenizer: launched with ``--skip-tokenizer-init``: replies have no text, and there are no stop strings.
+        preferred_sampling: the sampling parameters that the server fills in where a request leaves them out.
         raw: the answer of ``/server_info``, for settings without a field here.
     """
 
@@ -113,6 +119,7 @@ class ServerInfo:
     version: str
     model_path: str
     tokenizer_path: str
+    revision: str | None = None
     dtype: str = "auto"
     architectures: tuple[str, ...] = ()
     is_generation: bool = True
@@ -126,4 +133,7 @@ class ServerInfo:
     device: str = "cuda"
     lora_enabled: bool = False
     quantization: str | None = None
+    grammar_backend: str | None = None
+    skips_tokenizer: bool = False
+    preferred_sampling: frozenset[str] = frozenset()
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ProtocolError, RequestRejectedError, SGLangError
 from torchrl_sglang.protocol.messages import HttpRequest
 
@@ -31,12 +32,21 @@ _FORWARDED_SAMPLING = {
     *("presence_penalty", "repetition_penalty", "json_schema", "regex", "ebnf"),
 }
 
+_DEFAULTS = SamplingParams().to_wire()
 
-def router_forwards(request: HttpRequest) -> bool:
-    """Whether the router forwards a request for generation to a server without dropping a field.
+
+def router_forwards(request: HttpRequest, *, filled_in: Collection[str] = ()) -> bool:
+    """Whether the router forwards a request for generation to a server without changing its meaning.
+
+    It may drop a sampling parameter that has its default, unless the server fills in another value. A ``null`` is
+    dropped too.
+
+    Args:
+        request: the request.
+        filled_in: the sampling parameters that the servers fill in (:attr:`ServerInfo.preferred_sampling`).
 
     Examples:
-        >>> body = {"input_ids": [[1]], "sampling_params": {"temperature": 0.5}}
+        >>> body = {"input_ids": [[1]], "sampling_params": SamplingParams(temperature=0.5).to_wire()}
         >>> router_forwards(HttpRequest(method="POST", path="/generate", body=body))
         True
         >>> body["sampling_params"]["logit_bias"] = {"7": 1.0}
@@ -44,11 +54,12 @@ def router_forwards(request: HttpRequest) -> bool:
         False
     """
     body = request.body or {}
-    lora = body.get("lora_path", "")
+    sampling = body.get("sampling_params", {})
+    dropped = {name for name, value in sampling.items() if name not in _FORWARDED_SAMPLING or value is None}
     return (
         body.keys() - {"lora_path"} <= _FORWARDED
-        and isinstance(lora, str)
-        and body.get("sampling_params", {}).keys() <= _FORWARDED_SAMPLING
+        and isinstance(body.get("lora_path", ""), str)
+        and all(name not in filled_in and sampling[name] == _DEFAULTS.get(name) for name in dropped)
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,11 +23,11 @@ def build_parse_tool_calls(text: str, tools: Sequence[Mapping[str, Any]], parser
     return HttpRequest(method="POST", path="/parse_function_call", body=body, timeout="control", repeatable=True)
 
 
-def parse_tool_calls_answer(answer: Any, *, server: str) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+def parse_tool_calls_answer(answer: Any, *, server: str) -> tuple[str, list[tuple[str, str]]]:
     """Read the answer to :func:`build_parse_tool_calls`.
 
     Returns:
-        The text around the calls, and per call the tool's name and its arguments.
+        The text around the calls, and per call the tool's name and its arguments as JSON text.
 
     Raises:
         ProtocolError: the answer has another form.
@@ -36,12 +35,12 @@ def parse_tool_calls_answer(answer: Any, *, server: str) -> tuple[str, list[tupl
     Examples:
         >>> answer = {"normal_text": "", "calls": [{"name": "add", "parameters": '{"a": 1}', "tool_index": 0}]}
         >>> parse_tool_calls_answer(answer, server="http://host")
-        ('', [('add', {'a': 1})])
+        ('', [('add', '{"a": 1}')])
     """
     try:
-        calls = [(str(call["name"]), dict(json.loads(call["parameters"] or "{}"))) for call in answer["calls"]]
+        calls = [(str(call["name"]), str(call["parameters"] or "{}")) for call in answer["calls"]]
         return str(answer["normal_text"]), calls
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise ProtocolError(
             f"{server} answered /parse_function_call in an unknown form: {str(answer)[:200]}", server=server
         ) from error

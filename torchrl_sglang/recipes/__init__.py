@@ -10,6 +10,7 @@ import torchrl_sglang.recipes.available  # noqa: F401  it raises when a needed p
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.recipes.batch.advantages import token_advantages, token_rewards, whiten
 from torchrl_sglang.recipes.batch.conversations import Conversations
+from torchrl_sglang.recipes.batch.group_advantage import GroupAdvantage
 from torchrl_sglang.recipes.batch.importance import truncated_importance_weights
 from torchrl_sglang.recipes.batch.rows import batch_numbers
 from torchrl_sglang.recipes.batch.samples import sample_lines
@@ -47,6 +48,7 @@ __all__ = [
     "Conversations",
     "Critic",
     "GRPOActor",
+    "GroupAdvantage",
     "PythonTool",
     "Question",
     "QuestionStream",

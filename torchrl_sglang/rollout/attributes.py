@@ -65,6 +65,7 @@ class WrapperAttributes:
     num_samples = Setting("samples")
     chat_template_name = Setting()
     chat_template = Setting()
+    template_kwargs = Setting()
     prefer_tokens = Setting()
     batching = Setting("merges_calls")
 

@@ -13,7 +13,7 @@ from torchrl.modules.llm.policies import ChatHistory, Text
 
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.protocol.messages import GenerateReply
-from torchrl_sglang.rollout.decoding import decode_contents, decode_responses
+from torchrl_sglang.rollout.decoding import decode_behind_words, decode_contents, decode_responses
 from torchrl_sglang.rollout.prompts import Prompts
 from torchrl_sglang.rollout.requests import Answers
 from torchrl_sglang.rollout.scoring import score_rows
@@ -50,7 +50,7 @@ def generated_rows(
     if settings.writes_log_probs:
         columns.append((settings.log_probs_key, [f["log_probs"] for f in fields]))
     if settings.writes_text:
-        columns.extend(_text_columns(prompts, prompts_S_P, replies_S, settings, sampling, tokenizer))
+        columns.extend(_text_columns(prompts, replies_S, settings, sampling, tokenizer))
     if settings.generation_key is not None:
         generation = generation_rows(
             replies_S,
@@ -68,7 +68,6 @@ def generated_rows(
 
 def _text_columns(
     prompts: Prompts,
-    prompts_S_P: Sequence[Sequence[int]],
     replies_S: Sequence[GenerateReply],
     settings: RolloutSettings,
     sampling: SamplingParams,
@@ -79,15 +78,15 @@ def _text_columns(
     texts_B = prompts.texts_B or tokenizer.batch_decode(prompts.ids_B_T, skip_special_tokens=False)
     texts_S = [text for text in texts_B for _ in range(sampling.n)]
     if settings.writes_history:
-        joint = [[*ids_P, *reply.output_ids] for ids_P, reply in zip(prompts_S_P, replies_S, strict=True)]
-        fulls = tokenizer.batch_decode(joint, skip_special_tokens=False)
+        written = decode_behind_words([reply.output_ids for reply in replies_S], tokenizer)
     else:
-        fulls = [text + response for text, response in zip(texts_S, responses, strict=True)]
+        written = responses
+    fulls = [text + response for text, response in zip(texts_S, written, strict=True)]
     columns: list[tuple[Any, Sequence[Any]]] = [(settings.text_key, text_rows(texts_S, responses, fulls))]
     if settings.writes_history:
         histories_S = [h for h in prompts.histories_B or [] for _ in range(sampling.n)]
         complete = [reply.finish_reason == "stop" for reply in replies_S]
-        contents = decode_contents(replies_S, responses, settings, tokenizer)
+        contents = decode_contents(replies_S, prompts, tokenizer, sampling.stop_token_ids)
         columns.append((settings.history_key, chat_rows(histories_S, contents, complete)))
     return columns
 

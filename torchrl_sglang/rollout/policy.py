@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from tensordict import NestedKey, TensorDict, TensorDictBase, lazy_stack, set_list_to_stack, unravel_key
 from torchrl.modules.llm.policies import LLMWrapperBase
 
+from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.pool import Servers, resolve_pool
+from torchrl_sglang.pool.earlier_weights import warn_of_earlier_weights
 from torchrl_sglang.rollout.attributes import WrapperAttributes
 from torchrl_sglang.rollout.batching import Batcher
+from torchrl_sglang.rollout.empty_batch import empty_rows
+from torchrl_sglang.rollout.messages import named_template
 from torchrl_sglang.rollout.outputs import generated_rows, scored_rows
 from torchrl_sglang.rollout.prompts import (
     Prompts,
@@ -41,11 +46,11 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
     Where TorchRL's two wrappers differ, this one follows vLLMWrapper: the prompt part of ``LogProbs.full`` is NaN
     unless ``prompt_logprobs`` is set, ``LogProbs.full`` is left out when there is a sample dimension,
     ``Masks.all_assistant_mask`` marks the response, the first response token has its log-prob. It differs from
-    vLLMWrapper in five places. Text mode writes the prompt's tokens and the masks, as tokens mode does. Padded
-    log-probs are filled with 0, not with the padding token's id. An attention mask, or ``Tokens.padded``, decides what
-    is padding, so a sampled token that has the padding id is kept. The content of an answer in ``ChatHistory`` lacks
-    the special token that ended it, because the chat template writes that token. ``ChatHistory.response`` has a message
-    dimension, as the class requires.
+    vLLMWrapper in six places. A conversation is rendered with the tokenizer's own chat template. Text mode writes the
+    prompt's tokens and the masks, as tokens mode does. Padded log-probs are filled with 0, not with the padding token's
+    id. An attention mask, or ``Tokens.padded``, decides what is padding, so a sampled token that has the padding id is
+    kept. The content of an answer in ``ChatHistory`` lacks the special token that ended it, because the chat template
+    writes that token. ``ChatHistory.response`` has a message dimension, as the class requires.
 
     ``out_keys`` equals vLLMWrapper's for the same arguments, so code that compares or selects ``out_keys`` works
     unchanged; the :class:`Generation` at ``generation_key`` is written too, and stays in the TensorDict that the policy
@@ -69,7 +74,8 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
             :meth:`SamplingParams.from_kwargs`; and ``logprobs`` (like ``return_log_probs``) and ``prompt_logprobs``
             (also report those of the prompt; the server then does not use its prefix cache). Without
             ``prompt_logprobs`` the prompt part of ``LogProbs.full`` is NaN, as with vLLMWrapper.
-        tokenizer_kwargs: passed to the tokenizer in text mode, e.g. ``add_special_tokens=False``.
+        tokenizer_kwargs: passed to the tokenizer in text mode, e.g. ``add_special_tokens=False``. A text that begins
+            with BOS does not get a second one, and a prompt does not get the EOS that some tokenizers add.
         pad_output: return dense tensors, prompts padded on the left and responses on the right, instead of ragged ones.
         pad_model_input: not supported; servers take ragged input.
         inplace: ``True`` writes into the input TensorDict (the default), ``False`` returns a new one with the outputs
@@ -78,8 +84,12 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         layout: only ``torch.strided``; read the output with ``td.get(key, as_nested_tensor=True)`` for nested tensors.
         num_samples: responses per prompt; the output has one batch dimension more. ``None`` is one response without
             that dimension.
-        chat_template_name: one of TorchRL's chat templates, instead of the tokenizer's.
-        chat_template: a chat template, instead of the tokenizer's.
+        chat_template_name: one of the tokenizer's chat templates if it has several, or one of TorchRL's.
+        chat_template: a chat template, instead of the tokenizer's. Without these two, the prompt of a conversation is
+            what ``tokenizer.apply_chat_template`` gives; TorchRL's wrappers choose a template of TorchRL's by the name
+            of the tokenizer's path.
+        template_kwargs: in history mode, variables of the chat template, such as ``enable_thinking=False``, ``tools``
+            (JSON schemas or functions) and ``documents``.
         history_key: where the :class:`~torchrl.modules.llm.ChatHistory` is written.
         text_key: where the :class:`~torchrl.modules.llm.Text` is written.
         tokens_key: where the :class:`~torchrl.modules.llm.Tokens` are written.
@@ -93,7 +103,9 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         max_batch_size: with batching, send at most this many prompts at once.
         batching_timeout: seconds after which a waiting call is sent with fewer prompts.
         prefer_tokens: in history mode, use the ids at ``(tokens_key, "prompt")`` and ``"full"`` where they belong to
-            the conversation, and tokenize only the part that the conversation has gained since.
+            the conversation, and tokenize only the part that the conversation has gained since. Where the chat template
+            renders an earlier answer otherwise than it was generated (some drop its thinking), the prompt is what the
+            template renders, with a warning; ``"always"`` keeps the generated tokens there too.
         on_overlong: what to do with a prompt that does not fit: ``"raise"``, or ``"truncate_left"`` to keep its end.
         on_error: what to do with a prompt that can't be served: ``"raise"``, or ``"mask"`` to return its row with an
             empty response and :attr:`Generation.error` set, and the other prompts' responses as usual.
@@ -125,6 +137,7 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         self.model = self.pool if isinstance(model, (str, list, tuple)) else model
         if isinstance(model, (str, list, tuple)):
             self.pool.connect()
+            warn_of_earlier_weights(self.pool)
         # TensorDictModuleBase holds these two, because select_out_keys() changes them.
         self.in_keys = [self.settings.source_key]
         self.out_keys = self.settings.out_keys
@@ -150,19 +163,19 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         given = self.settings.tokenizer
         if given is None:
             owned = getattr(self.model, "tokenizer", None)
-            given = owned if owned is not None else load_tokenizer(self._tokenizer_path())
+            given = owned if owned is not None else self._load_served_tokenizer()
         elif isinstance(given, str):
             given = load_tokenizer(given)
         if given is not self.settings.tokenizer:
             self.set_tokenizer(given)
         return given
 
-    def _tokenizer_path(self) -> str:
+    def _load_served_tokenizer(self) -> Any:
         # nn.Module reports an AttributeError raised in a property as "no attribute 'tokenizer'".
         info = getattr(self.pool, "info", None)
         if info is None:
             raise ConfigError(f"a {type(self.pool).__name__} does not say which model it serves: pass tokenizer=")
-        return str(info.tokenizer_path)
+        return load_tokenizer(str(info.tokenizer_path), revision=info.revision)
 
     def set_tokenizer(self, tokenizer: Any) -> None:
         """Use another tokenizer from now on."""
@@ -170,9 +183,35 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
 
     @property
     def padding_value(self) -> int:
-        """The id that fills padded tensors: the tokenizer's padding token, else its end-of-sequence token."""
-        value = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if value is None else value)
+        """The id that fills padded tensors: the tokenizer's padding token, else its end-of-sequence token.
+
+        A padding token that is outside the served vocabulary is not used: a trainer can't embed it.
+
+        Raises:
+            ConfigError: the tokenizer has neither.
+        """
+        vocab_size = getattr(self.pool, "vocab_size", None)
+        for value in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if value is not None and value >= 0 and (vocab_size is None or value < vocab_size):
+                return int(value)
+        raise ConfigError(
+            "the tokenizer has no padding token and no end-of-sequence token inside the served vocabulary, so there is "
+            "nothing to pad with: set tokenizer.pad_token, or use pad_output=False"
+        )
+
+    def _padding_ids(self) -> tuple[int | None, int | None, int | None]:
+        """Padding token (else EOS), EOS and BOS, by which padding is told in a tensor without a mask."""
+        tokenizer = self.tokenizer
+        pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        return pad_id if pad_id is not None else eos_id, eos_id, getattr(tokenizer, "bos_token_id", None)
+
+    def _renderer(self, variables: Mapping[str, Any] | None) -> ChatRenderer:
+        settings = self.settings
+        template = settings.chat_template
+        if template is None and settings.chat_template_name is not None:
+            template = named_template(settings.chat_template_name, self.tokenizer)
+        variables = {**settings.template_kwargs, **(variables or {})}
+        return ChatRenderer(self.tokenizer, chat_template=template, variables=variables)
 
     # ------------------------------------------------------------------ copies
 
@@ -239,6 +278,7 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         *,
         tensordict_out: TensorDictBase | None = None,
         logits_only: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> TensorDictBase:
         """Generate (or score) a batch of any batch shape.
@@ -247,6 +287,7 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
             tensordict: holds the prompts at ``input_key``.
             tensordict_out: the TensorDict to write, whatever ``inplace`` is.
             logits_only: not supported: servers return no logits.
+            template_kwargs: variables of the chat template for this call, over those of the constructor.
             **kwargs: generation arguments that replace those of the constructor for this call.
 
         Returns:
@@ -259,29 +300,34 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         if logits_only:
             raise NotImplementedError("SGLang servers return log-probs of tokens, not logits")
         shape = tensordict.batch_size
-        flat = lazy_stack([tensordict]) if not shape else tensordict if len(shape) == 1 else tensordict.reshape(-1)
         sampling = self.settings.sampling.updated(**kwargs) if kwargs else self.settings.sampling
         if sampling.n != self.settings.sampling.n:
             raise ConfigError("the number of samples is part of the output's shape: set num_samples, not n per call")
-        if flat.shape[0]:
-            rows = self._generate(self._read(flat), sampling) if self.generate else self._score(self._read(flat))
+        if shape.numel():
+            flat = lazy_stack([tensordict]) if not shape else tensordict if len(shape) == 1 else tensordict.reshape(-1)
+            prompts = self._read(flat, template_kwargs)
+            rows = self._generate(prompts, sampling) if self.generate else self._score(prompts)
             out = stack_rows(rows, [*shape, self.num_samples] if self.num_samples is not None else shape)
         else:
-            out = TensorDict(batch_size=[*shape, *([] if self.num_samples is None else [self.num_samples])])
+            samples = [] if self.num_samples is None else [self.num_samples]
+            out = empty_rows(
+                self.settings, sampling, [*shape, *samples], self._padding(Prompts(ids_B_T=[])), self._text_tokenizer()
+            )
         device = tensordict.device or self.settings.device
         return self._write(out if device is None else out.to(device), tensordict, tensordict_out)
 
-    def _read(self, flat: TensorDictBase) -> Prompts:
+    def _read(self, flat: TensorDictBase, template_kwargs: Mapping[str, Any] | None) -> Prompts:
         settings, key = self.settings, self.settings.source_key
+        if template_kwargs and settings.input_mode != "history":
+            raise ConfigError(f"template_kwargs: there is no chat template in {settings.input_mode} mode")
         if settings.input_mode == "text":
-            return read_text(flat, key, self.tokenizer, settings.text_kwargs)
+            return read_text(flat, key, self.tokenizer, settings.text_kwargs, open_end=settings.generate)
         if settings.input_mode == "tokens":
             return self._read_tokens(flat, key)
         prompts = read_history(
             flat,
             key,
-            self.tokenizer,
-            settings.template_kwargs,
+            self._renderer(template_kwargs),
             add_generation_prompt=settings.generate,
             assistant_mask=not settings.generate,
         )
@@ -289,14 +335,15 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
             return prompts
         keys = [unravel_key((settings.tokens_key, name)) for name in ("prompt", "full")]
         given = [self._read_tokens(flat, k) for k in keys if flat.get(k, None, as_list=True) is not None]
-        return prefer_given_tokens(prompts, given, self.tokenizer, settings.template_kwargs) if given else prompts
+        rewritten = settings.prefer_tokens == "always"
+        return prefer_given_tokens(prompts, given, rewritten=rewritten) if given else prompts
 
     def _read_tokens(self, flat: TensorDictBase, key: NestedKey) -> Prompts:
         return read_tokens(
             flat,
             key,
             mask_keys=(self.attention_mask_key, unravel_key((self.masks_key, "all_attention_mask"))),
-            padding=lambda: (self.padding_value, self.tokenizer.eos_token_id),
+            padding=self._padding_ids,
             assistant_key=None if self.generate else unravel_key((self.masks_key, "all_assistant_mask")),
         )
 
@@ -324,8 +371,10 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
             progress=settings.progress,
             batcher=self._batcher,
         )
-        tokenizer = self.tokenizer if settings.writes_text else None
-        return generated_rows(answers, settings, sampling, self._padding(answers.prompts), tokenizer)
+        return generated_rows(answers, settings, sampling, self._padding(answers.prompts), self._text_tokenizer())
+
+    def _text_tokenizer(self) -> Any:
+        return self.tokenizer if self.settings.writes_text else None
 
     def _score(self, prompts: Prompts) -> list[TensorDict]:
         answers = score_sequences(self.pool, prompts, mask_errors=self.settings.on_error == "mask")

@@ -5,19 +5,22 @@ Shapes: ``B`` sequences, each of its own length ``T``; ``ids_B_T`` is a list of 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from tensordict import TensorDictBase, is_tensor_collection
 from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 
+from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.rollout.incremental_tokens import continue_tokens
+from torchrl_sglang.rollout.incremental_tokens import RewrittenAnswer, continue_tokens
+from torchrl_sglang.rollout.messages import history_messages
+from torchrl_sglang.text_tokens import decode_ids, encode_texts, is_encodable
 
 __all__ = ["Prompts", "prefer_given_tokens", "read_history", "read_text", "read_tokens"]
 
@@ -30,6 +33,8 @@ class Prompts:
         ids_B_T: token ids without padding.
         texts_B: the ids as text, in text and history mode.
         histories_B: the conversations, in history mode.
+        messages_B: the same as a template reads them.
+        renderer: the chat template that rendered them.
         assistant_B_T: which tokens the assistant wrote, where the chat template marks them.
         width: width of the tensor that held the ids, if it was dense.
         dropped_B: tokens cut off on the left, per sequence.
@@ -39,6 +44,8 @@ class Prompts:
     ids_B_T: list[list[int]]
     texts_B: list[str] | None = None
     histories_B: list[History] | None = None
+    messages_B: list[list[dict[str, Any]]] | None = None
+    renderer: ChatRenderer | None = None
     assistant_B_T: list[list[bool]] | None = None
     width: int | None = None
     dropped_B: list[int] | None = None
@@ -61,20 +68,21 @@ def read_tokens(
     key: NestedKey,
     *,
     mask_keys: Sequence[NestedKey] = (),
-    padding: Callable[[], tuple[int, int | None]] | None = None,
+    padding: Callable[[], tuple[int | None, int | None, int | None]] | None = None,
     assistant_key: NestedKey | None = None,
 ) -> Prompts:
     """Read token ids: a padded tensor, a nested tensor, or a list, one per sequence.
 
     The first attention mask among ``mask_keys`` that has the ids' shape decides what is padding. Without one, ragged
-    ids have no padding, and the padding value is removed from a dense tensor that is not marked ``padded=False``:
-    everywhere, or at the two ends only when the padding token is also EOS, which may be a real token.
+    ids have no padding, and in a dense tensor that is not marked ``padded=False`` the padding token's id is padding at
+    the ends of a row (see :func:`find_padding`); between other tokens it is a token.
 
     Args:
         td: a TensorDict with one batch dimension ``B``.
         key: where the ids are.
         mask_keys: where attention masks may be; the entries are bool or 0/1.
-        padding: returns the ids of the padding and the end-of-sequence token; only called when they are needed.
+        padding: returns the ids of the padding, the end-of-sequence and the beginning-of-sequence token, each of which
+            may be ``None``; only called when they are needed.
         assistant_key: where a mask of the tokens that the assistant wrote may be.
 
     Raises:
@@ -83,7 +91,7 @@ def read_tokens(
     Examples:
         >>> from tensordict import TensorDict
         >>> td = TensorDict({"ids": torch.tensor([[0, 0, 7], [0, 8, 9]])}, batch_size=2)
-        >>> read_tokens(td, "ids", padding=lambda: (0, 2)).ids_B_T
+        >>> read_tokens(td, "ids", padding=lambda: (0, 2, 1)).ids_B_T
         [[7], [8, 9]]
     """
     value = _require_value(td, key, "tokens")
@@ -92,8 +100,13 @@ def read_tokens(
     width = value.shape[-1] if dense else None
     keep_B_T = _first_match(td, mask_keys, ids_B_T)
     if keep_B_T is None and padding is not None and _may_be_padded(td, key, dense):
-        padding_value, eos_id = padding()
-        keep_B_T = [_real(ids_T, padding_value, only_ends=padding_value == eos_id) for ids_T in ids_B_T]
+        keep_B_T = find_padding(ids_B_T, *padding())
+        for index, keep_T in enumerate(keep_B_T):
+            if ids_B_T[index] and not any(keep_T):
+                problems[index] = (
+                    f"{key!r} holds nothing but the padding token {ids_B_T[index][0]}; if it is a real token here, "
+                    "give an attention mask, or a list of id lists instead of a tensor"
+                )
     assistant_B_T = _first_match(td, () if assistant_key is None else (assistant_key,), ids_B_T)
     if keep_B_T is not None:
         ids_B_T = [list(compress(ids_T, keep_T)) for ids_T, keep_T in zip(ids_B_T, keep_B_T, strict=True)]
@@ -155,17 +168,55 @@ def _may_be_padded(td: TensorDictBase, key: NestedKey, dense: bool) -> bool:
     return dense
 
 
-def _real(ids_T: list[int], padding_value: int, *, only_ends: bool) -> list[bool]:
-    """Which ids are not padding."""
-    real = [i != padding_value for i in ids_T]
-    if only_ends and True in real:
-        first, last = real.index(True), len(real) - 1 - real[::-1].index(True)
-        real[first : last + 1] = [True] * (last + 1 - first)
-    return real
+def find_padding(
+    ids_B_T: Sequence[Sequence[int]], padding_id: int | None, eos_id: int | None, bos_id: int | None
+) -> list[list[bool]]:
+    """Which ids of the rows of a dense tensor are tokens, judged by their values.
+
+    The runs of the padding id at both ends of a row are padding. But a padding token that is also EOS may be the real
+    end of a row in a tensor padded on the left, and one that is also BOS the real beginning of a row in a tensor padded
+    on the right: a single one stays if no row of the tensor has more of them on that side, and the other side has some.
+
+    Examples:
+        >>> find_padding([[0, 0, 5, 0, 6]], 0, 2, 1)
+        [[False, False, True, True, True]]
+    """
+    only_token = padding_id in (bos_id, eos_id) and all(len(ids_T) == 1 for ids_T in ids_B_T)
+    if padding_id is None or only_token:  # one column of BOS: text generated from nothing
+        return [[True] * len(ids_T) for ids_T in ids_B_T]
+    edges = [_outer_runs(ids_T, padding_id) for ids_T in ids_B_T]
+    real = [(left, right) for (left, right), ids_T in zip(edges, ids_B_T, strict=True) if left < len(ids_T)]
+    most_left = max((left for left, _ in real), default=0)
+    most_right = max((right for _, right in real), default=0)
+    ends_with_eos = padding_id == eos_id and most_right == 1 and most_left > 0
+    begins_with_bos = padding_id == bos_id and most_left == 1 and most_right > 0
+    if ends_with_eos and begins_with_bos:  # one of each: nothing tells which is padding
+        ends_with_eos = begins_with_bos = False
+    keep_B_T = []
+    for (left, right), ids_T in zip(edges, ids_B_T, strict=True):
+        if left < len(ids_T):
+            left, right = 0 if begins_with_bos else left, 0 if ends_with_eos else right
+        keep_B_T.append([left <= i < len(ids_T) - right for i in range(len(ids_T))])
+    return keep_B_T
 
 
-def read_text(td: TensorDictBase, key: NestedKey, tokenizer: Any, tokenizer_kwargs: Mapping[str, Any]) -> Prompts:
+def _outer_runs(ids_T: Sequence[int], padding_id: int) -> tuple[int, int]:
+    """How many padding ids a row begins and ends with."""
+    real = [i for i, token in enumerate(ids_T) if token != padding_id]
+    return (real[0], len(ids_T) - 1 - real[-1]) if real else (len(ids_T), 0)
+
+
+def read_text(
+    td: TensorDictBase, key: NestedKey, tokenizer: Any, tokenizer_kwargs: Mapping[str, Any], *, open_end: bool = False
+) -> Prompts:
     """Read strings and tokenize them, one per sequence.
+
+    Args:
+        td: a TensorDict with one batch dimension ``B``.
+        key: where the strings are.
+        tokenizer: a Hugging Face tokenizer. Special tokens that a text has already are not added to it again.
+        tokenizer_kwargs: its arguments.
+        open_end: the model continues the texts, so the tokenizer's EOS is not added.
 
     Raises:
         ConfigError: nothing is at ``key``, or the values are not strings.
@@ -179,16 +230,17 @@ def read_text(td: TensorDictBase, key: NestedKey, tokenizer: Any, tokenizer_kwar
     for index, text in enumerate(value):
         if not isinstance(text, str):
             problems[index] = f"{key!r} holds a {type(text).__name__}; text mode needs strings"
+        elif not is_encodable(text):
+            problems[index] = f"{key!r} holds half of a surrogate pair, which is no character: {text[:80]!r}"
     texts_B = ["" if index in problems else text for index, text in enumerate(value)]
-    encoded = tokenizer(texts_B, **tokenizer_kwargs)
-    return Prompts(ids_B_T=[list(ids_T) for ids_T in encoded["input_ids"]], texts_B=texts_B, problems=problems)
+    ids_B_T = encode_texts(tokenizer, texts_B, tokenizer_kwargs, open_end=open_end)
+    return Prompts(ids_B_T=ids_B_T, texts_B=texts_B, problems=problems)
 
 
 def read_history(
     td: TensorDictBase,
     key: NestedKey,
-    tokenizer: Any,
-    template_kwargs: Mapping[str, Any],
+    renderer: ChatRenderer,
     *,
     add_generation_prompt: bool,
     assistant_mask: bool = False,
@@ -198,10 +250,10 @@ def read_history(
     Args:
         td: a TensorDict with one batch dimension ``B``.
         key: where the :class:`~torchrl.data.llm.History` is, with the messages along its last dimension.
-        tokenizer: a Hugging Face tokenizer.
-        template_kwargs: ``chat_template`` or ``chat_template_name``, when not the tokenizer's own.
+        renderer: the chat template.
         add_generation_prompt: end with the template's start of an assistant message.
-        assistant_mask: also compute which tokens the assistant wrote.
+        assistant_mask: also find which tokens the assistant wrote. If this fails for one conversation, none has a mask,
+            and a warning says why.
 
     Raises:
         ConfigError: nothing is at ``key``.
@@ -218,61 +270,77 @@ def read_history(
             f"conversation, so (B, messages) is needed"
         )
     problems: dict[int, str] = {}
-    histories_B, texts_B, structs_B = list(history.unbind(0)), [], []
-    template_args = {"tokenizer": tokenizer, "add_generation_prompt": add_generation_prompt, **template_kwargs}
-    for index, conversation in enumerate(histories_B):
+    histories_B = list(history.unbind(0))
+    messages_B, texts_B = [history_messages(conversation) for conversation in histories_B], []
+    for index, messages in enumerate(messages_B):
         try:
-            texts_B.append(conversation.apply_chat_template(**template_args))
-            if assistant_mask:
-                structs_B.append(
-                    conversation.apply_chat_template(
-                        **template_args, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-                    )
-                )
-        except TemplateError as error:
-            problems[index] = f"the chat template refuses the conversation at {key!r}: {error}"
+            texts_B.append(renderer.render(messages, add_generation_prompt=add_generation_prompt))
+        except ConfigError as error:
+            problems[index] = f"{key!r}: {error}"
             texts_B.append("")
-            structs_B.append({"input_ids": torch.empty(0, dtype=torch.long), "assistant_masks": torch.empty(0)})
-    if not assistant_mask:
-        # The rendered text has all special tokens; a second BOS would make a different prompt.
-        encoded = tokenizer(texts_B, add_special_tokens=False)["input_ids"]
-        ids_B_T, masks_B_T = [list(ids_T) for ids_T in encoded], None
-    else:
-        ids_B_T = [struct.get("input_ids").tolist() for struct in structs_B]
-        masks = [struct.get("assistant_masks", None) for struct in structs_B]
-        masks_B_T = None if any(m is None for m in masks) else [m.bool().tolist() for m in masks]
     return Prompts(
-        ids_B_T=ids_B_T, texts_B=texts_B, histories_B=histories_B, assistant_B_T=masks_B_T, problems=problems
+        # The rendered text has all special tokens; a second BOS would make a different prompt.
+        ids_B_T=encode_texts(renderer.tokenizer, texts_B, {"add_special_tokens": False}),
+        texts_B=texts_B,
+        histories_B=histories_B,
+        messages_B=messages_B,
+        renderer=renderer,
+        assistant_B_T=_assistant_masks(renderer, messages_B, texts_B, problems) if assistant_mask else None,
+        problems=problems,
     )
 
 
-def prefer_given_tokens(
-    prompts: Prompts, given: Sequence[Prompts], tokenizer: Any, template_kwargs: Mapping[str, Any]
-) -> Prompts:
+def _assistant_masks(
+    renderer: ChatRenderer, messages_B: list[list[dict[str, Any]]], texts_B: list[str], problems: Mapping[int, str]
+) -> list[list[bool]] | None:
+    masks_B_T: list[list[bool]] = []
+    for index, (messages, text) in enumerate(zip(messages_B, texts_B, strict=True)):
+        mask_T = [] if index in problems else renderer.assistant_mask(messages, text)
+        if mask_T is None:
+            warnings.warn(
+                f"all_assistant_mask is left out: in the conversation at batch index {index}, the chat template does "
+                "not show which tokens the assistant wrote. A template with {% generation %} tags does, and so does "
+                'input_mode="tokens" with the mask at ("masks", "all_assistant_mask")',
+                stacklevel=2,
+            )
+            return None
+        masks_B_T.append(mask_T)
+    return masks_B_T
+
+
+def prefer_given_tokens(prompts: Prompts, given: Sequence[Prompts], *, rewritten: bool = False) -> Prompts:
     """Replace the ids of conversations by given ids of an earlier turn, extended by the newly tokenized part.
 
     Of several given sequences that belong to a conversation, the longest is used. Given ids of another conversation,
-    such as those of an episode that has ended, are ignored.
+    such as those of an episode that has ended, are ignored, and so are those with an answer that the chat template
+    renders otherwise than it was generated: such a prompt is the template's, and a warning says so.
 
     Args:
         prompts: the conversations, from :func:`read_history`.
         given: ids of earlier turns, from :func:`read_tokens`; an empty entry means none.
-        tokenizer: a Hugging Face tokenizer.
-        template_kwargs: as for :func:`read_history`.
+        rewritten: also keep ids of answers that the template renders otherwise.
     """
-
-    def render(conversation: History) -> str:
-        text: str = conversation.apply_chat_template(
-            tokenizer=tokenizer, add_generation_prompt=False, **template_kwargs
-        )
-        return text
-
-    ids_B_T = list(prompts.ids_B_T)
-    for index, (text, conversation) in enumerate(zip(prompts.texts_B or (), prompts.histories_B or (), strict=True)):
-        known = sorted((one.ids_B_T[index] for one in given), key=len, reverse=True)
-        for known_T in known:
-            joined = known_T and continue_tokens(known_T, text, tokenizer, history=conversation, render=render)
+    assert prompts.renderer is not None
+    ids_B_T, texts_B = list(prompts.ids_B_T), list(prompts.texts_B or ())
+    refused = None
+    for index, messages in enumerate(prompts.messages_B or ()):
+        if index in prompts.problems:
+            continue
+        for known_T in sorted((one.ids_B_T[index] for one in given), key=len, reverse=True):
+            try:
+                joined = known_T and continue_tokens(known_T, messages, prompts.renderer, rewritten=rewritten)
+            except RewrittenAnswer:
+                refused = index if refused is None else refused
+                break
             if joined:
                 ids_B_T[index] = joined
+                texts_B[index] = decode_ids(prompts.renderer.tokenizer, [joined])[0]
                 break
-    return replace(prompts, ids_B_T=ids_B_T, texts_B=tokenizer.batch_decode(ids_B_T, skip_special_tokens=False))
+    if refused is not None:
+        warnings.warn(
+            f"prefer_tokens: the tokens of batch index {refused} are not kept, because the chat template renders an "
+            "earlier answer otherwise than it was generated (without its thinking, for example). The prompt is what "
+            "the template renders; prefer_tokens='always' keeps the generated tokens instead",
+            stacklevel=2,
+        )
+    return replace(prompts, ids_B_T=ids_B_T, texts_B=texts_B)

@@ -17,12 +17,14 @@ from torchrl_sglang.rollout.batching import Batcher
 from torchrl_sglang.rollout.progress import token_progress
 from torchrl_sglang.rollout.prompts import Prompts
 from torchrl_sglang.rollout.resuming import generate_resuming
+from torchrl_sglang.rollout.unmeasured import find_unmeasured
 
 __all__ = ["Answers", "RequestBatcher", "generate_prompts", "score_sequences", "truncate_left"]
 
 PerPrompt: TypeAlias = tuple[list[GenerateReply], list[int]]
 """The ``n`` replies of one prompt, and how often each was resumed."""
-RequestBatcher: TypeAlias = Batcher[list[int], PerPrompt]
+RequestBatcher: TypeAlias = Batcher[list[int], PerPrompt | str]
+"""A prompt's result is a text if it can't be served: why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +86,15 @@ def generate_prompts(
 
     Raises:
         ConfigError: a prompt can't be served and errors are not masked; it names the batch index.
+        ServerError: a server failed, or refused the request for another reason than a prompt; also when errors are
+            masked.
     """
 
-    def run(ids_B_P: Sequence[list[int]]) -> list[PerPrompt]:
+    def run(ids_B_P: Sequence[list[int]]) -> list[PerPrompt | str]:
         params = sampling
         if sampling.sampling_mask and sampling.n > 1:  # SGLang 0.5.23 answers 500 to a mask with n > 1
             ids_B_P, params = [ids_P for ids_P in ids_B_P for _ in range(sampling.n)], replace(sampling, n=1)
+        lethal: dict[int, str] | None = {} if mask_errors else None
         with token_progress(progress, len(ids_B_P) * params.n * params.max_new_tokens) as advance:
             replies_S, resumes_S = generate_resuming(
                 pool,
@@ -99,9 +104,15 @@ def generate_prompts(
                 return_logprobs=return_logprobs,
                 prompt_logprobs=prompt_logprobs,
                 progress=advance,
+                lethal=lethal,
             )
+        copies = sampling.n // params.n
+        reasons = {index // copies: reason for index, reason in (lethal or {}).items()}
         starts = range(0, len(replies_S), sampling.n)
-        return [(replies_S[i : i + sampling.n], resumes_S[i : i + sampling.n]) for i in starts]
+        return [
+            reasons.get(row) or (replies_S[i : i + sampling.n], resumes_S[i : i + sampling.n])
+            for row, i in enumerate(starts)
+        ]
 
     problems = _problems(pool, prompts, sampling, mask_errors=mask_errors)
     good = [index for index in range(len(prompts.ids_B_T)) if index not in problems]
@@ -112,15 +123,19 @@ def generate_prompts(
         kind = (sampling, return_logprobs)
         try:
             results: Sequence[Any] = run(ids_G_P) if batcher is None else batcher.submit(ids_G_P, run, kind=kind)
-        except RequestRejectedError:
-            if not mask_errors:
+        except RequestRejectedError as error:
+            if not mask_errors or not _may_be_a_prompt(error):
                 raise
+            _refuse_bad_settings(pool, sampling, error)
             results = _isolate_rejected(run, ids_G_P)  # without other callers' prompts
         for index, result in zip(good, results, strict=True):
             if isinstance(result, str):
                 problems[index] = result
             else:
                 served[index] = result
+    unmeasured = find_unmeasured({index: replies for index, (replies, _) in served.items()}, mask_errors=mask_errors)
+    problems.update(unmeasured)
+    served = {index: each for index, each in served.items() if index not in unmeasured}
     replies_S: list[GenerateReply] = []
     resumes_S: list[int] = []
     for index, ids_P in enumerate(prompts.ids_B_T):
@@ -187,13 +202,33 @@ def _problems(pool: SGLangPool, prompts: Prompts, sampling: SamplingParams, *, m
     return problems
 
 
+# What SGLang answers to a prompt that it can't serve. Keys (401, 403), paths (404), full queues (429, 503) and failures
+# (500) are the same for every prompt.
+_PROMPT_STATUSES = (400, 413, 422)
+
+
+def _may_be_a_prompt(error: RequestRejectedError) -> bool:
+    return error.status in _PROMPT_STATUSES
+
+
+def _refuse_bad_settings(pool: SGLangPool, sampling: SamplingParams, error: RequestRejectedError) -> None:
+    """Raise ``error`` if a server rejects the settings with the shortest prompt, too: then no prompt is the reason."""
+    short = replace(sampling, n=1, max_new_tokens=min(1, sampling.max_new_tokens), min_new_tokens=0)
+    try:
+        pool.generate([[0]], short, return_logprobs=False)
+    except RequestRejectedError:
+        raise error from None
+
+
 def _isolate_rejected(
-    run: Callable[[Sequence[list[int]]], Sequence[PerPrompt]], ids_B_P: Sequence[list[int]]
+    run: Callable[[Sequence[list[int]]], Sequence[PerPrompt | str]], ids_B_P: Sequence[list[int]]
 ) -> list[PerPrompt | str]:
     """Results per prompt: a batch that the server rejects is halved until each rejected prompt is alone."""
     try:
         return list(run(ids_B_P))
     except RequestRejectedError as error:
+        if not _may_be_a_prompt(error):
+            raise
         if len(ids_B_P) == 1:
             return [str(error)]
     half = len(ids_B_P) // 2

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.errors import LethalPromptError
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.rollout.generation import join_spans
 
@@ -66,6 +67,7 @@ def generate_resuming(
     return_logprobs: bool = True,
     prompt_logprobs: bool = False,
     progress: Callable[[int], None] | None = None,
+    lethal: dict[int, str] | None = None,
 ) -> tuple[list[GenerateReply], list[int]]:
     """Generate, and continue aborted responses; tokens, log-probs and weight versions of all parts are kept.
 
@@ -79,13 +81,21 @@ def generate_resuming(
         return_logprobs: request response log-probs.
         prompt_logprobs: request prompt log-probs.
         progress: called with the number of newly generated tokens.
+        lethal: takes the prompts that servers died on, with the reason; their replies are empty. ``None`` raises.
 
     Returns:
         ``S`` replies, and per reply how often it was continued.
     """
-    replies_S = pool.generate(
-        prompts_B_P, sampling, return_logprobs=return_logprobs, prompt_logprobs=prompt_logprobs, progress=progress
-    )
+    try:
+        replies_S = pool.generate(
+            prompts_B_P, sampling, return_logprobs=return_logprobs, prompt_logprobs=prompt_logprobs, progress=progress
+        )
+    except LethalPromptError as error:
+        if lethal is None:
+            raise
+        lethal.update(error.prompts)
+        empty = GenerateReply(output_ids=[], output_logprobs=[])  # not "abort": it is not continued
+        replies_S = [r for i in range(len(prompts_B_P)) for r in error.replies.get(i) or [empty] * sampling.n]
     resumes_S = [0] * len(replies_S)
     for _ in range(max_resumes):
         by_room: dict[int, list[int]] = defaultdict(list)

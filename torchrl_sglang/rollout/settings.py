@@ -10,7 +10,15 @@ from typing import Any, Literal, get_args
 import torch
 from tensordict import NestedKey
 
-from torchrl_sglang.config import SamplingParams, nearest_name
+from torchrl_sglang.chat_templates import check_template_kwargs
+from torchrl_sglang.config import SamplingParams, ServerConfig
+from torchrl_sglang.config.checking import require_numbers
+from torchrl_sglang.config.foreign_names import (
+    ENGINE_ARGUMENTS,
+    GENERATION_ARGUMENTS,
+    POLICY_ARGUMENTS,
+    unknown_argument,
+)
 from torchrl_sglang.errors import ConfigError
 
 __all__ = ["RolloutSettings"]
@@ -19,6 +27,19 @@ InputMode = Literal["history", "text", "tokens"]
 
 # The policy needs these values of the tokenizer's arguments: a caller may repeat them but not change them.
 _TOKENIZER_FIXED = {"return_attention_mask": (True,), "padding_side": ("left",), "padding": (True, False)}
+
+
+# Where arguments belong that are not the policy's.
+_ELSEWHERE = {
+    "generate_kwargs={{{name!r}: ...}}": [
+        *(f.name for f in fields(SamplingParams)),
+        *("max_tokens", "min_tokens", "do_sample", "logprobs", "prompt_logprobs", *GENERATION_ARGUMENTS),
+    ],
+    "AsyncSGLang.from_pretrained(...), which makes the servers": [
+        *(f.name for f in fields(ServerConfig)),
+        *("dp_size", "max_model_len", "gpu_memory_utilization", "tensor_parallel_size", *ENGINE_ARGUMENTS),
+    ],
+}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -45,6 +66,7 @@ class RolloutSettings:
     num_samples: int | None = None
     chat_template_name: str | None = None
     chat_template: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     return_log_probs: bool | None = None
     history_key: NestedKey = "history"
     text_key: NestedKey = "text"
@@ -57,7 +79,7 @@ class RolloutSettings:
     min_batch_size: int | None = None
     max_batch_size: int | None = None
     batching_timeout: float = 10.0
-    prefer_tokens: bool = False
+    prefer_tokens: Literal[True, False, "always"] = False
     on_overlong: Literal["raise", "truncate_left"] = "raise"
     on_error: Literal["raise", "mask"] = "raise"
     progress: bool = False
@@ -67,15 +89,17 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         for name in ("generate_kwargs", "tokenizer_kwargs"):  # copies: the caller may change its own later
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        object.__setattr__(self, "template_kwargs", check_template_kwargs(self.template_kwargs))
         for name, allowed in (
             ("input_mode", get_args(InputMode)),
             ("on_overlong", ("raise", "truncate_left")),
             ("on_error", ("raise", "mask")),
             ("inplace", (None, True, False, "empty")),
+            ("prefer_tokens", (True, False, "always")),
         ):
             value = getattr(self, name)
             _require(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
-        for name in ("generate", "pad_output", "prefer_tokens", "progress", "exact_log_probs"):
+        for name in ("generate", "pad_output", "progress", "exact_log_probs"):
             _require(isinstance(getattr(self, name), bool), f"{name} must be a boolean, got {getattr(self, name)!r}")
         _require(self.pad_model_input is None, "pad_model_input is not supported: servers take ragged input; remove it")
         _require(
@@ -83,13 +107,17 @@ class RolloutSettings:
             f"layout={self.layout} is not supported: ragged output is one strided tensor per sequence; "
             "td.get(key, as_nested_tensor=True, layout=torch.jagged) gives a nested tensor of it",
         )
-        _require(self.max_resumes >= 0, f"max_resumes must be at least 0, got {self.max_resumes}")
+        require_numbers(self, "max_resumes", at_least=0)
         _require(
             self.return_log_probs is not False or self.generate, "return_log_probs must be True when generate=False."
         )
         _require(
             self.policy_version_key is None or self.generation_key is not None,
             "policy_version_key needs a generation_key: the version is read from the Generation",
+        )
+        _require(
+            self.chat_template is None or self.chat_template_name is None,
+            "chat_template and chat_template_name are two ways to choose the chat template: give one",
         )
         self._check_batching()
         self._check_tokenizer_kwargs()
@@ -101,14 +129,13 @@ class RolloutSettings:
             self.batching is not False or sizes == (None, None),
             "min_batch_size and max_batch_size must be None if batching is False.",
         )
-        for name, size in zip(("min_batch_size", "max_batch_size"), sizes, strict=True):
-            _require(size is None or size >= 1, f"{name} must be at least 1, got {size}")
+        require_numbers(self, "min_batch_size", "max_batch_size", "num_samples", at_least=1)
         if self.min_batch_size is not None and self.max_batch_size is not None:
             _require(
                 self.min_batch_size <= self.max_batch_size,
                 f"min_batch_size ({self.min_batch_size}) must be <= max_batch_size ({self.max_batch_size})",
             )
-        _require(self.batching_timeout > 0, f"batching_timeout must be positive, got {self.batching_timeout}")
+        require_numbers(self, "batching_timeout", above=0, at_most=1e9)
 
     def _check_tokenizer_kwargs(self) -> None:
         for name, allowed in _TOKENIZER_FIXED.items():
@@ -124,7 +151,8 @@ class RolloutSettings:
         """
         known = [f.name for f in fields(cls)]
         for name in kwargs:
-            _require(name in known, f"unknown argument {name!r}.{nearest_name(name, known)}")
+            hint = unknown_argument(name, known, foreign=POLICY_ARGUMENTS, elsewhere=_ELSEWHERE)
+            _require(name in known, f"unknown argument {name!r}.{hint}")
         return cls(**kwargs)
 
     def changed(self, **kwargs: Any) -> RolloutSettings:
@@ -208,12 +236,9 @@ class RolloutSettings:
         given = {k: v for k, v in self.generate_kwargs.items() if k not in self._own_kwargs}
         sampling = SamplingParams.from_kwargs(**given)
         if self.num_samples is not None:
+            is_given = any(given.get(name) is not None for name in ("n", "num_return_sequences"))
             _require(
-                isinstance(self.num_samples, int) and self.num_samples >= 1,
-                f"num_samples must be at least 1, got {self.num_samples}",
-            )
-            _require(
-                sampling.n in (1, self.num_samples),
+                sampling.n == self.num_samples or not is_given,
                 f"num_samples={self.num_samples} differs from generate_kwargs['n']={sampling.n}.",
             )
             sampling = sampling.updated(n=self.num_samples)
@@ -233,12 +258,6 @@ class RolloutSettings:
             return True if self.inplace is None else self.inplace
         _require(not self.inplace, "inplace must be False (or None) when generating more than one sample.")
         return False
-
-    @property
-    def template_kwargs(self) -> dict[str, str]:
-        """The arguments that choose the chat template."""
-        given = {"chat_template_name": self.chat_template_name, "chat_template": self.chat_template}
-        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def text_kwargs(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Ragged values are one tensor per sequence. Padded ones are dense: prompts padded
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -142,7 +143,8 @@ def _made(kind: Any, **fields: Any) -> Any:
 
 def first_zero(scores_P: Sequence[float | None]) -> list[float]:
     """The first token has no log-prob, since it is conditioned on nothing; TorchRL's wrappers write 0 for it."""
-    return [0.0 if s is None else s for s in scores_P]
+    first = [0.0 if s is None else s for s in scores_P[:1]]
+    return first + [math.nan if s is None else s for s in scores_P[1:]]
 
 
 def text_rows(prompts_S: Sequence[str], responses_S: Sequence[str], fulls_S: Sequence[str]) -> list[Text]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torchrl_sglang.chat_templates import ChatRenderer, check_template_kwargs
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.errors import ConfigError
@@ -12,6 +13,7 @@ from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.protocol.limits import check_prompts
 from torchrl_sglang.protocol.scores import build_scores, parse_scores
+from torchrl_sglang.text_tokens import encode_texts
 
 __all__ = ["RewardModel"]
 
@@ -29,6 +31,8 @@ class RewardModel:
         servers: the URL of a server, or of several that serve the same model: texts are distributed among them.
         tokenizer: the reward model's tokenizer; by default loaded from the server's ``tokenizer_path``.
         label: index of the output that is the score; needed when the model's head has more than one.
+        chat_template: a chat template, instead of the tokenizer's.
+        template_kwargs: variables of the chat template, such as ``tools``.
         client: time-outs and keys.
 
     Raises:
@@ -47,8 +51,12 @@ class RewardModel:
         tokenizer: Any = None,
         *,
         label: int | None = None,
+        chat_template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         client: ClientConfig | None = None,
     ) -> None:
+        self.chat_template = chat_template
+        self.template_kwargs = check_template_kwargs(template_kwargs)
         urls = [servers] if isinstance(servers, str) else list(servers)
         if not urls:
             raise ConfigError("a reward model needs at least one server")
@@ -63,14 +71,23 @@ class RewardModel:
                 )
             if (info.architectures, info.vocab_size) != (infos[0].architectures, infos[0].vocab_size):
                 raise ConfigError(f"{infos[0].url} and {info.url} serve different models")
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(infos[0].tokenizer_path)
+        self.tokenizer = (
+            tokenizer if tokenizer is not None else load_tokenizer(infos[0].tokenizer_path, infos[0].revision)
+        )
 
-    def get_scores(self, texts: Sequence[Text], *, timeout_s: float | None = None) -> list[float]:
+    def get_scores(
+        self,
+        texts: Sequence[Text],
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+    ) -> list[float]:
         """Score texts.
 
         Args:
-            texts: strings, tokenized with the tokenizer's own special tokens; or conversations (lists of messages),
-                rendered with its chat template.
+            texts: strings, tokenized with the tokenizer's own special tokens, except those that a text has already; or
+                conversations (lists of messages, with their tool calls), rendered with its chat template.
+            template_kwargs: variables of the chat template for these texts; they replace single ones of the model's.
             timeout_s: seconds to wait instead of ``ClientConfig.generate_timeout_s``.
 
         Returns:
@@ -82,7 +99,7 @@ class RewardModel:
         """
         if isinstance(texts, str):
             raise ConfigError("texts must be a list, also for one text")
-        ids_B_T = [self._encode(index, text) for index, text in enumerate(texts)]
+        ids_B_T = self._encode(texts, template_kwargs)
         if not ids_B_T:
             return []
         info = self.clients[0].info
@@ -101,15 +118,24 @@ class RewardModel:
         outcomes = side_by_side({url: _request(client, share, timeout_s) for url, (client, share) in shares.items()})
         return [self._score(outputs_L) for url in shares for outputs_L in outcomes[url].unwrap()]
 
-    def _encode(self, index: int, text: Text) -> list[int]:
-        if isinstance(text, str):
-            return list(self.tokenizer(text)["input_ids"])
-        if not isinstance(text, Sequence) or not all(isinstance(message, Mapping) for message in text):
-            raise ConfigError(f"text {index} must be a string or a list of messages, got {type(text).__name__}")
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ConfigError("the reward model's tokenizer has no chat template: give strings instead of messages")
-        rendered = self.tokenizer.apply_chat_template(list(text), tokenize=False)
-        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    def _encode(self, texts: Sequence[Text], template_kwargs: Mapping[str, Any] | None) -> list[list[int]]:
+        variables = {**self.template_kwargs, **(template_kwargs or {})}
+        renderer = None
+        ids_B_T = []
+        for index, text in enumerate(texts):
+            if isinstance(text, str):
+                ids_B_T += encode_texts(self.tokenizer, [text])
+                continue
+            if not isinstance(text, Sequence) or not all(isinstance(message, Mapping) for message in text):
+                raise ConfigError(f"text {index} must be a string or a list of messages, got {type(text).__name__}")
+            if renderer is None:
+                renderer = ChatRenderer(self.tokenizer, chat_template=self.chat_template, variables=variables)
+            try:
+                messages = [message for message in text if isinstance(message, Mapping)]
+                ids_B_T.append(renderer.encode(renderer.render(messages, add_generation_prompt=False)))
+            except ConfigError as error:
+                raise ConfigError(f"text {index}: {error}") from error
+        return ids_B_T
 
     def _score(self, outputs_L: Sequence[float]) -> float:
         if self.label is None and len(outputs_L) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torchrl.data import Composite, Unbounded
 from torchrl.data.llm import History
 from torchrl.envs import Transform
 
+from torchrl_sglang.chat_templates import check_template_kwargs
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.rollout.messages import history_messages
 from torchrl_sglang.scores.model import RewardModel
 
 __all__ = ["RewardModelTransform"]
@@ -25,10 +28,11 @@ class RewardModelTransform(Transform):
 
     Args:
         model: the reward model, or the URL of its server.
-        in_key: what to score: ``("history", "full")`` (rendered with the *reward model's* chat template) or
-            ``("text", "full")`` (scored unchanged, so with the policy's chat template), or any key with such
-            values. ``None`` is the history if there is one, else the text.
+        in_key: what to score: ``("history", "full")`` (rendered with the *reward model's* chat template, tool calls
+            included) or ``("text", "full")`` (scored unchanged, so with the policy's chat template), or any key with
+            such values. ``None`` is the history if there is one, else the text.
         out_key: where the reward is written.
+        template_kwargs: variables of the reward model's chat template, such as ``tools``.
 
     Raises:
         ConfigError: in a step, when nothing is at ``in_key``.
@@ -38,18 +42,25 @@ class RewardModelTransform(Transform):
     """
 
     def __init__(
-        self, model: RewardModel | str, *, in_key: NestedKey | None = None, out_key: NestedKey = "reward"
+        self,
+        model: RewardModel | str,
+        *,
+        in_key: NestedKey | None = None,
+        out_key: NestedKey = "reward",
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(in_keys=[], out_keys=[out_key])
         self.model = RewardModel(model) if isinstance(model, str) else model
         self.in_key = in_key
+        self.template_kwargs = check_template_kwargs(template_kwargs)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         texts = self._texts(tensordict)
         shape = next_tensordict.batch_size
         if len(texts) != shape.numel():
             raise ConfigError(f"{len(texts)} texts at {self.in_key!r} for a batch of shape {tuple(shape)}")
-        scores = torch.tensor(self.model.get_scores(texts), dtype=torch.float32, device=next_tensordict.device)
+        values = self.model.get_scores(texts, template_kwargs=self.template_kwargs)
+        scores = torch.tensor(values, dtype=torch.float32, device=next_tensordict.device)
         next_tensordict.set(self.out_keys[0], scores.reshape(*shape, 1, 1))
         return next_tensordict
 
@@ -65,21 +76,11 @@ class RewardModelTransform(Transform):
             if value is None:
                 continue
             if isinstance(value, History):
-                return [_messages(conversation) for conversation in value.reshape(-1, value.shape[-1]).unbind(0)]
+                return [history_messages(conversation) for conversation in value.reshape(-1, value.shape[-1]).unbind(0)]
             if is_tensor_collection(value):
                 value = value.tolist()
             return [value] if isinstance(value, str) else _flat(value)
         raise ConfigError(f"nothing to score: the step's TensorDict has none of {keys}")
-
-
-def _messages(conversation: History) -> list[dict[str, str]]:
-    roles, contents = _strings(conversation.role), _strings(conversation.content)
-    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-
-
-def _strings(value: Any) -> list[str]:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return [value] if isinstance(value, str) else list(value)
 
 
 def _flat(values: Any) -> list[Any]:
@@ -87,7 +88,7 @@ def _flat(values: Any) -> list[Any]:
     flat: list[Any] = []
     for value in values:
         if isinstance(value, History):
-            flat.append(_messages(value))
+            flat.append(history_messages(value))
         elif isinstance(value, (list, tuple)):
             flat.extend(_flat(value))
         else:

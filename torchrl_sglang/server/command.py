@@ -14,12 +14,14 @@ from torchrl_sglang.server.cpu import cpu_command_args
 from torchrl_sglang.server.locate import find_python
 
 __all__ = [
+    "WILDCARD_HOSTS",
     "build_command",
     "build_url",
     "check_config",
     "key_spellings",
     "keys_as_yaml",
     "local_model_path",
+    "outward_address",
     "probe_host",
     "uses_tls",
 ]
@@ -35,7 +37,7 @@ _OWN_FLAGS = {
     "--tp": "tp_size",
     "--device": "device",
 }
-_WILDCARD_HOSTS = ("0.0.0.0", "::", "")
+WILDCARD_HOSTS = ("0.0.0.0", "::", "")
 
 
 def local_model_path(model: str) -> Path | None:
@@ -170,7 +172,7 @@ def build_url(config: ServerConfig, port: int) -> str:
         ('http://127.0.0.1:30000', 'http://[::1]:30000')
     """
     scheme = "https" if uses_tls(config) else "http"
-    host = _outward_address(config.host) if config.host in _WILDCARD_HOSTS else config.host
+    host = outward_address(config.host) if config.host in WILDCARD_HOSTS else config.host
     return join_url(scheme, host, port)
 
 
@@ -189,7 +191,7 @@ def uses_tls(config: ServerConfig) -> bool:
     return any(word.partition("=")[0] == "--ssl-certfile" for word in config.extra_args)
 
 
-def _outward_address(wildcard: str) -> str:
+def outward_address(wildcard: str) -> str:
     """This machine's address on the interface of its default route; loopback when it has none."""
     family, anywhere = (socket.AF_INET6, "2001:db8::1") if wildcard == "::" else (socket.AF_INET, "192.0.2.1")
     with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing

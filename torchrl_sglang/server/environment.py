@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterable, Mapping
 
 from torchrl_sglang.config import ServerConfig
+from torchrl_sglang.server.command import WILDCARD_HOSTS, outward_address, probe_host
 from torchrl_sglang.server.cpu import cpu_environment
 from torchrl_sglang.server.gpus import visible_devices
 
-__all__ = ["child_environment", "inherited_environment"]
+__all__ = ["child_environment", "inherited_environment", "router_environment"]
 
 # What torchrun (torch.distributed.elastic) and Ray tell their workers. A server that inherited it would act as a rank
 # of the trainer's process group and join the trainer's rendezvous.
@@ -31,18 +33,67 @@ _PYTHON_NAMES = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
 _CRASH_DUMP_NAMES = ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH")
 
 
+_HTTP_PROXIES = ("HTTP_PROXY", "http_proxy")
+_HTTPS_PROXIES = ("HTTPS_PROXY", "https_proxy")
+_ALL_PROXIES = ("ALL_PROXY", "all_proxy")
+_NO_PROXY = ("no_proxy", "NO_PROXY")  # where a program knows both, it prefers the first
+_LOOPBACK = ("localhost", "127.0.0.1", "127.0.0.0/8", "::1", "0.0.0.0")
+
+
 def inherited_environment(parent: Mapping[str, str]) -> dict[str, str]:
     """What a child process inherits: all but the variables that give a trainer its rank among its peers.
 
+    The child's Python doesn't import from the working directory, which may hold the user's ``queue.py``: Python 3.11
+    and newer leave it out under ``PYTHONSAFEPATH``, and empty entries of ``PYTHONPATH``, which name it, are removed.
+
     Examples:
         >>> inherited_environment({"RANK": "3", "TORCHELASTIC_RUN_ID": "x", "NCCL_CUMEM_ENABLE": "1", "HOME": "/h"})
-        {'NCCL_CUMEM_ENABLE': '1', 'HOME': '/h'}
+        {'NCCL_CUMEM_ENABLE': '1', 'HOME': '/h', 'PYTHONSAFEPATH': '1'}
     """
-    return {
+    variables = {
         name: value
         for name, value in parent.items()
         if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
     }
+    if variables.get("PYTHONPATH"):
+        variables["PYTHONPATH"] = ":".join(filter(None, variables["PYTHONPATH"].split(":")))
+    variables["PYTHONSAFEPATH"] = "1"
+    return variables
+
+
+def router_environment(parent: Mapping[str, str], host: str) -> dict[str, str]:
+    """The whole environment of a router process.
+
+    A router calls its servers over plain HTTP, wherever they are, and a proxy between them answers in their place. So
+    it has no proxy for plain HTTP; that for HTTPS stays, for downloads.
+
+    Args:
+        parent: environment of the launching process.
+        host: address on which the router listens.
+
+    Examples:
+        >>> variables = router_environment({"ALL_PROXY": "http://proxy:3128"}, "127.0.0.1")
+        >>> variables["HTTPS_PROXY"], "ALL_PROXY" in variables
+        ('http://proxy:3128', False)
+    """
+    variables = inherited_environment(parent)
+    for name in _HTTP_PROXIES:
+        variables.pop(name, None)
+    every = [variables.pop(name) for name in _ALL_PROXIES if name in variables]
+    if any(every) and not any(variables.get(name) for name in _HTTPS_PROXIES):
+        variables["HTTPS_PROXY"] = next(filter(None, every))
+    return _reach_directly(variables, [host])
+
+
+def _reach_directly(variables: dict[str, str], hosts: Iterable[str]) -> dict[str, str]:
+    """The variables, with loopback and ``hosts`` added to the addresses that no proxy serves, if there is a proxy."""
+    if not any(variables.get(name) for name in (*_HTTP_PROXIES, *_HTTPS_PROXIES, *_ALL_PROXIES)):
+        return variables
+    listed = [entry.strip() for name in _NO_PROXY for entry in variables.get(name, "").split(",")]
+    if "*" in listed:
+        return variables
+    direct = ",".join(dict.fromkeys(filter(None, (*listed, *_LOOPBACK, *map(probe_host, hosts)))))
+    return {**variables, **dict.fromkeys(_NO_PROXY, direct)}
 
 
 def child_environment(
@@ -75,8 +126,16 @@ def child_environment(
             cpu_variables["PYTHONPATH"] += f":{inherited_path}"
         variables.update(cpu_variables)
     variables.update(config.env)
+    variables = _reach_directly(variables, [config.host, *_own_addresses(config.host)])
     if not cpu:
         devices = visible_devices({**parent, **config.env}, config.gpus, config.tp_size)
         if devices is not None:
             variables["CUDA_VISIBLE_DEVICES"] = devices
     return variables
+
+
+def _own_addresses(host: str) -> list[str]:
+    """This machine's name and address for others, if a server listens on them."""
+    if host not in WILDCARD_HOSTS:
+        return []
+    return [socket.gethostname(), outward_address(host)]

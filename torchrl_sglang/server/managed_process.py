@@ -94,6 +94,7 @@ class ManagedProcess:
             folder.mkdir(parents=True, exist_ok=True)
             log_path = folder / f"{spec.log_name}-{http.port}.log"
             log_path.unlink(missing_ok=True)
+            supervisor.rotated_path(log_path).unlink(missing_ok=True)
             key_file = folder / f".keys-{os.getpid()}-{http.port}.yaml" if spec.keys else None
             order = {
                 "owner_pid": os.getpid(),
@@ -175,14 +176,21 @@ class ManagedProcess:
 
 
 def read_end(path: Path, num_bytes: int = 65536) -> str:
-    """The last bytes of a file as text; empty when it can't be read."""
+    """The last bytes of a log as text, with those of its rotated file where it is shorter; empty if unreadable."""
+    end = _last_bytes(path, num_bytes)
+    if len(end) < num_bytes:
+        end = _last_bytes(supervisor.rotated_path(path), num_bytes - len(end)) + end
+    return end.decode(errors="replace")
+
+
+def _last_bytes(path: Path, num_bytes: int) -> bytes:
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - num_bytes))
-            return file.read().decode(errors="replace")
+            return file.read()
     except OSError:
-        return ""
+        return b""
 
 
 def _reserve_ports(host: str, port: int | None) -> tuple[PortReservation, PortReservation]:

@@ -14,7 +14,7 @@ from torchrl_sglang.config import RouterConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.server.command import join_url, probe_host
 from torchrl_sglang.server.diagnosis import INSTALL_ROUTER
-from torchrl_sglang.server.environment import inherited_environment
+from torchrl_sglang.server.environment import router_environment
 from torchrl_sglang.server.lifecycle import ProcessLifecycle
 from torchrl_sglang.server.managed_process import LaunchSpec
 
@@ -106,7 +106,7 @@ def _launch_spec(config: RouterConfig) -> LaunchSpec:
 
     return LaunchSpec(
         build_command=build_command,
-        environment=inherited_environment(os.environ),
+        environment=router_environment(os.environ, config.host),
         host=config.host,
         log_name="router",
         log_dir=config.log_dir,

@@ -21,6 +21,7 @@ from torchrl_sglang.server.environment import child_environment
 from torchrl_sglang.server.lifecycle import ProcessLifecycle
 from torchrl_sglang.server.locate import find_python
 from torchrl_sglang.server.managed_process import LaunchSpec
+from torchrl_sglang.server.model_check import refuse_unsupported_model
 from torchrl_sglang.server.start_phases import start_phase
 
 __all__ = ["SGLangServer"]
@@ -215,6 +216,7 @@ def _launch_spec(config: ServerConfig, weight_version: str | None) -> LaunchSpec
     """
     command.check_config(config)
     cpu = needs_cpu_engine(config)
+    refuse_unsupported_model(config, cpu=cpu)
     same_python = find_python(config) == sys.executable
 
     def build_command(port: int, rendezvous_port: int, key_file: Path | None) -> list[str]:

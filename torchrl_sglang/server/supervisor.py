@@ -30,9 +30,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-__all__ = ["ProcessRow", "kill_tree", "process_row", "process_table", "tree_pids"]
+__all__ = ["ProcessRow", "kill_tree", "process_row", "process_table", "rotated_path", "tree_pids"]
 
 _OWNER_POLL_S = 0.5
+_MAX_LOG_BYTES = 64 << 20
+"""A server that logs each request writes some 10 MB an hour: with the rotated file, the last day or so is kept."""
+_MAX_LINE_BYTES = 1 << 20
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -91,22 +94,60 @@ def kill_tree(root: int, timeout_s: float = 10.0) -> bool:
     return True
 
 
-def copy_log(source: BinaryIO, target: BinaryIO, secrets: list[bytes]) -> None:
+class RotatedLog:
+    """A log file that never fails its writer and has a bounded size.
+
+    At ``max_bytes`` it becomes ``NAME.1``, which replaces an older one, and a new file begins. What cannot be written
+    (a full disk) is counted and left out; a line says so once the file can be written again.
+
+    Args:
+        path: the file; appended to.
+        max_bytes: size at which it is rotated, in bytes.
+    """
+
+    def __init__(self, path: Path, max_bytes: int = _MAX_LOG_BYTES) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
+        self._lost_bytes = 0
+        self._why = ""
+
+    def write(self, text: bytes) -> None:
+        """Append ``text``, or count it as lost."""
+        try:
+            if self._path.exists() and self._path.stat().st_size + len(text) > self._max_bytes:
+                self._path.replace(rotated_path(self._path))
+            note = f"[{self._lost_bytes} bytes of output were lost: {self._why}]\n" if self._lost_bytes else ""
+            with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:  # noqa: PTH123
+                file.write(note.encode() + text)
+        except OSError as error:
+            self._lost_bytes += len(text)
+            self._why = error.strerror or str(error)
+        else:
+            self._lost_bytes = 0
+
+
+def rotated_path(path: Path) -> Path:
+    """Where the older part of a log is."""
+    return path.with_name(f"{path.name}.1")
+
+
+def copy_log(source: BinaryIO, target: RotatedLog, secrets: list[bytes]) -> None:
     """Copy line by line until all writers have closed, with every secret replaced by ``***``.
 
     SGLang prints its whole configuration at its start, keys included. A carriage return ends a line too: progress bars
-    use it.
+    use it. A line without an end is cut after :data:`_MAX_LINE_BYTES`.
     """
     rest = b""
     while chunk := source.read1(65536):  # type: ignore[attr-defined]
         rest += chunk
         end = max(rest.rfind(b"\n"), rest.rfind(b"\r")) + 1
+        if not end and len(rest) > _MAX_LINE_BYTES:
+            end = len(rest)
         if end:
             target.write(_redact(rest[:end], secrets))
-            target.flush()
             rest = rest[end:]
-    target.write(_redact(rest, secrets))
-    target.flush()
+    if rest:
+        target.write(_redact(rest, secrets))
 
 
 def _redact(text: bytes, secrets: list[bytes]) -> bytes:
@@ -151,7 +192,7 @@ def _supervise(order: dict[str, Any], prctl: Callable[..., int]) -> int:
 
     assert server.stdout is not None
     secrets = [secret.encode() for secret in order["secrets"]]
-    log = open(order["log_path"], "ab")  # noqa: SIM115, PTH123
+    log = RotatedLog(Path(order["log_path"]))
     copier = threading.Thread(target=copy_log, args=(server.stdout, log, secrets), daemon=True)
     copier.start()
     ended = threading.Event()

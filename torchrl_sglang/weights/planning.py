@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.checkpoint.wire_dtype import wire_dtype
 from torchrl_sglang.weights.source.adapter import AdapterSource
+from torchrl_sglang.weights.source.architecture import architecture_of, naming_architectures
 from torchrl_sglang.weights.source.factory import open_source
 from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.transports.base import PackedWeights
@@ -48,7 +49,7 @@ class PushPlanner:
             ConfigError: it can't be read from this machine.
         """
         if self._checkpoint is None:
-            self._checkpoint = Checkpoint.read(self._pool.info.model_path)
+            self._checkpoint = Checkpoint.read(self._pool.info.model_path, revision=self._pool.info.revision)
         return self._checkpoint
 
     @property
@@ -57,6 +58,10 @@ class PushPlanner:
         dtype = getattr(torch, self._pool.info.dtype, None)
         return dtype if isinstance(dtype, torch.dtype) else self.checkpoint.dtype
 
+    @property
+    def _served_architectures(self) -> tuple[str, ...]:
+        return tuple(self.checkpoint.config.get("architectures") or self._pool.info.architectures)
+
     def open_source(self, weights: Any) -> WeightSource:
         """The trainer's weights as named tensors: its adapter for ``transport="lora"``, else the whole model.
 
@@ -64,8 +69,12 @@ class PushPlanner:
             ConfigError: weights of an unknown kind.
         """
         if self._config.transport == "lora":
-            return AdapterSource(weights)
-        return open_source(weights, self.checkpoint, name_map=self._config.name_map, ignore=self._config.ignore)
+            return AdapterSource(weights, self.checkpoint, self.served_dtype)
+        architecture = architecture_of(weights)
+        with naming_architectures(architecture, self._served_architectures):
+            source = open_source(weights, self.checkpoint, name_map=self._config.name_map, ignore=self._config.ignore)
+        source.architecture = architecture
+        return source
 
     def plan(self, source: WeightSource, *, partial: bool, transport: str) -> list[Bucket]:
         """Decide which tensors travel in which bucket. Everything that can be wrong with them is found here.
@@ -88,12 +97,13 @@ class PushPlanner:
             return []
         specs = source.specs()
         if isinstance(source, AdapterSource):
-            source.check_values()
+            source.check_values(target=self.served_dtype)
             return [Bucket.of(specs.values())]
         ignore = (*config.ignore, *source.omitted_names)
         if partial:
             ignore += tuple(name for name in checkpoint.specs if name not in specs)
-        check_coverage(specs, checkpoint, ignore=ignore, server=self._pool.clients[0].url)
+        with naming_architectures(source.architecture, self._served_architectures):
+            check_coverage(specs, checkpoint, ignore=ignore, server=self._pool.clients[0].url)
         wire = [replace(spec, dtype=wire_dtype(spec, checkpoint, self.served_dtype)) for spec in specs.values()]
         if transport != "disk" and self._may_skip_frozen(source):
             wire = trainable_specs(wire)
@@ -102,7 +112,12 @@ class PushPlanner:
         return plan_buckets(wire, bucket_bytes=config.bucket_bytes)
 
     def pack(
-        self, source: WeightSource, plan: Sequence[Bucket], packer: BucketPacker, report: SyncReport
+        self,
+        source: WeightSource,
+        plan: Sequence[Bucket],
+        packer: BucketPacker,
+        report: SyncReport,
+        on_packed: Callable[[Bucket, torch.Tensor], None] | None = None,
     ) -> PackedWeights:
         """Buckets with their bytes, each packed when the transport asks for it.
 
@@ -111,17 +126,28 @@ class PushPlanner:
             plan: from :meth:`plan`.
             packer: packs where the transport needs the bytes.
             report: counts what is packed.
+            on_packed: called with every packed bucket and its bytes.
         """
         if not source.one_shot:
             packed = packer.packed(plan, source.tensors)
-            return PackedWeights(packed, report, num_buckets=len(plan), peft_config=source.peft_config)
+            return PackedWeights(
+                packed, report, num_buckets=len(plan), peft_config=source.peft_config, on_packed=on_packed
+            )
         stream = packer.packed_stream(
             source.tensors(),
             bucket_bytes=self._config.bucket_bytes,
             dtype_of=lambda spec: wire_dtype(spec, self.checkpoint, self.served_dtype),
             expected=self.checkpoint.specs,
         )
-        return PackedWeights(stream, report, num_buckets=None)
+        return PackedWeights(stream, report, num_buckets=None, on_packed=on_packed)
+
+    def expected_plan(self, source: WeightSource, plan: Sequence[Bucket]) -> Sequence[Bucket]:
+        """:meth:`plan`'s buckets. A source that can be read only once is taken to have the checkpoint's tensors."""
+        if not source.one_shot:
+            return plan
+        specs = self.checkpoint.specs.values()
+        wire = [replace(spec, dtype=wire_dtype(spec, self.checkpoint, self.served_dtype)) for spec in specs]
+        return plan_buckets(wire, bucket_bytes=self._config.bucket_bytes)
 
     def gather_only(self, source: WeightSource, *, partial: bool, transport: str) -> None:
         """Gather, with the sending rank and in its order, the tensors that it sends: those of :meth:`plan`."""

@@ -6,18 +6,23 @@ Private names of torchrl's base class are used here and nowhere else in ``weight
 from __future__ import annotations
 
 import weakref
+from dataclasses import fields
 from typing import Any
 
 from torchrl.weight_update import weight_sync_schemes as _host
 from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
 from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.config.foreign_names import SCHEME_ARGUMENTS, unknown_argument
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import Servers, SGLangPool, resolve_pool
+from torchrl_sglang.pool.earlier_weights import warn_of_earlier_weights
 from torchrl_sglang.weights.sync import WeightSync
 from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["SGLangWeightSender", "SGLangWeightSyncScheme"]
+
+_ELSEWHERE = {"config=SyncConfig({name}=...)": [field.name for field in fields(SyncConfig)]}
 
 
 class SGLangWeightSyncScheme(WeightSyncScheme):
@@ -43,8 +48,17 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         >>> collector.update_policy_weights_(actor)                                                 # doctest: +SKIP
     """
 
-    def __init__(self, servers: Servers, *, model: Any = None, config: SyncConfig | None = None) -> None:
+    def __init__(
+        self, servers: Servers | None = None, *, model: Any = None, config: SyncConfig | None = None, **unknown: Any
+    ) -> None:
         super().__init__("tensordict")
+        for name in unknown:
+            hint = unknown_argument(
+                name, ("servers", "model", "config"), foreign=SCHEME_ARGUMENTS, elsewhere=_ELSEWHERE
+            )
+            raise ConfigError(f"SGLangWeightSyncScheme has no argument {name!r}.{hint}")
+        if servers is None:
+            raise ConfigError("servers must be an AsyncSGLang, an SGLangPool or URLs, and none were given")
         self.pool = resolve_pool(servers)
         if not isinstance(self.pool, SGLangPool):
             raise ConfigError(f"servers must be an AsyncSGLang, an SGLangPool or URLs, got {type(servers).__name__}")
@@ -105,6 +119,24 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             "scheme}} to its constructor"
         )
 
+    def connect(self, *, worker_idx: int | None = None, weights: Any | None = None) -> None:
+        """Reach the servers, and send them the weights that the scheme has for them. Collectors call it.
+
+        Without a collector it does the same: servers that hang in the update of a dead trainer are freed by it.
+
+        Args:
+            worker_idx: number of the worker process, when one calls it.
+            weights: sent instead of ``model``.
+
+        Raises:
+            ServerError: a server can't be reached, or hangs for another reason.
+            SGLangError: as :meth:`WeightSync.push`, if there are weights to send.
+        """
+        if self.initialized_on_sender or self.initialized_on_receiver:
+            super().connect(**({"weights": weights} if worker_idx is None else {"worker_idx": worker_idx}))
+        else:
+            self._setup_connection_and_weights_on_sender_impl(weights=weights)
+
     def create_sender(self) -> SGLangWeightSender:
         """Make the sender that TorchRL's trainers take: ``GRPOTrainer(weight_sync_sender=scheme.create_sender())``."""
         return SGLangWeightSender(self)
@@ -164,6 +196,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             self.sync.push(weights)
         else:
             self.sync.reach()
+            warn_of_earlier_weights(self.pool)
 
     # ------------------------------------------------------------------ the receiver: a collector's worker process
 

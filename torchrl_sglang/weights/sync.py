@@ -17,15 +17,18 @@ from torchrl_sglang.errors import ConfigError, ServerTimeoutError, SGLangError, 
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import ServerState, SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
+from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.checksums.verifier import ChecksumVerifier, PushChecksums
 from torchrl_sglang.weights.planning import PushPlanner
 from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import is_sharded, ranks_of
 from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
 from torchrl_sglang.weights.transports.choice import make_transport
 from torchrl_sglang.weights.update.liveness import LivenessCheck
+from torchrl_sglang.weights.update.other_trainers import OtherTrainers
 from torchrl_sglang.weights.update.report import SyncReport
-from torchrl_sglang.weights.update.verification import compare_checksums, verify_servers
+from torchrl_sglang.weights.update.verification import verify_servers
 
 __all__ = ["PendingSync", "WeightSync"]
 
@@ -81,7 +84,8 @@ class WeightSync:
         config: how weights travel.
         checkpoint: what the servers were started from; read from the served path when not given.
         restart: restarts the server at a URL and returns whether its engine launched it
-            (:meth:`AsyncSGLang.restart`); called for servers that are gone or stuck in a collective.
+            (see :meth:`AsyncSGLang.restart`); called for servers that are gone or stuck in a collective, from threads
+            of its own while this one holds the pool's update lock.
 
     Attributes:
         owner: id that this trainer writes into the servers' weight version.
@@ -104,7 +108,9 @@ class WeightSync:
         self._config_is_given = config is not None
         self._pool = pool
         self._planner = PushPlanner(pool, self.config, self.owner, checkpoint)
+        self._checksums = ChecksumVerifier(pool.state, self.config)
         self._liveness = LivenessCheck(pool, restart)
+        self._others = OtherTrainers(pool, self.owner, takeover=self.config.takeover)
         self._transport: WeightTransport[Any] | None = None
         self._last_weights: Any = None
         self._pending: PendingSync | None = None
@@ -170,14 +176,20 @@ class WeightSync:
         """
         with self._pool.update_lock:
             self.reach()
+            self._others.end_dead_updates(self._answering(), None)
             self._choose_transport().connect(self._liveness.reachable())
 
-    def reach(self) -> None:
+    def reach(self, patience_s: float | None = None) -> None:
         """Connect the pool, if it is not connected yet. Servers that hang in a dead trainer's update are freed first.
+
+        Args:
+            patience_s: how long the mark of another trainer must stay the same to count as that of a dead one;
+                ``None`` frees only servers of trainers whose process is known to have ended.
 
         Raises:
             ServerError: a server can't be reached, or hangs for another reason.
             ConfigError: the servers don't serve the same model.
+            WeightUpdateError: another trainer is updating a server.
         """
         deadline = time.monotonic() + self.config.group_timeout_s
         while True:
@@ -185,7 +197,7 @@ class WeightSync:
                 self._pool.connect()
                 return
             except ServerTimeoutError:
-                freed = self._liveness.destroy_groups_of_dead_trainers(self._pool.clients)
+                freed = self._others.end_dead_updates(self._pool.clients, patience_s)
                 if not freed or time.monotonic() > deadline:
                     raise
 
@@ -287,8 +299,10 @@ class WeightSync:
         with report.phase("prepare"):
             clients = self._prepare(transport, source, partial)
             plan = self._planner.plan(source, partial=partial, transport=transport.name)
+            checksums = self._begin_checksums(clients, source, plan)
         self._last_weights = None if source.one_shot else weights
-        packed = self._planner.pack(source, plan, transport.packer, report)
+        on_packed = None if checksums is None else checksums.take
+        packed = self._planner.pack(source, plan, transport.packer, report, on_packed)
         num_bytes = sum(bucket.nbytes for bucket in plan) or self._planner.checkpoint.nbytes
         deadline = time.monotonic() + self.config.deadline_s(num_bytes)
         servers = self._pool.state.servers
@@ -299,12 +313,14 @@ class WeightSync:
             for client in incomplete:
                 self._pool.state.incomplete_found(client.url)
             updated = {client.url: self._pool.state.server(client.url) for client in clients}
-            self._verify(clients, source, session, report)
+            self._verify(clients, source, session, checksums, report)
         except BaseException as error:
             transport.close()  # servers that have received everything are still in a group
             if isinstance(error, WeightSyncError):
                 new = [client for client in clients if error.server_weights.get(client.url) == "new"]
                 self._serve(new, number, updated)
+            for client in clients:
+                self._pool.state.verification_ended(client.url)
             raise
         self._serve(clients, number, updated)
         report.server_weights = {url: state.weights for url, state in updated.items()}
@@ -323,7 +339,8 @@ class WeightSync:
         """
         ranks = ranks_of(weights.parameters()) if isinstance(weights, nn.Module) else None
         try:
-            self.reach()
+            patience_s = self.config.fixed_timeout_s
+            self.reach(patience_s)
             self._pool.refuse_while_offloaded()
             self._choose_transport()
         except SGLangError:
@@ -336,6 +353,8 @@ class WeightSync:
     def _prepare(self, transport: WeightTransport[Any], source: WeightSource, partial: bool) -> list[SGLangClient]:
         """The servers that this push goes to, connected by the transport."""
         try:
+            patience_s = self.config.deadline_s(self._planner.checkpoint.nbytes)
+            self._others.end_dead_updates(self._answering(), patience_s)
             clients = self._liveness.reachable()
             if partial or self.config.only_trainable:
                 self._require_own_weights(clients, partial)
@@ -347,6 +366,10 @@ class WeightSync:
                 self._planner.gather_only(source, partial=partial, transport=transport.name)
             raise
         return clients
+
+    def _answering(self) -> list[SGLangClient]:
+        state = self._pool.state
+        return [client for client in self._pool.clients if state.server(client.url).weights != "stuck"]
 
     def _require_own_weights(self, clients: Sequence[SGLangClient], partial: bool) -> None:
         """Before only some tensors are sent: every server must hold the others, as this trainer knows them.
@@ -380,33 +403,45 @@ class WeightSync:
         if clients:
             self._pool.state.weights_served(number)
 
+    def _begin_checksums(
+        self, clients: Sequence[SGLangClient], source: WeightSource, plan: Sequence[Bucket]
+    ) -> PushChecksums | None:
+        """Choose what to verify by checksums; ``None`` for an adapter, which changes none of the servers' tensors."""
+        if self.config.verify == "off" or source.peft_config is not None:
+            return None
+        planner = self._planner
+        plan = planner.expected_plan(source, plan)
+        checksums = self._checksums.begin(clients, planner.checkpoint, source, plan, planner.served_dtype)
+        checksums.read_before()
+        return checksums
+
     def _verify(
         self,
         clients: Sequence[SGLangClient],
         source: WeightSource,
         session: TransportSession,
+        checksums: PushChecksums | None,
         report: SyncReport,
     ) -> None:
-        """Require that every server answers as the trainer's model.
+        """Require that every server holds what was sent and answers as the trainer's model.
 
         Raises:
             WeightUpdateError: one does not; the session has put it back or taken it out of service.
         """
-        vocab_size = self._pool.vocab_size
-        if self.config.verify == "off" or vocab_size is None:
+        if self.config.verify == "off":
             return
         try:
             with report.phase("verify"):
-                report.max_logprob_gap = verify_servers(
+                verify_servers(
                     clients,
-                    vocab_size=vocab_size,
-                    model=source.module,
+                    vocab_size=self._pool.vocab_size,
+                    source=source,
                     config=self.config,
                     served_dtype=self._planner.served_dtype,
+                    checksums=checksums,
+                    report=report,
                     lora=session.adapter,
                 )
-                if self.config.verify == "full" and session.adapter is None:
-                    compare_checksums(clients)
         except WeightUpdateError as error:
             session.reject(error)
             raise

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torchrl.objectives.value.functional import td0_advantage_estimate, vec_generalized_advantage_estimate
 
+from torchrl_sglang.recipes.batch.group_advantage import equal_up_to_rounding
+
 __all__ = ["token_advantages", "token_rewards", "whiten"]
 
 
@@ -76,9 +78,11 @@ def whiten(values_N: torch.Tensor) -> torch.Tensor:
     """Shift and scale to mean 0 and standard deviation 1; equal values become 0.
 
     Examples:
-        >>> whiten(torch.tensor([1.0, 1.0])).tolist()
-        [0.0, 0.0]
+        >>> whiten(torch.tensor([0.7, 0.7, 0.7])).tolist()
+        [0.0, 0.0, 0.0]
     """
+    if equal_up_to_rounding(values_N):  # else their mean's rounding error would be divided by 1e-8
+        return torch.zeros_like(values_N)
     return (values_N - values_N.mean()) / (values_N.std(correction=0) + 1e-8)
 
 

@@ -108,7 +108,8 @@ def _join(turns: list[TensorDictBase]) -> dict[str, torch.Tensor]:
         if not torch.equal(turn_prompt[: len(known)], known):
             raise ConfigError(
                 f"the prompt of turn {number} does not begin with the tokens of the turn before; they were tokenized "
-                "again: create the policy with prefer_tokens=True"
+                "again: create the policy with prefer_tokens=True, or with 'always' for a chat template that rewrites "
+                "earlier answers"
             )
         sampled = slice(len(turn_prompt) - len(prompt), len(full) - len(prompt))
         written[sampled] = True

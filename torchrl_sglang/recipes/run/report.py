@@ -10,21 +10,23 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-__all__ = ["draw_report"]
+__all__ = ["Rows", "draw_report", "unfinished_report"]
 
 _COLORS = {"generate": "#4393c3", "wait": "#92c5de", "score": "#d1e5f0", "train": "#f4a582", "sync": "#5aae61"}
 _COLORS |= {"evaluate": "#b2abd2", "save": "#cccccc"}
-_BLUE, _RED, _GRAY = "#2166ac", "#b2182b", "#777777"
+_BLUE, _RED, _GREEN, _GRAY = "#2166ac", "#b2182b", "#1b7837", "#777777"
 
 Rows = Sequence[dict[str, Any]]
 
 
 def draw_report(rows: Rows, evaluations: Rows, path: Path) -> None:
-    """Draw reward, time per step, log-prob gap between server and trainer, and age of the tokens.
+    """Draw reward, time per step, log-prob gap between server and trainer, and rate of right answers.
 
-    A panel shows those of its columns that the rows have. No global state of matplotlib is used, so any thread may call
-    this.
+    A panel shows those of its columns that the rows have. The last one also shows the age of the tokens if there are
+    old ones, and the effective sample size if it falls below 0.99. No global state of matplotlib is used, so any thread
+    may call this.
 
     Args:
         rows: one per step, as :class:`RunFolder` keeps them.
@@ -40,31 +42,36 @@ def draw_report(rows: Rows, evaluations: Rows, path: Path) -> None:
         axes.set_axisbelow(True)
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    _draw_reward(panels[0, 0], rows, evaluations)
+    _draw_reward(panels[0, 0], rows)
     _draw_seconds(panels[0, 1], rows)
     _draw_agreement(panels[1, 0], rows)
-    _draw_staleness(panels[1, 1], rows)
-    unfinished = path.with_name(f".{path.name}")
+    _draw_right(panels[1, 1], rows, evaluations)
+    unfinished = unfinished_report(path)
     figure.savefig(unfinished, dpi=110, format="png")
     unfinished.replace(path)
 
 
-def _draw_reward(axes: Axes, rows: Rows, evaluations: Rows) -> None:
-    axes.set_title("Mean reward; held-out pass@1 where evaluated", loc="left")
+def unfinished_report(path: Path) -> Path:
+    """The file that holds a report until it is complete."""
+    return path.with_name(f".{path.name}")
+
+
+def _draw_reward(axes: Axes, rows: Rows) -> None:
+    axes.set_title("Reward, mean over the answers of the step", loc="left")
     _line(axes, rows, "reward_mean", _BLUE, "reward")
-    _line(axes, evaluations, "eval_pass_at_1", _RED, "held-out pass@1")
-    _legend(axes)
+    axes.set_ylabel("reward")
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
 
 
 def _draw_seconds(axes: Axes, rows: Rows) -> None:
-    axes.set_title("Where the trainer's time goes", loc="left")
+    axes.set_title("Seconds of the trainer per step, by phase", loc="left")
     steps = [row["step"] for row in rows]
     bottom = [0.0] * len(rows)
     for name, color in _COLORS.items():
         heights = [float(row[f"{name}_s"]) if _is_number(row.get(f"{name}_s")) else 0.0 for row in rows]
         if max(heights) >= 0.01:
-            label = f"{name} {sum(heights) / len(heights):.2f} s"
+            mean = sum(heights) / len(heights)
+            label = f"{name} {mean:.{2 if mean < 1 else 1}f} s"
             axes.bar(steps, heights, bottom=bottom, color=color, width=0.8, label=label)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set_ylabel("seconds")
@@ -73,26 +80,48 @@ def _draw_seconds(axes: Axes, rows: Rows) -> None:
 
 
 def _draw_agreement(axes: Axes, rows: Rows) -> None:
-    axes.set_title("Log-prob gap, server to trainer (nats)", loc="left")
+    axes.set_title("Log-prob gap of the sampled tokens, server to trainer", loc="left")
     _line(axes, rows, "logprob_gap_max", _BLUE, "largest")
     _line(axes, rows, "logprob_gap_mean", _GRAY, "mean")
     axes.set_yscale("log")
+    axes.set_ylabel("nats")
     _legend(axes)
 
 
-def _draw_staleness(axes: Axes, rows: Rows) -> None:
-    axes.set_title("Age of the tokens (weight versions) and effective sample size", loc="left")
-    _line(axes, rows, "staleness_mean", _BLUE, "mean age")
-    _line(axes, rows, "staleness_max", _GRAY, "largest age")
-    _line(axes, rows, "ess", _RED, "effective sample size")
-    axes.set_ylim(bottom=0)
-    _legend(axes)
+def _draw_right(axes: Axes, rows: Rows, evaluations: Rows) -> None:
+    """Rates between 0 and 1 on the left; the age of the tokens on the right, if any is older than the weights."""
+    _line(axes, rows, "right_rate", _BLUE, "right answers of the step")
+    _line(axes, evaluations, "eval_pass_at_1", _RED, "pass@1, held-out questions")
+    if any(value < 0.99 for value in _values(rows, "ess")):
+        _line(axes, rows, "ess", _GREEN, "effective sample size", linewidth=1)
+    axes.set_ylim(0, 1.05)
+    axes.set_ylabel("rate")
+    axes.set_title("Rate of right answers", loc="left")
+    ages = _values(rows, "staleness_max")
+    handles, labels = axes.get_legend_handles_labels()
+    if any(ages):
+        axes.set_title("Rate of right answers; age of their tokens (right axis)", loc="left")
+        right = axes.twinx()
+        right.spines["top"].set_visible(False)
+        right.set_ylabel("age in weight versions")
+        _line(right, rows, "staleness_mean", _GRAY, "mean age", linestyle="--", linewidth=1, markersize=0)
+        _line(right, rows, "staleness_max", _GRAY, "largest age", linestyle=":", linewidth=1, markersize=0)
+        right.set_ylim(0, max(ages) * 2.1)
+        right.yaxis.set_major_locator(MaxNLocator(integer=True))
+        more_handles, more_labels = right.get_legend_handles_labels()
+        handles, labels = handles + more_handles, labels + more_labels
+    if len(labels) > 1:
+        axes.legend(handles, labels, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
 
 
-def _line(axes: Axes, rows: Rows, column: str, color: str, label: str) -> None:
+def _values(rows: Rows, column: str) -> list[float]:
+    return [row[column] for row in rows if _is_number(row.get(column))]
+
+
+def _line(axes: Axes, rows: Rows, column: str, color: str, label: str, **style: Any) -> None:
     points = [(row["step"], row[column]) for row in rows if _is_number(row.get(column))]
     if points:
-        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=label)
+        axes.plot(*zip(*points, strict=True), color=color, label=label, marker="o", **{"markersize": 3, **style})
 
 
 def _legend(axes: Axes, **options: Any) -> None:

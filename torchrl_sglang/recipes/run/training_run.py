@@ -15,7 +15,7 @@ from torchrl_sglang.recipes.run.checkpoints import Checkpoints
 from torchrl_sglang.recipes.run.clock import StepClock
 from torchrl_sglang.recipes.run.display import Display
 from torchrl_sglang.recipes.run.interrupt import StopRequest
-from torchrl_sglang.recipes.run.report import draw_report
+from torchrl_sglang.recipes.run.pictures import draw_pictures
 from torchrl_sglang.recipes.run.run_folder import RunFolder
 from torchrl_sglang.recipes.run.table import Row
 from torchrl_sglang.recipes.setup.memory import peak_memory_gb
@@ -96,7 +96,7 @@ class Run:
             overwrite=bool(config.run.get("overwrite")),
             keep_checkpoints=self._saving.keep,
             loggers=config.run.loggers,
-            draw=draw_report,
+            draw=draw_pictures,
             draw_every_s=config.run.report_every_s,
         )
         self.display = Display(self.settings.steps, self.last_step)

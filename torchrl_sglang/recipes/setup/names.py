@@ -62,6 +62,18 @@ _OTHER_NAMES = {
     "kl_beta": ("ppo.kl_coef",),
     "clip_range": ("loss.clip_epsilon", "ppo.clip_epsilon"),
     "cliprange": ("loss.clip_epsilon", "ppo.clip_epsilon"),
+    "iterations": ("train.steps",),
+    "num_questions": ("train.questions",),
+    "rollout_n": ("train.answers",),
+    "gradient_accumulation_steps": ("train.micro_batch",),
+    "grad_clip": ("train.clip_norm",),
+    "bf16": ("train.autocast",),
+    "dtype": ("engine.dtype",),
+    "data": ("task",),
+    "max_new_tokens": ("policy.generate_kwargs.max_new_tokens",),
+    "temperature": ("policy.generate_kwargs.temperature",),
+    "server_url": ("engine.url",),
+    "save_total_limit": ("checkpoint.keep",),
     "max_staleness": ("rollouts.max_staleness",),
 }
 

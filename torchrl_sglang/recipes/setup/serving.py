@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,9 @@ class Serving:
 
     def __init__(self, config: DictConfig, progress: Callable[[str], None] | None = None) -> None:
         try:
-            self.servers: AsyncSGLang = build(config.engine, progress=progress)
+            with warnings.catch_warnings():  # push_first_weights() replaces the weights that running servers hold
+                warnings.filterwarnings("ignore", ".* holds weights of an earlier run")
+                self.servers: AsyncSGLang = build(config.engine, progress=progress)
             self.policy: SGLangWrapper = build(config.policy)
             self.scheme: SGLangWeightSyncScheme = build(config.weight_sync_schemes.policy)
         except BaseException:

@@ -11,7 +11,7 @@ from tensordict import TensorDictBase, lazy_stack
 from torchrl.data.llm import History
 from torchrl.envs import TransformedEnv
 
-from torchrl_sglang.config.checking import require
+from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.recipes.data.environment import chat_env
 from torchrl_sglang.recipes.data.evaluation import mean_pass_at_k
 from torchrl_sglang.recipes.data.questions import QuestionStream
@@ -40,6 +40,7 @@ class PythonTool(RewardTransform):
         timeout_s: seconds that a program may run.
         program: regular expression that finds a program in an answer, see :func:`find_program`.
         answer_key: key of the reference answer.
+        unsafe: run programs as root also where they can't be isolated, see :func:`run_python`.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -55,13 +56,15 @@ class PythonTool(RewardTransform):
         timeout_s: float = 5.0,
         program: str = PROGRAM,
         answer_key: str = "answer",
+        unsafe: bool = False,
     ) -> None:
-        require(max_turns >= 1, f"max_turns must be at least 1, got {max_turns}")
+        require_number("max_turns", max_turns, whole=True, at_least=1)
+        require_number("timeout_s", timeout_s, above=0)
         require("{output}" in reply, f"reply must contain {{output}}, got {reply!r}")
-        require(0 <= bonus < 1, f"bonus must be at least 0 and below 1, got {bonus}")
+        require_number("bonus", bonus, at_least=0, below=1)
         super().__init__(score, answer_key=answer_key)
         self.max_turns, self.reply, self.bonus = max_turns, reply, bonus
-        self.timeout_s, self.program = timeout_s, program
+        self.timeout_s, self.program, self.unsafe = timeout_s, program, unsafe
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         conversations_B = list(next_tensordict["history"].prompt.unbind(0))
@@ -89,7 +92,7 @@ class PythonTool(RewardTransform):
         program = find_program(str(conversation[-1].content), self.program)
         if program is None or num_answers(conversation) >= self.max_turns:
             return None
-        return run_python(program, timeout_s=self.timeout_s).output
+        return run_python(program, timeout_s=self.timeout_s, unsafe=self.unsafe).output
 
 
 def num_answers(conversation: History) -> int:

@@ -19,7 +19,7 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import require_model_folder
 from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 
-__all__ = ["Checkpoint", "is_output_embedding"]
+__all__ = ["Checkpoint", "is_output_embedding", "weight_files"]
 
 _DTYPES: dict[str, str] = {
     "BOOL": "bool",
@@ -70,19 +70,20 @@ class Checkpoint:
     path: Path | None = None
 
     @classmethod
-    def read(cls, model_path: str | Path) -> Checkpoint:
+    def read(cls, model_path: str | Path, *, revision: str | None = None) -> Checkpoint:
         """Read the headers of a checkpoint's safetensors files. Loads no tensor and uses no network.
 
         Args:
             model_path: a local folder, or a hub name that is in the local Hugging Face cache.
+            revision: branch, tag or commit of a hub name; for a server's checkpoint ``pool.info.revision``.
 
         Raises:
             ConfigError: the folder doesn't exist, has no safetensors files, or can't be read.
         """
-        folder = require_model_folder(model_path, hint=_NO_CHECKPOINT)
+        folder = require_model_folder(model_path, hint=_NO_CHECKPOINT, revision=revision)
         config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         specs: dict[str, TensorSpec] = {}
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             specs.update(_read_safetensors_header(file))
         return cls(
             specs=MappingProxyType(specs),
@@ -121,6 +122,12 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
         return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model is a mixture of experts, by its configuration."""
+        config = self.config.get("text_config") or self.config
+        return any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
 
     def is_optional(self, name: str) -> bool:
         """Whether a trainer may leave ``name`` out: a tied output embedding, or a table that servers compute."""
@@ -173,8 +180,16 @@ _NO_CHECKPOINT = (
 )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that a server would load: those that the index names; without an index, all model files."""
+def weight_files(folder: Path, *, purpose: str = "tensor names are read from safetensors headers") -> list[Path]:
+    """The files that a server would load: those that the index names; without an index, all model files.
+
+    Args:
+        folder: a checkpoint.
+        purpose: what needs safetensors files, for the error.
+
+    Raises:
+        ConfigError: it has no safetensors files, or lacks some that its index names.
+    """
     if (folder / _INDEX).is_file():
         files = sorted({folder / file for file in _read_json(folder / _INDEX)["weight_map"].values()})
         absent = [file.name for file in files if not file.is_file()]
@@ -190,7 +205,7 @@ def _weight_files(folder: Path) -> list[Path]:
         pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
         what = f"only {pickled[0].name}" if pickled else "no weight files"
         raise ConfigError(
-            f"{folder} holds {what}: tensor names are read from safetensors headers. Convert it with "
+            f"{folder} holds {what}: {purpose}. Convert it with "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), or describe it with "
             "Checkpoint.from_specs(...)."
         )

@@ -9,7 +9,7 @@ Only this module knows how NCCL differs from gloo (read in SGLang's source, not 
   the first broadcast, so the first bucket has the group's own deadline;
 * NCCL's communicator belongs to the GPU of the first tensor, so all tensors must be on that GPU: the trainer's;
 * a gloo broadcast that has returned has been sent; an NCCL broadcast is only enqueued, and its work handle tells when
-  the buffer is free again;
+  the buffer is free again, or that the broadcast has failed;
 * gloo can't abort an operation under way, which ends at the operation's own time-out; NCCL aborts at once, but its
   watchdog kills the trainer's process first if the group's time-out is shorter than ours.
 """
@@ -154,6 +154,9 @@ class WeightGroup:
                 self._group.abort()
                 raise WeightUpdateError(f"the NCCL broadcast did not finish within {timeout_s:g} s and was aborted")
             time.sleep(_POLL_S / 10)
+        error = work.exception()  # a work that has failed is completed too
+        if error is not None:
+            raise WeightUpdateError(f"the NCCL broadcast failed: {error}")
 
     def close(self) -> None:
         """Destroy the group on both sides. A server that does not answer keeps it until its own time-out.

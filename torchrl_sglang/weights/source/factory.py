@@ -14,6 +14,7 @@ Under FSDP2 every rank makes these calls; only the rank with ``source.is_sender`
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.checkpoint.tensor_files import read_tensors
 from torchrl_sglang.weights.source.in_memory import InMemorySource
 from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.iterators import open_iterator
@@ -45,6 +47,7 @@ def open_source(
     Args:
         weights: an ``nn.Module`` (a Hugging Face model by itself or inside any wrapper: TransformersWrapper,
             TensorDictModule, torch.compile, DDP, PEFT; sharded by FSDP2), a nested TensorDict, a flat or nested dict,
+            the folder of a checkpoint (safetensors), or its hub name if it is in the local Hugging Face cache,
             a function that returns a fresh iterator of ``(name, tensor)`` pairs, or such an iterator itself. Under DDP
             every rank holds all weights, so one rank alone opens and sends them.
         checkpoint: what the servers were started from.
@@ -63,6 +66,8 @@ def open_source(
         [('weight', [1.0, 1.0])]
     """
     name_map = dict(name_map or {})
+    if isinstance(weights, (str, Path)):
+        weights = read_tensors(weights)
     if isinstance(weights, (TensorDictBase, Mapping)):
         tensors, module = collection_tensors(weights), None
     elif isinstance(weights, nn.Module):
@@ -74,8 +79,8 @@ def open_source(
         return open_iterator(weights, checkpoint, name_map=name_map, ignore=ignore)
     else:
         raise ConfigError(
-            f"can't read weights from a {type(weights).__name__}: pass a module, a TensorDict, a dict or an iterator "
-            "of (name, tensor) pairs"
+            f"can't read weights from a {type(weights).__name__}: pass a module, a TensorDict, a dict, an iterator "
+            "of (name, tensor) pairs or a checkpoint's folder"
         )
     if not tensors:
         raise ConfigError(

@@ -25,6 +25,7 @@ class WeightSource(ABC):
         one_shot: whether the tensors can be read only once, so that no value is known before it is sent.
         omitted_names: checkpoint names that the trainer's model class does not load (layers for speculative decoding).
             The coverage check ignores them.
+        architecture: transformers class of the model that the tensors are of, if known.
         peft_config: configuration of the adapter that the tensors belong to; ``None`` for a model's own tensors.
     """
 
@@ -33,6 +34,7 @@ class WeightSource(ABC):
     module: nn.Module | None = None
     one_shot: bool = False
     omitted_names: tuple[str, ...] = ()
+    architecture: str | None = None
     peft_config: Any = None
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -31,6 +31,7 @@ class PackedWeights(Iterator[PackedBucket]):
         report: counts buckets, tensors and bytes.
         num_buckets: how many will come, if that is known.
         peft_config: the adapter's configuration, when the weights are an adapter.
+        on_packed: called with every bucket and its bytes, as soon as they are packed.
     """
 
     def __init__(
@@ -40,22 +41,32 @@ class PackedWeights(Iterator[PackedBucket]):
         *,
         num_buckets: int | None,
         peft_config: Any = None,
+        on_packed: Callable[[Bucket, torch.Tensor], None] | None = None,
     ) -> None:
         self.num_buckets = num_buckets
         self.peft_config = peft_config
         self._buckets = buckets
         self._report = report
+        self._on_packed = on_packed
         self._first: PackedBucket | None = None
 
     def pack_first(self) -> None:
         """Pack the first bucket now, while the servers still generate."""
-        self._first = self._first or next(self._buckets, None)
+        self._first = self._first or self._pack_next()
 
     def __next__(self) -> PackedBucket:
-        packed, self._first = self._first or next(self._buckets), None
+        packed, self._first = self._first or self._pack_next(), None
+        if packed is None:
+            raise StopIteration
         self._report.num_buckets += 1
         self._report.num_tensors += len(packed[0].slots)
         self._report.num_bytes += packed[0].nbytes
+        return packed
+
+    def _pack_next(self) -> PackedBucket | None:
+        packed = next(self._buckets, None)
+        if packed is not None and self._on_packed is not None:
+            self._on_packed(*packed)
         return packed
 
     def close(self) -> None:

@@ -13,15 +13,17 @@ from functools import partial
 from types import TracebackType
 
 from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.errors import ConfigError, SGLangError, WeightUpdateError
+from torchrl_sglang.errors import SGLangError, WeightUpdateError
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import Adapter, SGLangPool
 from torchrl_sglang.protocol.control import build_load_lora_from_tensors, build_unload_lora, check_success
-from torchrl_sglang.protocol.messages import HttpRequest
+from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.packing import BucketPacker
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.transports.base import PackedWeights
-from torchrl_sglang.weights.transports.lora_payload import encode_config, encode_tensors
+from torchrl_sglang.weights.transports.lora_limits import require_fitting_servers, require_lora
+from torchrl_sglang.weights.transports.lora_payload import encode_tensors
 from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["AdapterSession", "LoraTransport"]
@@ -38,14 +40,17 @@ class LoraTransport:
     Args:
         pool: the servers; its state names the adapter that requests use.
         owner: id of this trainer, part of the adapters' names: two trainers use different ones.
+        checkpoint: what the servers were started from.
     """
 
     name = "lora"
 
-    def __init__(self, pool: SGLangPool, owner: str) -> None:
+    def __init__(self, pool: SGLangPool, owner: str, checkpoint: Checkpoint) -> None:
         self._pool = pool
         self._owner = owner
+        self._has_experts = checkpoint.has_experts
         self._loaded: list[str] = []
+        self._infos: Sequence[ServerInfo] = ()
 
     @property
     def packer(self) -> BucketPacker:
@@ -56,17 +61,19 @@ class LoraTransport:
         """Check that the servers take adapters.
 
         Raises:
-            ConfigError: a server was started without LoRA.
+            ConfigError: a server was started without LoRA, or in a way in which SGLang can't use adapters.
         """
         for client in clients:
-            if not client.info.lora_enabled:
-                raise ConfigError(
-                    f"{client.url} was started without LoRA: launch it with extra_args=('--enable-lora', "
-                    "'--max-lora-rank', '...', '--lora-target-modules', ...)"
-                )
+            require_lora(client.info, has_experts=self._has_experts)
+        self._infos = [client.info for client in clients]
 
     def stage(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> None:
-        """Pack the adapter."""
+        """Pack the adapter and compare it with the flags that the servers were started with.
+
+        Raises:
+            ConfigError: its rank or its modules are more than a server takes.
+        """
+        require_fitting_servers(packed.peft_config, self._infos)
         packed.pack_first()
 
     def open_session(
@@ -81,7 +88,7 @@ class LoraTransport:
         tensors = {
             name: view for bucket, flat in packed for name, view in zip(bucket.names, bucket.views(flat), strict=True)
         }
-        session.load(encode_tensors(tensors), encode_config(packed.peft_config), deadline)
+        session.load(encode_tensors(tensors), packed.peft_config, deadline)
 
     def close(self) -> None:
         """The adapters stay loaded: requests use them."""

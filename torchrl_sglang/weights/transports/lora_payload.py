@@ -1,4 +1,4 @@
-"""A LoRA adapter as SGLang takes it over HTTP: its configuration as JSON, its tensors as one pickle.
+"""A LoRA adapter's tensors as SGLang takes them over HTTP: one pickle as base64 text.
 
 SGLang's unpickler accepts only names on a list. What ``pickle`` writes for a tensor by value is not on it, and tensors
 in shared memory, which are, can't leave the machine. So a storage is written as a call of a class that is on the list,
@@ -13,13 +13,12 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
-from enum import Enum
 from typing import Any
 
 import torch
 from torch._utils import _rebuild_tensor_v2
 
-__all__ = ["encode_config", "encode_tensors"]
+__all__ = ["encode_tensors"]
 
 
 def encode_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -33,11 +32,6 @@ def encode_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     buffer = io.BytesIO()
     _ByValue(buffer, protocol=4).dump({name: _Plain(tensor) for name, tensor in tensors.items()})
     return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def encode_config(config: Any) -> dict[str, Any]:
-    """A PEFT configuration as ``adapter_config.json`` would hold it: sets as lists, enums as their values."""
-    return {name: _as_json(value) for name, value in config.to_dict().items()}
 
 
 class _Plain:
@@ -71,15 +65,3 @@ class _Storage:
 class _Bytes:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.content = tensor.view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(inner) for inner in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(_as_json(inner) for inner in value)
-    return value

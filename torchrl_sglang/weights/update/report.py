@@ -29,6 +29,9 @@ class SyncReport:
         total_s: seconds of the whole call.
         max_logprob_gap: largest log-prob difference that verification saw between servers, and to the trainer's model
             where it can be called; ``None`` without verification.
+        num_checksums: number of the servers' tensors whose checksum was that of what was sent, over all ranks.
+        not_compared: servers whose checksums were not compared, and tensors of which these show nothing, each with the
+            reason.
         server_weights: per server URL what it holds.
     """
 
@@ -42,6 +45,8 @@ class SyncReport:
     generation_paused_s: float = 0.0
     total_s: float = 0.0
     max_logprob_gap: float | None = None
+    num_checksums: int = 0
+    not_compared: Mapping[str, str] = field(default_factory=dict)
     server_weights: Mapping[str, ServerWeights] = field(default_factory=dict)
 
     @contextmanager

@@ -1,7 +1,8 @@
-"""Verifies a sync: every server scores one fixed prompt, and the trainer's model too if it can be called.
+"""Verifies a sync: by the servers' checksums, and by scoring one fixed prompt on every server and on the trainer.
 
-A server answers 200 to names it does not know, and over NCCL even before the data is there: only an answer made with
-the new weights shows that they have arrived.
+A server answers 200 to names it does not know, and over NCCL even before the data is there: only what it computes from
+the new weights shows that they have arrived. In half precision the scores of two successive versions can't be told
+apart, but the checksums can; the scores show whether the server computes what the trainer does.
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams, SyncConfig
-from torchrl_sglang.errors import WeightUpdateError
-from torchrl_sglang.parallel import Outcome, Task, side_by_side
-from torchrl_sglang.protocol.control import build_checksum, parse_checksum
+from torchrl_sglang.errors import SGLangError, WeightUpdateError
+from torchrl_sglang.parallel import Task
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
+from torchrl_sglang.weights.checksums.verifier import PushChecksums
+from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import is_sharded
+from torchrl_sglang.weights.update.likely_cause import likely_cause
+from torchrl_sglang.weights.update.report import SyncReport
 
-__all__ = ["compare_checksums", "probe_ids", "trainer_logprobs", "verify_servers"]
+__all__ = ["probe_ids", "trainer_logprobs", "verify_servers"]
 
 _one_at_a_time = threading.Lock()
 _PROBE_TOKENS = 12
@@ -44,31 +47,63 @@ def probe_ids(vocab_size: int, num_tokens: int = _PROBE_TOKENS) -> list[int]:
 def verify_servers(
     clients: Sequence[SGLangClient],
     *,
+    vocab_size: int | None,
+    source: WeightSource,
+    config: SyncConfig,
+    served_dtype: torch.dtype | None,
+    checksums: PushChecksums | None,
+    report: SyncReport,
+    lora: str | None = None,
+) -> None:
+    """Compare the servers' checksums with those of what was sent, and the log-probs of a fixed prompt.
+
+    Args:
+        clients: the servers that were updated.
+        vocab_size: number of valid token ids; ``None``, where it is unknown, scores no prompt.
+        source: the trainer's weights. Without a model among them, and if it is sharded (it computes only when all ranks
+            call it), the servers' log-probs are compared with each other.
+        config: tolerance.
+        served_dtype: what the servers compute in. If trainer and servers compute in float32, the tolerance is narrow.
+        checksums: those of this push.
+        report: records what was compared, and the largest log-prob difference (natural log).
+        lora: name of the adapter to score with.
+
+    Raises:
+        WeightUpdateError: a server did not answer, holds other tensors or scores as another model; ``server_weights``
+            names it.
+    """
+    comparing = None if checksums is None else Task(partial(checksums.compare, clients, source), name="checksums")
+    complaints: dict[str, str] = {}
+    gaps: dict[str, float] = {}
+    cause = ""
+    try:
+        if vocab_size is not None:
+            model = None if source.module is None or is_sharded(source.module) else source.module
+            complaints, gaps = _compare_scores(clients, vocab_size, model, config, served_dtype, lora)
+            if gaps.keys() & complaints.keys():
+                served = clients[0].info.architectures
+                cause = likely_cause(model, source.architecture, served=served, served_dtype=served_dtype)
+    finally:
+        if comparing is not None:
+            comparing.wait()
+    if comparing is not None and checksums is not None:
+        stale, failed = comparing.outcome().unwrap()
+        complaints = {**complaints, **_unanswered(failed), **stale}
+        report.num_checksums = checksums.verdict.num_equal
+        report.not_compared = checksums.not_compared
+    _raise_if_any(complaints, cause, is_adapter=lora is not None)
+    report.max_logprob_gap = max(gaps.values(), default=None)
+
+
+def _compare_scores(
+    clients: Sequence[SGLangClient],
     vocab_size: int,
     model: nn.Module | None,
     config: SyncConfig,
     served_dtype: torch.dtype | None,
-    lora: str | None = None,
-) -> float:
-    """Score the fixed prompt on every server and compare.
-
-    Args:
-        clients: the servers that were updated.
-        vocab_size: number of valid token ids.
-        model: the trainer's model; without one, and if it is sharded (it computes only when all ranks call it), the
-            servers are compared with each other.
-        config: tolerance.
-        served_dtype: what the servers compute in. If trainer and servers compute in float32, the tolerance is narrow.
-        lora: name of the adapter to score with.
-
-    Returns:
-        The largest log-prob difference seen (natural log).
-
-    Raises:
-        WeightUpdateError: a server did not answer, or scores as another model; ``server_weights`` names it.
-    """
-    if model is not None and is_sharded(model):
-        model = None
+    lora: str | None,
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Score the fixed prompt on every server; returns what is wrong, and per server the largest difference."""
     # On a GPU more tokens cost nothing, and more experts of a mixture take part. On a CPU they cost time: for
     # SmolLM2-135M, 4 tokens took 0.11 s on a server's one core and 12 took 0.15.
     on_cpu = all(client.info.device == "cpu" for client in clients)
@@ -77,7 +112,7 @@ def verify_servers(
     expected = None if model is None else _expected_logprobs(model, ids, on_cpu=on_cpu)  # meanwhile
     outcomes = {url: task.outcome() for url, task in scoring.items()}
     scores = {url: torch.tensor(o.value, dtype=torch.float64) for url, o in outcomes.items() if o.value is not None}
-    complaints = _unanswered(outcomes)
+    complaints = _unanswered({url: o.error for url, o in outcomes.items() if o.error is not None})
     gaps: dict[str, float] = {}
     if scores:
         first = next(iter(scores))
@@ -88,13 +123,8 @@ def verify_servers(
         gaps = {url: _gap(score, reference) for url, score in scores.items()}
         for url, gap in gaps.items():
             if not gap <= atol:  # also catches NaN
-                complaints[url] = (
-                    f"{url} differs from {whose} by {gap:.2g} in log-prob (tolerance {atol:g}). Does the trainer's "
-                    "model compute what the served checkpoint's architecture does? SyncConfig.verify_atol widens the "
-                    "tolerance"
-                )
-    _raise_if_any(complaints)
-    return max(gaps.values())
+                complaints[url] = f"{url} differs from {whose} by {gap:.2g} in log-prob (tolerance {atol:g})"
+    return complaints, gaps
 
 
 def _expected_logprobs(model: nn.Module, ids: Sequence[int], *, on_cpu: bool) -> torch.Tensor:
@@ -128,16 +158,20 @@ def _gap(score: torch.Tensor, reference: torch.Tensor) -> float:
     return float((score - reference).abs().max()) if score.shape == reference.shape else math.nan
 
 
-def _unanswered(outcomes: Mapping[str, Outcome[Any]]) -> dict[str, str]:
+def _unanswered(errors: Mapping[str, SGLangError]) -> dict[str, str]:
     """An error text for every server that did not answer."""
-    errors = {url: outcome.error for url, outcome in outcomes.items() if outcome.error is not None}
     return {url: f"{url} could not be verified: {error}" for url, error in errors.items()}
 
 
-def _raise_if_any(complaints: Mapping[str, str]) -> None:
+def _raise_if_any(complaints: Mapping[str, str], cause: str, *, is_adapter: bool) -> None:
     if complaints:
+        urls = ", ".join(complaints)
+        cause = f" {cause}" if cause else ""
+        now = "requests use the previous adapter" if is_adapter else f"{urls} generates nothing until it is verified"
         raise WeightUpdateError(
-            "after the update: " + "; ".join(complaints.values()), server_weights=dict.fromkeys(complaints, "mixed")
+            f"the weights were sent, but are unverified: {'; '.join(complaints.values())}.{cause} Now {now}. "
+            "servers.update_weights(model) sends all weights again and verifies them",
+            server_weights=dict.fromkeys(complaints, "mixed"),
         )
 
 
@@ -178,20 +212,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def compare_checksums(clients: Sequence[SGLangClient]) -> None:
-    """Compare the checksums of all tensors on every server with those of the first server.
-
-    Raises:
-        WeightUpdateError: a server holds other tensors than the first, or did not answer.
-    """
-    outcomes = side_by_side({client.url: partial(client.send, build_checksum()) for client in clients})
-    complaints = _unanswered(outcomes)
-    sums = {url: parse_checksum(outcome.value) for url, outcome in outcomes.items() if outcome.error is None}
-    first = next(iter(sums), "")
-    for url, tensors in sums.items():
-        different = sorted(name for name in sums[first].keys() | tensors if sums[first].get(name) != tensors.get(name))
-        if different:
-            complaints[url] = f"{url} holds other weights than {first}: {', '.join(different[:5])}"
-    _raise_if_any(complaints)

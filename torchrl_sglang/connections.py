@@ -1,0 +1,151 @@
+"""HTTP connections to one server: how many, how old, and how a host that vanished is noticed."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from torchrl_sglang.config import ClientConfig
+from torchrl_sglang.errors import ServerTimeoutError
+from torchrl_sglang.tls import trusted_authorities
+
+__all__ = ["ServerConnections"]
+
+Purpose = Literal["generate", "control"]
+
+_IDLE_LIMIT_S = 3.0
+"""uvicorn closes a connection that was idle for 5 s (SGLANG_TIMEOUT_KEEP_ALIVE). A connection that was idle for nearly
+as long is not used again: if the server closes it while a request is on its way, nobody knows whether the request
+ran."""
+
+_KEEP_ALIVE_PROBES = (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 4))
+"""The kernel asks a silent host after 20 s, then every 10 s, and gives up after the fourth question: a host that was
+powered off breaks the connection after a minute. A running host answers, however long its server computes."""
+_USER_TIMEOUT_MS = 60_000
+"""How long sent bytes may stay unacknowledged: a request to a host that vanished fails after a minute."""
+
+
+class ServerConnections:
+    """Connections to one server, in two sessions: a paused server may hold all connections of generate requests.
+
+    Thread-safe.
+
+    Args:
+        url: base URL of the server, for errors.
+        config: number of connections and TLS settings.
+    """
+
+    def __init__(self, url: str, config: ClientConfig) -> None:
+        self._url = url
+        self._config = config
+        self._lock = threading.Lock()
+        self._sessions: dict[Purpose, requests.Session] = {}
+        self._slots = threading.BoundedSemaphore(config.max_connections)
+
+    @contextmanager
+    def slot(self, purpose: Purpose, wait_s: float) -> Iterator[float]:
+        """Hold one of ``max_connections`` connections for generate requests; others need none.
+
+        Args:
+            purpose: what the connection is for.
+            wait_s: longest time to wait for a connection and the reply together, in seconds.
+
+        Yields:
+            What is left of ``wait_s``, in seconds.
+
+        Raises:
+            ServerTimeoutError: all connections stayed in use; nothing was sent.
+        """
+        if purpose != "generate":
+            yield wait_s
+            return
+        start = time.monotonic()
+        if not self._slots.acquire(timeout=wait_s):
+            raise ServerTimeoutError(
+                f"all {self._config.max_connections} connections to {self._url} were in use for {wait_s:g} s; the "
+                "request was not sent. Send fewer requests at once, or raise ClientConfig.max_connections",
+                server=self._url,
+            )
+        try:
+            yield max(0.1, wait_s - (time.monotonic() - start))
+        finally:
+            self._slots.release()
+
+    def session(self, purpose: Purpose) -> requests.Session:
+        """The session for requests of this kind."""
+        with self._lock:
+            session = self._sessions.get(purpose)
+            if session is None:
+                self._sessions[purpose] = session = requests.Session()
+                session.trust_env = False  # no proxy and no .netrc: the servers are the trainer's own
+                session.verify = trusted_authorities(self._config.ca_certificate)
+                adapter = _Adapter(
+                    pool_connections=1, pool_maxsize=self._config.max_connections, pool_block=False, max_retries=0
+                )
+                session.mount("http://", adapter)
+                session.mount("https://", adapter)
+            return session
+
+    def close(self) -> None:
+        """Close idle connections; later requests open new ones."""
+        with self._lock:
+            for session in self._sessions.values():
+                session.close()
+            self._sessions.clear()
+
+
+class _Adapter(HTTPAdapter):
+    """Opens connections with TCP keepalive, and never reuses one that was idle for long."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, socket_options=_socket_options(), **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+
+
+class _AgeingPool(HTTPConnectionPool):
+    """A connection pool that knows when each of its connections was last used."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._last_used: dict[int, float] = {}
+
+    def _get_conn(self, timeout: float | None = None) -> Any:
+        connection = super()._get_conn(timeout)
+        last_used = self._last_used.pop(id(connection), None)
+        if last_used is not None and time.monotonic() - last_used > _IDLE_LIMIT_S:
+            connection.close()  # the next request on it connects again
+        return connection
+
+    def _put_conn(self, conn: Any) -> None:
+        if conn is not None:
+            self._last_used[id(conn)] = time.monotonic()
+        super()._put_conn(conn)
+
+
+class _HttpPool(_AgeingPool):
+    pass
+
+
+class _HttpsPool(_AgeingPool, HTTPSConnectionPool):
+    pass
+
+
+def _socket_options() -> list[tuple[int, int, int]]:
+    options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    # Names that exist on Linux only.
+    options += [
+        (socket.IPPROTO_TCP, getattr(socket, name), value)
+        for name, value in _KEEP_ALIVE_PROBES
+        if hasattr(socket, name)
+    ]
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        options.append((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS))
+    return options

@@ -1,0 +1,165 @@
+"""Sends a batch until every prompt has its replies, and finds the prompts that servers die on.
+
+A request during which a server died is not sent to the next server unchanged: one of its prompts may be the reason.
+Each of them is first sent alone, for a few tokens. A server that dies on one prompt alone, after another died on a
+request with it, names that prompt: it is sent to no further server. The others are sent in halves, and one by one if a
+server dies once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.errors import LethalPromptError, ServerUnreachableError, SGLangError
+from torchrl_sglang.pool.balancing import LoadTracker, Share
+from torchrl_sglang.pool.batch import Batch
+from torchrl_sglang.pool.dispatch import DispatchResult, dispatch_shares
+from torchrl_sglang.protocol.messages import GenerateReply
+
+__all__ = ["BatchRun"]
+
+
+@dataclass(slots=True)
+class _Suspects:
+    """Prompts of one request during which a server died, or of two such requests."""
+
+    prompts: list[int]
+    deaths: int = 1
+    tested: bool = field(default=False)
+
+    def pieces(self) -> list[list[int]]:
+        """The requests in which they are sent again."""
+        if self.deaths > 1:
+            return [[index] for index in self.prompts]
+        half = -(-len(self.prompts) // 2)
+        return [piece for piece in (self.prompts[:half], self.prompts[half:]) if piece]
+
+
+class BatchRun:
+    """One batch on its way.
+
+    Args:
+        batch: the prompts and their settings.
+        servers: called with what it means that none is left and with the number of requests; returns the servers to
+            send to, or raises.
+        load: counts what is under way.
+        find_dead: returns the server that a failed request was on, if it is known to be dead.
+        on_death: called with the URL of a server that died, and the error it left; raises if the batch is to end.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        *,
+        servers: Callable[[str, int], Sequence[SGLangClient]],
+        load: LoadTracker,
+        find_dead: Callable[[SGLangClient, SGLangError], SGLangClient | None],
+        on_death: Callable[[str, SGLangError], None],
+    ) -> None:
+        self._batch = batch
+        self._servers = servers
+        self._load = load
+        self._find_dead = find_dead
+        self._on_death = on_death
+        self._replies: dict[int, list[GenerateReply]] = {}
+        self._lethal: dict[int, SGLangError] = {}
+
+    def replies(self) -> list[GenerateReply]:
+        """Send everything; the replies, prompt-major.
+
+        Raises:
+            LethalPromptError: servers died on a prompt; the others have their replies in the error.
+            ServerError: no server is left, or one failed in a way that leaves open whether requests ran.
+        """
+        num_prompts, n = len(self._batch.ids_B_T), self._batch.sampling.n
+        suspects: list[_Suspects] = []
+        waiting = list(range(num_prompts))
+        while waiting:
+            clients = self._servers(self.unanswered, len(waiting))
+            with self._load.assign(clients, self._batch.ids_B_T, waiting, n) as shares:
+                result = self._send(shares)
+            waiting = []
+            for share, _, error in result.lost:
+                if isinstance(error, ServerUnreachableError):  # it was dead before: these prompts never ran
+                    waiting.extend(share)
+                else:
+                    suspects.append(_Suspects(share))
+            waiting.sort()
+        while suspects:
+            suspects.extend(self._send_suspects(suspects.pop(0)))
+        if self._lethal:
+            raise self._lethal_error()
+        return [reply for index in range(num_prompts) for reply in self._replies[index]]
+
+    @property
+    def unanswered(self) -> str:
+        """Which prompts have no replies yet, and which of them servers died on."""
+        num_prompts = len(self._batch.ids_B_T)
+        open_ = [index for index in range(num_prompts) if index not in self._replies]
+        text = f"{len(open_)} of {num_prompts} prompts have no answer: {_shorten(open_)}"
+        return f"{text}; servers died on prompt {_shorten(sorted(self._lethal))}" if self._lethal else text
+
+    def _send(self, shares: Sequence[Share], batch: Batch | None = None) -> DispatchResult:
+        """Send shares side by side, keep the replies to the batch itself, and take note of deaths."""
+        batch = batch or self._batch
+        result = dispatch_shares(shares, batch.sampling.n, batch.send, self._find_dead)
+        if batch is self._batch:
+            self._replies.update(result.replies)
+        for _, url, error in result.lost:
+            self._on_death(url, error)
+        if result.failure is not None:
+            raise result.failure
+        return result
+
+    def _send_suspects(self, group: _Suspects) -> list[_Suspects]:
+        """Send a group again in smaller requests; returns the groups of those during which a server died."""
+        if not group.tested:
+            self._test_alone(group)
+        pieces, left = group.pieces(), []
+        while pieces:
+            clients = self._servers(self.unanswered, len(pieces))
+            shares = list(zip(clients, pieces, strict=False))  # at most one request per server
+            pieces = pieces[len(shares) :]
+            with self._load.count(shares, self._batch.sampling.n):
+                result = self._send(shares)
+            for share, _, error in result.lost:
+                if isinstance(error, ServerUnreachableError):
+                    pieces.append(share)
+                elif len(share) == 1:
+                    self._lethal[share[0]] = error
+                else:
+                    left.append(_Suspects(share, deaths=group.deaths + 1, tested=True))
+        return left
+
+    def _test_alone(self, group: _Suspects) -> None:
+        """Send each prompt alone for a few tokens. Those that a server dies on leave the group."""
+        canary = self._batch.canary()
+        untested = list(group.prompts)
+        while untested:
+            with self._load.assign_one(self._servers(self.unanswered, 1)) as client:
+                result = self._send([(client, untested[:1])], canary)
+            if not result.lost or not isinstance(result.lost[0][2], ServerUnreachableError):
+                index = untested.pop(0)
+                if result.lost:
+                    self._lethal[index] = result.lost[0][2]
+                    group.prompts.remove(index)
+        group.tested = True
+
+    def _lethal_error(self) -> LethalPromptError:
+        indices = sorted(self._lethal)
+        last = self._lethal[indices[-1]]
+        return LethalPromptError(
+            f"servers died on prompt {_shorten(indices)}: of each, two requests ended with the death of their server, "
+            f"the second with this prompt alone ({last}). It is sent to no further server; the other prompts are "
+            "answered. The log of a dead server has the reason",
+            server=getattr(last, "server", None),
+            prompts={index: str(self._lethal[index]) for index in indices},
+            replies=self._replies,
+        )
+
+
+def _shorten(indices: Sequence[int], most: int = 20) -> str:
+    shown = ", ".join(map(str, indices[:most]))
+    return f"numbers {shown}{f' and {len(indices) - most} more' if len(indices) > most else ''}"
