@@ -93,14 +93,14 @@ def _failed_write(error: BaseException) -> tuple[int | None, str] | None:
     if isinstance(error, SGLangError):
         return None
     if isinstance(error, OSError):
-        return (error.errno, error.strerror) if error.errno in _ERRNOS else None
+        return (error.errno, str(error.strerror)) if error.errno in _ERRNOS else None
     text = str(error)
     if not isinstance(error, Exception) or not any(words in text for words in _FAILED_WRITES):
         return None
     cause = error.__cause__ or error.__context__
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _ERRNOS:
-            return cause.errno, cause.strerror
+            return cause.errno, str(cause.strerror)
         cause = cause.__cause__ or cause.__context__
     return None, text.splitlines()[0][:200]
 
