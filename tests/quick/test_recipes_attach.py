@@ -34,7 +34,7 @@ def test_the_recipe_pushes_before_its_first_rollout_and_does_not_warn(tiny_llama
     assert paths.index("/end_weight_update") < paths.index("/generate")
 
 
-def test_the_settings_of_a_sync_are_given_as_a_whole(tmp_path: Path) -> None:
+def test_the_settings_of_a_sync_are_given_as_one_dictionary(tmp_path: Path) -> None:
     """As docs/gpu_clusters.md shows it."""
     word = f"weight_sync_schemes.policy.config={{transport: disk, disk_dir: {tmp_path}}}"
     loaded = load_config(RECIPE, Arguments(overrides=(word,)))

@@ -37,7 +37,7 @@ from torchrl_sglang.recipes.setup.settings import SETTINGS
 
 __all__ = ["known_settings", "load_config", "save_config"]
 
-_REPLACED_WHOLE = ("task", "weight_sync_schemes.policy.config")
+_FREE_NODE = "weight_sync_schemes.policy.config="
 _ALSO_ATTACHED = ("url", "name", "router", "_target_", "_partial_")
 _LAUNCH_ONLY = tuple(field.name for field in fields(SGLangEngineConfig) if field.name not in _ALSO_ATTACHED)
 
@@ -135,11 +135,16 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def _replacing_whole_nodes(overrides: Sequence[str]) -> list[str]:
-    """Make ``task={...}`` replace the preset's whole task; hydra alone would merge the two, and refuse new keys."""
+    """Make ``task={...}`` replace the preset's whole task, which hydra alone would merge with the new one.
+
+    The settings of a sync are a free dictionary, whose keys hydra would refuse.
+    """
     replaced: list[str] = []
     for word in overrides:
-        node = word.partition("=")[0]
-        replaced += [f"~{node}", f"+{word}"] if node in _REPLACED_WHOLE else [word]
+        if word.startswith("task="):
+            replaced += ["~task", f"+{word}"]
+        else:
+            replaced.append(f"++{word}" if word.startswith(_FREE_NODE) else word)
     return replaced
 
 
