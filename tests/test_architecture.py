@@ -20,6 +20,7 @@ PACKAGE = "torchrl_sglang"
 # PEERS, the line with the engine, import each other, and of those `rollout` and `weights` never meet.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
+    frozenset({"config", "disk_space", "model_files", "parallel", "tls"}),
     frozenset({"config", "forks", "model_files", "parallel", "text_tokens", "tls"}),
     frozenset({"chat_templates"}),
     frozenset({"cached_folder", "progress"}),
@@ -45,12 +46,10 @@ LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 # that is not named here. The package's own __init__ imports any of them.
 SUBLAYERS: dict[str, tuple[str, ...]] = {
     "pool": (
-        *("state", "checks", "router_client", "balancing", "streaming", "dispatch", "batch", "dead_servers"),
-        *("end_tokens", "batch_run"),
-        *("pool", "resolve"),
-        *("pool", "resolve", "earlier_weights"),
+        *("state", "checks", "reply_weights", "router_client", "balancing", "streaming", "dispatch", "batch"),
+        *("dead_servers", "end_tokens", "batch_run", "pool", "resolve", "earlier_weights"),
     ),
-    "recipes": ("setup", "data", "batch", "losses", "run", "tools"),
+    "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": (
         *("checkpoint", "source", "buckets", "checksums", "group", "update"),
         *("transports", "planning", "sync", "scheme"),

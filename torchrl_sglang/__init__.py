@@ -21,6 +21,7 @@ from torchrl_sglang.errors import (
     ServerTimeoutError,
     ServerUnreachableError,
     SGLangError,
+    StorageError,
     WeightCoverageError,
     WeightSyncError,
     WeightUpdateError,
@@ -87,6 +88,7 @@ __all__ = [
     "ServerStartError",
     "ServerTimeoutError",
     "ServerUnreachableError",
+    "StorageError",
     "SyncConfig",
     "SyncReport",
     "WeightCoverageError",
@@ -110,4 +112,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@
 
     SGLangError
     ├── ConfigError(ValueError)                    an argument can't be honoured
+    ├── StorageError(OSError)                      a file could not be written, most often because the disk is full
     ├── ProtocolError                              the answer is not what this SGLang version promises
     ├── ServerError(RuntimeError)
     │   ├── ServerStartError                       the process did not become ready; has the log's tail
@@ -36,6 +37,7 @@ __all__ = [
     "ServerTimeoutError",
     "ServerUnreachableError",
     "ServerWeights",
+    "StorageError",
     "WeightCoverageError",
     "WeightSyncError",
     "WeightUpdateError",
@@ -55,6 +57,24 @@ class SGLangError(Exception):
 
 class ConfigError(SGLangError, ValueError):
     """An argument can't be honoured. Nothing was sent or started."""
+
+
+class StorageError(SGLangError, OSError):
+    """Files could not be written, most often because the disk is full. What was written of them has been removed.
+
+    Attributes:
+        path: what should have been written.
+        needed_bytes: how large it would have been, if known.
+        free_bytes: what was free on that disk afterwards, if known.
+    """
+
+    def __init__(
+        self, message: str, *, path: str = "", needed_bytes: int | None = None, free_bytes: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.path = path
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
 
 
 class ProtocolError(SGLangError):

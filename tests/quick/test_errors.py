@@ -14,6 +14,7 @@ URL = "http://127.0.0.1:30000"
 EXAMPLES = [
     errors.SGLangError("what"),
     errors.ConfigError("what"),
+    errors.StorageError("what", path="/runs/a", needed_bytes=5, free_bytes=3),
     errors.ProtocolError("what", server=URL),
     errors.ServerError("what", server=URL),
     errors.ServerStartError("what", server=URL, log_tail="last\nlines"),
@@ -52,6 +53,7 @@ def test_an_error_pickles_with_its_message_and_attributes(error: Exception):
     ("error", "builtin"),
     [
         (errors.ConfigError, ValueError),
+        (errors.StorageError, OSError),
         (errors.ServerError, RuntimeError),
         (errors.ServerUnreachableError, ConnectionError),
         (errors.ServerLostError, ConnectionError),

@@ -162,6 +162,7 @@ def info(**fields: Any) -> ServerInfo:
         ({"stop_token_ids": [320]}, {}, "stop_token_ids holds 320"),
         ({"logit_bias": {320: 1.0}}, {}, "logit_bias names token id 320"),
         ({"regex": "a"}, {"grammar_backend": "none"}, "regex needs a grammar backend"),
+        ({"sampling_seed": 7}, {}, "seed=7: http://host would ignore it"),
         ({"stop": "a"}, {"skips_tokenizer": True}, "stop needs the server's tokenizer"),
         ({"min_new_tokens": 1}, {"skips_tokenizer": True}, "min_new_tokens needs the server's tokenizer"),
     ],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torchrl_sglang.chat.asyncio_threads import call_in_thread, iterate_in_thread
 from torchrl_sglang.chat.defaults import GenerationDefaults
+from torchrl_sglang.chat.media_files import check_roots
 from torchrl_sglang.chat.messages import read_conversation
 from torchrl_sglang.chat.reply_stream import ReplyStream
 from torchrl_sglang.chat.response import Response
@@ -47,6 +49,9 @@ class SGLangChat:
             finds the name by the server's ``--tool-call-parser``, the chat template, the architecture or the model's
             name. ``"local"``, or a family that is not known: only the common formats are read, without the server, see
             :func:`~torchrl_sglang.chat.tool_calls.read_tool_calls`.
+        media_roots: folders whose files the parts of messages may name, as paths or ``file://`` URLs. By default none:
+            messages may come from a model or a dataset. Files in ``images=``, ``videos=`` and ``audios=`` may lie
+            anywhere.
         client: time-outs and keys, when ``servers`` is a URL.
         **generation: defaults for every call: ``temperature``, ``top_p``, ``top_k``, ``num_return_sequences``,
             ``repetition_penalty``, ``skip_special_tokens``, ``max_length`` (prompt and response), ``max_new_tokens``,
@@ -72,6 +77,7 @@ class SGLangChat:
         *,
         adapter: str | None = None,
         tool_call_parser: str | None = None,
+        media_roots: Sequence[str | Path] = (),
         client: ClientConfig | None = None,
         **generation: Any,
     ) -> None:
@@ -80,6 +86,7 @@ class SGLangChat:
         tokenizer = tokenizer or getattr(processor, "tokenizer", None)
         self.tokenizer = tokenizer or load_tokenizer(self.pool.info.tokenizer_path, self.pool.info.revision)
         self.adapter = adapter
+        self._media_roots = check_roots(media_roots)
         self._template = ChatTemplate(self.tokenizer, processor)
         checkpoint = read_model_json(self.pool.info.model_path, "generation_config.json", self.pool.info.revision)
         self._defaults = GenerationDefaults(
@@ -266,7 +273,9 @@ class SGLangChat:
         adapter: str | None,
         **call: Any,
     ) -> Turn:
-        conversation = read_conversation(messages, system=system, images=images, videos=videos, audios=audios)
+        conversation = read_conversation(
+            messages, system=system, images=images, videos=videos, audios=audios, media_roots=self._media_roots
+        )
         adapter = adapter if adapter is not None else self.adapter
         return prepare_turn(conversation, self.pool, self._template, self._defaults, adapter=adapter, **call)
 

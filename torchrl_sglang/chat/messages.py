@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torchrl_sglang.chat.data_urls import MediaKind, media_url
+from torchrl_sglang.chat.data_urls import media_url
+from torchrl_sglang.chat.media_files import MediaKind
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.protocol.media import Media
 
@@ -48,6 +50,7 @@ def read_conversation(
     images: Sequence[Any] | None = None,
     videos: Sequence[Any] | None = None,
     audios: Sequence[Any] | None = None,
+    media_roots: Sequence[Path] = (),
 ) -> Conversation:
     """Read messages in any of the usual forms.
 
@@ -62,6 +65,8 @@ def read_conversation(
         images: the images that bare mentions refer to, in order (see :func:`~torchrl_sglang.chat.data_urls.media_url`).
         videos: likewise.
         audios: likewise.
+        media_roots: folders, resolved, whose files the parts of messages may name; the items of ``images``, ``videos``
+            and ``audios`` may be any files.
 
     Raises:
         ConfigError: no messages, one in an unknown form, two system messages, or mentions and media that don't match.
@@ -99,8 +104,9 @@ def read_conversation(
             )
     for part in _parts(read):
         if part["type"] != "text":
+            roots = media_roots if "item" in part else None
             item = part.pop("item") if "item" in part else next(remaining[part["type"]])
-            urls[part["type"]].append(media_url(item, part["type"]))
+            urls[part["type"]].append(media_url(item, part["type"], roots=roots))
     media = Media(images=tuple(urls["image"]), videos=tuple(urls["video"]), audios=tuple(urls["audio"]))
     return Conversation(messages=[_join_text(message) for message in read], media=media)
 

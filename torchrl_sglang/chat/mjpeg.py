@@ -31,7 +31,7 @@ def write_avi(frames: Sequence[Any], *, fps: float) -> bytes:
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:
         raise ConfigError(f"a video needs frames of one size, got {len(frames)} of sizes {sorted(sizes)}")
-    if fps <= 0:
+    if not 0 < fps < float("inf"):
         raise ConfigError(f"fps must be positive, got {fps}")
     width, height = sizes.pop()
     pictures = [_jpeg(frame) for frame in frames]

@@ -280,7 +280,8 @@ def read_history(
             problems[index] = f"{key!r}: {error}"
             texts_B.append("")
     return Prompts(
-        ids_B_T=[renderer.encode(text) for text in texts_B],
+        # The rendered text has all special tokens; a second BOS would make a different prompt.
+        ids_B_T=encode_texts(renderer.tokenizer, texts_B, {"add_special_tokens": False}),
         texts_B=texts_B,
         histories_B=histories_B,
         messages_B=messages_B,

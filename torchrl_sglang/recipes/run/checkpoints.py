@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchrl_sglang.config.checking import require
+from torchrl_sglang.config.checking import require_number
+from torchrl_sglang.disk_space import writing
 from torchrl_sglang.errors import ConfigError
 
 __all__ = ["Checkpoint", "Checkpoints", "restore_random_state"]
@@ -87,7 +88,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int = 1) -> None:
-        require(keep >= 1, f"keep must be at least 1, got {keep}")
+        require_number("keep", keep, whole=True, at_least=1)
         self.folder = folder
         self.keep = keep
 
@@ -106,6 +107,9 @@ class Checkpoints:
 
         Returns:
             Its folder.
+
+        Raises:
+            StorageError: the disk is full, or can't be written to; earlier checkpoints stay.
         """
         state = {
             "step": step,
@@ -119,14 +123,19 @@ class Checkpoints:
         }
         final = self.folder / f"step-{step:06d}"
         unfinished = final.with_name(final.name + _UNFINISHED)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        with (unfinished / _FILE).open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
+        with writing(
+            final, "the checkpoint", incomplete=unfinished, needed_bytes=_num_bytes(state), remains=self._remains()
+        ):
+            self._clear_unfinished()
+            unfinished.mkdir(parents=True)
+            with (unfinished / _FILE).open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            final.mkdir(exist_ok=True)
+            # One file, replaced in one step: a checkpoint of this step from before stays until this one is complete.
+            (unfinished / _FILE).replace(final / _FILE)
+            unfinished.rmdir()
         for old in self._finished()[: -self.keep]:
             shutil.rmtree(old)
         return final
@@ -143,9 +152,20 @@ class Checkpoints:
         """Remove all checkpoints, for a new run in this folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _clear_unfinished(self) -> None:
+        """Remove what a run that was killed while it saved has left."""
+        for path in self.folder.glob(f"step-*{_UNFINISHED}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _remains(self) -> str:
+        finished = self._finished()
+        last = f"The last complete checkpoint is {finished[-1].name}" if finished else "There is no earlier checkpoint"
+        return f"{last}; the incomplete one was removed."
+
     def _finished(self) -> list[Path]:
         found = self.folder.glob("step-*") if self.folder.exists() else []
-        return sorted(path for path in found if path.name.removeprefix("step-").isdigit())
+        complete = [path for path in found if (path / _FILE).is_file()]
+        return sorted(path for path in complete if path.name.removeprefix("step-").isdigit())
 
 
 def random_state() -> dict[str, Any]:
@@ -164,6 +184,15 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _num_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(_num_bytes, value.values()))
+    return sum(map(_num_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _kept(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["Rows", "draw_report"]
+__all__ = ["Rows", "draw_report", "unfinished_report"]
 
 _COLORS = {"generate": "#4393c3", "wait": "#92c5de", "score": "#d1e5f0", "train": "#f4a582", "sync": "#5aae61"}
 _COLORS |= {"evaluate": "#b2abd2", "save": "#cccccc"}
@@ -46,9 +46,14 @@ def draw_report(rows: Rows, evaluations: Rows, path: Path) -> None:
     _draw_seconds(panels[0, 1], rows)
     _draw_agreement(panels[1, 0], rows)
     _draw_right(panels[1, 1], rows, evaluations)
-    unfinished = path.with_name(f".{path.name}")
+    unfinished = unfinished_report(path)
     figure.savefig(unfinished, dpi=110, format="png")
     unfinished.replace(path)
+
+
+def unfinished_report(path: Path) -> Path:
+    """The file that holds a report until it is complete."""
+    return path.with_name(f".{path.name}")
 
 
 def _draw_reward(axes: Axes, rows: Rows) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,8 +14,10 @@ from omegaconf import DictConfig
 from torchrl.record.loggers import get_logger
 
 from torchrl_sglang.config import nearest_name
+from torchrl_sglang.disk_space import writing
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.recipes.run.checkpoints import Checkpoints
+from torchrl_sglang.recipes.run.report import unfinished_report
 from torchrl_sglang.recipes.run.table import Row, Table
 from torchrl_sglang.recipes.setup.config import save_config
 from torchrl_sglang.recipes.setup.results import refuse_results, remove_results
@@ -55,6 +58,7 @@ class RunFolder:
 
     Raises:
         ConfigError: an unknown logger, or the folder holds an earlier run.
+        StorageError: the folder can't be written to; raised by the methods that write.
 
     Attributes:
         checkpoints: the run's :class:`Checkpoints`.
@@ -94,13 +98,14 @@ class RunFolder:
     def _open(self) -> _Files:
         if self._files is not None:
             return self._files
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self._resume_step is None:
-            remove_results(self.path)
-        else:
-            _cut_samples(self.samples, self._resume_step)
-        if self._config is not None:
-            save_config(self._config, self.path)
+        with writing(self.path, "the run"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self._resume_step is None:
+                remove_results(self.path)
+            else:
+                _cut_samples(self.samples, self._resume_step)
+            if self._config is not None:
+                save_config(self._config, self.path)
         logs = str(self.path / "logs")
         self._files = _Files(
             metrics=Table(self.path / "metrics.csv", resume_step=self._resume_step),
@@ -147,22 +152,26 @@ class RunFolder:
     def log_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Add answers, one JSON object each; every object needs ``step``."""
         file = self._open().samples
-        for sample in samples:
-            file.write(json.dumps(sample) + "\n")
-        file.flush()
+        with writing(self.samples, "the samples"):
+            for sample in samples:
+                file.write(json.dumps(sample) + "\n")
+            file.flush()
 
     def draw(self) -> None:
         """Draw the report of the steps so far."""
         if self._draw is not None and self._files is not None and self.metrics.rows:
-            self._draw(self.metrics.rows, self.evaluations.rows, self.report)
+            with writing(self.report, "the report", incomplete=unfinished_report(self.report)):
+                self._draw(self.metrics.rows, self.evaluations.rows, self.report)
         self._drawn_at = time.monotonic()
 
     def close(self) -> None:
         """Draw the report and close the files."""
-        self.draw()
-        if self._files is not None:
-            for file in (self._files.metrics, self._files.evaluations, self._files.samples):
-                file.close()
+        with contextlib.ExitStack() as files:  # a file that can't be written does not keep the others open
+            files.enter_context(writing(self.samples, "the samples"))
+            if self._files is not None:
+                for file in (self._files.metrics, self._files.evaluations, self._files.samples):
+                    files.callback(file.close)
+            self.draw()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -182,4 +191,7 @@ def _cut_samples(path: Path, step: int) -> None:
         return
     text = path.read_text()
     complete = text[: text.rfind("\n") + 1].splitlines(keepends=True)  # a killed run may leave a partial last line
-    path.write_text("".join(line for line in complete if json.loads(line)["step"] <= step))
+    kept = path.with_name(f".{path.name}")
+    with writing(path, "the samples", incomplete=kept):
+        kept.write_text("".join(line for line in complete if json.loads(line)["step"] <= step))
+        kept.replace(path)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from torchrl_sglang.disk_space import writing
 from torchrl_sglang.errors import ConfigError
 
 __all__ = ["Row", "Table", "read_metrics"]
@@ -66,25 +67,27 @@ class Table:
 
         Raises:
             ConfigError: the columns differ from the first row's.
+            StorageError: the row could not be written.
         """
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
-        if self._writer is None:
-            self._file = self.path.open("w", newline="")
-            self._writer = csv.DictWriter(self._file, list(plain))
-            self._writer.writeheader()
-        different = set(plain) ^ set(self._writer.fieldnames)
-        if different:
-            raise ConfigError(f"the columns of {self.path.name} are the first row's; {sorted(different)} differ")
-        self._writer.writerow({name: _text(value) for name, value in plain.items()})
-        assert self._file is not None
-        self._file.flush()
+        with writing(self.path, "the table"):
+            if self._writer is None or self._file is None:
+                self._file = self.path.open("w", newline="")
+                self._writer = csv.DictWriter(self._file, list(plain))
+                self._writer.writeheader()
+            different = set(plain) ^ set(self._writer.fieldnames)
+            if different:
+                raise ConfigError(f"the columns of {self.path.name} are the first row's; {sorted(different)} differ")
+            self._writer.writerow({name: _text(value) for name, value in plain.items()})
+            self._file.flush()
         self.rows.append(plain)
         return plain
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with writing(self.path, "the table"):
+                self._file.close()
 
     def __enter__(self) -> Table:
         return self

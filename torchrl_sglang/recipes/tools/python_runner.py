@@ -144,7 +144,6 @@ def _run(code: bytes, order: dict[str, int], pipe: int) -> None:
         (resource.RLIMIT_NPROC, 0),  # root is exempt, but in namespaces the program is not root
     ):
         resource.setrlimit(limit, (value, value))
-    os.environ.clear()
     sys.argv = ["program"]
     _report(pipe, "started")
     os.closerange(3, 65536)

@@ -71,10 +71,11 @@ def run_python(
     """Run a program in a process of its own, with limits and, where Linux allows it, in namespaces of its own.
 
     In namespaces the program sees no network, no other process, and of the files only Python's own, read-only, and an
-    empty ``/tmp`` of 16 MiB that ends with it. As root it runs as ``nobody``. Everywhere its environment is empty; it
-    has 512 MiB of memory, ``timeout_s`` seconds of CPU time and of wall-clock time, and no second process or thread;
-    what it has started all the same is killed. Without namespaces it has the rights of the user who trains, apart from
-    writing files: it can read that user's files, and the environment of that user's processes.
+    empty ``/tmp`` of 16 MiB that ends with it. As root it runs as ``nobody``. Everywhere its environment is empty, but
+    for ``LD_LIBRARY_PATH``; it has 512 MiB of memory, ``timeout_s`` seconds of CPU time and of wall-clock time, and no
+    second process or thread; what it has started all the same is killed. Without namespaces it has the rights of the
+    user who trains, apart from writing files: it can read that user's files and delete them, and read the environment
+    of that user's processes.
 
     Args:
         program: the source text.
@@ -150,7 +151,7 @@ def _run(program: str, timeout_s: float, *, isolate: bool) -> _Ran:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # What the loader needs to start this interpreter; the program's own environment is empty.
+            # What the loader needs to start this interpreter, and nothing else.
             env={name: os.environ[name] for name in _LOADER_NAMES if name in os.environ},
             cwd="/",
             start_new_session=True,

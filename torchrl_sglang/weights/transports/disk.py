@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.disk_space import writing
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SavedWeights, SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
@@ -96,12 +97,26 @@ class DiskTransport:
         """The checkpoints stay."""
 
     def _write(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> Path:
-        """Write under another name first: a folder called ``version-N`` is complete."""
+        """Write under another name first: a folder called ``version-N`` is complete.
+
+        Raises:
+            StorageError: the disk is full, or can't be written to; no server was told anything.
+        """
         target = (self._folder / f"version-{version.number}").resolve()
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
+        remains = (
+            f"The incomplete folder was removed; no server was told anything, and all keep their weights. The last "
+            f"{_KEPT_VERSIONS} versions stay in {self._folder} beside the one that is written."
+        )
+        with writing(
+            target,
+            f"the weights of version {version.number}",
+            incomplete=partial,
+            needed_bytes=self._expected_bytes(),
+            remains=remains,
+        ):
+            partial.mkdir(parents=True)
             files: dict[str, str] = {}
             for index, (bucket, flat) in enumerate(packed, start=1):
                 file = f"model-{index:05d}.safetensors"
@@ -114,10 +129,16 @@ class DiskTransport:
             self._add_companions(partial)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
         return target
+
+    def _expected_bytes(self) -> int | None:
+        """Size of a version: that of the newest one, else of the servers' checkpoint; ``None`` if there is neither."""
+        folders = sorted(self._folder.glob("version-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for folder in [*folders, *([self._checkpoint_path] if self._checkpoint_path else [])]:
+            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            if size:
+                return size
+        return None
 
     def _add_companions(self, partial: Path) -> None:
         if self._checkpoint_path is None:
