@@ -32,12 +32,14 @@ class ServerKind:
         tp_size: tensor-parallel ranks.
         dtype: what it computes in, if that is known.
         device: ``ServerInfo.device``.
-        kv_heads: key/value heads of the model, if known.
+        heads: attention heads of the model, if known.
+        kv_heads: key/value heads, if known.
     """
 
     tp_size: int
     dtype: torch.dtype | None
     device: str
+    heads: int | None
     kv_heads: int | None
 
 
@@ -65,7 +67,7 @@ class TensorHashes:
         if parts is None:
             yield from [(label, value) for label, value in known.items() if layout in (None, label)]
             return
-        place = Place(tp_rank=tp_rank, tp_size=server.tp_size, kv_heads=server.kv_heads)
+        place = Place(tp_rank=tp_rank, tp_size=server.tp_size, heads=server.heads, kv_heads=server.kv_heads)
         server_name = tensor.name if tensor.name in unit.server_names else unit.name
         for dtype in _dtypes(server, parts):
             makes = layouts(unit, server_name, _cast(parts, dtype), place)

@@ -105,12 +105,13 @@ def _kind(client: SGLangClient, checkpoint: Checkpoint, served_dtype: torch.dtyp
     dtype = getattr(torch, client.info.dtype, None)
     text_config = checkpoint.config.get("text_config")
     config = text_config if isinstance(text_config, Mapping) else checkpoint.config
-    heads = config.get("num_key_value_heads")
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     return ServerKind(
         tp_size=client.info.tp_size,
         dtype=dtype if isinstance(dtype, torch.dtype) else served_dtype,
         device=client.info.device,
-        kv_heads=heads if isinstance(heads, int) and heads > 0 else None,
+        heads=heads if isinstance(heads, int) else None,
+        kv_heads=kv_heads if isinstance(kv_heads, int) and kv_heads > 0 else None,
     )
 
 
