@@ -133,7 +133,8 @@ def _heads_of(tensor: torch.Tensor, place: Place) -> tuple[torch.Tensor, ...] | 
     if place.heads is None or place.kv_heads is None or tensor.shape[0] % (place.heads + 2 * place.kv_heads):
         return None
     size = tensor.shape[0] // (place.heads + 2 * place.kv_heads)
-    return tensor.split([place.heads * size, place.kv_heads * size, place.kv_heads * size])
+    sizes = [place.heads * size, place.kv_heads * size, place.kv_heads * size]
+    return torch.split_with_sizes(tensor, sizes)
 
 
 def _rows_of(tensors: Sequence[torch.Tensor], place: Place) -> torch.Tensor:
