@@ -144,7 +144,8 @@ class DiskTransport:
 
     def _expected_bytes(self) -> int | None:
         """Size of a version: that of the newest one, else of the servers' checkpoint; ``None`` if there is neither."""
-        folders = sorted(self._folder.glob("version-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        complete = (path for path in self._folder.glob("version-*") if _PARTIAL not in path.name)
+        folders = sorted(complete, key=lambda path: path.stat().st_mtime, reverse=True)
         for folder in [*folders, *([self._checkpoint_path] if self._checkpoint_path else [])]:
             size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
             if size:
