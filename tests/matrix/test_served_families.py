@@ -169,4 +169,6 @@ def test_after_an_update_the_server_answers_as_the_new_model(served: Served, tra
     with closing(WeightSync(served.pool, config)) as sync:
         report = sync.push(served.model)
         assert report is not None
+        assert report.not_compared == {}, "how SGLang holds this family's tensors is not known"
+        assert report.num_checksums > 0
         assert_answers_as(served, version=report.version)
