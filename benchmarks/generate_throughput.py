@@ -109,7 +109,9 @@ def compare(name: str, one: Callable[[], int], two: Callable[[], int], flush: An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", help="checkpoint to serve (default: a tiny llama)")
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 2], help="numbers of servers to measure")
     parser.add_argument("--batch", type=int, default=256, help="prompts per batch")

@@ -98,7 +98,9 @@ def run(engine: AsyncSGLang, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", help="checkpoint of a chat model to serve (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="sequences per call")
     parser.add_argument("--new-tokens", type=int, default=16)

@@ -197,7 +197,9 @@ def make_cases(num_servers: list[int], bucket_bytes: int) -> list[Case]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", help="checkpoint to serve and to send (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 3], help="numbers of servers to measure")
     parser.add_argument("--pairs", type=int, default=9, help="raw broadcasts and syncs per line")

@@ -182,7 +182,9 @@ def stored_page(name: str) -> str:
 
 def main() -> None:
     """Run tutorials, or update only the prose of their pages."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("what", choices=["run", "prose"])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(ORDER)}")
     args = parser.parse_args()

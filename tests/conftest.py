@@ -8,6 +8,7 @@ Folders, in the order they run::
     tests/processes/    tests that start processes of their own; no SGLang needed, except one check of the environment
     tests/contract/     what SGLang does, tested on a real CPU server and, where the fake one does it too, on that
     tests/loop/         TorchRL collectors, losses and weight syncs against a real server; the README's code
+    tests/fuzz/         random requests and adapters against a real server
     tests/gpu/          needs CUDA; marked `gpu`, never part of `make test`
 
 ``make test-quick`` runs the architecture checks and the first two. ``make test`` runs all but the tests marked ``slow``
@@ -83,7 +84,7 @@ OLD_SGLANG = "0.5.20"
 SPECIAL_SERVERS_ALIVE = 2
 ORDER = (
     *("tests/test_architecture.py", "tests/quick", "torchrl_sglang", "tests/fake_sglang", "tests/processes"),
-    *("tests/contract", "tests/loop", "tests/test_readme.py", "tests/gpu"),
+    *("tests/contract", "tests/loop", "tests/fuzz", "tests/test_readme.py", "tests/gpu"),
 )
 
 

@@ -27,6 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"smollm2"}),
     frozenset({"config", "model_files", "parallel", "tls"}),
     frozenset({"config", "model_files", "parallel", "server_url", "tls"}),
+    frozenset({"config", "forks", "model_files", "parallel", "tls"}),
     frozenset({"protocol"}),
     frozenset({"connections", "http_errors"}),
     frozenset({"client"}),
@@ -45,12 +46,10 @@ LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 # that is not named here. The package's own __init__ imports any of them.
 SUBLAYERS: dict[str, tuple[str, ...]] = {
     "pool": (
-        *("state", "checks", "router_client", "balancing", "streaming", "dispatch", "batch", "dead_servers"),
-        *("end_tokens", "batch_run"),
-        *("pool", "resolve"),
-        *("pool", "resolve", "earlier_weights"),
+        *("state", "checks", "reply_weights", "router_client", "balancing", "streaming", "dispatch", "batch"),
+        *("dead_servers", "end_tokens", "batch_run", "pool", "resolve", "earlier_weights"),
     ),
-    "recipes": ("setup", "data", "batch", "losses", "run", "tools"),
+    "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": (
         *("checkpoint", "source", "buckets", "checksums", "group", "update"),
         *("transports", "planning", "sync", "scheme"),

@@ -5,6 +5,7 @@ Each has every character of ASCII, so that all texts of the tests have tokens, a
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 import tokenizers
@@ -119,15 +120,15 @@ def _metaspace(core: tokenizers.Tokenizer, prefix_space: str) -> None:
 def _sentencepiece(special: list[str], prefix_space: str) -> tokenizers.Tokenizer:
     core = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     _metaspace(core, prefix_space)
+    of_bytes = [f"<0x{i:02X}>" for i in range(256)]
     core.train_from_iterator(
         [*_TEXTS, _ASCII],
-        trainers.BpeTrainer(
-            vocab_size=560,
-            special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))],
-            show_progress=False,
-        ),
+        trainers.BpeTrainer(vocab_size=560, special_tokens=[*special, *of_bytes], show_progress=False),
     )
-    return core
+    # The trainer takes them as special tokens only, but a model's are ordinary ones.
+    content = json.loads(core.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in of_bytes]
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 def _unigram(special: list[str], prefix_space: str) -> tokenizers.Tokenizer:

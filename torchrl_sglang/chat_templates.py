@@ -109,25 +109,24 @@ class ChatRenderer:
         """Token ids that ``text`` has behind ``before``; a tokenizer may mark the start of a text of its own."""
         if not text:
             return []
-        for context in (before, "a", "0", ".", "\n"):
+        for context in filter(None, (before, "a", "0", ".", "\n")):
             known, joined = self.encode(context), self.encode(context + text)
             if joined[: len(known)] == known:
                 return joined[len(known) :]
         return self.encode(text)
 
-    def ending_ids(self) -> frozenset[int]:
-        """The tokens that may end an answer without being part of it.
-
-        These are the special tokens, and an added token that the template writes right behind an assistant's message.
-        """
-        special = special_ids(self.tokenizer)
+    def turn_end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: EOS, and the added token that the template writes right behind an answer."""
+        eos_id = self.tokenizer.eos_token_id
+        ends = [] if eos_id is None else [eos_id]
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
         try:
             closing = self.render(messages, add_generation_prompt=False).rpartition(_MARK)[2]
         except ConfigError:
-            return special
-        ids = self.encode_after(_MARK, closing)
-        return special | {int(i) for i in ids[:1] if i in added_tokens(self.tokenizer)}
+            return frozenset(ends)
+        ids = self.encode_after(_MARK, closing)[:1]
+        known = (*special_ids(self.tokenizer), *added_tokens(self.tokenizer))
+        return frozenset(map(int, [*ends, *(i for i in ids if i in known)]))
 
     # ------------------------------------------------------------------ what the assistant wrote
 

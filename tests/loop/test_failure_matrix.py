@@ -40,7 +40,7 @@ PHASES: dict[str, tuple[str, int, int]] = {
     "joining the group": ("/init_weights_update_group", 1, 1),
     "the look at its load": ("/v1/loads", 1, 1),
     "the pause": ("/pause_generation", 1, 1),
-    "the look at its version": ("/model_info", 1, 2),
+    "the look at its version": ("/model_info", 3, 4),
     "the dirty mark": ("/update_weight_version", 1, 1),
     "begin": ("/begin_weight_update", 1, 2),
     "the first bucket": (UPDATE, 1, 1),
@@ -336,7 +336,7 @@ def test_a_session_that_another_trainer_left_open_is_closed_and_its_count_goes_o
         pool = SGLangPool([SGLangClient(server.url, CLIENT)])
         pool.connect()
         assert list(pool.quarantined) == ([server.url] if "dirty" in version else [])
-        sync = WeightSync(pool, SYNC)
+        sync = WeightSync(pool, replace(SYNC, takeover=True))
         report = sync.push(runner.tensors[1])
         sync.close()
         assert report is not None
@@ -356,7 +356,7 @@ def test_a_left_over_session_makes_a_server_mixed_for_an_update_that_fails_befor
     try:
         server.set_state(session_open=True)
         pool = SGLangPool([SGLangClient(server.url, CLIENT)])
-        sync = WeightSync(pool, SYNC)
+        sync = WeightSync(pool, replace(SYNC, takeover=True))
         server.arm(Fault(path="/end_weight_update", action="refuse"))
         with pytest.raises(WeightUpdateError) as caught:
             sync.push(runner.tensors[1])

@@ -76,7 +76,7 @@ SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 THOUGHT = {"role": "assistant", "content": "<think>\n2 and 3\n</think>\n\nIt is 5."}
 CALL = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
 CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-RESULT = {"role": "tool", "content": "5", "tool_call_id": "call00001", "name": "add"}
+RESULT = {"role": "tool", "content": "5", "tool_call_id": "call00001"}
 TOOLS = [
     {
         "type": "function",

@@ -53,11 +53,22 @@ class Served:
             randomize(self.model, self.family)
 
 
+def lora_flags(family: Family) -> tuple[str, ...]:
+    """What a server needs to take the family's adapters."""
+    if not family.lora_targets:
+        return ()
+    return (
+        *("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", *family.lora_targets),
+        *("--lora-backend", "torch_native", "--max-loras-per-batch", "2"),
+    )
+
+
 @pytest.fixture(
     scope="module",
     params=[
         pytest.param(case, id=family, marks=() if case.in_make_test else pytest.mark.slow)
         for family, case in CASES.items()
+        if not FAMILIES[family].refused
     ],
 )
 def served(
@@ -77,7 +88,7 @@ def served(
         vocab_size=len(tokenizer) + case.extra_rows,
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    server = special_server(model=str(folder), extra_args=family.server_args)
+    server = special_server(model=str(folder), extra_args=lora_flags(family))
     with closing(SGLangPool([SGLangClient(server.url)])) as pool:
         pool.connect()
         yield Served(case=case, folder=folder, model=model, tokenizer=AutoTokenizer.from_pretrained(folder), pool=pool)

@@ -21,7 +21,7 @@ _SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
 }
 _OTHER_NAMES: dict[str, dict[str, str | None]] = {
     "gpt2": {
@@ -34,6 +34,7 @@ _OTHER_NAMES: dict[str, dict[str, str | None]] = {
     },
 }
 _ROPE = {"rope_theta": 10000.0}
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,9 @@ class Family:
         embedding_std: likewise of the embedding; ``std`` by default. Where the model scales the embedding up, a smaller
             one is needed, or answers only repeat the last token.
         about: what of this family the settings cover, for the docs.
-        server_args: more flags for the server.
+        lora_targets: modules that an adapter changes; none where SGLang takes no adapter for the family.
+        refused: why no server is launched, as a pattern of the error.
+        atol: largest difference of a log-prob from transformers'.
     """
 
     architecture: str
@@ -57,7 +60,9 @@ class Family:
     std: float = 0.25
     embedding_std: float | None = None
     about: str = ""
-    server_args: tuple[str, ...] = ()
+    lora_targets: tuple[str, ...] = ()
+    refused: str = ""
+    atol: float = 1e-4
 
 
 FAMILIES: dict[str, Family] = {
@@ -75,12 +80,14 @@ FAMILIES: dict[str, Family] = {
                 "original_max_position_embeddings": 32,
             },
         },
+        lora_targets=_ATTENTION,
         about="llama3 rope scaling, head size other than hidden / heads",
     ),
     "Mistral": Family(
         architecture="MistralForCausalLM",
         config="MistralConfig",
         settings={"sliding_window": None, "head_dim": 32},
+        lora_targets=_ATTENTION,
         about="no sliding window",
     ),
     "Qwen2": Family(
@@ -95,12 +102,14 @@ FAMILIES: dict[str, Family] = {
                 "original_max_position_embeddings": 64,
             },
         },
+        lora_targets=_ATTENTION,
         about="attention biases, tied embeddings, yarn rope scaling",
     ),
     "Qwen3": Family(
         architecture="Qwen3ForCausalLM",
         config="Qwen3Config",
         settings={"tie_word_embeddings": True, "head_dim": 32},
+        lora_targets=_ATTENTION,
         about="query and key norms, tied embeddings, head size other than hidden / heads",
     ),
     "Qwen3-MoE": Family(
@@ -113,6 +122,7 @@ FAMILIES: dict[str, Family] = {
             "moe_intermediate_size": 32,
             "norm_topk_prob": True,
         },
+        lora_targets=_ATTENTION,
         about="experts in every layer, query and key norms",
     ),
     "Gemma": Family(
@@ -120,6 +130,8 @@ FAMILIES: dict[str, Family] = {
         config="GemmaConfig",
         settings={"head_dim": 32},
         embedding_std=0.05,
+        lora_targets=_ATTENTION,
+        atol=1e-2,  # SGLang computes GELU exactly, where the model has its approximation by tanh
         about="scaled and tied embeddings, norms with an offset",
     ),
     "Gemma 2": Family(
@@ -134,6 +146,7 @@ FAMILIES: dict[str, Family] = {
             "hidden_act": "gelu_pytorch_tanh",  # SGLang reads it; transformers 5 has hidden_activation only
         },
         embedding_std=0.05,
+        lora_targets=_ATTENTION,
         about="sliding window in every other layer, capped output logits; no capped attention logits",
     ),
     "Gemma 3": Family(
@@ -150,6 +163,7 @@ FAMILIES: dict[str, Family] = {
             },
         },
         embedding_std=0.006,
+        lora_targets=_ATTENTION,
         about="sliding windows, linear rope scaling in the full layers only, scaled and tied embeddings",
     ),
     "GPT-2": Family(
@@ -165,6 +179,7 @@ FAMILIES: dict[str, Family] = {
             "num_key_value_heads": 4,
             "rope_parameters": {**_ROPE, "rope_type": "default", "partial_rotary_factor": 0.5},
         },
+        refused="bias of the output layer",
         about="partial rotation, parallel attention and MLP, biases, also on the output",
     ),
     "Phi-3": Family(
@@ -177,13 +192,20 @@ FAMILIES: dict[str, Family] = {
         architecture="OlmoForCausalLM",
         config="OlmoConfig",
         settings={"clip_qkv": None, "num_key_value_heads": 4},
+        lora_targets=_ATTENTION,
         about="norms without weights",
     ),
-    "OLMo 2": Family(architecture="Olmo2ForCausalLM", config="Olmo2Config", about="norms after attention and MLP"),
+    "OLMo 2": Family(
+        architecture="Olmo2ForCausalLM",
+        config="Olmo2Config",
+        lora_targets=_ATTENTION,
+        about="norms after attention and MLP",
+    ),
     "Mixtral": Family(
         architecture="MixtralForCausalLM",
         config="MixtralConfig",
         settings={"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+        lora_targets=_ATTENTION,
         about="experts in every layer",
     ),
 }

@@ -105,7 +105,7 @@ class Trainer:
         source = open_source(model, checkpoint)
         trainable = [name for name, spec in source.specs().items() if spec.trainable]
         try:
-            AdapterSource(model)
+            AdapterSource(model, checkpoint)
         except ConfigError as error:
             refusal = str(error)
         return {**self.result(source, checkpoint, expected), "trainable": trainable, "refusal": refusal}

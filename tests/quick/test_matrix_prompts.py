@@ -51,9 +51,13 @@ def own_ids(tokenizer: Any, chat: Sequence[Any], **options: Any) -> list[int]:
     return ids
 
 
-def as_prompt(*chats: Sequence[Any]) -> TensorDict:
-    history = History.from_chats([list(chat) for chat in chats])
-    return TensorDict(history=ChatHistory(prompt=history, batch_size=[len(chats)]), batch_size=[len(chats)])
+def as_prompt(chat: Sequence[Any]) -> TensorDict:
+    """A TensorDict with the conversation, without the id and name in a tool's result: a History has no field for them.
+
+    The policy fills in the id of the call that was answered.
+    """
+    messages = [{key: value for key, value in one.items() if key not in ("tool_call_id", "name")} for one in chat]
+    return TensorDict(history=ChatHistory(prompt=History.from_chats([messages]), batch_size=[1]), batch_size=[1])
 
 
 def end_token(template: str, tokenizer: Any) -> int:
@@ -84,15 +88,10 @@ def test_a_policy_sends_the_tokenizers_own_prompt(kind: str, template: str) -> N
     policy = SGLangWrapper(
         pool,
         tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
         input_mode="history",
         generate_kwargs={"max_new_tokens": 2, "ignore_eos": True},
     )
     for name, chat in conversations(TEMPLATES[template]).items():
-        # A History has no field for the id or name in a tool's result.
-        chat = [{key: message[key] for key in message if key not in ("tool_call_id", "name")} for message in chat]
-        if name == "a tool's result" and template == "alternating":
-            continue  # it requires the id
         td = policy(as_prompt(chat))
         expected = own_ids(tokenizer, chat)
         assert pool.requests[-1] == [expected], name
@@ -100,6 +99,11 @@ def test_a_policy_sends_the_tokenizers_own_prompt(kind: str, template: str) -> N
         assert td["text", "prompt"][0] == tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=False
         )
+        variables = dict(TEMPLATES[template].variables)
+        if TEMPLATES[template].has_tools:
+            variables["tools"] = TOOLS
+        policy(as_prompt(chat), template_kwargs=variables)
+        assert pool.requests[-1] == [own_ids(tokenizer, chat, **variables)], name
 
 
 @ALL
@@ -116,7 +120,6 @@ def test_a_second_turn_keeps_the_first_turns_tokens(kind: str, template: str, en
     policy = SGLangWrapper(
         pool,
         tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
         input_mode="history",
         generate_kwargs={"max_new_tokens": 20},
         prefer_tokens=True,

@@ -35,7 +35,8 @@ GEMMA3 = {
     "sliding_window": 512,
     "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {}},
 }
-PHI = {"architectures": ["PhiForCausalLM"], "rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+PHI3 = {"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047, "max_position_embeddings": 4096}
+OLMO = {"architectures": ["OlmoForCausalLM"], "rope_parameters": {"rope_type": "linear", "factor": 2.0}}
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a sliding window": (MISTRAL, {}, "MistralForCausalLM: sliding_window=4096 is ignored.*context_length=4096"),
@@ -50,7 +51,24 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"device": "cuda"},
         "needs .hidden_act.: .gelu_pytorch_tanh.",
     ),
-    "rope scaling": (PHI, {}, "rope scaling of type 'linear' is ignored"),
+    "a window just below the context": (PHI3, {}, "Phi3ForCausalLM: sliding_window=2047 .*context_length=2047"),
+    "a bias of the output layer": ({"architectures": ["PhiForCausalLM"]}, {}, r"lm_head\.bias\) is left out"),
+    "biases of the MLP": (
+        {"architectures": ["LlamaForCausalLM"], "mlp_bias": True},
+        {},
+        "LlamaForCausalLM: mlp_bias=true is ignored",
+    ),
+    "all biases": (
+        {"architectures": ["GraniteForCausalLM"], "mlp_bias": True, "attention_bias": True},
+        {},
+        "mlp_bias and attention_bias=true is ignored",
+    ),
+    "a bias named in the config": (
+        {"architectures": ["PhimoeForCausalLM"], "lm_head_bias": True},
+        {},
+        r"lm_head\.bias\) is left out",
+    ),
+    "rope scaling": (OLMO, {}, "rope scaling of type 'linear' is ignored"),
     "rope scaling by its older name": (
         {"architectures": ["OlmoForCausalLM"], "rope_scaling": {"type": "dynamic", "factor": 2.0}},
         {},
@@ -75,11 +93,12 @@ SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "experts in every layer": (QWEN3_MOE, {}),
     "capped attention on a GPU": (GEMMA2, {"device": "cuda"}),
     "a family with windows": (GEMMA3, {"device": "cpu"}),
-    "no rope scaling": (PHI | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {}),
+    "no rope scaling": (OLMO | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {}),
     "rope scaling of Llama": (
         {"architectures": ["LlamaForCausalLM"], "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         {},
     ),
+    "biases that Llama has": ({"architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False}, {}),
     "an unknown architecture": ({"architectures": ["NewForCausalLM"], "sliding_window": 8}, {}),
     "no architecture": ({}, {}),
 }

@@ -13,6 +13,8 @@ from torchrl.modules.llm.policies import ChatHistory
 
 from tests.tokenizers_made import CHATML, INST, KINDS, THINKING, TOOLS, make_tokenizer
 from torchrl_sglang import ConfigError, SGLangWrapper
+from torchrl_sglang.chat.messages import read_conversation
+from torchrl_sglang.chat.template import ChatTemplate
 from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.rollout.messages import history_messages
 from torchrl_sglang.testing.echo_pool import EchoPool
@@ -144,6 +146,7 @@ def test_a_template_that_requires_call_ids_gets_them() -> None:
     assert first != second
     assert f"{first}: 3" in text
     assert f"{second}: 4" in text
+    assert tokenizer.decode(ChatTemplate(tokenizer).encode(read_conversation(talk))) == text
     given = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [{"id": "abcdefghi", **CALL}]}]
     assert sent(tokenizer, given)[0] == [own(tokenizer, given, add_generation_prompt=True)]
 

@@ -179,6 +179,21 @@ def test_the_token_that_ended_an_answer_stands_for_the_templates_own() -> None:
     assert "eom" not in tokenizer.decode(pool.requests[1][0])
 
 
+def test_an_end_token_at_the_length_limit_is_not_content_either() -> None:
+    eom = tokenizers.AddedToken("<|eom_id|>", special=True)
+    tokenizer = make_tokenizer("byte-level", more_tokens=(eom,))
+    said = tokenizer("Paris.", add_special_tokens=False)["input_ids"]
+    for token, kwargs in (
+        ("<|im_end|>", {}),
+        ("</s>", {}),
+        ("<|eom_id|>", {"generate_kwargs": {"stop_token_ids": [tokenizer.convert_tokens_to_ids("<|eom_id|>")]}}),
+    ):
+        end = tokenizer.convert_tokens_to_ids(token)
+        _, outs = converse(tokenizer, [[*said, end]], [None], ["The capital of France?"], **kwargs)
+        assert list(outs[0]["generation"].finish_reason) == ["length"]
+        assert list(outs[0]["history"].response.content[0]) == ["Paris."]
+
+
 def test_an_ordinary_stop_token_stays_in_the_content() -> None:
     tokenizer = make_tokenizer("byte-level")
     said = tokenizer("Paris.", add_special_tokens=False)["input_ids"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +180,11 @@ def test_a_sample_begins_with_what_a_person_reads() -> None:
     (line,) = recipes.sample_lines(1, answers, Tokenizer())
     assert list(line.items())[:3] == [("prompt", "2 tokens"), ("response", "2 tokens"), ("reward", 0.5)]
     assert line["weight_version"] == 4
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "hydra" else find_spec(name))
+    monkeypatch.delitem(sys.modules, "torchrl_sglang.recipes.available")
+    with pytest.raises(ImportError, match=r"needs hydra: pip install 'torchrl-sglang\[recipes\]'"):
+        importlib.import_module("torchrl_sglang.recipes.available")

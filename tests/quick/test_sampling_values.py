@@ -112,6 +112,8 @@ def test_a_model_class_stands_for_its_schema() -> None:
         ("stop", "\ud800"),
         ("stop", [f"s{i}" for i in range(33)]),
         ("stop_regex", "("),
+        ("stop_regex", re.compile("a", re.IGNORECASE)),
+        ("regex", re.compile(b"a")),
         ("stop_regex", "a" * 300),
         ("stop_token_ids", [1.5]),
         ("stop_token_ids", [True]),
@@ -141,6 +143,21 @@ def test_a_value_that_sglang_could_not_decode_is_refused_by_name(field: str, bad
         SamplingParams(**{field: bad})
 
 
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+", "(a+)+b", "(?:a*)*$", r"(\w+\s*)+x", "((a+))*", "(a|b+)+", "x(?:(a{1,99})?)*"]
+)
+def test_an_expression_that_would_hang_the_scheduler_is_refused(pattern: str) -> None:
+    with pytest.raises(ConfigError, match="repeats a repetition"):
+        SamplingParams(stop_regex=pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a+", r"(\d+,)*", r"\n\n+User:", "(a|b)+", "(ab?c)*", "(?:a{1,3})+", r"[^\n]*\n", "(a+)?"]
+)
+def test_other_expressions_are_taken(pattern: str) -> None:
+    assert SamplingParams(stop_regex=pattern).stop_regex == (pattern,)
+
+
 def test_the_callers_bias_is_copied() -> None:
     bias = {5: 1.0}
     params = SamplingParams(logit_bias=bias)
@@ -162,6 +179,7 @@ def info(**fields: Any) -> ServerInfo:
         ({"stop_token_ids": [320]}, {}, "stop_token_ids holds 320"),
         ({"logit_bias": {320: 1.0}}, {}, "logit_bias names token id 320"),
         ({"regex": "a"}, {"grammar_backend": "none"}, "regex needs a grammar backend"),
+        ({"sampling_seed": 7}, {}, "seed=7: http://host would ignore it"),
         ({"stop": "a"}, {"skips_tokenizer": True}, "stop needs the server's tokenizer"),
         ({"min_new_tokens": 1}, {"skips_tokenizer": True}, "min_new_tokens needs the server's tokenizer"),
     ],

@@ -26,6 +26,7 @@ from torchrl_sglang.protocol.control import build_set_version
 
 UPDATE = "/update_weights_from_distributed"
 PLAIN = SyncConfig(verify="off")
+TAKEOVER = SyncConfig(verify="off", takeover=True)  # do not wait for the trainer whose mark a server has
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_a_server_with_mixed_weights_that_refuses_the_first_bucket_still_has_mix
     refusal = Fault(path=UPDATE, action="refuse", message="Failed to receive weights: no")
     for held, weights in (("4", "old"), ("dirty-4@another", "mixed")):
         server = make(weight_version=held, faults=(refusal,))
-        sync = WeightSync(pool_of(server), PLAIN)
+        sync = WeightSync(pool_of(server), TAKEOVER)
         with pytest.raises(WeightUpdateError) as failure:
             sync.push(tensors)
         assert failure.value.server_weights == {server.url: weights}
@@ -112,7 +113,7 @@ def test_an_update_that_fails_at_once_leaves_a_server_with_mixed_weights_paused(
 ) -> None:
     mixed = make(weight_version="dirty-1@another")
     other = make(faults=(Fault(path="/pause_generation", action="refuse"),))
-    sync = WeightSync(pool_of(mixed, other), PLAIN)
+    sync = WeightSync(pool_of(mixed, other), TAKEOVER)
     with pytest.raises(WeightUpdateError) as failure:
         sync.push(tensors)
     assert failure.value.server_weights == {mixed.url: "mixed", other.url: "old"}

@@ -7,6 +7,7 @@ from collections.abc import Generator
 
 from torchrl_sglang.chat.turn import Turn
 from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.errors import ProtocolError, ServerError, ServerUnreachableError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.generate import build_generate, parse_one
@@ -41,6 +42,7 @@ class ReplyStream:
             ServerError: no server is left, or a server failed.
             ProtocolError: a stream ended without a finished response.
         """
+        require_number("timeout_s", timeout_s, optional=True, above=0)
         self.pool.check([turn.ids_T], turn.sampling)
         lora, labelled = self.pool.resolve_adapter(turn.adapter)
         request = build_generate(

@@ -13,6 +13,7 @@ from torchrl_sglang.chat.tool_schemas import read_tools
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.limits import check_sampling
 from torchrl_sglang.protocol.media import Media
 
 __all__ = ["Turn", "prepare_turn"]
@@ -64,10 +65,15 @@ def prepare_turn(
     info = pool.info
     if adapter is not None and not info.lora_enabled:
         raise ConfigError(f"adapter={adapter!r}: {info.url} was launched without --enable-lora")
-    if sampling.sampling_seed is not None and not info.raw.get("enable_deterministic_inference"):
+    check_sampling(sampling, vocab_size=pool.vocab_size, info=info)
+    if info.skips_tokenizer:
         raise ConfigError(
-            f"seed={sampling.sampling_seed}: {info.url} would ignore it; SGLang honours a seed under "
-            "--enable-deterministic-inference only (temperature=0 is repeatable without)"
+            f"{info.url} was launched with --skip-tokenizer-init: its responses have no text to chat with"
+        )
+    if conversation.media and info.raw.get("allow_auto_truncate"):
+        raise ConfigError(
+            f"{info.url} was launched with --allow-auto-truncate: it would cut a prompt that its images make too long "
+            "without a word. Launch it without to send media"
         )
     return Turn(
         ids_T=ids_T,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from torchrl_sglang.config.checking import names_checked, require, require_positive
+from torchrl_sglang.config.checking import names_checked, require_numbers
 
 __all__ = ["ClientConfig"]
 
@@ -42,7 +42,6 @@ class ClientConfig:
     """Number of valid token ids, for servers whose checkpoint can't be read on this machine."""
 
     def __post_init__(self) -> None:
-        require_positive(self, *(f.name for f in fields(self) if f.name.endswith("_timeout_s")))
-        require(self.max_connections >= 1, f"max_connections must be at least 1, got {self.max_connections}")
-        require(self.connect_retries >= 0, f"connect_retries must be at least 0, got {self.connect_retries}")
-        require(self.vocab_size is None or self.vocab_size > 0, f"vocab_size must be positive, got {self.vocab_size}")
+        require_numbers(self, *(f.name for f in fields(self) if f.name.endswith("_timeout_s")), above=0)
+        require_numbers(self, "max_connections", "vocab_size", at_least=1)
+        require_numbers(self, "connect_retries", at_least=0)

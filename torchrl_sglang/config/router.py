@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torchrl_sglang.config.checking import names_checked, require, require_positive, words
+from torchrl_sglang.config.checking import names_checked, require, require_numbers, words
 
 __all__ = ["RouterConfig"]
 
@@ -37,8 +37,8 @@ class RouterConfig:
     def __post_init__(self) -> None:
         policies = ("cache_aware", "power_of_two", "round_robin", "random")
         require(self.policy in policies, f"policy must be one of {policies}, got {self.policy!r}")
-        require(self.port is None or 0 < self.port < 65536, f"port must be in 1..65535, got {self.port}")
-        require_positive(self, "start_timeout_s")
+        require_numbers(self, "port", at_least=1, at_most=65535)
+        require_numbers(self, "start_timeout_s", above=0)
         object.__setattr__(self, "extra_args", words("extra_args", self.extra_args))
         for word in self.extra_args:
             flag = word.partition("=")[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from torchrl_sglang.config.checking import names_checked, require, require_positive, words
+from torchrl_sglang.config.checking import names_checked, require, require_number, require_numbers, words
 from torchrl_sglang.config.foreign_names import ENGINE_ARGUMENTS, unknown_argument
 
 __all__ = ["ServerConfig"]
@@ -59,19 +59,18 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.model), "model must be the path or hub name of a checkpoint")
-        require(self.tp_size >= 1, f"tp_size must be at least 1, got {self.tp_size}")
+        require_numbers(self, "tp_size", "context_length", "max_total_tokens", at_least=1)
         require(self.device in ("auto", "cuda", "cpu"), f"device must be 'auto', 'cuda' or 'cpu', got {self.device!r}")
-        require(self.port is None or 0 < self.port < 65536, f"port must be in 1..65535, got {self.port}")
+        require_numbers(self, "port", at_least=1, at_most=65535)
+        for gpu in self.gpus or ():
+            require_number("a GPU's number in gpus", gpu, whole=True, at_least=0)
         require(
             self.gpus is None or len(self.gpus) == self.tp_size,
             f"gpus must name tp_size={self.tp_size} GPUs, got {self.gpus}",
         )
-        require_positive(self, "start_timeout_s", "mem_fraction_static", "context_length", "max_total_tokens")
-        require_positive(self, "stop_timeout_s", zero=True)
-        require(
-            self.mem_fraction_static is None or self.mem_fraction_static < 1,
-            f"mem_fraction_static is a fraction below 1, got {self.mem_fraction_static}",
-        )
+        require_numbers(self, "start_timeout_s", above=0)
+        require_numbers(self, "stop_timeout_s", at_least=0)
+        require_numbers(self, "mem_fraction_static", above=0, below=1)
         object.__setattr__(self, "extra_args", words("extra_args", self.extra_args))
         # Everyone on the machine can read a command line, and extra_args are part of the repr.
         for key in ("api_key", "admin_api_key"):

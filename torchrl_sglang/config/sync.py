@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from torchrl_sglang.config.checking import names_checked, require, require_positive, words
+from torchrl_sglang.config.checking import names_checked, require, require_numbers, words
 
 __all__ = ["SyncConfig"]
 
@@ -65,6 +65,9 @@ class SyncConfig:
     """Fixed part of a sync's deadline."""
     assumed_bytes_per_s: float = 100e6
     """Slowest expected transfer; a sync's deadline is ``fixed_timeout_s + bytes / assumed_bytes_per_s``."""
+    takeover: bool = False
+    """End another trainer's unfinished update at once. Otherwise a sync waits until that trainer's process has ended,
+    or, if it is on another host, until its update must have failed; if it runs, the sync is refused."""
     disk_dir: Path | None = None
     """Folder that trainer and servers share, for ``transport="disk"``."""
 
@@ -72,20 +75,11 @@ class SyncConfig:
         for name, allowed in _SYNC_CHOICES.items():
             value = getattr(self, name)
             require(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
-        require_positive(
-            self,
-            "verify_share",
-            "bucket_bytes",
-            "group_timeout_s",
-            "fixed_timeout_s",
-            "assumed_bytes_per_s",
-            "verify_atol",
-        )
-        require(self.verify_share <= 1, f"verify_share must be at most 1, got {self.verify_share!r}")
-        require(
-            self.master_port is None or 0 < self.master_port < 65536,
-            f"master_port must be in 1..65535, got {self.master_port}",
-        )
+        times = ("group_timeout_s", "bucket_timeout_s", "fixed_timeout_s")
+        require_numbers(self, *times, "assumed_bytes_per_s", "verify_atol", above=0)
+        require_numbers(self, "bucket_bytes", at_least=1)
+        require_numbers(self, "master_port", at_least=1, at_most=65535)
+        require_numbers(self, "verify_share", above=0, at_most=1)
         object.__setattr__(self, "ignore", words("ignore", self.ignore))
         if self.disk_dir is not None:
             object.__setattr__(self, "disk_dir", Path(self.disk_dir))

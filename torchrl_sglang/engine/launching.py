@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from torchrl_sglang.config import ClientConfig, SamplingParams, ServerConfig, SyncConfig
+from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.config.foreign_names import ENGINE_ARGUMENTS, GENERATION_ARGUMENTS, unknown_argument
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.server import replicate
@@ -64,8 +65,7 @@ def server_configs(
             raise ConfigError(f"{name}={value!r} means {ours}, which is also given as {settings[ours]!r}: give one")
         settings[ours] = value
     num_servers = settings.pop("dp_size")
-    if num_servers < 1:
-        raise ConfigError(f"dp_size is the number of servers and must be at least 1, got {num_servers}")
+    require_number("dp_size, the number of servers,", num_servers, whole=True, at_least=1)
     return replicate(ServerConfig(model=model, **settings), num_servers, gpus)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool.streaming import generate_streaming
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
@@ -39,6 +40,8 @@ class Batch:
     media: Sequence[Media] | None
 
     def __post_init__(self) -> None:
+        require_number("timeout_s", self.timeout_s, optional=True, above=0)
+        require(self.lora is None or isinstance(self.lora, str), f"lora must be an adapter's name, got {self.lora!r}")
         if self.media is not None and (self.progress is not None or len(self.media) != len(self.ids_B_T)):
             raise ConfigError("media needs one entry per prompt, and can't be combined with progress")
 
@@ -50,6 +53,11 @@ class Batch:
             "lora": self.lora,
             "cache_salt": self.cache_salt,
         }
+
+    def part(self, share: Sequence[int]) -> Batch:
+        """The batch of the prompts with these indices only."""
+        media = None if self.media is None else [self.media[index] for index in share]
+        return replace(self, ids_B_T=[self.ids_B_T[index] for index in share], media=media)
 
     def build(self, share: Sequence[int]) -> HttpRequest:
         """One request for the prompts with these indices."""

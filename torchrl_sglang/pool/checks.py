@@ -75,7 +75,7 @@ def refuse_mixed_weights(replies: Sequence[GenerateReply]) -> None:
     for reply in replies:
         if any(WeightVersion.parse(span.version).dirty for span in reply.weight_spans if span.end > span.start):
             raise WeightSyncError(
-                f"{reply.server} generated with half-updated weights ({reply.weight_version}); the batch is thrown "
-                "away. Send the weights again",
+                f"{reply.server} generated with half-updated or unverified weights ({reply.weight_version}); the batch "
+                "is thrown away. servers.update_weights(model) sends the weights again",
                 server_weights={reply.server: "mixed"},
             )

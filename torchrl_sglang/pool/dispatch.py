@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,9 @@ from torchrl_sglang.protocol.control import build_ready
 from torchrl_sglang.protocol.messages import GenerateReply
 
 __all__ = ["DispatchResult", "dead_server", "dispatch_shares", "is_gone"]
+
+_CLOSING_S = 3.0
+_ASK_AGAIN_S = 0.05
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,11 +72,21 @@ def dead_server(client: SGLangClient, error: SGLangError) -> SGLangClient | None
 
 
 def is_gone(client: SGLangClient) -> bool:
-    """Whether nothing listens at a server's address any more."""
-    try:
-        client.send(build_ready())
-    except ServerUnreachableError:
-        return True
-    except SGLangError:
-        return False
-    return False
+    """Whether nothing listens at a server's address any more.
+
+    A process that is ending may drop connections before its port is closed, so one that drops them is asked again.
+    """
+    deadline = time.monotonic() + _CLOSING_S
+    while True:
+        try:
+            client.send(build_ready())
+        except ServerUnreachableError:
+            return True
+        except (ServerLostError, ProtocolError):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_ASK_AGAIN_S)
+        except SGLangError:
+            return False
+        else:
+            return False

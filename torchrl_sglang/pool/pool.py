@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -21,6 +22,7 @@ from torchrl_sglang.pool.checks import label_with_version, refuse_different_mode
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.pool.dispatch import dead_server, is_gone
 from torchrl_sglang.pool.end_tokens import EndTokens
+from torchrl_sglang.pool.reply_weights import outdated_version, was_rejected
 from torchrl_sglang.pool.router_client import MAX_REQUESTS, RouterClient
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.protocol.generate import build_generate, parse_one
@@ -33,7 +35,10 @@ from torchrl_sglang.protocol.version import version_number
 
 __all__ = ["SGLangPool"]
 
+_log = logging.getLogger(__name__)
+
 _POLL_S = 0.2
+_VERIFICATION_POLL_S = 0.005
 
 
 class SGLangPool:
@@ -115,8 +120,8 @@ class SGLangPool:
                 held = info.weight_version
                 self.state.found_dirty(
                     info.url,
-                    f"it holds half-updated weights ({held}): another process is updating it, or died in an update; "
-                    "then a full sync heals it",
+                    f"it holds half-updated or unverified weights ({held}): another process is updating it, or died in "
+                    "an update, or the update failed its verification; then servers.update_weights(model) heals it",
                 )
         self.state.connected({info.url: info.weight_version for info in infos})
         if self.router is not None:
@@ -314,7 +319,7 @@ class SGLangPool:
             media=media,
         )
         try:
-            return self._accepted(self._dispatch(batch), label)
+            return self._accepted(self._dispatch_until_current(batch), label)
         except LethalPromptError as error:
             error.replies = {index: self._accepted(each, label) for index, each in error.replies.items()}
             raise
@@ -323,8 +328,48 @@ class SGLangPool:
         self, replies: Sequence[GenerateReply], label: Callable[[GenerateReply], GenerateReply]
     ) -> list[GenerateReply]:
         refuse_mixed_weights(replies)
-        self.state.replies_seen(version_number(reply.weight_version) for reply in replies)
+        for server in {reply.server for reply in replies}:
+            versions = (version_number(reply.weight_version) for reply in replies if reply.server == server)
+            self.state.replies_seen(versions, server)
         return [label(reply) for reply in replies]
+
+    def _dispatch_until_current(self, batch: Batch) -> list[GenerateReply]:
+        """Send a batch. Prompts that were answered with weights that nobody trained are generated again elsewhere.
+
+        These are answers of a server that somebody else has restarted, which holds its checkpoint's weights again, and
+        answers that a server gave after an update whose verification has failed since.
+        """
+        before = self.state.servers
+        replies = self._dispatch(batch)
+        self._await_verification(replies)
+        wrong = [index for index, reply in enumerate(replies) if self._is_wrong(reply, before)]
+        if not wrong:
+            return replies
+        n = batch.sampling.n
+        prompts = sorted({index // n for index in wrong})
+        _log.warning("%d prompts are generated again: their server held other weights than expected", len(prompts))
+        again = self._dispatch_until_current(batch.part(prompts))
+        for position, prompt in enumerate(prompts):
+            replies[prompt * n : (prompt + 1) * n] = again[position * n : (position + 1) * n]
+        return replies
+
+    def _is_wrong(self, reply: GenerateReply, before: Mapping[str, ServerState]) -> bool:
+        own = reply.server in before  # else the router's, which does not say which server it was
+        version = outdated_version(reply, before[reply.server]) if own else None
+        if version is not None and self.state.server(reply.server).restarts == before[reply.server].restarts:
+            self.state.replaced_elsewhere(reply.server, version)
+            self._leave_router(reply.server)
+        servers = self.state.servers
+        return version is not None or was_rejected(reply, [servers[reply.server]] if own else servers.values())
+
+    def _await_verification(self, replies: Sequence[GenerateReply]) -> None:
+        """Wait until it is known whether servers that have just been updated hold what was sent."""
+        deadline = time.monotonic() + max(client.config.update_timeout_s for client in self.clients)
+        versions = {reply.weight_version for reply in replies}
+        while time.monotonic() < deadline and any(
+            not server.is_verified and server.version in versions for server in self.state.servers.values()
+        ):
+            time.sleep(_VERIFICATION_POLL_S)
 
     def _dispatch(self, batch: Batch) -> list[GenerateReply]:
         """Send a batch, and what a dead server left unanswered again, until every prompt has its replies."""
@@ -379,9 +424,14 @@ class SGLangPool:
         clients = self._router_slots(1) if through_router else self.require_healthy("the stream was not begun")
         with self._load.assign_one(clients) as client:
             sequence = StreamedReply(client.url)
+            before = self.state.servers
             for event in client.stream(request):
                 reply = parse_one(sequence.add(event), server=client.url, return_logprobs=return_logprobs)
                 refuse_mixed_weights([reply])
+                if self._is_wrong(reply, before):
+                    raise ServerError(
+                        f"{reply.server} held other weights than expected: ask again", server=reply.server
+                    )
                 yield label(reply)
 
     def score(self, ids_B_T: Sequence[Sequence[int]], *, timeout_s: float | None = None) -> list[GenerateReply]:

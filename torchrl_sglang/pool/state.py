@@ -69,6 +69,9 @@ class ServerState:
         session_open: an update session of ours is open on it.
         version_before: version string that it held before this update marked it dirty; empty when it is not marked.
         complete_from: owner id of the trainer that has sent it every tensor; empty when it holds others.
+        is_verified: whether the verification of its last update is over, one way or the other.
+        rejected_version: version string of an update of ours that failed its verification here; empty if none did.
+        newest_seen: highest version number among its replies, for pools whose weights another process updates.
         restarts: how often its process was replaced. A new process is in no process group and has no adapter loaded.
         offloaded_tags: what of its GPU memory is released.
         revision: number of changes to this record.
@@ -82,6 +85,9 @@ class ServerState:
     session_open: bool = False
     version_before: str = ""
     complete_from: str = ""
+    is_verified: bool = True
+    rejected_version: str = ""
+    newest_seen: int = 0
     restarts: int = 0
     offloaded_tags: frozenset[str] = frozenset()
     revision: int = 0
@@ -193,6 +199,17 @@ class PoolState:
             _log.warning("%s gets no requests: %s", url, reason)
             return self._change(url, phase="dirty", reason=reason)
 
+    def replaced_elsewhere(self, url: str, version: str) -> ServerState:
+        """A server was found to be a new process that somebody else has started; it holds ``version``."""
+        with self._lock:
+            known = self._servers[url]
+            reason = (
+                f"its process was replaced: it holds version {version!r} where it held {known.version!r}; the next "
+                "weight update puts it to use"
+            )
+            _log.warning("%s is taken out of routing: %s", url, reason)
+            return self._new_process(replace(known, phase="quarantined", reason=reason), version)
+
     def restarted(self, url: str, version: str) -> ServerState:
         """A server's process was replaced by a new one, which holds ``version``."""
         with self._lock:
@@ -215,6 +232,8 @@ class PoolState:
         """
         with self._lock:
             known = self._servers[url]
+            if not known.is_verified:
+                known = self._servers[url] = replace(known, is_verified=True)
             if known.revision != based_on.revision:
                 _log.info("%s stays %s: its state has changed since it was looked at", url, known.phase)
                 return False
@@ -227,11 +246,15 @@ class PoolState:
                 self._new_process(known, new_process_with)
             return True
 
-    def replies_seen(self, versions: Iterable[int]) -> None:
-        """Replies came, made with weights of these version numbers."""
+    def replies_seen(self, versions: Iterable[int], server: str = "") -> None:
+        """Replies came, made with weights of these version numbers, from this server if it is known."""
+        versions = list(versions)
         with self._lock:
             newest = max([self._weights.newest_seen, *versions])
             self._weights = replace(self._weights, newest_seen=newest)
+            known = self._servers.get(server)
+            if known is not None and max(versions, default=0) > known.newest_seen:
+                self._servers[server] = replace(known, newest_seen=max(versions))
 
     # ------------------------------------------------------------------ events: a weight update
 
@@ -292,9 +315,27 @@ class PoolState:
         """
         with self._lock:
             phase = self._phase_after_update(url)
+            rejected = self._servers[url].rejected_version
             return self._change(
-                url, phase=phase, version=version, weights="new", complete_from=complete_from, version_before=""
+                url,
+                rejected_version="" if rejected == version else rejected,
+                phase=phase,
+                version=version,
+                weights="new",
+                complete_from=complete_from,
+                version_before="",
+                is_verified=False,
+                newest_seen=0,
             )
+
+    def update_rejected(self, url: str, version: str) -> None:
+        """A server has failed the verification of the update to ``version``."""
+        self._record(url, rejected_version=version)
+
+    def verification_ended(self, url: str) -> None:
+        """The verification of a server's last update is over, or was broken off."""
+        with self._lock:
+            self._servers[url] = replace(self._servers[url], is_verified=True)
 
     def adapter_loaded(self, url: str) -> None:
         """A server has loaded the trainer's adapter; its own weights stay as they are."""

@@ -56,13 +56,11 @@ def parse_info(model_info: Any, server_info: Any, *, url: str, vocab_size: int |
             server=url,
         )
     refuse_launch_flags(server_info, url=url)
-    # SGLang 0.5.23 reports max_req_input_len = context_length - 6, and refuses prompts of that length too ("exceeds the
-    # maximum"). Prompt plus response may fill the whole context.
+    # SGLang 0.5.23 reports max_req_input_len = context - 6, and refuses prompts of that length too ("exceeds the
+    # maximum"). It cuts max_new_tokens down, without a word, so that prompt and response have at most two tokens less
+    # than the context, or than the KV cache if that is smaller (--max-total-tokens).
     limit = server_info.get("max_req_input_len")
-    # With a KV cache smaller than the context (--max-total-tokens), it is the limit that counts: SGLang cuts
-    # max_new_tokens down to it without a word.
-    bounds = [server_info.get("context_length"), limit + 6 if limit else None]
-    context = min((bound for bound in bounds if bound), default=None)
+    context = limit + 4 if limit else server_info.get("context_length")
     return ServerInfo(
         url=url,
         version=str(server_info.get("version", "unknown")),

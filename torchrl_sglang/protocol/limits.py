@@ -93,6 +93,11 @@ def check_sampling(sampling: SamplingParams, *, vocab_size: int | None, info: Se
                     f"logit_bias names token id {token}, but the served vocabulary has {vocab_size} ids "
                     f"(0..{vocab_size - 1})"
                 )
+    if sampling.sampling_seed is not None and not info.raw.get("enable_deterministic_inference"):
+        raise ConfigError(
+            f"seed={sampling.sampling_seed}: {info.url} would ignore it; SGLang honours a seed under "
+            "--enable-deterministic-inference only (temperature=0 is repeatable without)"
+        )
     grammar = next((name for name in GRAMMARS if getattr(sampling, name) is not None), None)
     if grammar is not None and info.grammar_backend == "none":
         raise ConfigError(

@@ -102,7 +102,8 @@ class ServerInfo:
         dp_size: data-parallel replicas inside this server; weight updates need 1.
         pp_size: pipeline-parallel stages; weight updates need 1.
         max_prompt_tokens: longest prompt the server accepts, in tokens.
-        context_length: limit of prompt plus response, in tokens; ``None`` when the server does not report it.
+        context_length: limit of prompt plus response, in tokens: two less than the model's context, of which SGLang
+            keeps them; ``None`` when the server does not report it.
         vocab_size: number of valid token ids; ``None`` when unknown (the checkpoint can't be read on this machine).
         weight_version: the server's weight version string at connect time.
         device: ``"cpu"``, ``"cuda"``, ...

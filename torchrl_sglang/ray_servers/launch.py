@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig, ServerConfig
-from torchrl_sglang.config.checking import require
+from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.engine import AsyncSGLang
 from torchrl_sglang.engine.launching import client_config, server_configs
 from torchrl_sglang.pool import SGLangPool
@@ -75,7 +75,7 @@ def launch_on_ray(
 
 def _hosts(placement: RayPlacement, num_servers: int, server: Mapping[str, Any]) -> Sequence[str | None]:
     """The address each server listens on, once the settings that Ray decides have been refused."""
-    require(num_servers >= 1, f"num_servers must be at least 1, got {num_servers}")
+    require_number("num_servers", num_servers, whole=True, at_least=1)
     hosts: Sequence[str | None] = placement.hosts or (None,) * num_servers
     require(len(hosts) == num_servers, f"hosts must be {num_servers}, one per server, got {placement.hosts}")
     for name in ("host", "gpus"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torchrl_sglang.config import ServerConfig
-from torchrl_sglang.config.checking import require, require_positive
+from torchrl_sglang.config.checking import require, require_numbers
 from torchrl_sglang.errors import ServerStartError
 from torchrl_sglang.ray_servers.ray_calls import import_ray
 
@@ -29,8 +29,8 @@ class RayPlacement:
     """Longest wait for room in the cluster: an autoscaler may have to start nodes."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "timeout_s")
-        require_positive(self, "cpus_per_server", zero=True)
+        require_numbers(self, "timeout_s", above=0)
+        require_numbers(self, "cpus_per_server", at_least=0)
         strategies = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
         require(self.strategy in strategies, f"strategy must be one of {strategies}, got {self.strategy!r}")
         if self.hosts is not None:

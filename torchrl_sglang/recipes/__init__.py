@@ -6,6 +6,7 @@ and has its own loop of collecting, training and syncing. This package has the p
 Its folders form layers; each may import those to its left: setup < data < batch < losses < run < tools.
 """
 
+import torchrl_sglang.recipes.available  # noqa: F401  it raises when a needed package is missing
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.recipes.batch.advantages import token_advantages, token_rewards, whiten
 from torchrl_sglang.recipes.batch.conversations import Conversations

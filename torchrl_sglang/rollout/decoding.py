@@ -55,19 +55,24 @@ def decode_behind_words(
     return decode_ids(tokenizer, ids_S_R, skip_special_tokens=skip_special_tokens)
 
 
-def decode_contents(replies_S: Sequence[GenerateReply], prompts: Prompts, tokenizer: Any) -> list[str]:
+def decode_contents(
+    replies_S: Sequence[GenerateReply], prompts: Prompts, tokenizer: Any, stop_ids: Sequence[int] = ()
+) -> list[str]:
     """Content of every assistant message: the response without the special token that ended it.
 
     The chat template writes the end of a message; with the token in the content too, the next turn's prompt would hold
-    it twice. A space at the front is part of the content only if the template renders the response wrongly without it.
+    it twice. That holds whatever reason the server gives for the end: its own EOS may be another token. A space at the
+    front is part of the content only if the template renders the response wrongly without it.
     """
     if not replies_S:
         return []
-    special = special_ids(tokenizer) if prompts.renderer is None else prompts.renderer.ending_ids()
-    ids_S_R = [
-        r.output_ids[:-1] if r.output_ids[-1:] == [r.matched] and r.matched in special else r.output_ids
-        for r in replies_S
-    ]
+    special = special_ids(tokenizer)
+    ends = special.intersection(stop_ids) | (prompts.renderer.turn_end_ids() if prompts.renderer else special)
+    ids_S_R = []
+    for reply in replies_S:
+        last = reply.output_ids[-1] if reply.output_ids else None
+        ended = last in ends or (last == reply.matched and last in special)
+        ids_S_R.append(reply.output_ids[:-1] if ended else reply.output_ids)
     contents = decode_ids(tokenizer, ids_S_R)
     n = len(replies_S) // len(prompts.ids_B_T)
     for index, behind in enumerate(decode_behind_words(ids_S_R, tokenizer)):

@@ -12,7 +12,7 @@ from typing import Any
 
 from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.text_tokens import decode_ids
+from torchrl_sglang.text_tokens import decode_ids, special_ids
 
 __all__ = ["RewrittenAnswer", "continue_tokens"]
 
@@ -76,7 +76,7 @@ def continue_tokens(
     first = renderer.encode(segments[0])
     if known[: len(first)] != first:
         return None
-    special = renderer.ending_ids()
+    special = special_ids(renderer.tokenizer) | renderer.turn_end_ids()
     gaps = _gaps(messages, segments, renderer, special)
     last = next(message for message in reversed(messages) if message["role"] == "assistant")
     walk = _Walk(known, text, gaps, special, renderer, last, rewritten)
@@ -151,11 +151,17 @@ class _Walk:
         while not self.text.startswith(answer, start) and self.text[start : start + 1].isspace():
             start += 1
         if not self.text.startswith(answer, start):
-            return None
+            end = self.text.find(gap.text, cursor)
+            return end + len(gap.text) if end >= 0 and self._are_same(answer, self.text[cursor:end]) else None
         end = start + len(answer)
         while not self.text.startswith(gap.text, end) and self.text[end : end + 1].isspace():
             end += 1
         return end + len(gap.text) if self.text.startswith(gap.text, end) else None
+
+    def _are_same(self, answer: str, rendered: str) -> bool:
+        """Whether two texts have the same tokens, with a tokenizer that changes text (lower-cases it, for example)."""
+        encode, decode = self.renderer.encode, self._decode
+        return decode(encode(answer.strip())).strip() == decode(encode(rendered.strip())).strip()
 
     def finish(self, start: int | None, cursor: int | None) -> list[int] | None:
         """The tokens and what follows the last answer."""
@@ -186,7 +192,7 @@ class _Walk:
         if cursor is None or not self.text.endswith(gap) or cursor > len(self.text) - len(gap):
             return None
         rendered = self.text[cursor : len(self.text) - len(gap)].strip()
-        if answer.strip() == rendered:
+        if answer.strip() == rendered or self._are_same(answer, rendered):
             return ""
         more = answer.lstrip()[len(rendered) :] if answer.lstrip().startswith(rendered) else ""
         return more if more and gap.startswith(more) else None

@@ -86,7 +86,7 @@ def _text_columns(
     if settings.writes_history:
         histories_S = [h for h in prompts.histories_B or [] for _ in range(sampling.n)]
         complete = [reply.finish_reason == "stop" for reply in replies_S]
-        contents = decode_contents(replies_S, prompts, tokenizer)
+        contents = decode_contents(replies_S, prompts, tokenizer, sampling.stop_token_ids)
         columns.append((settings.history_key, chat_rows(histories_S, contents, complete)))
     return columns
 

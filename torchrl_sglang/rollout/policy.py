@@ -30,6 +30,7 @@ from torchrl_sglang.rollout.prompts import (
 from torchrl_sglang.rollout.requests import RequestBatcher, generate_prompts, score_sequences, truncate_left
 from torchrl_sglang.rollout.sampling_mask import warn_of_truncation, with_sampling_mask
 from torchrl_sglang.rollout.settings import RolloutSettings
+from torchrl_sglang.rollout.signature import policy_signature
 from torchrl_sglang.rollout.tensorclasses import Padding, stack_rows
 
 __all__ = ["SGLangWrapper"]
@@ -45,11 +46,11 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
     Where TorchRL's two wrappers differ, this one follows vLLMWrapper: the prompt part of ``LogProbs.full`` is NaN
     unless ``prompt_logprobs`` is set, ``LogProbs.full`` is left out when there is a sample dimension,
     ``Masks.all_assistant_mask`` marks the response, the first response token has its log-prob. It differs from
-    vLLMWrapper in five places. Text mode writes the prompt's tokens and the masks, as tokens mode does. Padded
-    log-probs are filled with 0, not with the padding token's id. An attention mask, or ``Tokens.padded``, decides what
-    is padding, so a sampled token that has the padding id is kept. The content of an answer in ``ChatHistory`` lacks
-    the special token that ended it, because the chat template writes that token. ``ChatHistory.response`` has a message
-    dimension, as the class requires.
+    vLLMWrapper in six places. A conversation is rendered with the tokenizer's own chat template. Text mode writes the
+    prompt's tokens and the masks, as tokens mode does. Padded log-probs are filled with 0, not with the padding token's
+    id. An attention mask, or ``Tokens.padded``, decides what is padding, so a sampled token that has the padding id is
+    kept. The content of an answer in ``ChatHistory`` lacks the special token that ended it, because the chat template
+    writes that token. ``ChatHistory.response`` has a message dimension, as the class requires.
 
     ``out_keys`` equals vLLMWrapper's for the same arguments, so code that compares or selects ``out_keys`` works
     unchanged; the :class:`Generation` at ``generation_key`` is written too, and stays in the TensorDict that the policy
@@ -125,6 +126,8 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         >>> td["tokens", "full"].tolist(), list(td["generation"].finish_reason)
         ([[5, 6, 7, 7, 6]], ['length'])
     """
+
+    __signature__ = policy_signature()  # of the constructor: help, editors and the API page show it
 
     def __init__(self, model: Servers, **kwargs: Any) -> None:
         super().__init__()

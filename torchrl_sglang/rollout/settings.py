@@ -12,6 +12,7 @@ from tensordict import NestedKey
 
 from torchrl_sglang.chat_templates import check_template_kwargs
 from torchrl_sglang.config import SamplingParams, ServerConfig
+from torchrl_sglang.config.checking import require_numbers
 from torchrl_sglang.config.foreign_names import (
     ENGINE_ARGUMENTS,
     GENERATION_ARGUMENTS,
@@ -106,7 +107,7 @@ class RolloutSettings:
             f"layout={self.layout} is not supported: ragged output is one strided tensor per sequence; "
             "td.get(key, as_nested_tensor=True, layout=torch.jagged) gives a nested tensor of it",
         )
-        _require(self.max_resumes >= 0, f"max_resumes must be at least 0, got {self.max_resumes}")
+        require_numbers(self, "max_resumes", at_least=0)
         _require(
             self.return_log_probs is not False or self.generate, "return_log_probs must be True when generate=False."
         )
@@ -128,14 +129,13 @@ class RolloutSettings:
             self.batching is not False or sizes == (None, None),
             "min_batch_size and max_batch_size must be None if batching is False.",
         )
-        for name, size in zip(("min_batch_size", "max_batch_size"), sizes, strict=True):
-            _require(size is None or size >= 1, f"{name} must be at least 1, got {size}")
+        require_numbers(self, "min_batch_size", "max_batch_size", "num_samples", at_least=1)
         if self.min_batch_size is not None and self.max_batch_size is not None:
             _require(
                 self.min_batch_size <= self.max_batch_size,
                 f"min_batch_size ({self.min_batch_size}) must be <= max_batch_size ({self.max_batch_size})",
             )
-        _require(self.batching_timeout > 0, f"batching_timeout must be positive, got {self.batching_timeout}")
+        require_numbers(self, "batching_timeout", above=0, at_most=1e9)
 
     def _check_tokenizer_kwargs(self) -> None:
         for name, allowed in _TOKENIZER_FIXED.items():
@@ -236,10 +236,6 @@ class RolloutSettings:
         given = {k: v for k, v in self.generate_kwargs.items() if k not in self._own_kwargs}
         sampling = SamplingParams.from_kwargs(**given)
         if self.num_samples is not None:
-            _require(
-                isinstance(self.num_samples, int) and self.num_samples >= 1,
-                f"num_samples must be at least 1, got {self.num_samples}",
-            )
             is_given = any(given.get(name) is not None for name in ("n", "num_return_sequences"))
             _require(
                 sampling.n == self.num_samples or not is_given,

@@ -26,6 +26,7 @@ from torchrl_sglang.weights.source.shards import is_sharded, ranks_of
 from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
 from torchrl_sglang.weights.transports.choice import make_transport
 from torchrl_sglang.weights.update.liveness import LivenessCheck
+from torchrl_sglang.weights.update.other_trainers import OtherTrainers
 from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.verification import verify_servers
 
@@ -109,6 +110,7 @@ class WeightSync:
         self._planner = PushPlanner(pool, self.config, self.owner, checkpoint)
         self._checksums = ChecksumVerifier(pool.state, self.config)
         self._liveness = LivenessCheck(pool, restart)
+        self._others = OtherTrainers(pool, self.owner, takeover=self.config.takeover)
         self._transport: WeightTransport[Any] | None = None
         self._last_weights: Any = None
         self._pending: PendingSync | None = None
@@ -174,14 +176,20 @@ class WeightSync:
         """
         with self._pool.update_lock:
             self.reach()
+            self._others.end_dead_updates(self._answering(), None)
             self._choose_transport().connect(self._liveness.reachable())
 
-    def reach(self) -> None:
+    def reach(self, patience_s: float | None = None) -> None:
         """Connect the pool, if it is not connected yet. Servers that hang in a dead trainer's update are freed first.
+
+        Args:
+            patience_s: how long the mark of another trainer must stay the same to count as that of a dead one;
+                ``None`` frees only servers of trainers whose process is known to have ended.
 
         Raises:
             ServerError: a server can't be reached, or hangs for another reason.
             ConfigError: the servers don't serve the same model.
+            WeightUpdateError: another trainer is updating a server.
         """
         deadline = time.monotonic() + self.config.group_timeout_s
         while True:
@@ -189,7 +197,7 @@ class WeightSync:
                 self._pool.connect()
                 return
             except ServerTimeoutError:
-                freed = self._liveness.destroy_groups_of_dead_trainers(self._pool.clients)
+                freed = self._others.end_dead_updates(self._pool.clients, patience_s)
                 if not freed or time.monotonic() > deadline:
                     raise
 
@@ -311,6 +319,8 @@ class WeightSync:
             if isinstance(error, WeightSyncError):
                 new = [client for client in clients if error.server_weights.get(client.url) == "new"]
                 self._serve(new, number, updated)
+            for client in clients:
+                self._pool.state.verification_ended(client.url)
             raise
         self._serve(clients, number, updated)
         report.server_weights = {url: state.weights for url, state in updated.items()}
@@ -329,7 +339,8 @@ class WeightSync:
         """
         ranks = ranks_of(weights.parameters()) if isinstance(weights, nn.Module) else None
         try:
-            self.reach()
+            patience_s = self.config.fixed_timeout_s
+            self.reach(patience_s)
             self._pool.refuse_while_offloaded()
             self._choose_transport()
         except SGLangError:
@@ -342,6 +353,8 @@ class WeightSync:
     def _prepare(self, transport: WeightTransport[Any], source: WeightSource, partial: bool) -> list[SGLangClient]:
         """The servers that this push goes to, connected by the transport."""
         try:
+            patience_s = self.config.deadline_s(self._planner.checkpoint.nbytes)
+            self._others.end_dead_updates(self._answering(), patience_s)
             clients = self._liveness.reachable()
             if partial or self.config.only_trainable:
                 self._require_own_weights(clients, partial)
@@ -353,6 +366,10 @@ class WeightSync:
                 self._planner.gather_only(source, partial=partial, transport=transport.name)
             raise
         return clients
+
+    def _answering(self) -> list[SGLangClient]:
+        state = self._pool.state
+        return [client for client in self._pool.clients if state.server(client.url).weights != "stuck"]
 
     def _require_own_weights(self, clients: Sequence[SGLangClient], partial: bool) -> None:
         """Before only some tensors are sent: every server must hold the others, as this trainer knows them.

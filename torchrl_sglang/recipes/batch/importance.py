@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.config.checking import require_number
 
 __all__ = ["truncated_importance_weights"]
 
@@ -36,6 +36,5 @@ def truncated_importance_weights(log_pi_N: torch.Tensor, log_mu_N: torch.Tensor,
         >>> truncated_importance_weights(torch.tensor([0.5, 0.9, 0.1]).log(), log_mu)
         tensor([1.0000, 2.0000, 0.5000])
     """
-    if not cap > 0:
-        raise ConfigError(f"the cap of importance weights must be positive, got {cap}")
+    require_number("cap", cap, above=0)
     return (log_pi_N.detach() - log_mu_N).clamp(max=20.0).exp().clamp(max=cap)

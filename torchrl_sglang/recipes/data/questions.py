@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from torchrl_sglang.config.checking import require
+from torchrl_sglang.config.checking import require, require_number
 
 __all__ = ["POSITION_KEY", "Question", "QuestionStream"]
 
@@ -58,7 +58,7 @@ class QuestionStream(IterableDataset[dict[str, str | int]]):
     def __init__(self, questions: Sequence[Question], *, seed: int | None, start: int = 0) -> None:
         super().__init__()
         require(len(questions) > 0, "there are no questions")
-        require(start >= 0, f"start must be at least 0, got {start}")
+        require_number("start", start, whole=True, at_least=0)
         self.questions = tuple(questions)
         self.start = start
         self._seed = seed

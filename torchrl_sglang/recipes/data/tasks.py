@@ -13,7 +13,7 @@ import torch
 from torchrl.envs.llm import CountdownEnv
 
 from torchrl_sglang.config import nearest_name
-from torchrl_sglang.config.checking import require
+from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.recipes.data.questions import Question
 from torchrl_sglang.recipes.data.rewards import Scorer, score_countdown, score_exact, score_number, score_sum
@@ -53,6 +53,7 @@ def arithmetic(*, largest: int = 9, held_out: int = 16, seed: int = 0) -> Task:
         >>> len(task.train), task.train[0].query, task.train[0].answer
         (7, 'What is 1 + 2? Answer with only the number.', '3')
     """
+    require_number("largest", largest, whole=True, at_least=1)
     sums = [
         Question(query=f"What is {a} + {b}? Answer with only the number.", answer=str(a + b))
         for a in range(1, largest + 1)
@@ -79,7 +80,10 @@ def python_sums(
         >>> len(task.train), task.train[0].query
         (2, 'Write a Python code block that prints 633 + 160.')
     """
-    require(1 <= smallest < largest, f"smallest must be at least 1 and below largest, got {smallest} and {largest}")
+    for name, value in (("smallest", smallest), ("largest", largest), ("questions", questions)):
+        require_number(name, value, whole=True, at_least=1)
+    _check_draw(held_out, seed)
+    require(smallest < largest, f"smallest must be at least 1 and below largest, got {smallest} and {largest}")
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(smallest, largest + 1, (2 * (questions + held_out), 2), generator=generator).tolist()
     pairs = list(dict.fromkeys(map(tuple, drawn)))[: questions + held_out]
@@ -107,6 +111,10 @@ def countdown(
         held_out: number of held-out questions.
         seed: seed of the draw.
     """
+    for name, value in (("numbers", numbers), ("largest", largest), ("questions", questions)):
+        require_number(name, value, whole=True, at_least=1)
+    require_number("largest_target", largest_target, whole=True, at_least=1)
+    _check_draw(held_out, seed)
     env = CountdownEnv(
         num_count=numbers,
         max_number=largest,
@@ -233,9 +241,14 @@ def split(questions: Sequence[Question], held_out: int, seed: int) -> tuple[list
     Raises:
         ConfigError: no training question would be left.
     """
-    require(held_out >= 0, f"held_out must be at least 0, got {held_out}")
+    _check_draw(held_out, seed)
     require(held_out < len(questions), f"held_out={held_out} of {len(questions)} questions leaves none to train on")
     order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
     apart = set(order[:held_out])
     train = [question for index, question in enumerate(questions) if index not in apart]
     return train, [question for index, question in enumerate(questions) if index in apart]
+
+
+def _check_draw(held_out: int, seed: int) -> None:
+    require_number("held_out", held_out, whole=True, at_least=0)
+    require_number("seed", seed, whole=True, at_least=0, below=2**63)

@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from torch import nn
 from torchrl.objectives.llm import GRPOLoss
 
-from torchrl_sglang.config.checking import require
+from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.recipes.batch.sequences import Sequences
 from torchrl_sglang.recipes.losses.scoring import TokenScores, response_mask, score_tokens
 
@@ -66,6 +66,7 @@ class GRPOActor(nn.Module):
 
     def __init__(self, model: nn.Module, *, temperature: float, entropy: bool = False) -> None:
         super().__init__()
+        require_number("temperature", temperature, at_least=0)
         self.model = model
         self.temperature = temperature
         self.entropy = entropy
@@ -90,6 +91,7 @@ def make_grpo_loss(actor: GRPOActor, *, clip_epsilon: float = 0.2) -> GRPOLoss:
         actor: scores the answers.
         clip_epsilon: importance ratios outside ``1 +- clip_epsilon`` are clipped.
     """
+    require_number("clip_epsilon", clip_epsilon, above=0, below=1)
     loss = GRPOLoss(actor, clip_epsilon=clip_epsilon, entropy_bonus=False)
     loss.set_keys(action=("tokens", "response"), sample_log_prob=("log_probs", "response"))
     return loss

@@ -10,7 +10,7 @@ from types import TracebackType
 
 from tensordict import TensorDictBase
 
-from torchrl_sglang.config.checking import require, require_positive
+from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.errors import ServerTimeoutError
 from torchrl_sglang.parallel import Task
 
@@ -43,10 +43,10 @@ class BackgroundRollouts:
     """
 
     def __init__(self, batches: Iterable[TensorDictBase], *, ahead: int, timeout_s: float = 600.0) -> None:
-        require(ahead >= 0, f"ahead is a number of batches, got {ahead}")
+        require_number("ahead", ahead, whole=True, at_least=0)
+        require_number("timeout_s", timeout_s, above=0)
         self.ahead = ahead
         self.timeout_s = timeout_s
-        require_positive(self, "timeout_s")
         self._batches = batches
         self.collect_s = 0.0
         self._ready: deque[tuple[TensorDictBase, float]] = deque()

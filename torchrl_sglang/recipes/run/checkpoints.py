@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchrl_sglang.config.checking import require
+from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.disk_space import writing
 from torchrl_sglang.errors import ConfigError
 
@@ -88,7 +88,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int = 1) -> None:
-        require(keep >= 1, f"keep must be at least 1, got {keep}")
+        require_number("keep", keep, whole=True, at_least=1)
         self.folder = folder
         self.keep = keep
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torchrl_sglang.config.checking import nearest_name, require, require_positive
+from torchrl_sglang.config.checking import nearest_name, require, require_number, require_numbers
 
 __all__ = ["SCHEDULES", "SETTINGS", "CheckpointSettings", "EvaluateSettings", "RunSettings", "TrainSettings"]
 
@@ -45,9 +45,13 @@ class TrainSettings:
     """Seed of the order of questions, of the trainer, and of launched servers."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "steps", "questions", "answers", "micro_batch", "epochs", "lr", "clip_norm")
-        require_positive(self, "weight_decay", "warmup_steps", zero=True)
-        require(len(self.betas) == 2, f"betas must be two numbers, got {self.betas}")
+        require_numbers(self, "steps", "questions", "answers", "micro_batch", "epochs", above=0)
+        require_numbers(self, "lr", "clip_norm", above=0)
+        require_numbers(self, "weight_decay", "warmup_steps", at_least=0)
+        require_numbers(self, "seed", at_least=0, below=2**32)
+        require(len(self.betas) == 2, f"betas must be two numbers, got {self.betas!r}")
+        for beta in self.betas:
+            require_number("each of betas", beta, at_least=0, below=1)
         require(
             self.schedule in SCHEDULES,
             f"schedule must be one of {SCHEDULES}, got {self.schedule!r}.{nearest_name(self.schedule, SCHEDULES)}",
@@ -77,9 +81,11 @@ class EvaluateSettings:
     """Values of k for pass@k, the probability that at least one of k answers is right."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "questions", "answers")
-        require_positive(self, "every", zero=True)
-        require(bool(self.ks) and min(self.ks) >= 1, f"ks must be numbers of answers, got {self.ks}")
+        require_numbers(self, "questions", "answers", above=0)
+        require_numbers(self, "every", at_least=0)
+        require(bool(self.ks), f"ks must be numbers of answers, got {self.ks!r}")
+        for k in self.ks:
+            require_number("each of ks", k, whole=True, at_least=1)
         require(
             max(self.ks) <= self.answers,
             f"pass@{max(self.ks)} can't be estimated from {self.answers} answers per question: raise evaluate.answers",
@@ -108,8 +114,8 @@ class CheckpointSettings:
     """Also keep the weights that generated the last answers, in ``checkpoint-previous/`` (``grpo.py`` only)."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "keep")
-        require_positive(self, "every", zero=True)
+        require_numbers(self, "keep", at_least=1)
+        require_numbers(self, "every", at_least=0)
 
     def is_due(self, step: int, last_step: int) -> bool:
         """Whether to save after ``step``.
@@ -137,7 +143,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         require(bool(self.folder), "folder must be a path")
-        require_positive(self, "report_every_s", zero=True)
+        require_numbers(self, "report_every_s", at_least=0)
 
 
 SETTINGS = {

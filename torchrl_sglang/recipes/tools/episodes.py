@@ -11,7 +11,7 @@ from tensordict import TensorDictBase, lazy_stack
 from torchrl.data.llm import History
 from torchrl.envs import TransformedEnv
 
-from torchrl_sglang.config.checking import require
+from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.recipes.data.environment import chat_env
 from torchrl_sglang.recipes.data.evaluation import mean_pass_at_k
 from torchrl_sglang.recipes.data.questions import QuestionStream
@@ -58,9 +58,10 @@ class PythonTool(RewardTransform):
         answer_key: str = "answer",
         unsafe: bool = False,
     ) -> None:
-        require(max_turns >= 1, f"max_turns must be at least 1, got {max_turns}")
+        require_number("max_turns", max_turns, whole=True, at_least=1)
+        require_number("timeout_s", timeout_s, above=0)
         require("{output}" in reply, f"reply must contain {{output}}, got {reply!r}")
-        require(0 <= bonus < 1, f"bonus must be at least 0 and below 1, got {bonus}")
+        require_number("bonus", bonus, at_least=0, below=1)
         super().__init__(score, answer_key=answer_key)
         self.max_turns, self.reply, self.bonus = max_turns, reply, bonus
         self.timeout_s, self.program, self.unsafe = timeout_s, program, unsafe

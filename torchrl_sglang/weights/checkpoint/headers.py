@@ -123,6 +123,12 @@ class Checkpoint:
         """Size of all tensors in bytes."""
         return sum(spec.nbytes for spec in self.specs.values())
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model is a mixture of experts, by its configuration."""
+        config = self.config.get("text_config") or self.config
+        return any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+
     def is_optional(self, name: str) -> bool:
         """Whether a trainer may leave ``name`` out: a tied output embedding, or a table that servers compute."""
         return (self.tied and is_output_embedding(name)) or self.is_server_computed(name)

@@ -30,7 +30,7 @@ _PORT_TIMEOUT_S = 5.0
 
 
 def group_name(mark: str) -> str:
-    """Name of the group over which a server marked dirty by ``mark`` was updated (:attr:`WeightVersion.owner`)."""
+    """Name of the group of an update (:attr:`TrainerMark.group`)."""
     return f"torchrl-sglang-{mark}"
 
 

@@ -32,7 +32,7 @@ def check_layer_sizes(tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoin
     """
     config = checkpoint.config.get("text_config") or checkpoint.config
     layers = config.get("num_hidden_layers")
-    if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+    if checkpoint.has_experts:
         expert = next((name for name in tensors if ".mlp." in name), None)
         if expert is not None:
             raise ConfigError(

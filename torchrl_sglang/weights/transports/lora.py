@@ -20,6 +20,7 @@ from torchrl_sglang.protocol.control import build_load_lora_from_tensors, build_
 from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.packing import BucketPacker
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.transports.base import PackedWeights
 from torchrl_sglang.weights.transports.lora_limits import require_fitting_servers, require_lora
 from torchrl_sglang.weights.transports.lora_payload import encode_tensors
@@ -39,13 +40,15 @@ class LoraTransport:
     Args:
         pool: the servers; its state names the adapter that requests use.
         owner: id of this trainer, part of the adapters' names: two trainers use different ones.
+        checkpoint: what the servers were started from.
     """
 
     name = "lora"
 
-    def __init__(self, pool: SGLangPool, owner: str) -> None:
+    def __init__(self, pool: SGLangPool, owner: str, checkpoint: Checkpoint) -> None:
         self._pool = pool
         self._owner = owner
+        self._has_experts = checkpoint.has_experts
         self._loaded: list[str] = []
         self._infos: Sequence[ServerInfo] = ()
 
@@ -58,10 +61,10 @@ class LoraTransport:
         """Check that the servers take adapters.
 
         Raises:
-            ConfigError: a server was started without LoRA, or with data-parallel replicas inside.
+            ConfigError: a server was started without LoRA, or in a way in which SGLang can't use adapters.
         """
         for client in clients:
-            require_lora(client.info)
+            require_lora(client.info, has_experts=self._has_experts)
         self._infos = [client.info for client in clients]
 
     def stage(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> None:

@@ -22,11 +22,16 @@ _STACKED = {
 """Module to the server's own that holds it. Source: SGLang 0.5.23, ``get_normalized_target_modules``."""
 
 
-def require_lora(info: ServerInfo) -> None:
+def require_lora(info: ServerInfo, *, has_experts: bool = False) -> None:
     """Check that a server takes adapters.
 
+    Args:
+        info: the server.
+        has_experts: whether its model is a mixture of experts.
+
     Raises:
-        ConfigError: it was started without LoRA, or has several replicas inside (SGLang loads adapters into one only).
+        ConfigError: it was started without LoRA, has several replicas inside (SGLang loads adapters into one only), or
+            would end at the first request that uses an adapter.
     """
     if not info.lora_enabled:
         raise ConfigError(
@@ -37,6 +42,13 @@ def require_lora(info: ServerInfo) -> None:
         raise ConfigError(
             f"{info.url} has {info.dp_size} data-parallel replicas inside (--dp-size), and SGLang loads no adapter "
             "into such a server: start as many servers instead (AsyncSGLang.from_pretrained(dp_size=...))"
+        )
+    targets = set(info.raw.get("lora_target_modules") or ())
+    if has_experts and info.device == "cpu" and targets & {"all", "gate_proj", "up_proj", "down_proj", "gate_up_proj"}:
+        raise ConfigError(
+            f"{info.url} was started with --lora-target-modules {' '.join(sorted(targets))}, and SGLang's CPU engine "
+            "can't run a model's experts with adapters (its process would end): start it with q_proj k_proj v_proj "
+            "o_proj"
         )
 
 

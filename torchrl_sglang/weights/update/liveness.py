@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -10,9 +10,9 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import RequestRejectedError, ServerError, WeightSyncError, WeightUpdateError
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
-from torchrl_sglang.protocol.control import build_destroy_group, build_ready
+from torchrl_sglang.pool.reply_weights import is_outdated
+from torchrl_sglang.protocol.control import build_ready
 from torchrl_sglang.protocol.dialect import SERVER_INFO
-from torchrl_sglang.weights.group.rendezvous import group_name
 
 __all__ = ["LivenessCheck"]
 
@@ -38,7 +38,6 @@ class LivenessCheck:
         Raises:
             WeightUpdateError: none answers.
         """
-        self.destroy_groups_of_dead_trainers([each for each in self._pool.clients if not self._is_routed(each)])
         outcomes = side_by_side({client.url: partial(self._check, client) for client in self._pool.clients})
         for client in self._pool.clients:
             error = outcomes[client.url].error
@@ -69,29 +68,6 @@ class LivenessCheck:
         for client in self._pool.clients:
             error.server_weights.setdefault(client.url, "old" if self._is_routed(client) else "mixed")
 
-    def destroy_groups_of_dead_trainers(self, suspects: Sequence[SGLangClient]) -> bool:
-        """Make all servers leave the process groups of trainers that died in an update.
-
-        Call only right before a full sync: it destroys other trainers' process groups.
-
-        gloo's broadcast is a tree: a server may wait for another server that has long seen the trainer's death. When
-        that one leaves the group, its connections close and the waiting server is free too.
-
-        Args:
-            suspects: servers that may carry the mark of such an update.
-
-        Returns:
-            Whether any does.
-        """
-        free = [client for client in self._pool.clients if not self._is_stuck(client)]
-        calls = {client.url: client.held_version for client in suspects if not self._is_stuck(client)}
-        versions = [outcome.value for outcome in side_by_side(calls).values() if outcome.value is not None]
-        marks = {version.owner for version in versions if version.dirty and version.owner}
-        for mark in marks:
-            request = build_destroy_group(group_name(mark))
-            side_by_side({each.url: partial(each.send, request, timeout_s=_STUCK_TIMEOUT_S) for each in free})
-        return bool(marks)
-
     def _is_routed(self, client: SGLangClient) -> bool:
         return self._pool.state.server(client.url).is_routed
 
@@ -104,6 +80,9 @@ class LivenessCheck:
                 client.send(build_ready())
             if self._is_stuck(client) or not self._is_routed(client):
                 _require_scheduler(client)
+            held = client.weight_version()
+            if is_outdated(held, self._pool.state.server(client.url)):
+                self._pool.state.replaced_elsewhere(client.url, held)
         except ServerError:
             restarts = self._pool.state.server(client.url).restarts
             if self.restart is None or not self.restart(client.url):

@@ -36,6 +36,7 @@ from torchrl_sglang.protocol import control
 from torchrl_sglang.protocol.messages import HttpRequest
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.group.process_group import WeightGroup
+from torchrl_sglang.weights.group.trainer_mark import TrainerMark, update_under_way
 from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["UpdateSession"]
@@ -93,7 +94,9 @@ class UpdateSession:
         self._state = pool.state
         self._clients = tuple(clients)
         self._version = version
-        self._dirty = str(WeightVersion(number=version.number, owner=mark or version.owner, dirty=True))
+        self._mark = TrainerMark.own(mark or version.owner or "")
+        self._dirty = str(WeightVersion(number=version.number, owner=str(self._mark), dirty=True))
+        self._under_way = update_under_way(self._mark)
         self._config = config
         self._deadline = deadline
         self._groups = tuple(groups)
@@ -122,10 +125,14 @@ class UpdateSession:
         return self._config.cache == "flush" and self._pause_mode != "in_place"
 
     def __enter__(self) -> UpdateSession:
+        self._under_way.__enter__()
         try:
             self._open()
         except BaseException as error:  # noqa: BLE001  servers are left in a good state on Ctrl-C too; raised below
-            self._fail(error)
+            try:
+                self._fail(error)
+            finally:
+                self._under_way.__exit__(None, None, None)
             self._raise(error)
         return self
 
@@ -139,6 +146,8 @@ class UpdateSession:
         except BaseException as failure:  # noqa: BLE001  as above
             self._fail(failure)
             self._raise(failure)
+        finally:
+            self._under_way.__exit__(None, None, None)
 
     # ------------------------------------------------------------------ what a transport calls
 
@@ -198,12 +207,20 @@ class UpdateSession:
 
     def _recording_version(self, client: SGLangClient) -> Callable[[], None]:
         def record() -> None:
-            self._state.update_version_read(client.url, client.weight_version())
+            held = client.weight_version()
+            self._state.update_version_read(client.url, held)
+            mark = TrainerMark.parse(WeightVersion.parse(held).owner or "")
+            if mark.owner != self._mark.owner and mark.is_alive() and not self._config.takeover:
+                raise WeightUpdateError(f"another trainer ({mark.owner}) has begun an update of {client.url}")
 
         return record
 
     def _beginning(self, client: SGLangClient) -> Callable[[], None]:
-        """Open the update session; one that a dead trainer left open is closed first."""
+        """Open the update session; one that a dead trainer left open is closed first.
+
+        A session on a server that nobody has marked belongs to a trainer that has begun after we looked, or to another
+        program: it is left alone.
+        """
 
         def begin() -> None:
             if not client.dialect.weight_session:
@@ -214,7 +231,13 @@ class UpdateSession:
             except RequestRejectedError as error:
                 if "already open" not in error.detail:
                     raise
-                self._state.weights_changed(client.url, "mixed")  # what the dead trainer had sent is unknown
+                is_marked = WeightVersion.parse(self._state.server(client.url).version_before).dirty
+                self._state.weights_changed(client.url, "mixed")  # what the other trainer has sent is unknown
+                if not is_marked and not self._config.takeover:
+                    raise WeightUpdateError(
+                        f"{client.url} has an update session open that another program has opened, and may be in use. "
+                        "If it is not, close it with SyncConfig(takeover=True)"
+                    ) from error
                 self._call(client, control.build_end_update(), "closing a left-over update session")
                 self._call(client, request, "opening the update session")
             self._state.session_opened(client.url)
@@ -255,6 +278,7 @@ class UpdateSession:
             if client.url in error.server_weights:
                 self._pool.quarantine(client.url, f"its verification failed ({error})")
                 self._state.weights_changed(client.url, self._withdraw(client))
+                self._state.update_rejected(client.url, str(self._version))
         error.server_weights.update(self.server_weights)
 
     def _withdraw(self, client: SGLangClient) -> ServerWeights:

@@ -24,6 +24,7 @@ from torchrl_sglang.protocol.generate import build_generate, parse_generate
 from torchrl_sglang.weights.checksums.verifier import PushChecksums
 from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import is_sharded
+from torchrl_sglang.weights.update.likely_cause import likely_cause
 from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["probe_ids", "trainer_logprobs", "verify_servers"]
@@ -71,13 +72,17 @@ def verify_servers(
         WeightUpdateError: a server did not answer, holds other tensors or scores as another model; ``server_weights``
             names it.
     """
-    comparing = None if checksums is None else Task(partial(checksums.compare, clients, source), name="checksums")
+    comparing = None if checksums is None else Task(partial(checksums.compare, clients), name="checksums")
     complaints: dict[str, str] = {}
     gaps: dict[str, float] = {}
+    cause = ""
     try:
         if vocab_size is not None:
             model = None if source.module is None or is_sharded(source.module) else source.module
             complaints, gaps = _compare_scores(clients, vocab_size, model, config, served_dtype, lora)
+            if gaps.keys() & complaints.keys():
+                served = clients[0].info.architectures
+                cause = likely_cause(model, source.architecture, served=served, served_dtype=served_dtype)
     finally:
         if comparing is not None:
             comparing.wait()
@@ -86,7 +91,7 @@ def verify_servers(
         complaints = {**complaints, **_unanswered(failed), **stale}
         report.num_checksums = checksums.verdict.num_equal
         report.not_compared = checksums.not_compared
-    _raise_if_any(complaints)
+    _raise_if_any(complaints, cause, is_adapter=lora is not None)
     report.max_logprob_gap = max(gaps.values(), default=None)
 
 
@@ -118,11 +123,7 @@ def _compare_scores(
         gaps = {url: _gap(score, reference) for url, score in scores.items()}
         for url, gap in gaps.items():
             if not gap <= atol:  # also catches NaN
-                complaints[url] = (
-                    f"{url} differs from {whose} by {gap:.2g} in log-prob (tolerance {atol:g}). Does the trainer's "
-                    "model compute what the served checkpoint's architecture does? SyncConfig.verify_atol widens the "
-                    "tolerance"
-                )
+                complaints[url] = f"{url} differs from {whose} by {gap:.2g} in log-prob (tolerance {atol:g})"
     return complaints, gaps
 
 
@@ -162,10 +163,15 @@ def _unanswered(errors: Mapping[str, SGLangError]) -> dict[str, str]:
     return {url: f"{url} could not be verified: {error}" for url, error in errors.items()}
 
 
-def _raise_if_any(complaints: Mapping[str, str]) -> None:
+def _raise_if_any(complaints: Mapping[str, str], cause: str, *, is_adapter: bool) -> None:
     if complaints:
+        urls = ", ".join(complaints)
+        cause = f" {cause}" if cause else ""
+        now = "requests use the previous adapter" if is_adapter else f"{urls} generates nothing until it is verified"
         raise WeightUpdateError(
-            "after the update: " + "; ".join(complaints.values()), server_weights=dict.fromkeys(complaints, "mixed")
+            f"the weights were sent, but are unverified: {'; '.join(complaints.values())}.{cause} Now {now}. "
+            "servers.update_weights(model) sends all weights again and verifies them",
+            server_weights=dict.fromkeys(complaints, "mixed"),
         )
 
 

@@ -1,0 +1,30 @@
+"""A model that was converted after loading computes something else than the server: found, explained, and healed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from torchrl_sglang import AsyncSGLang, WeightUpdateError
+from torchrl_sglang.server import SGLangServer
+
+
+def test_a_rounded_rotary_table_fails_the_verification_and_an_exact_one_heals_the_server(
+    pristine_server: SGLangServer, tiny_llama: Path
+) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    rounded = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    exact = rounded.model.rotary_emb.inv_freq.clone()
+    rounded.model.rotary_emb.inv_freq = exact.bfloat16().float()  # all that .bfloat16().float() leaves rounded for good
+    with AsyncSGLang.connect(pristine_server.url) as servers:
+        with pytest.raises(WeightUpdateError, match="unverified: .*Likely cause: .*inv_freq to bfloat16"):
+            servers.update_weights(rounded)
+        assert pristine_server.url in servers.pool.quarantined
+        report = servers.update_weights(loaded)
+        assert report is not None
+        assert report.max_logprob_gap is not None
+        assert report.max_logprob_gap < 1e-3
+        assert servers.pool.quarantined == {}
