@@ -39,9 +39,8 @@ from torchrl.data import LazyStackStorage, ReplayBuffer, SamplerWithoutReplaceme
 from torchrl_sglang import recipes
 
 STEP_LINE = (
-    "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%} | {response_tokens_mean:4.1f} tokens/answer, "
-    "{generate_tokens_per_s:3.0f} tokens/s | generate {generate_s:.1f} s, train {train_s:.1f} s, sync {sync_s:.2f} s "
-    "{sync_mb:.0f} MB | weights v{weight_version} | log-prob gap {logprob_gap_max:.1e}"
+    "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%} | generate {generate_s:.1f} s, "
+    "train {train_s:.1f} s, sync {sync_s:.2f} s | weights v{weight_version} | log-prob gap {logprob_gap_max:.1e}"
 )
 
 
