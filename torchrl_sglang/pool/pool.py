@@ -12,6 +12,7 @@ from typing import Any
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.errors import ConfigError, LethalPromptError, RequestRejectedError, ServerError, SGLangError
 from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.parallel import side_by_side
@@ -291,7 +292,8 @@ class SGLangPool:
             sampling: how tokens are drawn.
             return_logprobs: report the log-prob of every response token.
             prompt_logprobs: report those of the prompt too.
-            timeout_s: seconds for the whole batch instead of ``ClientConfig.generate_timeout_s``.
+            timeout_s: seconds for the whole batch; ``None`` gives each of its requests
+                ``ClientConfig.generate_timeout_s``.
             progress: called with the number of newly generated tokens while the batch runs.
             lora: name of a loaded adapter.
             media: images, videos and sounds of each prompt (not together with ``progress``).
@@ -304,6 +306,7 @@ class SGLangPool:
             LethalPromptError: servers died on a prompt; names its index, and has the other prompts' replies.
             ServerError: a server failed in a way that leaves open whether requests ran, or no server is left.
         """
+        require_number("timeout_s", timeout_s, optional=True, above=0)
         if len(ids_B_T) == 0:
             return []
         self.check(ids_B_T, sampling)
@@ -313,7 +316,7 @@ class SGLangPool:
             sampling=sampling,
             return_logprobs=return_logprobs,
             prompt_logprobs=prompt_logprobs,
-            timeout_s=timeout_s,
+            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
             progress=progress,
             lora=lora,
             cache_salt=self.state.weights.cache_salt,
