@@ -35,14 +35,15 @@ print(sum(b"SECRET_OF_THE_TRAINER" in text for text in found), len(found))
 """
 LEAVE_A_PROCESS = """
 import os, time
+read, write = os.pipe()
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
         print(os.getpid(), flush=True)
+        os.write(write, b"x")
         time.sleep(600)
     os._exit(0)
-os.wait()
-time.sleep(0.3)
+os.read(read, 1)
 """
 
 
