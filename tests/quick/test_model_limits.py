@@ -53,6 +53,16 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "a window just below the context": (PHI3, {}, "Phi3ForCausalLM: sliding_window=2047 .*context_length=2047"),
     "a bias of the output layer": ({"architectures": ["PhiForCausalLM"]}, {}, r"lm_head\.bias\) is left out"),
+    "biases of the MLP": (
+        {"architectures": ["LlamaForCausalLM"], "mlp_bias": True},
+        {},
+        "LlamaForCausalLM: mlp_bias=true is ignored",
+    ),
+    "all biases": (
+        {"architectures": ["GraniteForCausalLM"], "mlp_bias": True, "attention_bias": True},
+        {},
+        "mlp_bias and attention_bias=true is ignored",
+    ),
     "a bias named in the config": (
         {"architectures": ["PhimoeForCausalLM"], "lm_head_bias": True},
         {},
@@ -88,6 +98,7 @@ SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"architectures": ["LlamaForCausalLM"], "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         {},
     ),
+    "biases that Llama has": ({"architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False}, {}),
     "an unknown architecture": ({"architectures": ["NewForCausalLM"], "sliding_window": 8}, {}),
     "no architecture": ({}, {}),
 }

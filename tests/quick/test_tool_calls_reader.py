@@ -117,12 +117,24 @@ def test_a_server_without_the_parser_or_the_endpoint_changes_nothing_unless_it_w
     assert reader(None).read([], reply(PLAIN), TOOLS).calls == WRITE_A
 
 
+def test_the_server_is_not_asked_what_would_keep_it_busy() -> None:
+    server = Server(answer(""))
+    call = "[write(text='a')]"
+    for named, known in (("pythonic", None), (None, "pythonic")):
+        assert reader(server, named=named, known=known).read([], reply(call), TOOLS).calls == WRITE_A
+    asked = reader(server, known="glm45")
+    asked.read([], reply("<tool_call>" * 201), TOOLS)
+    assert server.requests == []
+    asked.read([], reply("<tool_call>" * 20), TOOLS)
+    assert len(server.requests) == 1
+
+
 def test_what_ended_the_response_is_no_part_of_it() -> None:
     bare = '{"name": "write", "parameters": {"text": "a"}}'
     assert reader(None).read([], reply(bare, matched=ord("$")), TOOLS).calls == WRITE_A
     assert reader(None).read([], reply(f"{bare}\nObservation", matched="\nObservation"), TOOLS).calls == WRITE_A
     cut = reader(None).read([], reply(bare[:-4], finish="length"), TOOLS)
-    assert "max_new_tokens" in cut.rejected[0].reason
+    assert "cut off" in cut.rejected[0].reason
 
 
 TEMPLATES = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.config.sampling_values import integer
 from torchrl_sglang.errors import ConfigError
 
 __all__ = ["GenerationDefaults"]
@@ -70,11 +71,12 @@ class GenerationDefaults:
                 limit = settings.get(name)
                 if limit is None:
                     continue
+                limit = integer(name, limit)
                 if name != "max_length":
-                    return int(limit)
+                    return limit
                 if limit <= prompt_length:
                     raise ConfigError(f"max_length={limit} leaves no room: the prompt alone has {prompt_length} tokens")
-                return int(limit) - prompt_length
+                return limit - prompt_length
         if context_length is None:
             return _UNKNOWN_CONTEXT_NEW_TOKENS
         # At least 1: a prompt that fills the context then gets the pool's error about its length.

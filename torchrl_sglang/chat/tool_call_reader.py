@@ -13,7 +13,7 @@ from torchrl_sglang.chat.response import ToolCall
 from torchrl_sglang.chat.tool_calls import FoundCalls, fit_call, read_tool_calls
 from torchrl_sglang.chat.tool_formats import WrittenCall
 from torchrl_sglang.chat.tool_json import plain, read_json
-from torchrl_sglang.chat.tool_parsers import READ_HERE_TOO
+from torchrl_sglang.chat.tool_parsers import NEVER_ASKED, READ_HERE_TOO
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import ConfigError, ProtocolError, RequestRejectedError, ServerError
 from torchrl_sglang.protocol.messages import GenerateReply
@@ -24,6 +24,8 @@ __all__ = ["LOCAL", "ToolCallReader", "call_ids"]
 LOCAL = "local"
 """Instead of the name of a parser: no server is asked."""
 
+_OPENINGS = ("<tool_call>", "<function=", "<｜tool▁call▁begin｜>", "<｜tool▁calls▁begin｜>", "[TOOL_CALLS]")
+_MANY_CALLS = 200
 _TAIL = 64  # tokens of the prompt's end that can hold a thinking tag, in bytes at worst
 _ALPHABET = string.ascii_letters + string.digits
 _ID_LENGTH = 9  # Mistral's templates accept no other, and all others accept any
@@ -48,7 +50,8 @@ class ToolCallReader:
         self._tokenizer = tokenizer
         self._pick_server = pick_server
         self._named = named
-        self.parser = None if named == LOCAL else named or known
+        self.family = None if named == LOCAL else named or known
+        self.parser = None if self.family in NEVER_ASKED else self.family
         if self._named is not None and self.parser is not None:
             self._check(self.parser)
 
@@ -65,8 +68,8 @@ class ToolCallReader:
         """
         text = self._text(reply)
         thinks = open_thinking(self._decode(ids_T[-_TAIL:]))
-        own = read_tool_calls(text, tools, thinks=thinks, is_cut=reply.finish_reason == "length")
-        if self.parser is None or not own.answer.strip():
+        own = read_tool_calls(text, tools, thinks=thinks, is_cut=reply.finish_reason != "stop")
+        if self.parser is None or not own.answer.strip() or _is_degenerate(own.answer):
             return own
         try:
             asked = self._ask(self.parser, own, tools)
@@ -116,6 +119,11 @@ class ToolCallReader:
                 f"those of SGLang's --tool-call-parser, such as 'qwen25', 'llama3' or 'mistral'; {LOCAL!r} reads the "
                 "common formats without a server."
             ) from error
+
+
+def _is_degenerate(answer: str) -> bool:
+    """Whether a response opens so many calls that the server's parsers, whose time grows with the square, stop it."""
+    return any(answer.count(mark) > _MANY_CALLS for mark in _OPENINGS)
 
 
 def _arguments(raw: str) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torchrl_sglang.chat.pythonic_calls import read_pythonic
 from torchrl_sglang.chat.tool_arguments import Untyped
 from torchrl_sglang.chat.tool_json import read_json, read_json_at
 
@@ -84,14 +85,19 @@ def read_call(value: Any, *, bare: bool = False) -> WrittenCall:
     return WrittenCall(name=value["name"], arguments=arguments, id=call_id if isinstance(call_id, str) else "")
 
 
+_PYTHONIC = re.compile(r"\[\s*[A-Za-z_][\w.]*\(")
+
+
 def read_bare(text: str) -> tuple[WrittenCall, ...]:
-    """Calls from a text that is nothing but JSON objects, or a list of them.
+    """Calls from a text that is nothing but JSON objects, a list of them, or a list of calls in Python's form.
 
     Raises:
         ValueError: the text is something else.
     """
     calls: list[WrittenCall] = []
     at, body = 0, text.strip()
+    if _PYTHONIC.match(body):
+        return tuple(WrittenCall(name=name, arguments=arguments) for name, arguments in read_pythonic(body))
     while at < len(body):
         value, at = read_json_at(body, at)
         calls += [read_call(item, bare=True) for item in (value if isinstance(value, list) else [value])]
@@ -201,7 +207,7 @@ def _read_mistral(text: str, opening: re.Match[str]) -> Passage:
 
 
 def _read_python_tag(text: str, opening: re.Match[str]) -> Passage:
-    """``<|python_tag|>`` with JSON objects up to the end or the next tag (Llama 3)."""
+    """``<|python_tag|>`` with JSON objects up to the end or the next tag (Llama 3), or a list of calls (Llama 4)."""
     following = text.find(opening[0], opening.end())
     end = following if following >= 0 else len(text)
     try:
@@ -210,7 +216,7 @@ def _read_python_tag(text: str, opening: re.Match[str]) -> Passage:
         return Passage(end=end, fault=str(error), is_cut=following < 0)
 
 
-_END_TOKEN = re.compile(r"(?:\s*<\|(?:eom_id|eot_id|end_of_text|im_end|endoftext)\|>|\s*</s>)+\s*$")
+_END_TOKEN = re.compile(r"(?:\s*<\|(?:eom_id|eot_id|eom|eot|python_end|end_of_text|im_end|endoftext)\|>|\s*</s>)+\s*$")
 
 Reader = Callable[[str, re.Match[str]], Passage]
 
@@ -220,6 +226,6 @@ FORMATS: tuple[tuple[re.Pattern[str], Reader], ...] = (
     (re.compile(r"<TOOLCALL>"), _read_tagged("</TOOLCALL>")),  # Nemotron
     (_FUNCTION_OPEN, _read_function),
     (re.compile(r"\[TOOL_CALLS\]"), _read_mistral),
-    (re.compile(r"<\|python_tag\|>"), _read_python_tag),
+    (re.compile(r"<\|python_(?:tag|start)\|>"), _read_python_tag),
 )
 """A pattern that finds where a passage begins, and the function that reads it."""

@@ -1,7 +1,7 @@
 """Sends a batch until every prompt has its replies, and finds the prompts that servers die on.
 
 A request during which a server died is not sent to the next server unchanged: one of its prompts may be the reason.
-Each of them is first sent alone, for a few tokens. A server that dies on one prompt alone, after another died on a
+Each of several is first sent alone, for a few tokens. A server that dies on one prompt alone, after another died on a
 request with it, names that prompt: it is sent to no further server. The others are sent in halves, and one by one if a
 server dies once more.
 """
@@ -115,7 +115,7 @@ class BatchRun:
 
     def _send_suspects(self, group: _Suspects) -> list[_Suspects]:
         """Send a group again in smaller requests; returns the groups of those during which a server died."""
-        if not group.tested:
+        if len(group.prompts) > 1 and not group.tested:
             self._test_alone(group)
         pieces, left = group.pieces(), []
         while pieces:

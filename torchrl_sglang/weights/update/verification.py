@@ -72,7 +72,7 @@ def verify_servers(
         WeightUpdateError: a server did not answer, holds other tensors or scores as another model; ``server_weights``
             names it.
     """
-    comparing = None if checksums is None else Task(partial(checksums.compare, clients, source), name="checksums")
+    comparing = None if checksums is None else Task(partial(checksums.compare, clients), name="checksums")
     complaints: dict[str, str] = {}
     gaps: dict[str, float] = {}
     cause = ""
