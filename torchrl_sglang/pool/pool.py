@@ -22,7 +22,7 @@ from torchrl_sglang.pool.checks import label_with_version, refuse_different_mode
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.pool.dispatch import dead_server, is_gone
 from torchrl_sglang.pool.end_tokens import EndTokens
-from torchrl_sglang.pool.reply_weights import outdated_version, was_rejected
+from torchrl_sglang.pool.reply_weights import ReplyChecks
 from torchrl_sglang.pool.router_client import MAX_REQUESTS, RouterClient
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.protocol.generate import build_generate, parse_one
@@ -38,7 +38,6 @@ __all__ = ["SGLangPool"]
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.2
-_VERIFICATION_POLL_S = 0.005
 
 
 class SGLangPool:
@@ -81,6 +80,8 @@ class SGLangPool:
         self._load = LoadTracker()
         self._end_tokens = EndTokens()
         self._dead_servers = DeadServerTracker(self.state, self._server_returned)
+        update_timeout_s = max(client.config.update_timeout_s for client in self.clients)
+        self._reply_checks = ReplyChecks(self.state, self._leave_router, timeout_s=update_timeout_s)
         renew_in_forked_children(self)
 
     def renew_after_fork(self) -> None:
@@ -341,8 +342,8 @@ class SGLangPool:
         """
         before = self.state.servers
         replies = self._dispatch(batch)
-        self._await_verification(replies)
-        wrong = [index for index, reply in enumerate(replies) if self._is_wrong(reply, before)]
+        self._reply_checks.await_verification(replies)
+        wrong = [index for index, reply in enumerate(replies) if self._reply_checks.is_wrong(reply, before)]
         if not wrong:
             return replies
         n = batch.sampling.n
@@ -352,24 +353,6 @@ class SGLangPool:
         for position, prompt in enumerate(prompts):
             replies[prompt * n : (prompt + 1) * n] = again[position * n : (position + 1) * n]
         return replies
-
-    def _is_wrong(self, reply: GenerateReply, before: Mapping[str, ServerState]) -> bool:
-        own = reply.server in before  # else the router's, which does not say which server it was
-        version = outdated_version(reply, before[reply.server]) if own else None
-        if version is not None and self.state.server(reply.server).restarts == before[reply.server].restarts:
-            self.state.replaced_elsewhere(reply.server, version)
-            self._leave_router(reply.server)
-        servers = self.state.servers
-        return version is not None or was_rejected(reply, [servers[reply.server]] if own else servers.values())
-
-    def _await_verification(self, replies: Sequence[GenerateReply]) -> None:
-        """Wait until it is known whether servers that have just been updated hold what was sent."""
-        deadline = time.monotonic() + max(client.config.update_timeout_s for client in self.clients)
-        versions = {reply.weight_version for reply in replies}
-        while time.monotonic() < deadline and any(
-            not server.is_verified and server.version in versions for server in self.state.servers.values()
-        ):
-            time.sleep(_VERIFICATION_POLL_S)
 
     def _dispatch(self, batch: Batch) -> list[GenerateReply]:
         """Send a batch, and what a dead server left unanswered again, until every prompt has its replies."""
@@ -428,7 +411,7 @@ class SGLangPool:
             for event in client.stream(request):
                 reply = parse_one(sequence.add(event), server=client.url, return_logprobs=return_logprobs)
                 refuse_mixed_weights([reply])
-                if self._is_wrong(reply, before):
+                if self._reply_checks.is_wrong(reply, before):
                     raise ServerError(
                         f"{reply.server} held other weights than expected: ask again", server=reply.server
                     )
