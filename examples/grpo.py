@@ -17,8 +17,9 @@ Expected on 2 CPU cores, in 4 to 5 minutes: the mean reward rises from 0.13 in t
 in the last (the answers become "5 + 2 = 7"), server and trainer agree on every sampled token's log-prob to 1e-4, 538 MB
 of weights reach the server in about a second, and its weight version rises by one per step.
 
-Files in outputs/quickstart/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per answer), report.png
-(redrawn during the run), checkpoint/ (the last weights, 0.5 GB) and checkpoints/ (to resume from, 1.6 GB).
+Files in outputs/quickstart/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per answer),
+samples.html (answers before and after training), report.png (redrawn during the run), checkpoint/ (the last weights,
+0.5 GB) and checkpoints/ (to resume from, 1.6 GB).
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from torchrl_sglang import (
     SGLangWrapper,
     SyncConfig,
 )
+from torchrl_sglang.chat.defaults import GenerationDefaults
 from torchrl_sglang.config import foreign_names
 from torchrl_sglang.engine.launching import server_configs
 from torchrl_sglang.testing import EchoPool
@@ -228,3 +229,12 @@ def test_a_wrong_name_in_one_call_is_refused_before_anything_is_sent() -> None:
     policy = SGLangWrapper(EchoPool(), input_mode="tokens")
     with pytest.raises(ConfigError, match="Use num_samples"):
         policy(TensorDict(batch_size=[0]), best_of=2)
+
+
+def test_a_chat_refuses_two_lengths_too() -> None:
+    defaults = GenerationDefaults(given={"max_tokens": 7}, checkpoint={}, stop_ids=(2,))
+    sizes = {"prompt_length": 4, "context_length": 64}
+    with pytest.raises(ConfigError, match="max_new_tokens=5 and max_tokens=2 are two names of one argument"):
+        defaults.sampling({"max_tokens": 2, "max_new_tokens": 5}, **sizes)
+    assert defaults.sampling({"max_new_tokens": 5}, **sizes).max_new_tokens == 5  # a call replaces the chat's own
+    assert defaults.sampling({}, **sizes).max_new_tokens == 7

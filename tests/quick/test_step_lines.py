@@ -16,11 +16,8 @@ class LargeNumbers(dict[str, float]):
     """A value for every column, as large as it usually gets."""
 
     WIDE: ClassVar = {
-        "step": 100,
-        "weight_version": 100,
-        "generate_s": 99.9,
-        "train_s": 99.9,
-        "wait_s": 99.9,
+        **dict.fromkeys(("step", "weight_version"), 100),
+        **dict.fromkeys(("generate_s", "train_s", "wait_s"), 99.9),
         "sync_s": 9.99,
     }
 

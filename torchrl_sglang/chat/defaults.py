@@ -66,6 +66,7 @@ class GenerationDefaults:
 
     def _max_new_tokens(self, call: Mapping[str, Any], prompt_length: int, context_length: int | None) -> int:
         for settings in (call, self.given):
+            SamplingParams.from_kwargs(**{name: settings.get(name) for name in _LENGTHS if name != "max_length"})
             for name in _LENGTHS:
                 limit = settings.get(name)
                 if limit is None:
