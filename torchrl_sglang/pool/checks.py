@@ -46,7 +46,7 @@ def _refuse_unsupported_model(info: ServerInfo) -> None:
     if info.raw.get("model_impl") == "transformers":
         return
     problems = find_unsupported(
-        read_model_json(info.model_path, "config.json"),
+        read_model_json(info.model_path, "config.json", info.revision),
         attention_backend=info.raw.get("attention_backend"),
         context_length=info.context_length,
     )
