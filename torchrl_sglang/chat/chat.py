@@ -102,7 +102,7 @@ class SGLangChat:
             named=tool_call_parser,
             known=parser_for(
                 template=template_text(self.tokenizer) + template_text(processor),
-                config=read_model_json(self.pool.info.model_path, "config.json"),
+                config=read_model_json(self.pool.info.model_path, "config.json", self.pool.info.revision),
                 model=self.pool.info.model_path,
                 server_flag=self.pool.info.raw.get("tool_call_parser"),
             ),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase, is_tensor_collection
 from tensordict.utils import NestedKey
@@ -130,16 +131,20 @@ def _as_rows(value: Any, key: NestedKey) -> tuple[list[list[int]], dict[int, str
     rows: list[list[int]] = []
     problems: dict[int, str] = {}
     for index, row in enumerate(value):
+        if isinstance(row, np.ndarray):
+            row = row.tolist()
         if isinstance(row, torch.Tensor):
             no_ints = row.is_floating_point() or row.is_complex() or row.dtype == torch.bool
             bad = row.ndim != 1 or (no_ints and row.numel() > 0)  # torch.tensor([]) is float
             shown = f"a {row.dtype} tensor of shape {tuple(row.shape)}"
         else:
-            bad = not isinstance(row, (list, tuple)) or not all(type(i) is int for i in row)
+            bad = not isinstance(row, (list, tuple)) or not all(
+                type(i) is int or isinstance(i, np.integer) for i in row
+            )
             shown = f"{row!r:.80}"
         if bad:
             problems[index] = f"{key!r} holds {shown}; one dimension of integer token ids is needed"
-        rows.append([] if bad else row.tolist() if isinstance(row, torch.Tensor) else list(row))
+        rows.append([] if bad else row.tolist() if isinstance(row, torch.Tensor) else list(map(int, row)))
     return rows, problems
 
 
