@@ -66,9 +66,10 @@ class GenerationDefaults:
 
     def _max_new_tokens(self, call: Mapping[str, Any], prompt_length: int, context_length: int | None) -> int:
         for settings in (call, self.given):
-            SamplingParams.from_kwargs(**{name: settings.get(name) for name in _LENGTHS if name != "max_length"})
             limits = {name: integer(name, settings[name]) for name in _LENGTHS if settings.get(name) is not None}
             whole = limits.pop("max_length", None)
+            if len(set(limits.values())) > 1:
+                raise ConfigError(f"max_new_tokens and max_tokens are one setting with two values: {limits}; give one")
             if limits:
                 return next(iter(limits.values()))
             if whole is not None and whole <= prompt_length:
