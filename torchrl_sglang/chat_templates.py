@@ -15,7 +15,7 @@ __all__ = ["REFUSALS", "ChatRenderer", "check_template_kwargs", "message_forms",
 
 Message = Mapping[str, Any]
 
-REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """What a chat template, or the code that renders it, raises for a conversation that it does not take."""
 _MARK = "7f3b-the-answer"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -162,3 +162,17 @@ def test_a_chats_length_has_one_value_and_min_p_is_the_checkpoints() -> None:
         defaults.sampling({"max_new_tokens": 5, "max_tokens": 6}, prompt_length=1, context_length=64)
     params = defaults.sampling({"max_new_tokens": 5}, prompt_length=1, context_length=64)
     assert (params.max_new_tokens, params.min_p) == (5, 0.1)
+
+
+@pytest.mark.parametrize("mask", [[[0.0, 1.0], [1.0, 1.0]], [[False, True], [True, True]], [[0, 1], [1, 1]]])
+def test_a_mask_of_any_type_says_what_is_a_token(mask: Any) -> None:
+    pool, td = EchoPool(), prompts([5, 6], [7, 8])
+    tokens_policy(pool=pool)(td.set("attention_mask", torch.tensor(mask)))
+    assert pool.requests == [[[6], [7, 8]]]
+
+
+@pytest.mark.parametrize("value", [-1e9, -float("inf"), 2])
+def test_a_mask_that_is_added_to_attention_scores_is_refused(value: float) -> None:
+    td = prompts([5, 6], [7, 8]).set("attention_mask", torch.tensor([[value, 0.0], [0.0, 0.0]]))
+    with pytest.raises(ConfigError, match="'attention_mask' holds other values than 0 and 1"):
+        tokens_policy()(td)

@@ -13,6 +13,7 @@ from torchrl.modules.llm.policies import ChatHistory
 
 from tests.tokenizers_made import CHATML, TOOLS, make_tokenizer
 from torchrl_sglang import ConfigError
+from torchrl_sglang.chat.messages import read_conversation
 from torchrl_sglang.chat.template import ChatTemplate
 from torchrl_sglang.chat.turn import prepare_turn
 from torchrl_sglang.chat_templates import ChatRenderer
@@ -113,3 +114,43 @@ def test_a_chat_takes_variables_of_the_template_only(variables: Any) -> None:
             template_kwargs=variables,
             generation={},
         )
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ messages[9].content.x }}"]
+)
+def test_an_error_of_any_kind_in_a_template_is_a_refusal(template: str) -> None:
+    tokenizer = make_tokenizer("byte-level", chat_template=template)
+    with pytest.raises(ConfigError, match="the chat template refuses the conversation"):
+        ChatRenderer(tokenizer).render(ROUND, add_generation_prompt=True)
+    with pytest.raises(ConfigError, match="the chat template refuses the conversation"):
+        ChatTemplate(tokenizer).encode(read_conversation("hi"))
+
+
+def test_an_answer_without_content_is_empty_and_a_call_without_arguments_has_none() -> None:
+    calls = [{"id": "x", "type": "function", "function": {"name": "now", "arguments": given}} for given in ("", None)]
+    talk = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "reasoning_content": "Hm."},
+        {"role": "assistant", "content": None, "tool_calls": [*calls, {"name": "now"}]},
+    ]
+    read = read_conversation(talk).messages
+    assert (read[1]["content"], read[1]["reasoning_content"]) == ("", "Hm.")
+    assert [call["function"] for call in read[2]["tool_calls"]] == [{"name": "now", "arguments": {}}] * 3
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": None},
+        {"role": "assistant", "content": "", "tool_calls": ["now"]},
+        {"role": "assistant", "content": "", "tool_calls": {"name": "now"}},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {}}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": "now"}]},
+        {"role": "user", "content": [{"type": "input_audio"}]},
+        {"role": "user", "content": [{"type": "input_audio", "input_audio": {"format": "wav"}}]},
+    ],
+)
+def test_a_malformed_message_is_named(message: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="message 1 has"):
+        read_conversation([{"role": "user", "content": "hi"}, message])

@@ -160,8 +160,18 @@ def _first_match(td: TensorDictBase, keys: Sequence[NestedKey], ids_B_T: list[li
             else [torch.as_tensor(row).bool().tolist() for row in value]
         )
         if [len(m) for m in mask_B_T] == [len(i) for i in ids_B_T]:
+            _require_zeros_and_ones(value, key)
             return mask_B_T
     return None
+
+
+def _require_zeros_and_ones(mask: Any, key: NestedKey) -> None:
+    for row in mask.unbind(0) if isinstance(mask, torch.Tensor) else map(torch.as_tensor, mask):
+        if row.dtype != torch.bool and not ((row == 0) | (row == 1)).all():
+            raise ConfigError(
+                f"the mask at {key!r} holds other values than 0 and 1 (masks that are added to attention scores do): "
+                "1 or True must stand for a token, 0 or False for padding"
+            )
 
 
 def _may_be_padded(td: TensorDictBase, key: NestedKey, dense: bool) -> bool:
