@@ -9,13 +9,14 @@ from typing import Any
 from jinja2 import TemplateError
 
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.text_tokens import added_tokens, encode_untemplated, special_ids
+from torchrl_sglang.text_tokens import encode_untemplated, mark_ids
 
-__all__ = ["ChatRenderer", "check_template_kwargs", "message_forms", "name_tool_results"]
+__all__ = ["REFUSALS", "ChatRenderer", "check_template_kwargs", "message_forms", "name_tool_results"]
 
 Message = Mapping[str, Any]
 
-_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What a chat template, or the code that renders it, raises for a conversation that it does not take."""
 _MARK = "7f3b-the-answer"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RESULT_ROLES = ("tool", "ipython")
@@ -85,6 +86,10 @@ class ChatRenderer:
         Raises:
             ConfigError: the template refuses the conversation.
         """
+        return self._render(messages, add_generation_prompt=add_generation_prompt)[1]
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> tuple[list[dict[str, Any]], str]:
+        """The messages in the form that the template accepts, and the text."""
         refusal: Exception | None = None
         for form in message_forms(messages):
             try:
@@ -95,10 +100,10 @@ class ChatRenderer:
                     **self._options,
                     **self._variables,
                 )
-            except _REFUSALS as error:
+            except REFUSALS as error:
                 refusal = refusal or error
             else:
-                return str(text)
+                return form, str(text)
         raise ConfigError(f"the chat template refuses the conversation: {refusal}") from refusal
 
     def encode(self, text: str) -> list[int]:
@@ -125,7 +130,7 @@ class ChatRenderer:
         except ConfigError:
             return frozenset(ends)
         ids = self.encode_after(_MARK, closing)[:1]
-        known = (*special_ids(self.tokenizer), *added_tokens(self.tokenizer))
+        known = mark_ids(self.tokenizer)
         return frozenset(map(int, [*ends, *(i for i in ids if i in known)]))
 
     # ------------------------------------------------------------------ what the assistant wrote
@@ -173,7 +178,7 @@ class ChatRenderer:
                     add_generation_prompt=False,
                     **{**self.tokenizer.special_tokens_map, **self._variables},
                 )
-            except _REFUSALS:
+            except REFUSALS:
                 continue
             return list(spans[0]) if rendered[0] == text else None
         return None
@@ -235,19 +240,32 @@ class ChatRenderer:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         ends = [*answers, len(messages)]
         found = []
-        for number, end in enumerate(ends):
-            until = list(messages[:end])
-            if number:
-                last = answers[number - 1]
-                until[last] = {"role": "assistant", "content": _MARK}
-            try:
-                text = self.render(until, add_generation_prompt=True)
-                if number and _MARK not in text:
+        try:
+            form, _ = self._render(messages, add_generation_prompt=True)
+            found.append(self.render(form[: ends[0]], add_generation_prompt=True))
+            for last, end in zip(answers, ends[1:], strict=True):
+                segment = self._segment(form[:end], last)
+                if segment is None:
                     return None
-            except ConfigError:
-                return None
-            found.append(text.rpartition(_MARK)[2] if number else text)
+                found.append(segment)
+        except ConfigError:
+            return None
         return found
+
+    def _segment(self, until: list[dict[str, Any]], last: int) -> str | None:
+        """What the template writes behind the answer at ``last``, the last one."""
+        marked = [*until[:last], {"role": "assistant", "content": _MARK}, *until[last + 1 :]]
+        try:
+            _, mark, after = self.render(marked, add_generation_prompt=True).rpartition(_MARK)
+            if mark:
+                return after
+        except ConfigError:  # some take a tool's result behind a call only
+            pass
+        prompt = self.render(until[:last], add_generation_prompt=True)
+        text = self.render(until, add_generation_prompt=True)
+        ends = [self.tokenizer.decode([token]) for token in self.turn_end_ids()]
+        starts = [at for end in ends if (at := text.find(end, len(prompt))) >= 0]
+        return text[min(starts) :] if starts and text.startswith(prompt) else None
 
 
 def message_forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:

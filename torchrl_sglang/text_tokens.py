@@ -7,7 +7,7 @@ from typing import Any
 
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["added_tokens", "decode_ids", "encode_texts", "encode_untemplated", "is_encodable", "special_ids"]
+__all__ = ["decode_ids", "encode_texts", "encode_untemplated", "is_encodable", "mark_ids", "special_ids"]
 
 _PROBE = "a"
 
@@ -78,11 +78,20 @@ def is_encodable(text: str) -> bool:
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of all special tokens: those with a role (BOS, EOS...) and those added as special tokens."""
-    marked = [index for index, token in added_tokens(tokenizer).items() if getattr(token, "special", False)]
+    marked = [index for index, token in _added_tokens(tokenizer).items() if getattr(token, "special", False)]
     return frozenset(map(int, [*tokenizer.all_special_ids, *marked]))
 
 
-def added_tokens(tokenizer: Any) -> Mapping[int, Any]:
+def mark_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of tokens that mark places in a conversation: the special ones, and other added ones but white space.
+
+    Many fine-tuned models have end-of-turn tokens that are not marked as special; Gemma's line breaks are added tokens.
+    """
+    added = [index for index, token in _added_tokens(tokenizer).items() if str(token).strip()]
+    return special_ids(tokenizer) | frozenset(map(int, added))
+
+
+def _added_tokens(tokenizer: Any) -> Mapping[int, Any]:
     """The tokens that were added to the tokenizer's model, by their ids; empty where a tokenizer doesn't tell."""
     try:
         return getattr(tokenizer, "added_tokens_decoder", None) or {}

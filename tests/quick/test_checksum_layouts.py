@@ -85,6 +85,10 @@ def test_a_vocabulary_is_padded_to_a_multiple_of_64_rows_and_divided(rows: int, 
     assert held.shape == (per_rank * size, 2)
     assert held[:rows].tolist() == table.tolist()
     assert held[rows:].abs().sum() == 0
+    bias = numbered(rows, start=1)
+    name = "lm_head.bias"
+    held = torch.cat([expected(unit_of(name), {name: bias}, rank, size) for rank in range(size)])
+    assert held.tolist() == [*bias.tolist(), *[0.0] * (per_rank * size - rows)]
 
 
 @pytest.mark.parametrize(

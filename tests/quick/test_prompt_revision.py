@@ -20,6 +20,7 @@ from torchrl_sglang.chat import SGLangChat
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.model_files import find_model_file, load_tokenizer, read_vocab_size
 from torchrl_sglang.pool.checks import refuse_different_models
+from torchrl_sglang.pool.end_tokens import EndTokens
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.planning import PushPlanner
 
@@ -38,7 +39,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         files = folder / "snapshots" / commit
         files.mkdir(parents=True)
         make_tokenizer("byte-level", chat_template=f"template of {revision}").save_pretrained(files)
-        (files / "config.json").write_text(json.dumps({"vocab_size": 400 + width, "model_type": "llama"}))
+        kind = "llama" if revision == "main" else "deepseek_v3"
+        (files / "config.json").write_text(
+            json.dumps({"vocab_size": 400 + width, "model_type": kind, "eos_token_id": width})
+        )
         (files / "generation_config.json").write_text(json.dumps({"temperature": width / 10}))
         save_file({"w": torch.zeros(width)}, files / "model.safetensors")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -95,6 +99,9 @@ def test_everything_that_is_read_is_of_the_servers_revision(
     assert chat.tokenizer.chat_template == f"template of {revision}"
     assert chat._defaults.sampling({}, prompt_length=1, context_length=50).temperature == width / 10
     assert SGLangWrapper(url).tokenizer.chat_template == f"template of {revision}"
+    assert chat._tool_calls.parser == (None if revision == "main" else "deepseekv3")
+    with pytest.raises(ConfigError, match=rf"eos_token_id in config.json \({width}\)"):
+        EndTokens().check(chat.pool.info, vocab_size=1)
 
 
 def test_a_revision_that_is_not_here_is_named(hub: Path) -> None:

@@ -84,6 +84,18 @@ def test_the_last_event_of_an_incremental_stream_may_hold_no_token() -> None:
     assert (whole["output_ids"], reply.is_finished) == ([5, 6], True)
 
 
+def test_an_abort_that_repeats_the_last_token_adds_nothing() -> None:
+    reply = StreamedReply("http://host")
+    scores = [[-0.5, 5, None], [-0.25, 6, None]]
+    for number, piece in enumerate("ab"):
+        added = event([5 + number], number + 1, output_token_logprobs=scores[number : number + 1])
+        reply.add({**added, "text": piece})
+    abort = event([6], 2, finish={"type": "abort", "message": "waiting"}, output_token_logprobs=scores)
+    whole = reply.add({**abort, "text": "ab"})
+    assert (whole["text"], whole["output_ids"], whole["meta_info"]["output_token_logprobs"]) == ("ab", [5, 6], scores)
+    assert reply.is_finished
+
+
 def test_an_error_in_a_stream_has_the_servers_status() -> None:
     with pytest.raises(RequestRejectedError, match="too long") as refused:
         StreamedReply("http://host").add({"error": {"message": "too long", "code": 400}})

@@ -171,8 +171,18 @@ def test_the_same_response_has_the_same_ids_and_others_have_others() -> None:
     every = ids(1, 2) + ids(1, 3) + ids(2, 2)
     assert len(set(every)) == 6
     assert all(re.fullmatch("[a-zA-Z0-9]{9}", one) for one in every)
-    own = (ToolCall(name="f", id="abc"),)
-    assert call_ids(own, parser=None, ids_T=[1], output_ids=[2], earlier_calls=0)[0].id == "abc"
+
+
+def test_an_id_that_the_model_wrote_stays_if_it_can_serve() -> None:
+    def ids(*written: str, parser: str | None = None) -> list[str]:
+        calls = [ToolCall(name="f", id=one) for one in written]
+        return [call.id for call in call_ids(calls, parser=parser, ids_T=[1], output_ids=[2], earlier_calls=0)]
+
+    assert ids("abc", "VvvODy9mT") == ["abc", "VvvODy9mT"]
+    mistral = ids("abc", "VvvODy9mT", parser="mistral")
+    assert mistral[1] == "VvvODy9mT"
+    assert re.fullmatch("[a-zA-Z0-9]{9}", mistral[0])
+    assert len(set(ids("1", "1"))) == 2
 
 
 STRICT_IDS = """{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}

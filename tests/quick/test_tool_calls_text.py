@@ -290,3 +290,15 @@ def test_a_call_written_as_python_is_read_and_never_run(text: str) -> None:
         assert (found.content, found.calls, len(found.rejected)) == (bad, (), 1)
     for deep in ("[" * 50_000 + "now()", "[write(text=" + "-" * 50_000 + "1)]", "[A(A=" + "\t)A(A=,\t" * 40):
         assert read_tool_calls(deep, TOOLS).calls == ()
+
+
+@pytest.mark.parametrize("end", ["<|eot_id|>", "<|im_end|>\n", "</s>", " <|eom_id|><|end_of_text|>"])
+def test_the_token_that_ends_a_turn_is_no_part_of_a_call_or_of_the_content(end: str) -> None:
+    for call in (
+        f"<tool_call>{NOW}</tool_call>",
+        '{"name": "now", "parameters": {}}',
+        f"[TOOL_CALLS] [{NOW}]",
+        "[now()]",
+    ):
+        found = read_tool_calls(call + end, TOOLS)
+        assert ([one.name for one in found.calls], found.content) == (["now"], "")

@@ -102,7 +102,7 @@ class SGLangChat:
             named=tool_call_parser,
             known=parser_for(
                 template=template_text(self.tokenizer) + template_text(processor),
-                config=read_model_json(self.pool.info.model_path, "config.json"),
+                config=read_model_json(self.pool.info.model_path, "config.json", self.pool.info.revision),
                 model=self.pool.info.model_path,
                 server_flag=self.pool.info.raw.get("tool_call_parser"),
             ),
@@ -131,7 +131,9 @@ class SGLangChat:
             messages: the conversation as ``{"role": ..., "content": ...}``, or one user message's text; the content is
                 a string or a list of parts (see :func:`~torchrl_sglang.chat.messages.read_conversation`).
             system: a system message, put first.
-            tools: what the model may call: JSON schemas, Python functions, or the JSON of a list of schemas.
+            tools: what the model may call: JSON schemas, Python functions, or the JSON of a list of schemas. Answer
+                each call of ``response.tool_calls`` by a message after ``response.message``:
+                ``{"role": "tool", "tool_call_id": call.id, "content": ...}``.
             images: images that the messages mention, in order; unmentioned ones are put before the last user message.
                 Paths, bytes, URLs, ``PIL`` images, arrays, tensors: :func:`~torchrl_sglang.chat.data_urls.media_url`.
             videos: likewise.

@@ -12,7 +12,7 @@ from torchrl_sglang.errors import ConfigError
 
 __all__ = ["GenerationDefaults"]
 
-_RECOMMENDED = ("temperature", "top_p", "top_k", "repetition_penalty")
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # those that SGLang takes
 _LENGTHS = ("max_new_tokens", "max_tokens", "max_length")
 # Used when the server does not report its context length.
 _UNKNOWN_CONTEXT_NEW_TOKENS = 1024
@@ -26,8 +26,8 @@ class GenerationDefaults:
 
     Attributes:
         given: the chat's own settings, under any name that :meth:`SamplingParams.from_kwargs` knows, or ``max_length``.
-        checkpoint: the checkpoint's ``generation_config.json``: temperature, top_p, top_k and repetition_penalty are
-            taken from it.
+        checkpoint: the checkpoint's ``generation_config.json``: temperature, top_p, top_k, min_p and repetition_penalty
+            are taken from it.
         stop_ids: tokens that end a turn.
     """
 
@@ -66,16 +66,16 @@ class GenerationDefaults:
 
     def _max_new_tokens(self, call: Mapping[str, Any], prompt_length: int, context_length: int | None) -> int:
         for settings in (call, self.given):
-            for name in _LENGTHS:
-                limit = settings.get(name)
-                if limit is None:
-                    continue
-                limit = integer(name, limit)
-                if name != "max_length":
-                    return limit
-                if limit <= prompt_length:
-                    raise ConfigError(f"max_length={limit} leaves no room: the prompt alone has {prompt_length} tokens")
-                return limit - prompt_length
+            limits = {name: integer(name, settings[name]) for name in _LENGTHS if settings.get(name) is not None}
+            whole = limits.pop("max_length", None)
+            if len(set(limits.values())) > 1:
+                SamplingParams.from_kwargs(**limits)  # refuses one argument under two names
+            if limits:
+                return next(iter(limits.values()))
+            if whole is not None and whole <= prompt_length:
+                raise ConfigError(f"max_length={whole} leaves no room: the prompt alone has {prompt_length} tokens")
+            if whole is not None:
+                return whole - prompt_length
         if context_length is None:
             return _UNKNOWN_CONTEXT_NEW_TOKENS
         # At least 1: a prompt that fills the context then gets the pool's error about its length.

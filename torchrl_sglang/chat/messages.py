@@ -123,7 +123,7 @@ def _read_message(index: int, message: Any, given: Mapping[str, Sequence[Any]]) 
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ConfigError(f"message {index} must be a mapping with 'role' and 'content', got {message!r:.100}")
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
+    if content is None and (message.get("tool_calls") or message["role"] == "assistant"):
         content = ""
     if isinstance(content, str):
         content = list(_split_placeholders(content, given))
@@ -132,8 +132,11 @@ def _read_message(index: int, message: Any, given: Mapping[str, Sequence[Any]]) 
     else:
         raise ConfigError(f"message {index} has content of type {type(content).__name__}; give a string or parts")
     read = {**message, "content": content}
-    if message.get("tool_calls"):
-        read["tool_calls"] = [_read_tool_call(index, call) for call in message["tool_calls"]]
+    calls = message.get("tool_calls")
+    if calls:
+        if not isinstance(calls, (list, tuple)):
+            raise ConfigError(f"message {index} has tool_calls of type {type(calls).__name__}; give a list of calls")
+        read["tool_calls"] = [_read_tool_call(index, call) for call in calls]
     return read
 
 
@@ -160,7 +163,9 @@ def _read_part(index: int, part: Any) -> dict[str, Any]:
     if name == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if name == "input_audio":  # OpenAI's form: base64, and the format in a field of its own
-        sound = part["input_audio"]
+        sound = part.get("input_audio")
+        if not isinstance(sound, Mapping) or not isinstance(sound.get("data"), str):
+            raise ConfigError(f"message {index} has an input_audio part without data: {part!r:.100}")
         return {"type": "audio", "item": f"data:audio/{sound.get('format', '*')};base64,{sound['data']}"}
     kind = name.removesuffix("_url") if isinstance(name, str) else None
     if kind not in _KINDS:
@@ -174,8 +179,13 @@ def _read_part(index: int, part: Any) -> dict[str, Any]:
 
 def _read_tool_call(index: int, call: Any) -> dict[str, Any]:
     """Parse the arguments: chat templates read them as an object, OpenAI's clients send them as JSON text."""
-    function = dict(call.get("function", call))
-    if isinstance(function.get("arguments"), str):
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ConfigError(f"message {index} has a tool call that is no mapping with the function's name: {call!r:.100}")
+    function = dict(function)
+    if function.get("arguments") in ("", None):  # of a function that takes none
+        function["arguments"] = {}
+    if isinstance(function["arguments"], str):
         try:
             function["arguments"] = json.loads(function["arguments"])
         except ValueError as error:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from torchrl_sglang.chat.messages import Conversation
-from torchrl_sglang.chat_templates import message_forms
+from torchrl_sglang.chat_templates import REFUSALS, message_forms
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.text_tokens import encode_untemplated, special_ids
+from torchrl_sglang.text_tokens import encode_untemplated, mark_ids
 
 __all__ = ["ChatTemplate"]
 
@@ -84,14 +82,14 @@ class ChatTemplate:
                     continue_final_message=continues,
                     **(extra or {}),
                 )
-            except (TemplateError, TypeError, ValueError, KeyError) as error:
+            except REFUSALS as error:
                 refusal = refusal or error
             else:
                 return text
         raise ConfigError(f"the chat template refuses the conversation: {refusal}") from refusal
 
     def turn_end_ids(self) -> tuple[int, ...]:
-        """The tokens that end a turn: EOS, and the special token after an assistant's message in the template."""
+        """The tokens that end a turn: EOS, and the added token after an assistant's message in the template."""
         found = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
         try:
@@ -99,6 +97,6 @@ class ChatTemplate:
         except ConfigError:
             return tuple(found)
         ids = list(self.tokenizer(tail, add_special_tokens=False)["input_ids"]) if mark else []
-        if ids and ids[0] in special_ids(self.tokenizer) and ids[0] not in found:
+        if ids and ids[0] in mark_ids(self.tokenizer) and ids[0] not in found:
             found.append(int(ids[0]))
         return tuple(found)

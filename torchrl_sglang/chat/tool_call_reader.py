@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ _OPENINGS = ("<tool_call>", "<function=", "<｜tool▁call▁begin｜>", "<｜to
 _MANY_CALLS = 200
 _TAIL = 64  # tokens of the prompt's end that can hold a thinking tag, in bytes at worst
 _ALPHABET = string.ascii_letters + string.digits
+_MISTRAL_ID = re.compile("[a-zA-Z0-9]{9}")
 _ID_LENGTH = 9  # Mistral's templates accept no other, and all others accept any
 
 
@@ -171,12 +173,13 @@ def call_ids(
         >>> call_ids([ToolCall(name="f")], parser="kimi_k2", ids_T=[1], output_ids=[2], earlier_calls=3)[0].id
         'functions.f:3'
     """
-    named = []
+    named, written = [], [call.id for call in calls]
     for index, call in enumerate(calls):
         new = _new_id(repr((list(ids_T), list(output_ids), index)))
         if parser == "kimi_k2":
             new = f"functions.{call.name}:{earlier_calls + index}"
-        named.append(dataclasses.replace(call, id=call.id or new))
+        keeps = call.id and written.count(call.id) == 1 and (parser != "mistral" or _MISTRAL_ID.fullmatch(call.id))
+        named.append(dataclasses.replace(call, id=call.id if keeps else new))
     return tuple(named)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torchrl_sglang.chat.quoted_text import Searches, Thinking, next_quote
 from torchrl_sglang.chat.response import RejectedCall, ToolCall
 from torchrl_sglang.chat.tool_arguments import fit_arguments
-from torchrl_sglang.chat.tool_formats import FORMATS, Passage, WrittenCall, read_bare
+from torchrl_sglang.chat.tool_formats import FORMATS, Passage, WrittenCall, read_bare, without_end
 
 __all__ = ["FoundCalls", "find_tool_calls", "fit_call", "read_tool_calls"]
 
@@ -91,7 +91,7 @@ def read_tool_calls(
         at = passage.end
     written = tuple(call for _, passage in found.passages for call in passage.calls)
     return FoundCalls(
-        content=(content + text[at:]).strip() if written else text,
+        content=without_end(content + text[at:]).strip() if written else text,
         calls=tuple(fit_call(call, schemas) for call in written),
         written=written,
         rejected=tuple(found.rejected),

@@ -10,6 +10,7 @@ from torchrl_sglang.chat.defaults import GenerationDefaults
 from torchrl_sglang.chat.messages import Conversation
 from torchrl_sglang.chat.template import ChatTemplate
 from torchrl_sglang.chat.tool_schemas import read_tools
+from torchrl_sglang.chat_templates import check_template_kwargs
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
@@ -60,7 +61,12 @@ def prepare_turn(
         ConfigError: the template refuses the conversation, a setting is unknown or bad, or the servers would ignore it.
     """
     schemas = read_tools(tools) if tools else []
-    ids_T = template.encode(conversation, schemas, template_kwargs)
+    variables = check_template_kwargs(template_kwargs)
+    if "tools" in variables:
+        raise ConfigError(
+            "template_kwargs['tools']: pass tools= instead, so that their calls are read from the response"
+        )
+    ids_T = template.encode(conversation, schemas, variables)
     sampling = defaults.sampling(generation, prompt_length=len(ids_T), context_length=pool.context_length)
     info = pool.info
     if adapter is not None and not info.lora_enabled:

@@ -6,7 +6,7 @@ SGLang's grammar backend runs in the scheduler process, so what is known to be i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.config.checking import require
@@ -48,27 +48,42 @@ def grammar_text(name: str, value: Any) -> str | None:
 def _json_text(name: str, value: Any) -> str:
     if hasattr(value, "model_json_schema"):  # a pydantic model
         value = value.model_json_schema()
-    if isinstance(value, str):
-        text(name, value)
-        if name == "json_schema" and value == _ANY_JSON:
-            return value
-        try:
-            content = json.loads(value)
-        except ValueError as error:
-            raise ConfigError(f"{name} is not valid JSON ({error}): {value[:200]!r}") from None
-        except RecursionError:
-            raise ConfigError(f"{name} is nested too deeply") from None
+    if not isinstance(value, str):
+        written = _write_json(name, value)
     else:
-        content = value
-    accepted = isinstance(content, Mapping) or (name == "json_schema" and isinstance(content, bool))
-    require(accepted, f"{name} must be a JSON object, or its text, got {value!r}")
-    _require_shallow(name, _json_depth(name, content))
-    if isinstance(value, str):
-        return value
+        written = text(name, value)
+        if name == "json_schema" and written == _ANY_JSON:
+            return written
     try:
-        return json.dumps(content, allow_nan=False)
+        content = json.loads(written)
+    except ValueError as error:
+        raise ConfigError(f"{name} is not valid JSON ({error}): {written[:200]!r}") from None
+    except RecursionError:
+        raise ConfigError(f"{name} is nested too deeply") from None
+    accepted = isinstance(content, dict) or (name == "json_schema" and isinstance(content, bool))
+    require(accepted, f"{name} must be a JSON object, or its text, got {value!r:.200}")
+    _require_shallow(name, _json_depth(name, content))
+    return written
+
+
+def _write_json(name: str, value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False, default=_plain)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} can't be written as JSON: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{name} is nested too deeply") from None
+
+
+def _plain(value: Any) -> Any:
+    """Other kinds of dictionaries and lists, such as OmegaConf's, and numbers of numpy, as Python's own."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{value!r:.80} is a {type(value).__name__}")
 
 
 def _json_depth(name: str, content: Any) -> int:

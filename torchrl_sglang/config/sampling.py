@@ -231,7 +231,12 @@ class SamplingParams:
     @property
     def truncates(self) -> bool:
         """Whether top-p, top-k or min-p truncate the distribution that tokens are sampled from."""
-        return self.temperature > 0 and (self.top_p < 1 or self.top_k != -1 or self.min_p > 0)
+        return not self.is_greedy and (self.top_p < 1 or self.top_k != -1 or self.min_p > 0)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always chosen: ``temperature=0`` or ``top_k=1``."""
+        return self.temperature == 0 or self.top_k == 1
 
     @property
     def penalises(self) -> bool:
@@ -243,10 +248,13 @@ class SamplingParams:
     def to_wire(self) -> dict[str, Any]:
         """SGLang's ``sampling_params``: every field, also those with SGLang's own default.
 
-        A server launched with ``--preferred-sampling-params`` fills in what a request leaves out.
+        A server launched with ``--preferred-sampling-params`` fills in what a request leaves out. For ``top_k=1``,
+        SGLang (0.5.23) applies the temperature to log-probs only beside requests that sample: so 0 is sent.
         """
         # sampling_mask is a field of the request, beside sampling_params
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sampling_mask"}
+        if self.is_greedy:
+            values["temperature"] = 0.0
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -267,9 +275,9 @@ _ALL_TOKENS = 2**30
 
 def _same_form(name: str, value: Any) -> Any:
     """A value that compares equal to another one of the same meaning."""
-    if name in ("stop", "stop_token_ids"):
-        return sorted(map(repr, value if isinstance(value, (list, tuple, set)) else [value]))
-    return value
+    if name == "stop":
+        return sorted(map(repr, one_or_more(name, value, "strings")))
+    return sorted(token_ids(name, value)) if name == "stop_token_ids" else value
 
 
 _ALIASES = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.config.checking import require
@@ -203,7 +203,7 @@ def flat_params(value: Any) -> dict[str, Any] | None:
         entry = entry.tolist() if hasattr(entry, "tolist") else entry
         if isinstance(entry, Mapping):
             params[name] = {text(where, inner): _json_scalar(where, each) for inner, each in entry.items()}
-        elif isinstance(entry, (list, tuple)):
+        elif isinstance(entry, Sequence) and not isinstance(entry, (str, bytes)):
             params[name] = [_json_scalar(where, each) for each in entry]
         else:
             params[name] = _json_scalar(where, entry)

@@ -19,7 +19,7 @@ class EndTokens:
     """The end tokens of a served model, read once per model."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str], dict[str, int]] = {}
+        self._known: dict[tuple[str, str, str | None], dict[str, int]] = {}
 
     def check(self, info: ServerInfo, vocab_size: int) -> None:
         """Refuse ``min_new_tokens`` on a model whose end tokens the server can't suppress.
@@ -31,7 +31,7 @@ class EndTokens:
         Raises:
             ConfigError: names the token and where it is from.
         """
-        key = (info.model_path, info.tokenizer_path)
+        key = (info.model_path, info.tokenizer_path, info.revision)
         if key not in self._known:
             self._known[key] = _read(*key)
         for source, token in self._known[key].items():
@@ -43,16 +43,16 @@ class EndTokens:
                 )
 
 
-def _read(model: str, tokenizer: str) -> dict[str, int]:
+def _read(model: str, tokenizer: str, revision: str | None) -> dict[str, int]:
     """End tokens with where they are from; nothing where the files can't be read from this machine."""
     found: dict[str, int] = {}
     for name in ("config.json", "generation_config.json"):
-        eos = read_model_json(model, name).get("eos_token_id")
+        eos = read_model_json(model, name, revision).get("eos_token_id")
         for token in eos if isinstance(eos, list) else [eos]:
             if isinstance(token, int):
                 found[f"eos_token_id in {name} ({token})"] = token
     try:
-        loaded = load_tokenizer(tokenizer)
+        loaded = load_tokenizer(tokenizer, revision)
     except ConfigError:
         return found
     if isinstance(loaded.eos_token_id, int):

@@ -66,18 +66,22 @@ class StreamedReply:
         before_T = self._whole.get("output_ids", [])
         whole = dict(event)
         if before_T and len(ids_T) < count:
-            if len(before_T) + len(ids_T) != count:
+            # The event that aborts a waiting sequence repeats its last token, and has all text and log-probs (0.5.23).
+            repeats = bool(ids_T) and count == len(before_T) and ids_T == before_T[-len(ids_T) :]
+            new_T = [] if repeats else ids_T
+            if len(before_T) + len(new_T) != count:
                 raise ProtocolError(
                     f"{self._server} streamed {len(ids_T)} tokens after {len(before_T)}, but counts {count}: part of "
                     "the stream is lost",
                     server=self._server,
                 )
-            whole["output_ids"] = [*before_T, *ids_T]
-            whole["text"] = (self._whole.get("text") or "") + (event.get("text") or "")
+            whole["output_ids"] = [*before_T, *new_T]
+            text = self._whole.get("text") or ""
+            whole["text"] = max(text, event.get("text") or "", key=len) if repeats else text + (event.get("text") or "")
             earlier = self._whole["meta_info"]
             for name in _PER_TOKEN:
                 if name in earlier or name in meta:
-                    meta[name] = [*(earlier.get(name) or ()), *(meta.get(name) or ())]
+                    meta[name] = [*(earlier.get(name) or ()), *(() if repeats else meta.get(name) or ())]
         # Fields that only some events have, such as the prompt's log-probs, stay.
         whole["meta_info"] = {**self._whole.get("meta_info", {}), **meta}
         self._whole = whole

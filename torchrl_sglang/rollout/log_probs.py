@@ -52,7 +52,7 @@ def behaviour_log_probs(
         tensor([-0.3133, -1.3133])
     """
     logits_RV = _penalised(logits_RV.float(), response_R, sampling, last_prompt_token)
-    scores_RV = logits_RV / (sampling.temperature or 1.0)
+    scores_RV = logits_RV / (1.0 if sampling.is_greedy else sampling.temperature)
     chosen_R = scores_RV.gather(-1, response_R[:, None])[:, 0]
     if support_RK is None:
         return chosen_R - scores_RV.logsumexp(-1)

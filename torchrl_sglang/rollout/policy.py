@@ -306,7 +306,8 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         if shape.numel():
             flat = lazy_stack([tensordict]) if not shape else tensordict if len(shape) == 1 else tensordict.reshape(-1)
             prompts = self._read(flat, template_kwargs)
-            rows = self._generate(prompts, sampling) if self.generate else self._score(prompts)
+            settings = self.settings.with_decoding(kwargs)
+            rows = self._generate(prompts, sampling, settings) if self.generate else self._score(prompts)
             out = stack_rows(rows, [*shape, self.num_samples] if self.num_samples is not None else shape)
         else:
             samples = [] if self.num_samples is None else [self.num_samples]
@@ -352,8 +353,7 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
             return Padding(enabled=False)
         return Padding(enabled=True, value=self.padding_value, prompt_width=prompts.width or 0)
 
-    def _generate(self, prompts: Prompts, sampling: SamplingParams) -> list[TensorDict]:
-        settings = self.settings
+    def _generate(self, prompts: Prompts, sampling: SamplingParams, settings: RolloutSettings) -> list[TensorDict]:
         if settings.exact_log_probs:
             sampling = with_sampling_mask(sampling, self.pool.vocab_size)
         elif sampling.truncates and settings.writes_log_probs:

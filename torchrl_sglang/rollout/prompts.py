@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase, is_tensor_collection
 from tensordict.utils import NestedKey
@@ -130,16 +131,20 @@ def _as_rows(value: Any, key: NestedKey) -> tuple[list[list[int]], dict[int, str
     rows: list[list[int]] = []
     problems: dict[int, str] = {}
     for index, row in enumerate(value):
+        if isinstance(row, np.ndarray):
+            row = row.tolist()
         if isinstance(row, torch.Tensor):
             no_ints = row.is_floating_point() or row.is_complex() or row.dtype == torch.bool
             bad = row.ndim != 1 or (no_ints and row.numel() > 0)  # torch.tensor([]) is float
             shown = f"a {row.dtype} tensor of shape {tuple(row.shape)}"
         else:
-            bad = not isinstance(row, (list, tuple)) or not all(type(i) is int for i in row)
+            bad = not isinstance(row, (list, tuple)) or not all(
+                type(i) is int or isinstance(i, np.integer) for i in row
+            )
             shown = f"{row!r:.80}"
         if bad:
             problems[index] = f"{key!r} holds {shown}; one dimension of integer token ids is needed"
-        rows.append([] if bad else row.tolist() if isinstance(row, torch.Tensor) else list(row))
+        rows.append([] if bad else row.tolist() if isinstance(row, torch.Tensor) else list(map(int, row)))
     return rows, problems
 
 
@@ -155,8 +160,18 @@ def _first_match(td: TensorDictBase, keys: Sequence[NestedKey], ids_B_T: list[li
             else [torch.as_tensor(row).bool().tolist() for row in value]
         )
         if [len(m) for m in mask_B_T] == [len(i) for i in ids_B_T]:
+            _require_zeros_and_ones(value, key)
             return mask_B_T
     return None
+
+
+def _require_zeros_and_ones(mask: Any, key: NestedKey) -> None:
+    for row in mask.unbind(0) if isinstance(mask, torch.Tensor) else map(torch.as_tensor, mask):
+        if row.dtype != torch.bool and not ((row == 0) | (row == 1)).all():
+            raise ConfigError(
+                f"the mask at {key!r} holds other values than 0 and 1 (masks that are added to attention scores do): "
+                "1 or True must stand for a token, 0 or False for padding"
+            )
 
 
 def _may_be_padded(td: TensorDictBase, key: NestedKey, dense: bool) -> bool:

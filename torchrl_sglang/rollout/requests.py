@@ -177,7 +177,11 @@ def score_sequences(pool: SGLangPool, prompts: Prompts, *, mask_errors: bool) ->
 
 
 def _problems(pool: SGLangPool, prompts: Prompts, sampling: SamplingParams, *, mask_errors: bool) -> dict[int, str]:
-    """Why prompts can't be sent. A prompt with invalid ids is emptied, so that a trainer never embeds them."""
+    """Why prompts can't be sent. A prompt with invalid ids is emptied, so that a trainer never embeds them.
+
+    Raises:
+        ConfigError: errors are not masked, or the settings are the reason: not even one token could be sent.
+    """
     problems = dict(prompts.problems)
     if problems and not mask_errors:
         index, problem = min(problems.items())
@@ -189,6 +193,10 @@ def _problems(pool: SGLangPool, prompts: Prompts, sampling: SamplingParams, *, m
         except ConfigError:
             if not mask_errors:
                 raise
+    try:
+        pool.check([[0]], sampling)
+    except ConfigError as error:
+        raise ConfigError(f"no prompt can be served with these settings: {error}") from None
     for index, ids_P in enumerate(prompts.ids_B_T):
         if index in problems:
             continue

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import LethalPromptError
+from torchrl_sglang.parallel import work_through
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.rollout.generation import join_spans
 
@@ -98,31 +99,42 @@ def generate_resuming(
         replies_S = [r for i in range(len(prompts_B_P)) for r in error.replies.get(i) or [empty] * sampling.n]
     resumes_S = [0] * len(replies_S)
     for _ in range(max_resumes):
-        by_room: dict[int, list[int]] = defaultdict(list)
+        by_room: dict[tuple[int, bool], list[int]] = defaultdict(list)
         for index, reply in enumerate(replies_S):
-            length = len(prompts_B_P[index // sampling.n]) + len(reply.output_ids)
+            prompt_length = len(prompts_B_P[index // sampling.n])
+            length = prompt_length + len(reply.output_ids)
+            unscored = prompt_logprobs and len(reply.prompt_logprobs or ()) < prompt_length
             # Near the end of the context, prompt and response together are too long to be a prompt.
             if is_resumable(reply, sampling) and length <= (pool.max_prompt_tokens or length):
-                by_room[sampling.max_new_tokens - len(reply.output_ids)].append(index)
+                by_room[sampling.max_new_tokens - len(reply.output_ids), unscored].append(index)
         if not by_room:
             break
 
-        def continue_group(group: tuple[int, list[int]]) -> list[GenerateReply]:
-            room, indices = group
+        def continue_group(group: tuple[tuple[int, bool], list[int]]) -> list[GenerateReply]:
+            (room, unscored), indices = group
             done = sampling.max_new_tokens - room
             rest = replace(
                 sampling, n=1, max_new_tokens=room, min_new_tokens=min(room, max(0, sampling.min_new_tokens - done))
             )
             prompts = [[*prompts_B_P[i // sampling.n], *replies_S[i].output_ids] for i in indices]
-            return pool.generate(prompts, rest, return_logprobs=return_logprobs)
+            return pool.generate(prompts, rest, return_logprobs=return_logprobs, prompt_logprobs=unscored)
 
         # Responses that were aborted together mostly have the same length, so these are few requests.
         groups = list(by_room.items())
-        with ThreadPoolExecutor(min(len(groups), _MAX_PARALLEL_REQUESTS)) as executor:
-            for (_, indices), parts in zip(groups, executor.map(continue_group, groups), strict=True):
-                for index, part in zip(indices, parts, strict=True):
-                    replies_S[index] = _joined(replies_S[index], part)
-                    resumes_S[index] += 1
+        calls = [partial(continue_group, group) for group in groups]
+        (outcomes,) = work_through([calls], workers=_MAX_PARALLEL_REQUESTS)
+        failed = next((outcome for outcome in outcomes if outcome is not None and outcome.error is not None), None)
+        if failed is not None:
+            failed.unwrap()
+        for ((_, unscored), indices), outcome in zip(groups, outcomes, strict=True):
+            assert outcome is not None  # all were started, since none failed
+            for index, part in zip(indices, outcome.unwrap(), strict=True):
+                first = replies_S[index]
+                if unscored:  # it was aborted while it waited, before its prompt was computed
+                    length = len(prompts_B_P[index // sampling.n])
+                    first = replace(first, prompt_logprobs=(part.prompt_logprobs or [])[:length])
+                replies_S[index] = _joined(first, part)
+                resumes_S[index] += 1
     return replies_S, resumes_S
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -28,6 +28,9 @@ InputMode = Literal["history", "text", "tokens"]
 # The policy needs these values of the tokenizer's arguments: a caller may repeat them but not change them.
 _TOKENIZER_FIXED = {"return_attention_mask": (True,), "padding_side": ("left",), "padding": (True, False)}
 
+# How responses are decoded; the names of one line mean the same.
+_DECODING_NAMES = ({"skip_special_tokens"}, {"include_stop_str_in_output", "no_stop_trim"})
+_DECODING = [name for names in _DECODING_NAMES for name in names]
 
 # Where arguments belong that are not the policy's.
 _ELSEWHERE = {
@@ -99,6 +102,7 @@ class RolloutSettings:
         ):
             value = getattr(self, name)
             _require(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
+            object.__setattr__(self, name, allowed[allowed.index(value)])  # True for 1
         for name in ("generate", "pad_output", "progress", "exact_log_probs"):
             _require(isinstance(getattr(self, name), bool), f"{name} must be a boolean, got {getattr(self, name)!r}")
         _require(self.pad_model_input is None, "pad_model_input is not supported: servers take ragged input; remove it")
@@ -121,7 +125,8 @@ class RolloutSettings:
         )
         self._check_batching()
         self._check_tokenizer_kwargs()
-        _ = self.sampling, self.samples, self.writes_log_probs, self.writes_inplace  # each raises if it contradicts
+        # each raises if it contradicts
+        _ = self.sampling, self.samples, self.writes_log_probs, self.writes_prompt_log_probs, self.writes_inplace
 
     def _check_batching(self) -> None:
         sizes = (self.min_batch_size, self.max_batch_size)
@@ -209,11 +214,7 @@ class RolloutSettings:
     @property
     def writes_log_probs(self) -> bool:
         """Whether log-probs are written."""
-        wanted = self._own_kwargs.get("logprobs")
-        _require(
-            wanted is None or int(wanted) <= 1,
-            f"logprobs={wanted!r}: only the log-prob of the chosen token is returned; use logprobs=True",
-        )
+        wanted = self._wants("logprobs")
         if wanted is not None and self.generate and self.return_log_probs is not None:
             _require(
                 bool(wanted) == self.return_log_probs,
@@ -228,7 +229,16 @@ class RolloutSettings:
     @property
     def writes_prompt_log_probs(self) -> bool:
         """Whether the log-probs of the prompt are written while generating."""
-        return self.writes_log_probs and bool(self._own_kwargs.get("prompt_logprobs"))
+        return bool(self._wants("prompt_logprobs")) and self.writes_log_probs
+
+    def _wants(self, name: str) -> bool | None:
+        """One of the arguments of :attr:`_own_kwargs`; ``None`` if it isn't given."""
+        wanted = self._own_kwargs.get(name)
+        _require(
+            wanted is None or wanted in (0, 1),
+            f"{name}={wanted!r}: only the log-prob of the chosen token is returned; use {name}=True",
+        )
+        return None if wanted is None else bool(wanted)
 
     @cached_property
     def sampling(self) -> SamplingParams:
@@ -275,6 +285,15 @@ class RolloutSettings:
     def merges_calls(self) -> bool:
         """Whether calls of several threads share requests."""
         return self.min_batch is not None
+
+    def with_decoding(self, call: Mapping[str, Any]) -> RolloutSettings:
+        """These settings with the decoding arguments of one call."""
+        given = {name: call[name] for name in _DECODING if call.get(name) is not None}
+        if not given:
+            return self
+        replaced = [name for names in _DECODING_NAMES if given.keys() & names for name in names]
+        kept = {name: value for name, value in self.generate_kwargs.items() if name not in replaced}
+        return replace(self, generate_kwargs={**kept, **given})
 
     def decoding(self, name: str) -> Any:
         """A decoding argument as the caller gave it, else ``None``."""

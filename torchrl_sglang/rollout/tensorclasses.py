@@ -108,14 +108,20 @@ def token_rows(
         for p, r, a, m in zip(prompt, response, attended, answered, strict=True)
     ]
     if log_probs:
-        scored = _log_prob_rows(prompt, replies_S, padding, full=full_log_probs)
+        lengths_S = [len(ids_P) for ids_P in prompts_S_P]
+        scored = _log_prob_rows(prompt, lengths_S, replies_S, padding, full=full_log_probs)
         for row, scores in zip(rows, scored, strict=True):
             row["log_probs"] = scores
     return rows
 
 
 def _log_prob_rows(
-    prompt: Sequence[torch.Tensor], replies_S: Sequence[GenerateReply], padding: Padding, *, full: bool
+    prompt: Sequence[torch.Tensor],
+    lengths_S: Sequence[int],
+    replies_S: Sequence[GenerateReply],
+    padding: Padding,
+    *,
+    full: bool,
 ) -> list[LogProbs]:
     mark = MetaData(padding.enabled)
     scores_S = [r.support_logprobs if r.support_logprobs is not None else r.output_logprobs or [] for r in replies_S]
@@ -123,7 +129,9 @@ def _log_prob_rows(
     known = [r.prompt_logprobs for r in replies_S]
     before: list[torch.Tensor] | None = None
     if all(scores is not None for scores in known):
-        before = to_rows([first_zero(scores or []) for scores in known], torch.float32, padding, 0.0, "left")
+        # A response that was aborted while it waited has none yet.
+        filled = [[*(s or [None]), *[math.nan] * n][:n] for s, n in zip(known, lengths_S, strict=True)]
+        before = to_rows(list(map(first_zero, filled)), torch.float32, padding, 0.0, "left")
     rows = []
     for index, (p, r) in enumerate(zip(prompt, response, strict=True)):
         fields = {"response": r, "padded": mark}
@@ -205,7 +213,7 @@ def generation_rows(
         "resumes": torch.tensor(resumes_S).unbind(0),
         "latency_s": torch.tensor([r.latency_s for r in replies_S], dtype=torch.float32).unbind(0),
         # One element per row: with a shared tensor, an in-place change of one row would change all rows.
-        "temperature": torch.full((count,), float(sampling.temperature)).unbind(0),
+        "temperature": torch.full((count,), 0.0 if sampling.is_greedy else float(sampling.temperature)).unbind(0),
         "top_p": torch.full((count,), float(sampling.top_p)).unbind(0),
         "top_k": torch.full((count,), sampling.top_k).unbind(0),
         "min_p": torch.full((count,), float(sampling.min_p)).unbind(0),

@@ -76,11 +76,18 @@ class RewardModelTransform(Transform):
             if value is None:
                 continue
             if isinstance(value, History):
-                return [history_messages(conversation) for conversation in value.reshape(-1, value.shape[-1]).unbind(0)]
+                return _conversations(value)
             if is_tensor_collection(value):
                 value = value.tolist()
             return [value] if isinstance(value, str) else _flat(value)
         raise ConfigError(f"nothing to score: the step's TensorDict has none of {keys}")
+
+
+def _conversations(history: History) -> list[Any]:
+    """The messages of each conversation; they may have different numbers of messages."""
+    if history.ndim == 1:
+        return [history_messages(history)]
+    return [conversation for part in history.unbind(0) for conversation in _conversations(part)]
 
 
 def _flat(values: Any) -> list[Any]:
@@ -88,7 +95,7 @@ def _flat(values: Any) -> list[Any]:
     flat: list[Any] = []
     for value in values:
         if isinstance(value, History):
-            flat.append(history_messages(value))
+            flat.extend(_conversations(value))
         elif isinstance(value, (list, tuple)):
             flat.extend(_flat(value))
         else:

@@ -21,7 +21,10 @@ __all__ = ["Place", "layouts"]
 Make = Callable[[], torch.Tensor]
 
 _SPLIT_BY_COLUMNS = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "dense_4h_to_h.weight", "fc2.weight")
-_VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight", "embed_out.weight")
+_VOCABULARY = (
+    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight"),
+    *("lm_head.weight", "lm_head.bias", "embed_out.weight"),
+)
 _VOCABULARY_PADDING = 64
 
 
@@ -108,7 +111,7 @@ def _plain(name: str, tensor: torch.Tensor, place: Place) -> dict[str, Make]:
     rows = tensor.dim() >= 1 and tensor.shape[0] % size == 0
     columns = tensor.dim() >= 2 and tensor.shape[1] % size == 0
     if name.endswith(_VOCABULARY):
-        add("vocabulary", tensor.dim() == 2, lambda: _vocabulary(tensor, place))
+        add("vocabulary", tensor.dim() in (1, 2), lambda: _vocabulary(tensor, place))
     if name.endswith(_SPLIT_BY_COLUMNS):
         add("columns", columns and size > 1, lambda: _chunk(tensor, place, 1))
     add("whole", True, lambda: tensor)
@@ -160,4 +163,4 @@ def _vocabulary(tensor: torch.Tensor, place: Place) -> torch.Tensor:
     start = min(place.tp_rank * per_rank, tensor.shape[0])
     rows = tensor[start : start + per_rank]
     missing = per_rank - rows.shape[0]
-    return torch.cat([rows, rows.new_zeros(missing, tensor.shape[1])]) if missing else rows
+    return torch.cat([rows, rows.new_zeros(missing, *tensor.shape[1:])]) if missing else rows

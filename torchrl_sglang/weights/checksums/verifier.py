@@ -124,7 +124,7 @@ def _kind(client: SGLangClient, checkpoint: Checkpoint, served_dtype: torch.dtyp
 class PushChecksums:
     """The checksums of one push.
 
-    Its calls, in order: :meth:`read_before`, :meth:`take` for every bucket, :meth:`compare`.
+    Its calls, in order: :meth:`read_before`, :meth:`take` for every bucket, :meth:`start_reading`, :meth:`compare`.
 
     Attributes:
         verdict: what :meth:`compare` has found.
@@ -158,6 +158,7 @@ class PushChecksums:
         self._sent = SentTensors(sample, self._hash_now) if source.one_shot or source.is_sharded else None
         parts = ReadAgain(source).parts if self._sent is None else self._sent.parts
         self._hashes = TensorHashes(self._kinds, parts)
+        self._reading: Task[dict[str, Outcome[list[RankChecksums]]]] | None = None
 
     def read_before(self) -> None:
         """Read the hashes of servers that are updated for the first time. What fails here fails in the push, too."""
@@ -175,24 +176,26 @@ class PushChecksums:
         if self._sent is not None:
             self._sent.take(bucket, flat)
 
-    def compare(self, clients: Sequence[SGLangClient]) -> tuple[dict[str, str], dict[str, SGLangError]]:
-        """Read the servers' hashes after the push and compare them.
+    def start_reading(self, clients: Sequence[SGLangClient]) -> None:
+        """Ask the servers for their hashes after the push, and return at once."""
+        able = [client for client in clients if client.url in self._kinds and client.url not in self.unable]
+        if self._sample and able:
+            self._reading = Task(lambda: self._read(able), name="read-checksums")
 
-        Args:
-            clients: the servers.
+    def compare(self) -> tuple[dict[str, str], dict[str, SGLangError]]:
+        """Compare what the servers answer with the hashes of what was sent.
 
         Returns:
             Per server that does not hold what was sent, what it does not hold; and per server that did not answer, the
             error.
         """
-        able = [client for client in clients if client.url in self._kinds and client.url not in self.unable]
-        if not self._sample or not able:
+        if self._reading is None:
             return {}, {}
-        reading = Task(lambda: self._read(able), name="read-checksums")
-        self._hash_expected()
+        for unit in self._sample:  # while the servers compute theirs
+            self._hash_now(unit)
         ranks: dict[str, list[RankChecksums]] = {}
         failed: dict[str, SGLangError] = {}
-        for url, outcome in reading.outcome().unwrap().items():
+        for url, outcome in self._reading.outcome().unwrap().items():
             if outcome.value is not None:
                 ranks[url] = outcome.value
             elif isinstance(outcome.error, RequestRejectedError | ProtocolError) and not self._verifier.is_full:
@@ -266,13 +269,6 @@ class PushChecksums:
     def _finding(self, tensor: TensorId, unit: FusedUnit, value: str = "", *, is_exact: bool = True) -> Finding:
         shapes = tuple(self._checkpoint.specs[part].shape for part in unit.parts)
         return Finding(tensor=tensor, unit=unit, is_exact=is_exact, shapes=shapes, actual=value)
-
-    # ------------------------------------------------------------------ the expected hashes
-
-    def _hash_expected(self) -> None:
-        """Compute the likely hashes while the servers compute theirs."""
-        for unit in self._sample:
-            self._hash_now(unit)
 
     def _hash_now(self, unit: FusedUnit) -> None:
         """Compute the hashes of a unit in the known layout, or in the likeliest."""
