@@ -15,7 +15,7 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import find_local_path, find_model_file
 from torchrl_sglang.server.command import build_command
 from torchrl_sglang.smollm2 import is_smollm2, smollm2_checkpoint
-from torchrl_sglang.smollm2.checkpoint import GGUF, name_a_tokenizer_class_of_every_release
+from torchrl_sglang.smollm2.checkpoint import GGUF, make_readable_for_every_release
 
 
 @pytest.fixture
@@ -64,12 +64,16 @@ def test_the_expected_file_is_the_one_in_the_pinned_package() -> None:
     assert (listed.hash.mode, digest.hex()) == ("sha256", GGUF.sha256)
 
 
-def test_the_tokenizer_is_readable_for_other_releases_of_transformers(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_means_the_same_for_other_releases_of_transformers(tiny_llama: Path, tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.save_pretrained(tmp_path)
-    name_a_tokenizer_class_of_every_release(tmp_path)
+    transformers.LlamaConfig(rope_theta=100_000.0).save_pretrained(tmp_path)
+    make_readable_for_every_release(tmp_path)
     saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] == "PreTrainedTokenizerFast", "a name that transformers 4 and 5 know"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == 100_000.0, "transformers 4 reads this one, and 5 the one in rope_parameters"
+    assert transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_theta"] == 100_000.0
     again = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert again("w1 w2 w3")["input_ids"] == tokenizer("w1 w2 w3")["input_ids"]
     assert again.chat_template == tokenizer.chat_template

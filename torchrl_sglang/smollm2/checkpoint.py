@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torchrl_sglang.cached_folder import cached_folder, holds
 from torchrl_sglang.errors import ConfigError
@@ -87,15 +88,28 @@ def _convert(source: Path, folder: Path, show: Callable[[str], None]) -> None:
     show("converting: writing 538 MB")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    name_a_tokenizer_class_of_every_release(folder)
+    make_readable_for_every_release(folder)
 
 
-def name_a_tokenizer_class_of_every_release(folder: Path) -> None:
-    """Make a tokenizer that transformers 5 saved readable for transformers 4, which doesn't know its class's new name.
+def make_readable_for_every_release(folder: Path) -> None:
+    """Make a checkpoint that transformers 5 saved mean the same for transformers 4.
 
-    The checkpoint is shared by all environments of a user, whatever their releases.
+    All environments of a user share the checkpoint, whatever their releases. Transformers 4 doesn't know the new name
+    of the tokenizer's class, and ignores ``rope_parameters``: it would compute with another ``rope_theta``.
     """
-    file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text())
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        file.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+    _edit(folder / "tokenizer_config.json", _with_old_class)
+    _edit(folder / "config.json", _with_old_rope)
+
+
+def _with_old_class(config: dict[str, Any]) -> dict[str, Any]:
+    renamed = config.get("tokenizer_class") == "TokenizersBackend"
+    return {**config, "tokenizer_class": "PreTrainedTokenizerFast"} if renamed else config
+
+
+def _with_old_rope(config: dict[str, Any]) -> dict[str, Any]:
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    return config if theta is None else {"rope_theta": theta, **config}
+
+
+def _edit(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    file.write_text(json.dumps(change(json.loads(file.read_text())), indent=2) + "\n")
