@@ -17,6 +17,7 @@ from torchrl_sglang.protocol.messages import GenerateReply
 __all__ = ["DispatchResult", "dead_server", "dispatch_shares", "is_gone"]
 
 _CLOSING_S = 3.0
+_LIVES_S = 0.3
 _ASK_AGAIN_S = 0.05
 
 
@@ -74,19 +75,24 @@ def dead_server(client: SGLangClient, error: SGLangError) -> SGLangClient | None
 def is_gone(client: SGLangClient) -> bool:
     """Whether nothing listens at a server's address any more.
 
-    A process that is ending may drop connections before its port is closed, so one that drops them is asked again.
+    A process that is ending may drop connections before its port is closed, or answer once more on a connection that is
+    open. So one that drops them is asked again, and one that answers must do so for a moment.
     """
     deadline = time.monotonic() + _CLOSING_S
+    answers_since = None
     while True:
         try:
             client.send(build_ready())
         except ServerUnreachableError:
             return True
         except (ServerLostError, ProtocolError):
+            answers_since = None
             if time.monotonic() > deadline:
                 return False
-            time.sleep(_ASK_AGAIN_S)
         except SGLangError:
             return False
         else:
-            return False
+            answers_since = answers_since or time.monotonic()
+            if time.monotonic() - answers_since >= _LIVES_S:
+                return False
+        time.sleep(_ASK_AGAIN_S)
