@@ -39,6 +39,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"torchrl_sglang\.\w+\..*"),
     (r"py:.*", r"Weight(State|Source|Transport)"),  # internal classes
+    (r"py:.*", r"Servers"),  # what users pass as servers: a type alias
     (r"py:.*", r"(?!torchrl_sglang\b|SGLang|AsyncSG|Weight|Sync|Server|Client|Sampling|Generation$|Reward).*"),
 ]
 

@@ -29,6 +29,7 @@ RECORD, PICTURE = DOCS / "demo.json", DOCS / "demo.svg"
 PACKAGES = ("torch", "torchrl", "sglang")
 
 SECONDS, HOLD_S = 20.0, 4.5  # of the animation, and of its last frame
+FIRST_S = 2.0  # how long the last frame is shown before the first round: a page should not open with an empty terminal
 COLUMNS, LINES = 112, 9  # of the upper pane
 CHAR, LINE = 8.0, 21.0  # width of a character and height of a line, in pixels
 WIDTH = 20 + int(COLUMNS * CHAR) + 20
@@ -89,7 +90,8 @@ def draw(run: dict[str, Any], *, paused_at_s: float | None = None) -> str:
     ]
     replies = [((row + 1.4) * tick, answer_line(row, answer)) for row, answer in enumerate(answers)]
     clocks = [(row * tick, clock(entry["at_s"])) for row, entry in enumerate(shown, start=1)]
-    state = "" if paused_at_s is None else f"animation-play-state: paused; animation-delay: {-paused_at_s:g}s"
+    begins_s = SECONDS - FIRST_S if paused_at_s is None else paused_at_s
+    state = f"animation-delay: {-begins_s:g}s" + ("" if paused_at_s is None else "; animation-play-state: paused")
     timing = f"animation-duration: {SECONDS:g}s; animation-timing-function: step-end; {state}"
     styles = [
         *STYLES,

@@ -17,8 +17,9 @@ Expected on 2 CPU cores, in 4 to 5 minutes: the mean reward rises from 0.13 in t
 in the last (the answers become "5 + 2 = 7"), server and trainer agree on every sampled token's log-prob to 1e-4, 538 MB
 of weights reach the server in about a second, and its weight version rises by one per step.
 
-Files in outputs/quickstart/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per answer), report.png
-(redrawn during the run), checkpoint/ (the last weights, 0.5 GB) and checkpoints/ (to resume from, 1.6 GB).
+Files in outputs/quickstart/: config.yaml, metrics.csv (a line per step), samples.jsonl (a line per answer),
+samples.html (answers before and after training), report.png (redrawn during the run), checkpoint/ (the last weights,
+0.5 GB) and checkpoints/ (to resume from, 1.6 GB).
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ from torchrl.data import LazyStackStorage, ReplayBuffer, SamplerWithoutReplaceme
 from torchrl_sglang import recipes
 
 STEP_LINE = (
-    "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%} | {response_tokens_mean:4.1f} tokens/answer, "
-    "{generate_tokens_per_s:3.0f} tokens/s | generate {generate_s:.1f} s, train {train_s:.1f} s, sync {sync_s:.2f} s "
-    "{sync_mb:.0f} MB | weights v{weight_version} | log-prob gap {logprob_gap_max:.1e}"
+    "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%} | generate {generate_s:.1f} s, "
+    "train {train_s:.1f} s, sync {sync_s:.2f} s | weights v{weight_version} | log-prob gap {logprob_gap_max:.1e}"
 )
 
 

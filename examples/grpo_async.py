@@ -50,9 +50,8 @@ from torchrl.envs.transforms import PolicyAgeFilter
 from torchrl_sglang import recipes
 
 STEP_LINE = (
-    "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%} | {generate_tokens_per_s:4.0f} tokens/s | "
-    "wait {wait_s:.1f} s, train {train_s:.1f} s, sync {sync_s:.2f} s | weights v{weight_version}, age of tokens "
-    "{staleness_mean:.2f} (most {staleness_max}) | ESS {ess:.3f}, log-prob gap {logprob_gap_mean:.1e}"
+    "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%} | wait {wait_s:.1f} s, train {train_s:.1f} s, "
+    "sync {sync_s:.2f} s | weights v{weight_version}, age {staleness_mean:.2f} | ESS {ess:.3f}"
 )
 
 

@@ -35,9 +35,9 @@ from torchrl.data import LazyStackStorage, ReplayBuffer, SamplerWithoutReplaceme
 from torchrl_sglang import recipes
 
 STEP_LINE = (
-    "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%} | {generate_tokens_per_s:4.0f} tokens/s | "
-    "generate {generate_s:.1f} s, train {train_s:.1f} s, sync {sync_s:.2f} s {sync_mb:.1f} MB | "
-    "weights v{weight_version} | ESS {ess:.3f}, log-prob gap {logprob_gap_max:.1e}"
+    "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%} | generate {generate_s:.1f} s, "
+    "train {train_s:.1f} s, sync {sync_s:.2f} s | adapter v{weight_version}, {sync_mb:.1f} MB | "
+    "gap {logprob_gap_max:.1e}"
 )
 
 

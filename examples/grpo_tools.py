@@ -41,10 +41,9 @@ from torchrl.collectors.llm import LLMCollector
 from torchrl_sglang import recipes
 
 STEP_LINE = (
-    "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%}, with a program {program_rate:4.0%} | "
-    "{response_tokens_mean:4.1f} tokens written | generate {generate_s:.1f} s, train {train_s:.1f} s, "
-    "sync {sync_s:.2f} s | weights v{weight_version}, age of tokens {staleness_mean:.2f} | ESS {ess:.3f}, log-prob gap "
-    "{logprob_gap_mean:.1e}"
+    "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%}, programs {program_rate:4.0%} | "
+    "generate {generate_s:.1f} s, train {train_s:.1f} s | weights v{weight_version}, age {staleness_mean:.2f} | "
+    "ESS {ess:.3f}"
 )
 
 # LLMCollector's constructor warns about settings that it makes itself.

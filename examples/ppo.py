@@ -38,9 +38,9 @@ from torchrl.collectors import Collector
 from torchrl_sglang import recipes
 
 STEP_LINE = (
-    "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%} | {generate_tokens_per_s:4.0f} tokens/s | "
-    "generate {generate_s:.1f} s, score {score_s:.1f} s, train {train_s:.1f} s, sync {sync_s:.2f} s | "
-    "weights v{weight_version} | KL to reference {kl_reference_k3:.3f}, values explain {explained_variance:.2f}"
+    "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%} | generate {generate_s:.1f} s, "
+    "train {train_s:.1f} s, sync {sync_s:.2f} s | weights v{weight_version} | KL {kl_reference_k3:.3f}, "
+    "R2 {explained_variance:.2f}"
 )
 
 

@@ -9,6 +9,7 @@ Folders, in the order they run::
     tests/contract/     what SGLang does, tested on a real CPU server and, where the fake one does it too, on that
     tests/loop/         TorchRL collectors, losses and weight syncs against a real server; the README's code
     tests/fuzz/         random requests and adapters against a real server
+    tests/matrix/       families of models, kinds of tokenizers and chat templates; also data for tests/quick
     tests/gpu/          needs CUDA; marked `gpu`, never part of `make test`
 
 ``make test-quick`` runs the architecture checks and the first two. ``make test`` runs all but the tests marked ``slow``
@@ -84,7 +85,7 @@ OLD_SGLANG = "0.5.20"
 SPECIAL_SERVERS_ALIVE = 2
 ORDER = (
     *("tests/test_architecture.py", "tests/quick", "torchrl_sglang", "tests/fake_sglang", "tests/processes"),
-    *("tests/contract", "tests/loop", "tests/fuzz", "tests/test_readme.py", "tests/gpu"),
+    *("tests/contract", "tests/loop", "tests/fuzz", "tests/matrix", "tests/test_readme.py", "tests/gpu"),
 )
 
 

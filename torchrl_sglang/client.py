@@ -227,8 +227,12 @@ class SGLangClient:
             ) from error
 
     def _wait_s(self, request: HttpRequest, timeout_s: float | None) -> float:
+        if timeout_s is not None:
+            return timeout_s
+        if request.timeout == "generate":
+            return self.config.generate_limit_s()
         configured: float = getattr(self.config, f"{request.timeout}_timeout_s")
-        return configured if timeout_s is None else timeout_s
+        return configured
 
     def close(self) -> None:
         """Close idle connections. The client can still be used afterwards."""

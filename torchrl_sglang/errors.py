@@ -60,7 +60,7 @@ class ConfigError(SGLangError, ValueError):
 
 
 class StorageError(SGLangError, OSError):
-    """Files could not be written, most often because the disk is full. What was written of them has been removed.
+    """Files could not be written, most often because the disk is full. An incomplete new file or folder is removed.
 
     Attributes:
         path: what should have been written.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from torchrl_sglang.errors import SGLangError
 
-__all__ = ["Outcome", "Task", "side_by_side"]
+__all__ = ["Outcome", "Task", "side_by_side", "work_through"]
 
 Result = TypeVar("Result")
 
@@ -102,3 +103,49 @@ def side_by_side(calls: Mapping[str, Callable[[], Result]]) -> dict[str, Outcome
             return {name: Outcome(error=error)}
     tasks = {name: Task(call, name=f"sglang-{name}") for name, call in calls.items()}
     return {name: task.outcome() for name, task in tasks.items()}
+
+
+def work_through(
+    queues: Sequence[Sequence[Callable[[], Result]]], *, workers: int
+) -> list[list[Outcome[Result] | None]]:
+    """Run the calls of several queues, ``workers`` calls of each queue at the same time.
+
+    After the first error no further call is started.
+
+    Args:
+        queues: calls, in the order in which they are started.
+        workers: most calls of one queue that run at once.
+
+    Returns:
+        Per queue the outcome of each call; ``None`` for one that was not started.
+
+    Examples:
+        >>> outcomes = work_through([[lambda: 1, lambda: 2], [lambda: 3]], workers=1)
+        >>> [[outcome.unwrap() for outcome in queue] for queue in outcomes]
+        [[1, 2], [3]]
+    """
+    outcomes: list[list[Outcome[Result] | None]] = [[None] * len(queue) for queue in queues]
+    lock, stopped = threading.Lock(), threading.Event()
+
+    def work(queue: int, waiting: Iterator[tuple[int, Callable[[], Result]]]) -> None:
+        while not stopped.is_set():
+            with lock:
+                index, call = next(waiting, (-1, None))
+            if call is None:
+                return
+            try:
+                outcomes[queue][index] = Outcome(value=call())
+            except SGLangError as error:
+                outcomes[queue][index] = Outcome(error=error)
+                stopped.set()
+
+    calls = {}
+    for number, queue in enumerate(queues):
+        waiting = iter(list(enumerate(queue)))
+        calls.update({f"{number}-{i}": partial(work, number, waiting) for i in range(min(workers, len(queue)))})
+    try:
+        for outcome in side_by_side(calls).values():
+            outcome.unwrap()
+    finally:
+        stopped.set()  # after Ctrl-C nothing more is sent
+    return outcomes

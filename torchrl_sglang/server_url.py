@@ -65,7 +65,7 @@ def base_url(url: Any) -> str:
 
 def unresolvable_host(url: str) -> str:
     """The error text for a host that no name server knows."""
-    host = urlsplit(url).hostname or url
+    host = re.sub(r":\d+$", "", urlsplit(url).netloc)  # as it was given; .hostname would be in lower case
     text = f"the host {host!r} is unknown: its name can't be resolved. Check its spelling and this machine's DNS."
     if "." not in host:
         text += f' If {host!r} is a model, launch a server for it: AsyncSGLang.from_pretrained("{host}")'

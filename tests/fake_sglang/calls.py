@@ -82,8 +82,8 @@ class Lifecycle:
         sys.stderr.flush()
         if self._on_death is None:
             os._exit(exit_code)
-        self._on_death()  # first, so that whoever loses a connection finds that nothing listens any more
         self.stopped.set()
+        self._on_death()
         raise ServerStopped
 
     def hang(self) -> None:

@@ -23,7 +23,7 @@ from tests.fake_sglang.info_endpoints import InfoEndpoints
 from tests.fake_sglang.locks import RequestLocks
 from tests.fake_sglang.model import Weights, read_checkpoint
 from tests.fake_sglang.ranks import Ranks
-from tests.fake_sglang.scheduler import Scheduler
+from tests.fake_sglang.scheduler import Scheduler, ServerStopped
 from tests.fake_sglang.settings import FakeSettings
 from tests.fake_sglang.state import ControlState
 from tests.fake_sglang.vocabulary import Vocabulary
@@ -192,7 +192,13 @@ class FakeServer:
         return routes
 
     def _answer(self, call: Call, authorization: str | None) -> Reply:
-        """Record one request, apply its faults, check its key and answer it."""
+        """Record one request, apply its faults, check its key and answer it.
+
+        Raises:
+            ServerStopped: the server has ended. Its connections are closed one by one, and one may still be open.
+        """
+        if self._lifecycle.stopped.is_set():
+            raise ServerStopped
         if call.path.startswith("/fake/"):
             return self._admin(call)
         event = {"method": call.method, "path": call.path, "body": call.body, "status": None, "at": time.monotonic()}

@@ -171,6 +171,8 @@ class Requests:
         self.chat.chat(text, **given, num_return_sequences=n)
 
     def iter_chat(self, given: dict[str, Any], prompts: list[list[int]], text: str, n: int) -> None:
+        if n == 2:
+            given["max_length"] = given.pop("max_new_tokens")
         list(self.chat.iter_chat(text, return_log_probs=True, **given))
 
 

@@ -23,7 +23,7 @@ def test_conversations_with_a_tool_are_trained_on_where_the_model_wrote_them(
     pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path
 ) -> None:
     words = settings(tiny_llama, pristine_server.url, tmp_path, steps=2)
-    words += [f"tool.program='{WITH_A_VOWEL}'", "tool.max_turns=3"]
+    words += [f"tool.program='{WITH_A_VOWEL}'", "tool.max_turns=3", "tool.unsafe=true"]
     assert run_here("grpo_tools", [*words, "evaluate.every=2", "evaluate.questions=2", "evaluate.answers=4"])
 
     rows, samples = rows_of(tmp_path), samples_of(tmp_path)

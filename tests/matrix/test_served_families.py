@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,17 @@ from tests.matrix.conftest import Served
 from tests.matrix.families import FAMILIES, make_model
 from tests.matrix.templates import TEMPLATES
 from tests.matrix.tokenizer_kinds import make_tokenizer
-from torchrl_sglang import ConfigError, SamplingParams, ServerConfig, SGLangChat, SGLangWrapper, SyncConfig, WeightSync
+from torchrl_sglang import (
+    ConfigError,
+    SamplingParams,
+    ServerConfig,
+    SGLangChat,
+    SGLangClient,
+    SGLangPool,
+    SGLangWrapper,
+    SyncConfig,
+    WeightSync,
+)
 from torchrl_sglang.protocol.version import version_number
 from torchrl_sglang.server import SGLangServer
 
@@ -144,7 +155,9 @@ def test_the_prompt_is_the_tokenizers_own_and_the_answer_transformers(served: Se
         assert td["tokens", "response"][0].tolist() == answer, name
         expected = reference_log_probs(served.model, torch.tensor([*prompt, *answer]))[len(prompt) :]
         torch.testing.assert_close(td["log_probs", "response"][0], expected, atol=served.family.atol, rtol=0)
-        assert td["text", "response"][0] == served.tokenizer.decode(answer)
+        before, whole = served.tokenizer.decode(prompt), served.tokenizer.decode([*prompt, *answer])
+        if whole.startswith(before):  # else single bytes of the answer belong to a character of the prompt
+            assert td["text", "response"][0] == whole[len(before) :], name
 
 
 def test_a_chat_sends_the_tokenizers_own_prompt_and_tools(served: Served) -> None:
@@ -193,6 +206,25 @@ def test_a_second_turn_keeps_the_first_turns_tokens(served: Served) -> None:
 # --------------------------------------------------------------------------------------------------------- new weights
 
 
+def test_an_adapter_that_was_sent_answers_as_in_peft(served: Served) -> None:
+    """Before the model changes: an adapter is sent for the served checkpoint. A pool of its own names the adapter."""
+    targets = served.family.lora_targets
+    if not targets:
+        pytest.skip(f"SGLang takes no adapter for {served.case.family}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        lora = peft.LoraConfig(r=4, lora_alpha=16, target_modules=list(targets), init_lora_weights=False)
+        adapted = peft.get_peft_model(copy.deepcopy(served.model), lora).eval()
+    config = SyncConfig(transport="lora", verify_atol=10 * served.family.atol)
+    with (
+        closing(SGLangPool([SGLangClient(served.pool.clients[0].url)])) as pool,
+        closing(WeightSync(pool, config)) as sync,
+    ):
+        report = sync.push(adapted)
+        assert report is not None
+        assert_answers_as(replace(served, pool=pool), adapted, version=report.version)
+
+
 @pytest.mark.parametrize("transport", ["broadcast", "disk"])
 def test_after_an_update_the_server_answers_as_the_new_model(served: Served, transport: str, tmp_path: Path) -> None:
     config = SyncConfig(
@@ -204,19 +236,8 @@ def test_after_an_update_the_server_answers_as_the_new_model(served: Served, tra
     with closing(WeightSync(served.pool, config)) as sync:
         report = sync.push(served.model)
         assert report is not None
+        # SGLang gives Phi's feed-forward layers 4 * hidden columns, whatever the configuration says.
+        unknown = {name for name in report.not_compared if served.case.family != "Phi" or ".mlp.fc" not in name}
+        assert unknown == set(), "how SGLang holds these tensors is not known"
+        assert report.num_checksums > 0
         assert_answers_as(served, served.model, version=report.version)
-
-
-def test_an_adapter_that_was_sent_answers_as_in_peft(served: Served) -> None:
-    """The last test of a family: the pool names the adapter in every later request."""
-    targets = served.family.lora_targets
-    if not targets:
-        pytest.skip(f"SGLang takes no adapter for {served.case.family}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=list(targets), init_lora_weights=False)
-        adapted = peft.get_peft_model(copy.deepcopy(served.model), config).eval()
-    with closing(WeightSync(served.pool, SyncConfig(transport="lora", verify_atol=10 * served.family.atol))) as sync:
-        report = sync.push(adapted)
-        assert report is not None
-        assert_answers_as(served, adapted, version=report.version)

@@ -35,14 +35,15 @@ print(sum(b"SECRET_OF_THE_TRAINER" in text for text in found), len(found))
 """
 LEAVE_A_PROCESS = """
 import os, time
+read, write = os.pipe()
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
         print(os.getpid(), flush=True)
+        os.write(write, b"x")
         time.sleep(600)
     os._exit(0)
-os.wait()
-time.sleep(0.3)
+os.read(read, 1)
 """
 
 
@@ -102,15 +103,14 @@ def test_a_program_may_write_small_files_that_end_with_it() -> None:
 def test_the_standard_library_works() -> None:
     names = "ssl sqlite3 decimal json hashlib zoneinfo datetime statistics fractions itertools random re ctypes"
     program = f"import {names.replace(' ', ', ')}; print(round(statistics.mean([1, 2]), 1), random.random() < 1)"
-    assert run_python(program).output == "1.5 True"
+    assert run_python(program, unsafe=True).output == "1.5 True"
 
 
 def test_a_program_that_kills_itself_or_exits_is_its_own_failure() -> None:
-    assert run_python("import os; os.kill(os.getpid(), 9)").output == "the program was killed"
-    assert run_python("raise SystemExit('ImportError: libpython: cannot open shared object file')").output.startswith(
-        "ImportError: libpython"
-    )
-    assert run_python("import sys; sys.exit(0)").failed is False
+    assert run_python("import os; os.kill(os.getpid(), 9)", unsafe=True).output == "the program was killed"
+    words = "ImportError: libpython: cannot open shared object file"
+    assert run_python(f"raise SystemExit({words!r})", unsafe=True).output == words
+    assert run_python("import sys; sys.exit(0)", unsafe=True).failed is False
 
 
 WITHOUT_NAMESPACES = """
@@ -182,10 +182,10 @@ def test_an_interpreter_that_needs_a_library_path_gets_it_and_its_failure_is_not
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/python/lib")
-    assert run_python("print(6 * 7)").output == "42"
+    assert run_python("print(6 * 7)", unsafe=True).output == "42"
     monkeypatch.delenv("LD_LIBRARY_PATH")
     with pytest.raises(ConfigError, match=r"did not start, so no program was run: .*libpython3\.11\.so\.1\.0"):
-        run_python("print(6 * 7)")
+        run_python("print(6 * 7)", unsafe=True)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="can't be started"):
-        run_python("print(6 * 7)")
+        run_python("print(6 * 7)", unsafe=True)

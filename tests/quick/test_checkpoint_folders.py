@@ -22,8 +22,9 @@ from torchrl_sglang.weights.checkpoint.tensor_files import read_tensors
 @pytest.fixture
 def servers(fake: FakeServer) -> Any:
     with AsyncSGLang.connect(fake.url) as engine:
-        SGLangWeightSyncScheme(engine, config=SyncConfig(verify="off"))
+        scheme = SGLangWeightSyncScheme(engine, config=SyncConfig(verify="off"))  # the fake's answers are no Llama's
         yield engine
+        scheme.shutdown()
 
 
 def scores(servers: AsyncSGLang) -> list[float]:

@@ -41,6 +41,14 @@ def test_query_key_and_value_are_one_tensor_with_each_ranks_heads(size: int, ran
     assert expected(unit, parts, rank, size).tolist() == rows
 
 
+def test_projections_that_the_checkpoint_has_fused_are_divided_part_by_part() -> None:
+    """4 heads and 2 key/value heads of one row, as in Phi-3."""
+    place = Place(tp_rank=1, tp_size=2, heads=4, kv_heads=2)
+    for name, held in (("a.qkv_proj.weight", [2.0, 3.0, 5.0, 7.0]), ("m.gate_up_proj.weight", [2.0, 3.0, 6.0, 7.0])):
+        makes = layouts(unit_of(name), name, {name: numbered(8, 1)}, place)
+        assert held in [make().flatten().tolist() for make in makes.values()]
+
+
 @pytest.mark.parametrize("rank", range(4))
 def test_key_value_heads_are_repeated_where_there_are_fewer_than_ranks(rank: int) -> None:
     """2 heads of 2 rows for 4 ranks: ranks 0 and 1 hold the first."""
@@ -77,6 +85,10 @@ def test_a_vocabulary_is_padded_to_a_multiple_of_64_rows_and_divided(rows: int, 
     assert held.shape == (per_rank * size, 2)
     assert held[:rows].tolist() == table.tolist()
     assert held[rows:].abs().sum() == 0
+    bias = numbered(rows, start=1)
+    name = "lm_head.bias"
+    held = torch.cat([expected(unit_of(name), {name: bias}, rank, size) for rank in range(size)])
+    assert held.tolist() == [*bias.tolist(), *[0.0] * (per_rank * size - rows)]
 
 
 @pytest.mark.parametrize(

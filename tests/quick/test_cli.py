@@ -48,7 +48,7 @@ def test_every_command_has_a_help_text(command: str, capsys: pytest.CaptureFixtu
         (["generate", "hi", "--url", "ftp://x"], 2, "is not the URL of a server"),
         (["generate", "hi", "--api-key-file", "/no/such/file"], 2, "can't be read"),
         (["serve", "./no-such-model"], 2, "there is no such file or folder"),
-        (["serve", "m", "--port", "0"], 2, "port must be in 1..65535"),
+        (["serve", "m", "--port", "0"], 2, "port must be at least 1 and at most 65535"),
         (["serve", "m", "--python", "/no/python"], 2, "not an executable file"),
         (["install-cpu-server", "--venv", "{folder}"], 2, "is no virtual environment"),
     ],

@@ -99,7 +99,7 @@ def test_the_names_of_other_ecosystems_launch_the_same_servers() -> None:
     assert second.context_length == 512
     with pytest.raises(ConfigError, match="max_model_len=256 means context_length, which is also given as 512"):
         server_configs("m", tp_size=1, dp_size=1, gpus=None, given={"context_length": 512, "max_model_len": 256})
-    with pytest.raises(ConfigError, match="dp_size is the number of servers and must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="dp_size, the number of servers, must be at least 1, got 0"):
         AsyncSGLang.from_pretrained("m", dp_size=0)
     with pytest.raises(ConfigError, match="unknown argument 'max_modl_len'. Did you mean 'max_model_len'"):
         AsyncSGLang.from_pretrained("m", max_modl_len=1)

@@ -22,6 +22,7 @@ from torchrl_sglang import (
     SGLangWrapper,
     SyncConfig,
 )
+from torchrl_sglang.chat.defaults import GenerationDefaults
 from torchrl_sglang.config import foreign_names
 from torchrl_sglang.engine.launching import server_configs
 from torchrl_sglang.testing import EchoPool
@@ -29,6 +30,7 @@ from torchrl_sglang.testing import EchoPool
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = {
     "Engine": foreign_names.ENGINE_ARGUMENTS,
+    "Connect": foreign_names.CONNECT_ARGUMENTS,
     "Generation": foreign_names.GENERATION_ARGUMENTS,
     "Policy": foreign_names.POLICY_ARGUMENTS,
     "Weight sync scheme": foreign_names.SCHEME_ARGUMENTS,
@@ -47,6 +49,10 @@ def refuse_engine(**given: Any) -> None:
     AsyncSGLang.from_pretrained("model", **given)
 
 
+def refuse_connect(**given: Any) -> None:
+    AsyncSGLang.connect("http://host:1", **given)
+
+
 def refuse_scheme(**given: Any) -> None:
     SGLangWeightSyncScheme("http://host:1", **given)
 
@@ -59,6 +65,7 @@ def refuse_generation(**given: Any) -> None:
     ("table", "call"),
     [
         (TABLES["Engine"], refuse_engine),
+        (TABLES["Connect"], refuse_connect),
         (TABLES["Generation"], refuse_generation),
         (TABLES["Policy"], refuse_policy),
         (TABLES["Weight sync scheme"], refuse_scheme),
@@ -128,6 +135,10 @@ def sglang_sources() -> list[Path]:
         (refuse_engine, {"transport": "disk"}, r"config=SyncConfig\(transport=...\)"),
         (refuse_engine, {"contxt_length": 1}, "Did you mean 'context_length'"),
         (refuse_scheme, {"bucket_bytes": 1}, r"It belongs into config=SyncConfig\(bucket_bytes=...\)"),
+        (refuse_connect, {"tp_size": 2}, r"It belongs into AsyncSGLang.from_pretrained\(...\), which launches servers"),
+        (refuse_connect, {"enforce_eager": True}, "which launches servers"),
+        (refuse_connect, {"max_new_tokens": 5}, "It belongs into SamplingParams"),
+        (refuse_connect, {"apikey": "a"}, "Did you mean 'api_key'"),
         (refuse_scheme, {"modle": 1}, "Did you mean 'model'"),
     ],
 )
@@ -228,3 +239,12 @@ def test_a_wrong_name_in_one_call_is_refused_before_anything_is_sent() -> None:
     policy = SGLangWrapper(EchoPool(), input_mode="tokens")
     with pytest.raises(ConfigError, match="Use num_samples"):
         policy(TensorDict(batch_size=[0]), best_of=2)
+
+
+def test_a_chat_refuses_two_lengths_too() -> None:
+    defaults = GenerationDefaults(given={"max_tokens": 7}, checkpoint={}, stop_ids=(2,))
+    sizes = {"prompt_length": 4, "context_length": 64}
+    with pytest.raises(ConfigError, match="max_new_tokens=5 and max_tokens=2 are two names of one argument"):
+        defaults.sampling({"max_tokens": 2, "max_new_tokens": 5}, **sizes)
+    assert defaults.sampling({"max_new_tokens": 5}, **sizes).max_new_tokens == 5  # a call replaces the chat's own
+    assert defaults.sampling({}, **sizes).max_new_tokens == 7

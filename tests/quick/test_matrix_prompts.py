@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tensordict import TensorDict
 from torchrl.data.llm import History
-from torchrl.modules.llm.policies import ChatHistory
+from torchrl.modules.llm.policies import ChatHistory, Text
 
 from tests.matrix.combinations import NEXT, TOOLS, conversations, pairs
 from tests.matrix.templates import TEMPLATES
@@ -104,6 +104,21 @@ def test_a_policy_sends_the_tokenizers_own_prompt(kind: str, template: str) -> N
             variables["tools"] = TOOLS
         policy(as_prompt(chat), template_kwargs=variables)
         assert pool.requests[-1] == [own_ids(tokenizer, chat, **variables)], name
+
+
+@ALL
+def test_rendered_text_gets_special_tokens_once_in_text_mode(kind: str, template: str) -> None:
+    tokenizer = make_tokenizer(kind, TEMPLATES[template].source)
+    pool = EchoPool(vocab_size=1000)
+    policy = SGLangWrapper(
+        pool, tokenizer=tokenizer, input_mode="text", generate_kwargs={"max_new_tokens": 2, "ignore_eos": True}
+    )
+    [chat, *_] = conversations(TEMPLATES[template]).values()
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    policy(TensorDict(text=Text(prompt=[text, "the dog"], batch_size=[2]), batch_size=[2]))
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    expected = own_ids(tokenizer, chat) if begins else tokenizer(text)["input_ids"]
+    assert pool.requests[-1] == [expected, tokenizer("the dog")["input_ids"]]
 
 
 @ALL

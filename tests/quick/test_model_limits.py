@@ -42,6 +42,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a sliding window": (MISTRAL, {}, "MistralForCausalLM: sliding_window=4096 is ignored.*context_length=4096"),
     "a longer context": (MISTRAL, {"context_length": 8192}, "sliding_window=4096"),
     "a longer context in extra_args": (MISTRAL, {"extra_args": ("--context-length", "8192")}, "sliding_window=4096"),
+    "transformers' code in SGLang, which has no window either": (
+        MISTRAL,
+        {"extra_args": ("--model-impl", "transformers")},
+        "sliding_window=4096",
+    ),
     "a window in some layers": (QWEN2, {}, "Qwen2ForCausalLM: sliding_window=4096"),
     "dense layers among experts": (QWEN3_MOE | {"mlp_only_layers": [1]}, {}, r"mlp_only_layers=\[1\] is ignored"),
     "experts in every other layer": (QWEN3_MOE | {"decoder_sparse_step": 2}, {}, "decoder_sparse_step=2 is ignored"),
@@ -53,6 +58,16 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "a window just below the context": (PHI3, {}, "Phi3ForCausalLM: sliding_window=2047 .*context_length=2047"),
     "a bias of the output layer": ({"architectures": ["PhiForCausalLM"]}, {}, r"lm_head\.bias\) is left out"),
+    "biases of the MLP": (
+        {"architectures": ["LlamaForCausalLM"], "mlp_bias": True},
+        {},
+        "LlamaForCausalLM: mlp_bias=true is ignored",
+    ),
+    "all biases": (
+        {"architectures": ["GraniteForCausalLM"], "mlp_bias": True, "attention_bias": True},
+        {},
+        "mlp_bias and attention_bias=true is ignored",
+    ),
     "a bias named in the config": (
         {"architectures": ["PhimoeForCausalLM"], "lm_head_bias": True},
         {},
@@ -76,7 +91,6 @@ SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         MISTRAL,
         {"extra_args": ("--json-model-override-args", '{"sliding_window": null}')},
     ),
-    "transformers' own implementation": (MISTRAL, {"extra_args": ("--model-impl", "transformers")}),
     "no window": (MISTRAL | {"sliding_window": None}, {}),
     "a window that is switched off": (QWEN2 | {"use_sliding_window": False}, {}),
     "a window above the last layer": (QWEN2 | {"max_window_layers": 28}, {}),
@@ -88,6 +102,7 @@ SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"architectures": ["LlamaForCausalLM"], "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         {},
     ),
+    "biases that Llama has": ({"architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False}, {}),
     "an unknown architecture": ({"architectures": ["NewForCausalLM"], "sliding_window": 8}, {}),
     "no architecture": ({}, {}),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -112,9 +113,9 @@ def test_a_mark_of_another_host_counts_as_dead_when_its_update_must_have_failed(
 ) -> None:
     server = make(ELSEWHERE)
     sync = sync_with(server)
-    pushing = Task(lambda: sync.push(tensors), name="push")
-    assert not pushing.wait(0.7), "it did not wait"
-    assert pushing.outcome().unwrap() is not None
+    start = time.monotonic()
+    assert sync.push(tensors) is not None
+    assert time.monotonic() - start >= PLAIN.fixed_timeout_s, "it did not wait"
     sync.close()
 
 

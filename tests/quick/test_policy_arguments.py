@@ -159,7 +159,7 @@ def test_the_length_of_a_chats_response_is_an_int(name: str, value: Any) -> None
 
 def test_a_chats_length_has_one_value_and_min_p_is_the_checkpoints() -> None:
     defaults = GenerationDefaults(given={"max_tokens": 7}, checkpoint={"min_p": 0.1}, stop_ids=())
-    with pytest.raises(ConfigError, match="one setting with two values"):
+    with pytest.raises(ConfigError, match="two names of one argument"):
         defaults.sampling({"max_new_tokens": 5, "max_tokens": 6}, prompt_length=1, context_length=64)
     params = defaults.sampling({"max_new_tokens": 5}, prompt_length=1, context_length=64)
     assert (params.max_new_tokens, params.min_p) == (5, 0.1)

@@ -3,6 +3,7 @@ and of one whose verification fails after it has answered."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fake_sglang import FakeServer, FakeSettings, Fault
+from tests.fake_sglang import FakeServer, FakeSettings
 from tests.fake_sglang.model import read_checkpoint
 from tests.stale_tensors import reload_on_one_server
 from torchrl_sglang import SamplingParams, ServerError, SyncConfig, WeightSync, WeightUpdateError
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.weights.update.verification import verify_servers
 
 PLAIN = SyncConfig(verify="off")
 ONE = SamplingParams(max_new_tokens=1)
@@ -121,21 +123,33 @@ def test_an_update_takes_a_server_that_somebody_else_restarted_into_a_new_group(
 
 @pytest.mark.parametrize("is_good", [True, False], ids=["verified", "rejected"])
 def test_answers_given_before_the_verification_wait_for_it(
-    make: Callable[..., FakeServer], tensors: dict[str, torch.Tensor], tiny_llama: Path, is_good: bool
+    make: Callable[..., FakeServer],
+    tensors: dict[str, torch.Tensor],
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_good: bool,
 ) -> None:
+    may_verify = threading.Event()
+
+    def verify_later(*args: Any, **options: Any) -> None:
+        assert may_verify.wait(60)
+        verify_servers(*args, **options)
+
+    monkeypatch.setattr("torchrl_sglang.weights.sync.verify_servers", verify_later)
     server, other = make(), make()
     pool = pool_of(server, other)
     pool.quarantine(other.url, "so that the prompt goes to the first server")
     sync = WeightSync(pool, SyncConfig(verify_atol=1e9))
     if not is_good:
         reload_on_one_server(sync, server.url, tiny_llama)
-    # The fault delays the checksums after the update: the server generates already.
-    server.arm(Fault(path="/weights_checker", action="slow", seconds=1.5, nth=2))
     pushing = Task(lambda: sync.push(tensors), name="push")
     while pool.state.server(server.url).is_verified and not pushing.done:
         pushing.wait(0.005)
     generating = Task(lambda: pool.generate(PROMPTS[:1], ONE), name="generate")
-    assert not generating.wait(0.3)
+    while not any(event["path"] == "/generate" and event["status"] == 200 for event in server.events):
+        assert not generating.wait(0.005)
+    assert not generating.wait(0.1)
+    may_verify.set()
     (reply,) = generating.outcome().unwrap()
     assert reply.weight_version == f"1@{sync.owner}"
     if is_good:

@@ -112,6 +112,8 @@ def test_a_model_class_stands_for_its_schema() -> None:
         ("stop", "\ud800"),
         ("stop", [f"s{i}" for i in range(33)]),
         ("stop_regex", "("),
+        ("stop_regex", re.compile("a", re.IGNORECASE)),
+        ("regex", re.compile(b"a")),
         ("stop_regex", "a" * 300),
         ("stop_token_ids", [1.5]),
         ("stop_token_ids", [True]),
@@ -139,6 +141,21 @@ def test_a_model_class_stands_for_its_schema() -> None:
 def test_a_value_that_sglang_could_not_decode_is_refused_by_name(field: str, bad: Any) -> None:
     with pytest.raises(ConfigError, match=field):
         SamplingParams(**{field: bad})
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+", "(a+)+b", "(?:a*)*$", r"(\w+\s*)+x", "((a+))*", "(a|b+)+", "x(?:(a{1,99})?)*"]
+)
+def test_an_expression_that_would_hang_the_scheduler_is_refused(pattern: str) -> None:
+    with pytest.raises(ConfigError, match="repeats a repetition"):
+        SamplingParams(stop_regex=pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a+", r"(\d+,)*", r"\n\n+User:", "(a|b)+", "(ab?c)*", "(?:a{1,3})+", r"[^\n]*\n", "(a+)?"]
+)
+def test_other_expressions_are_taken(pattern: str) -> None:
+    assert SamplingParams(stop_regex=pattern).stop_regex == (pattern,)
 
 
 def test_the_callers_bias_is_copied() -> None:

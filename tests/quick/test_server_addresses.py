@@ -115,6 +115,8 @@ def test_an_unknown_host_is_told_from_one_that_does_not_listen(monkeypatch: pyte
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(ServerUnreachableError, match="the host 'no-such-host' is unknown.*from_pretrained"):
         SGLangClient("no-such-host:30000").connect()
+    with pytest.raises(ServerUnreachableError, match=r'from_pretrained\("SmolLM2"\)'):
+        SGLangClient("SmolLM2").connect()
     with pytest.raises(
         ServerUnreachableError, match="the host 'no.such.host' is unknown.*Check its spelling"
     ) as caught:

@@ -8,13 +8,14 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import transformers
 
 from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import find_local_path, find_model_file
 from torchrl_sglang.server.command import build_command
 from torchrl_sglang.smollm2 import is_smollm2, smollm2_checkpoint
-from torchrl_sglang.smollm2.checkpoint import GGUF
+from torchrl_sglang.smollm2.checkpoint import GGUF, name_a_tokenizer_class_of_every_release
 
 
 @pytest.fixture
@@ -61,3 +62,14 @@ def test_the_expected_file_is_the_one_in_the_pinned_package() -> None:
     assert listed.hash is not None
     digest = base64.urlsafe_b64decode(listed.hash.value + "=")
     assert (listed.hash.mode, digest.hex()) == ("sha256", GGUF.sha256)
+
+
+def test_the_tokenizer_is_readable_for_other_releases_of_transformers(tiny_llama: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.save_pretrained(tmp_path)
+    name_a_tokenizer_class_of_every_release(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast", "a name that transformers 4 and 5 know"
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert again("w1 w2 w3")["input_ids"] == tokenizer("w1 w2 w3")["input_ids"]
+    assert again.chat_template == tokenizer.chat_template

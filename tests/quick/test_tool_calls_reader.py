@@ -117,12 +117,24 @@ def test_a_server_without_the_parser_or_the_endpoint_changes_nothing_unless_it_w
     assert reader(None).read([], reply(PLAIN), TOOLS).calls == WRITE_A
 
 
+def test_the_server_is_not_asked_what_would_keep_it_busy() -> None:
+    server = Server(answer(""))
+    call = "[write(text='a')]"
+    for named, known in (("pythonic", None), (None, "pythonic")):
+        assert reader(server, named=named, known=known).read([], reply(call), TOOLS).calls == WRITE_A
+    asked = reader(server, known="glm45")
+    asked.read([], reply("<tool_call>" * 201), TOOLS)
+    assert server.requests == []
+    asked.read([], reply("<tool_call>" * 20), TOOLS)
+    assert len(server.requests) == 1
+
+
 def test_what_ended_the_response_is_no_part_of_it() -> None:
     bare = '{"name": "write", "parameters": {"text": "a"}}'
     assert reader(None).read([], reply(bare, matched=ord("$")), TOOLS).calls == WRITE_A
     assert reader(None).read([], reply(f"{bare}\nObservation", matched="\nObservation"), TOOLS).calls == WRITE_A
     cut = reader(None).read([], reply(bare[:-4], finish="length"), TOOLS)
-    assert "max_new_tokens" in cut.rejected[0].reason
+    assert "cut off" in cut.rejected[0].reason
 
 
 TEMPLATES = {
@@ -159,8 +171,18 @@ def test_the_same_response_has_the_same_ids_and_others_have_others() -> None:
     every = ids(1, 2) + ids(1, 3) + ids(2, 2)
     assert len(set(every)) == 6
     assert all(re.fullmatch("[a-zA-Z0-9]{9}", one) for one in every)
-    own = (ToolCall(name="f", id="abc"),)
-    assert call_ids(own, parser=None, ids_T=[1], output_ids=[2], earlier_calls=0)[0].id == "abc"
+
+
+def test_an_id_that_the_model_wrote_stays_if_it_can_serve() -> None:
+    def ids(*written: str, parser: str | None = None) -> list[str]:
+        calls = [ToolCall(name="f", id=one) for one in written]
+        return [call.id for call in call_ids(calls, parser=parser, ids_T=[1], output_ids=[2], earlier_calls=0)]
+
+    assert ids("abc", "VvvODy9mT") == ["abc", "VvvODy9mT"]
+    mistral = ids("abc", "VvvODy9mT", parser="mistral")
+    assert mistral[1] == "VvvODy9mT"
+    assert re.fullmatch("[a-zA-Z0-9]{9}", mistral[0])
+    assert len(set(ids("1", "1"))) == 2
 
 
 STRICT_IDS = """{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}

@@ -138,12 +138,13 @@ def test_a_passage_without_a_plain_meaning_is_reported_and_stays_in_the_text(tex
         '[TOOL_CALLS]write[ARGS]{"text": ',
         '<|python_tag|>{"name": "write", "parameters": {"te',
         '{"name": "write", "parameters": {"text": "a',
+        "[write(text='a', tim",
     ],
 )
 def test_a_call_that_was_cut_off_is_reported_and_not_made(cut: str) -> None:
     found = read_tool_calls(cut, TOOLS, is_cut=True)
     assert (found.content, found.calls) == (cut, ())
-    assert [call.reason for call in found.rejected] == ["the response ended in the middle of the call (max_new_tokens)"]
+    assert [call.reason for call in found.rejected] == ["the response was cut off in the middle of the call"]
     first = read_tool_calls(f"<tool_call>{NOW}</tool_call><tool_call>{NOW[:12]}", TOOLS, is_cut=True)
     assert ([call.name for call in first.calls], len(first.rejected)) == (["now"], 1)
 
@@ -266,3 +267,38 @@ def test_missing_and_unknown_arguments_are_reported() -> None:
 def test_text_without_types_takes_the_schemas(text: str, schema: Any, value: Any) -> None:
     assert fit_arguments({"x": Untyped(text)}, {"properties": {"x": schema}}) == ({"x": value}, ())
     assert type(fit_arguments({"x": Untyped(text)}, {"properties": {"x": schema}})[0]["x"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[write(text='a', times=2)]",
+        '[ write(text="a", times="2") ]\n',
+        "<|python_start|>[write(times=2, text='a')]<|python_end|>",
+        "<think>[now()]</think>[write(text='a', times=2)]",
+    ],
+)
+def test_a_call_written_as_python_is_read_and_never_run(text: str) -> None:
+    assert read_tool_calls(text, TOOLS).calls == (ToolCall(name="write", arguments={"text": "a", "times": 2}),)
+    values = "[write(text=-1.50, times=-2, more={'a': [None, True, false]})]"
+    arguments = read_tool_calls(values, TOOLS).calls[0].arguments
+    assert arguments == {"text": "-1.50", "times": -2, "more": {"a": [None, True, False]}}
+    for no_call in ("[1, 2]", "[eve(a=1)]", "now()", "x = [now()]"):
+        assert read_tool_calls(no_call, TOOLS).calls == ()
+    for bad in ("[write('a')]", "[write(text=open('/etc/passwd'))]", "[write(text='a', text='b')]", "[write(**{})]"):
+        found = read_tool_calls(bad, TOOLS)
+        assert (found.content, found.calls, len(found.rejected)) == (bad, (), 1)
+    for deep in ("[" * 50_000 + "now()", "[write(text=" + "-" * 50_000 + "1)]", "[A(A=" + "\t)A(A=,\t" * 40):
+        assert read_tool_calls(deep, TOOLS).calls == ()
+
+
+@pytest.mark.parametrize("end", ["<|eot_id|>", "<|im_end|>\n", "</s>", " <|eom_id|><|end_of_text|>"])
+def test_the_token_that_ends_a_turn_is_no_part_of_a_call_or_of_the_content(end: str) -> None:
+    for call in (
+        f"<tool_call>{NOW}</tool_call>",
+        '{"name": "now", "parameters": {}}',
+        f"[TOOL_CALLS] [{NOW}]",
+        "[now()]",
+    ):
+        found = read_tool_calls(call + end, TOOLS)
+        assert ([one.name for one in found.calls], found.content) == (["now"], "")

@@ -132,7 +132,9 @@ class SGLangChat:
             messages: the conversation as ``{"role": ..., "content": ...}``, or one user message's text; the content is
                 a string or a list of parts (see :func:`~torchrl_sglang.chat.messages.read_conversation`).
             system: a system message, put first.
-            tools: what the model may call: JSON schemas, Python functions, or the JSON of a list of schemas.
+            tools: what the model may call: JSON schemas, Python functions, or the JSON of a list of schemas. Answer
+                each call of ``response.tool_calls`` by a message after ``response.message``:
+                ``{"role": "tool", "tool_call_id": call.id, "content": ...}``.
             images: images that the messages mention, in order; unmentioned ones are put before the last user message.
                 Paths, bytes, URLs, ``PIL`` images, arrays, tensors: :func:`~torchrl_sglang.chat.data_urls.media_url`.
             videos: likewise.

@@ -69,7 +69,7 @@ class GenerationDefaults:
             limits = {name: integer(name, settings[name]) for name in _LENGTHS if settings.get(name) is not None}
             whole = limits.pop("max_length", None)
             if len(set(limits.values())) > 1:
-                raise ConfigError(f"max_new_tokens and max_tokens are one setting with two values: {limits}; give one")
+                SamplingParams.from_kwargs(**limits)  # refuses one argument under two names
             if limits:
                 return next(iter(limits.values()))
             if whole is not None and whole <= prompt_length:

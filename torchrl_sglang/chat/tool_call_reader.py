@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torchrl_sglang.chat.response import ToolCall
 from torchrl_sglang.chat.tool_calls import FoundCalls, fit_call, read_tool_calls
 from torchrl_sglang.chat.tool_formats import WrittenCall
 from torchrl_sglang.chat.tool_json import plain, read_json
-from torchrl_sglang.chat.tool_parsers import READ_HERE_TOO
+from torchrl_sglang.chat.tool_parsers import NEVER_ASKED, READ_HERE_TOO
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import ConfigError, ProtocolError, RequestRejectedError, ServerError
 from torchrl_sglang.protocol.messages import GenerateReply
@@ -24,8 +25,11 @@ __all__ = ["LOCAL", "ToolCallReader", "call_ids"]
 LOCAL = "local"
 """Instead of the name of a parser: no server is asked."""
 
+_OPENINGS = ("<tool_call>", "<function=", "<｜tool▁call▁begin｜>", "<｜tool▁calls▁begin｜>", "[TOOL_CALLS]")
+_MANY_CALLS = 200
 _TAIL = 64  # tokens of the prompt's end that can hold a thinking tag, in bytes at worst
 _ALPHABET = string.ascii_letters + string.digits
+_MISTRAL_ID = re.compile("[a-zA-Z0-9]{9}")
 _ID_LENGTH = 9  # Mistral's templates accept no other, and all others accept any
 
 
@@ -48,7 +52,8 @@ class ToolCallReader:
         self._tokenizer = tokenizer
         self._pick_server = pick_server
         self._named = named
-        self.parser = None if named == LOCAL else named or known
+        self.family = None if named == LOCAL else named or known
+        self.parser = None if self.family in NEVER_ASKED else self.family
         if self._named is not None and self.parser is not None:
             self._check(self.parser)
 
@@ -65,8 +70,8 @@ class ToolCallReader:
         """
         text = self._text(reply)
         thinks = open_thinking(self._decode(ids_T[-_TAIL:]))
-        own = read_tool_calls(text, tools, thinks=thinks, is_cut=reply.finish_reason == "length")
-        if self.parser is None or not own.answer.strip():
+        own = read_tool_calls(text, tools, thinks=thinks, is_cut=reply.finish_reason != "stop")
+        if self.parser is None or not own.answer.strip() or _is_degenerate(own.answer):
             return own
         try:
             asked = self._ask(self.parser, own, tools)
@@ -118,6 +123,11 @@ class ToolCallReader:
             ) from error
 
 
+def _is_degenerate(answer: str) -> bool:
+    """Whether a response opens so many calls that the server's parsers, whose time grows with the square, stop it."""
+    return any(answer.count(mark) > _MANY_CALLS for mark in _OPENINGS)
+
+
 def _arguments(raw: str) -> Mapping[str, Any]:
     try:
         value = read_json(raw or "{}")
@@ -163,12 +173,13 @@ def call_ids(
         >>> call_ids([ToolCall(name="f")], parser="kimi_k2", ids_T=[1], output_ids=[2], earlier_calls=3)[0].id
         'functions.f:3'
     """
-    named = []
+    named, written = [], [call.id for call in calls]
     for index, call in enumerate(calls):
         new = _new_id(repr((list(ids_T), list(output_ids), index)))
         if parser == "kimi_k2":
             new = f"functions.{call.name}:{earlier_calls + index}"
-        named.append(dataclasses.replace(call, id=call.id or new))
+        keeps = call.id and written.count(call.id) == 1 and (parser != "mistral" or _MISTRAL_ID.fullmatch(call.id))
+        named.append(dataclasses.replace(call, id=call.id if keeps else new))
     return tuple(named)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torchrl_sglang.chat.quoted_text import Searches, Thinking, next_quote
 from torchrl_sglang.chat.response import RejectedCall, ToolCall
 from torchrl_sglang.chat.tool_arguments import fit_arguments
-from torchrl_sglang.chat.tool_formats import FORMATS, Passage, WrittenCall, read_bare
+from torchrl_sglang.chat.tool_formats import FORMATS, Passage, WrittenCall, read_bare, without_end
 
 __all__ = ["FoundCalls", "find_tool_calls", "fit_call", "read_tool_calls"]
 
@@ -62,22 +62,22 @@ def read_tool_calls(
     r"""Find the calls in a response, written in one of the common formats.
 
     The formats are ``<tool_call>{...}</tool_call>`` (Hermes, Qwen), ``<function=name>`` with a JSON object or with
-    ``<parameter=key>`` tags in it (Llama 3, Qwen3-Coder), ``[TOOL_CALLS]`` (Mistral), and bare JSON objects, after
-    ``<|python_tag|>`` or as the whole response (Llama 3). Strings may hold line breaks and closing tags. A call counts
-    only where it is made: not inside the thinking, and not inside Markdown code.
+    ``<parameter=key>`` tags in it (Llama 3, Qwen3-Coder), ``[TOOL_CALLS]`` (Mistral), and bare JSON objects (Llama 3)
+    or ``[name(key=value)]`` (Llama 4), after ``<|python_tag|>`` or as the whole response. Strings may hold line breaks
+    and closing tags. A call counts only where it is made: not inside the thinking, and not inside Markdown code.
 
     Args:
         text: the response, special tokens included.
         tools: the tools' JSON schemas in OpenAI's form, which give the arguments their types.
         thinks: the tags of the thinking that the prompt has opened.
-        is_cut: the response ended at ``max_new_tokens``.
+        is_cut: the response was cut off.
 
     Examples:
         >>> found = read_tool_calls('<think>Shall I? <tool_call>{"name": "f"}</tool_call></think>No.', [])
         >>> found.content, found.calls
         ('<think>Shall I? <tool_call>{"name": "f"}</tool_call></think>No.', ())
         >>> read_tool_calls('<tool_call>{"name": "f", "arguments": {"a": 1,', [], is_cut=True).rejected[0].reason
-        'the response ended in the middle of the call (max_new_tokens)'
+        'the response was cut off in the middle of the call'
     """
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
     start = 0
@@ -91,7 +91,7 @@ def read_tool_calls(
         at = passage.end
     written = tuple(call for _, passage in found.passages for call in passage.calls)
     return FoundCalls(
-        content=(content + text[at:]).strip() if written else text,
+        content=without_end(content + text[at:]).strip() if written else text,
         calls=tuple(fit_call(call, schemas) for call in written),
         written=written,
         rejected=tuple(found.rejected),
@@ -151,7 +151,7 @@ class _Search:
 
     def _reject_bare(self) -> None:
         """Report an answer that looks like a call of a given tool and nothing else, but is none."""
-        if self._may_be_bare() and '"name"' in self.text[self.thinking_end :]:
+        if self._may_be_bare():
             try:
                 read_bare(self.text[self.thinking_end :])
             except ValueError as error:
@@ -159,7 +159,11 @@ class _Search:
 
     def _may_be_bare(self) -> bool:
         answer = self.text[self.thinking_end :]
-        return answer.lstrip().startswith(("{", "[")) and any(json.dumps(name) in answer for name in self.names)
+        is_json = answer.lstrip().startswith(("{", "[")) and '"name"' in answer
+        is_python = answer.lstrip().startswith("[")
+        return any(
+            (is_json and json.dumps(name) in answer) or (is_python and f"{name}(" in answer) for name in self.names
+        )
 
     def _take(self, begin: int, passage: Passage) -> None:
         if not passage.fault:
@@ -167,7 +171,7 @@ class _Search:
             return
         reason = passage.fault
         if passage.is_cut and self.is_cut:
-            reason = "the response ended in the middle of the call (max_new_tokens)"
+            reason = "the response was cut off in the middle of the call"
         self.rejected.append(RejectedCall(text=self.text[begin : passage.end], reason=reason))
 
     def _quote(self, begin: int, end: int, kind: str) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torchrl_sglang.chat.pythonic_calls import read_pythonic
 from torchrl_sglang.chat.tool_arguments import Untyped
 from torchrl_sglang.chat.tool_json import read_json, read_json_at
 
-__all__ = ["FORMATS", "Passage", "Reader", "WrittenCall", "read_bare"]
+__all__ = ["FORMATS", "Passage", "Reader", "WrittenCall", "read_bare", "without_end"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,20 @@ class Passage:
     calls: tuple[WrittenCall, ...] = ()
     fault: str = ""
     is_cut: bool = False
+
+
+_END_TOKENS = (
+    *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|eot|>", "<|eom|>", "<|python_end|>"),
+    *("<|im_end|>", "<|endoftext|>", "</s>"),
+)
+
+
+def without_end(text: str) -> str:
+    """The text without the tokens that end a turn in some families, which are no part of a call."""
+    text = text.rstrip()
+    while (end := next((token for token in _END_TOKENS if text.endswith(token)), None)) is not None:
+        text = text.removesuffix(end).rstrip()
+    return text
 
 
 _SPACE = re.compile(r"\s*")
@@ -84,14 +99,19 @@ def read_call(value: Any, *, bare: bool = False) -> WrittenCall:
     return WrittenCall(name=value["name"], arguments=arguments, id=call_id if isinstance(call_id, str) else "")
 
 
+_PYTHONIC = re.compile(r"\[\s*[A-Za-z_][\w.]*\(")
+
+
 def read_bare(text: str) -> tuple[WrittenCall, ...]:
-    """Calls from a text that is nothing but JSON objects, or a list of them.
+    """Calls from a text that is nothing but JSON objects, a list of them, or a list of calls in Python's form.
 
     Raises:
         ValueError: the text is something else.
     """
     calls: list[WrittenCall] = []
-    at, body = 0, text.strip()
+    at, body = 0, without_end(text).strip()
+    if _PYTHONIC.match(body):
+        return tuple(WrittenCall(name=name, arguments=arguments) for name, arguments in read_pythonic(body))
     while at < len(body):
         value, at = read_json_at(body, at)
         calls += [read_call(item, bare=True) for item in (value if isinstance(value, list) else [value])]
@@ -125,7 +145,7 @@ def _read_tagged(close: str) -> Callable[[str, re.Match[str]], Passage]:
             return _faulty(text, end, opening[0], close, str(error))
         if text.startswith(close, end):
             return Passage(end=end + len(close), calls=tuple(calls))
-        if end == len(text) or text.startswith(opening[0], end) or _END_TOKEN.match(text, end):
+        if end == len(text) or text.startswith(opening[0], end) or not without_end(text[end:]):
             return Passage(end=end, calls=tuple(calls))
         return _faulty(text, end, opening[0], close, f"there is more text after the JSON: {text[end : end + 40]!r}")
 
@@ -201,16 +221,14 @@ def _read_mistral(text: str, opening: re.Match[str]) -> Passage:
 
 
 def _read_python_tag(text: str, opening: re.Match[str]) -> Passage:
-    """``<|python_tag|>`` with JSON objects up to the end or the next tag (Llama 3)."""
+    """``<|python_tag|>`` with JSON objects up to the end or the next tag (Llama 3), or a list of calls (Llama 4)."""
     following = text.find(opening[0], opening.end())
     end = following if following >= 0 else len(text)
     try:
-        return Passage(end=end, calls=read_bare(_END_TOKEN.sub("", text[opening.end() : end])))
+        return Passage(end=end, calls=read_bare(text[opening.end() : end]))
     except ValueError as error:
         return Passage(end=end, fault=str(error), is_cut=following < 0)
 
-
-_END_TOKEN = re.compile(r"(?:\s*<\|(?:eom_id|eot_id|end_of_text|im_end|endoftext)\|>|\s*</s>)+\s*$")
 
 Reader = Callable[[str, re.Match[str]], Passage]
 
@@ -220,6 +238,6 @@ FORMATS: tuple[tuple[re.Pattern[str], Reader], ...] = (
     (re.compile(r"<TOOLCALL>"), _read_tagged("</TOOLCALL>")),  # Nemotron
     (_FUNCTION_OPEN, _read_function),
     (re.compile(r"\[TOOL_CALLS\]"), _read_mistral),
-    (re.compile(r"<\|python_tag\|>"), _read_python_tag),
+    (re.compile(r"<\|python_(?:tag|start)\|>"), _read_python_tag),
 )
 """A pattern that finds where a passage begins, and the function that reads it."""

@@ -9,9 +9,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["READ_HERE_TOO", "parser_for", "template_text"]
+__all__ = ["NEVER_ASKED", "READ_HERE_TOO", "parser_for", "template_text"]
 
-READ_HERE_TOO = frozenset({"qwen", "qwen25", "hermes", "llama3", "mistral", "qwen3_coder", "step3p5", "nanbeige"})
+NEVER_ASKED = frozenset({"pythonic"})
+"""Parsers that the server must not be asked for: 300 characters of some texts keep its HTTP process busy for hours."""
+
+READ_HERE_TOO = frozenset(
+    {"pythonic", "qwen", "qwen25", "hermes", "llama3", "mistral", "qwen3_coder", "step3p5", "nanbeige"}
+)
 """Parsers whose formats :func:`~torchrl_sglang.chat.tool_calls.read_tool_calls` reads as well."""
 
 # All marks of a line are in the template. The first line that fits decides: later ones have marks that others share.

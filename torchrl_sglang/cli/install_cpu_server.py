@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     count = sum("==" in line for line in REQUIREMENTS_PATH.read_text().splitlines())
     what = f"SGLang and what it needs, {count} packages"
     _step(3, what, [*pip, "--no-deps", "--requirement", str(REQUIREMENTS_PATH)])
-    _step(4, "check that it can be imported", [str(python), "-c", _IMPORTS])
+    _step(4, "check that it can be imported", [str(python), "-P", "-c", _IMPORTS])
     (folder / UNFINISHED).unlink()
     print(f"ready {python}")
     is_default = folder == CPU_SERVER.expanduser().absolute()

@@ -110,14 +110,14 @@ def require_number(
         return
     if at_most is None and name.endswith("_s") and not name.endswith("per_s"):
         at_most = _LONGEST_S
-    kind = numbers.Integral if whole else numbers.Real
-    is_number = not isinstance(value, bool) and isinstance(value, kind) and math.isfinite(value)
+    number: Any = value
+    is_number = _is_number(value, whole)
     fits = (
         is_number
-        and (above is None or value > above)  # type: ignore[operator]
-        and (at_least is None or value >= at_least)  # type: ignore[operator]
-        and (below is None or value < below)  # type: ignore[operator]
-        and (at_most is None or value <= at_most)  # type: ignore[operator]
+        and (above is None or number > above)
+        and (at_least is None or number >= at_least)
+        and (below is None or number < below)
+        and (at_most is None or number <= at_most)
     )
     if fits:
         return
@@ -127,6 +127,15 @@ def require_number(
     limits += [f"at most {at_most:g}"] if at_most is not None and (at_most != _LONGEST_S or is_number) else []
     what = ["an integer"] if whole and not is_number else ["a finite number"] if not limits else []
     raise ConfigError(f"{name} must be {' and '.join(what + limits)}, got {value!r}")
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+        return False
+    try:
+        return whole or math.isfinite(float(value))
+    except OverflowError:  # 10**400
+        return False
 
 
 def require_numbers(config: Any, *names: str, **limits: float) -> None:

@@ -8,6 +8,10 @@ from torchrl_sglang.config.checking import names_checked, require_numbers
 
 __all__ = ["ClientConfig"]
 
+_GENERATE_TIMEOUT_S = 1800.0
+_SECONDS_PER_TOKEN = 0.25
+"""Slower than this no sequence is generated, waiting for others included, unless something is wrong."""
+
 
 @names_checked()
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +30,9 @@ class ClientConfig:
     """For requests that don't use the model (``/ready``, ``/model_info``); long enough for a busy machine."""
     control_timeout_s: float = 60.0
     """For pause, flush and process-group calls, which wait for the scheduler's next step."""
-    generate_timeout_s: float = 1800.0
-    """For one batch of generations. The batch is one request, so this limits the slowest sequence."""
+    generate_timeout_s: float | None = None
+    """For one request of generations, which is answered when its slowest sequence has ended; for streams the longest
+    time between two events. ``None`` is 1,800 s, or 0.25 s per token that may be generated where that is longer."""
     update_timeout_s: float = 300.0
     """For each step of a weight update but the buckets: begin and end of the session, loading a checkpoint from disk,
     verification. The update's deadline may be earlier. For a bucket see :attr:`SyncConfig.bucket_timeout_s`."""
@@ -45,3 +50,17 @@ class ClientConfig:
         require_numbers(self, *(f.name for f in fields(self) if f.name.endswith("_timeout_s")), above=0)
         require_numbers(self, "max_connections", "vocab_size", at_least=1)
         require_numbers(self, "connect_retries", at_least=0)
+
+    def generate_limit_s(self, max_new_tokens: int = 0) -> float:
+        """Longest time for a request of generations, in seconds.
+
+        Args:
+            max_new_tokens: tokens that each sequence may get.
+
+        Examples:
+            >>> ClientConfig().generate_limit_s(32768), ClientConfig(generate_timeout_s=60).generate_limit_s(32768)
+            (8192.0, 60)
+        """
+        if self.generate_timeout_s is not None:
+            return self.generate_timeout_s
+        return max(_GENERATE_TIMEOUT_S, _SECONDS_PER_TOKEN * max_new_tokens)

@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 
 from torchrl_sglang.config.checking import nearest_name
 
-__all__ = ["ENGINE_ARGUMENTS", "GENERATION_ARGUMENTS", "POLICY_ARGUMENTS", "SCHEME_ARGUMENTS", "unknown_argument"]
+__all__ = [
+    "CONNECT_ARGUMENTS",
+    "ENGINE_ARGUMENTS",
+    "GENERATION_ARGUMENTS",
+    "POLICY_ARGUMENTS",
+    "SCHEME_ARGUMENTS",
+    "unknown_argument",
+]
 
 ENGINE_ARGUMENTS: Mapping[str, str] = {
     "enable_lora": '`extra_args=("--enable-lora", "--max-lora-rank", "16", "--lora-target-modules", "all")`',
@@ -67,6 +74,20 @@ ENGINE_ARGUMENTS: Mapping[str, str] = {
     "server_url": '`AsyncSGLang.connect("http://host:30000")`',
 }
 """Arguments of engines."""
+
+CONNECT_ARGUMENTS: Mapping[str, str] = {
+    "timeout": "`generate_timeout_s=...`, or the field of `ClientConfig` for another kind of call",
+    "key": "`api_key=...`",
+    "token": "`api_key=...`",
+    "host": '`"http://host:30000"`, the first argument',
+    "port": '`"http://host:30000"`, the first argument',
+    "server_url": '`"http://host:30000"`, the first argument',
+    "base_url": '`"http://host:30000"`, the first argument',
+    "max_retries": "`connect_retries=...`: only requests that cannot have run are sent again",
+    "retries": "`connect_retries=...`: only requests that cannot have run are sent again",
+    "verify_ssl": "`ca_certificate=...`, the private authority's certificate",
+}
+"""Arguments with which one attaches to running servers."""
 
 GENERATION_ARGUMENTS: Mapping[str, str] = {
     "best_of": "`num_samples`, and choose by `log_probs.response` yourself",

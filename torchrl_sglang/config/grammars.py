@@ -1,4 +1,4 @@
-"""Grammars that constrain a response, and regular expressions that stop one, as the text that SGLang takes.
+"""Grammars that constrain a response, as the text that SGLang takes.
 
 SGLang's grammar backend runs in the scheduler process, so what is known to be invalid is refused before sending.
 """
@@ -6,15 +6,14 @@ SGLang's grammar backend runs in the scheduler process, so what is known to be i
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.config.checking import require
-from torchrl_sglang.config.sampling_values import text
+from torchrl_sglang.config.sampling_values import pattern_text, text
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["GRAMMARS", "grammar_text", "stop_pattern"]
+__all__ = ["GRAMMARS", "grammar_text"]
 
 GRAMMARS = ("regex", "json_schema", "ebnf", "structural_tag")
 _ANY_JSON = "$$ANY$$"
@@ -22,7 +21,6 @@ _ANY_JSON = "$$ANY$$"
 _DEEPEST = 64
 """Levels of nesting: the backends' parsers are recursive, and their stack is not bounded by SGLang."""
 _LONGEST = 1_000_000
-_MOST_STOP_REGEX_BYTES = 256  # SGLang's limit
 
 
 def grammar_text(name: str, value: Any) -> str | None:
@@ -40,7 +38,7 @@ def grammar_text(name: str, value: Any) -> str | None:
     if name in ("json_schema", "structural_tag"):
         written = _json_text(name, value)
     else:
-        written = text(name, value.pattern if isinstance(value, re.Pattern) else value)
+        written = pattern_text(name, value)
         _require_shallow(name, max(_depth(written, "(", ")"), _depth(written, "{", "}")))
     require("\0" not in written, f"{name} holds a NUL character, which SGLang's grammar backends can't take")
     require(len(written) <= _LONGEST, f"{name} has {len(written)} characters; at most {_LONGEST} are supported")
@@ -114,23 +112,3 @@ def _depth(written: str, opening: str, closing: str) -> int:
 
 def _require_shallow(name: str, depth: int) -> None:
     require(depth <= _DEEPEST, f"{name} is nested more than {_DEEPEST} levels deep")
-
-
-def stop_pattern(value: Any) -> str:
-    """A regular expression that ends a response: SGLang searches for it with Python's ``re`` after every token.
-
-    Raises:
-        ConfigError: not a non-empty string, not valid, or too long for SGLang.
-    """
-    pattern = text("stop_regex", value.pattern if isinstance(value, re.Pattern) else value)
-    require(bool(pattern), "stop_regex must be non-empty strings")
-    length = len(pattern.encode())
-    require(
-        length <= _MOST_STOP_REGEX_BYTES,
-        f"stop_regex has {length} bytes, and SGLang takes at most {_MOST_STOP_REGEX_BYTES}: {pattern[:80]!r}...",
-    )
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"stop_regex {pattern!r} is not a valid regular expression: {error}") from None
-    return pattern

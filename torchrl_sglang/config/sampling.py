@@ -9,7 +9,7 @@ from typing import Any
 
 from torchrl_sglang.config.checking import names_checked, require
 from torchrl_sglang.config.foreign_names import GENERATION_ARGUMENTS, unknown_argument
-from torchrl_sglang.config.grammars import GRAMMARS, grammar_text, stop_pattern
+from torchrl_sglang.config.grammars import GRAMMARS, grammar_text
 from torchrl_sglang.config.sampling_values import (
     INT32_MAX,
     flag,
@@ -21,6 +21,7 @@ from torchrl_sglang.config.sampling_values import (
     text,
     token_ids,
 )
+from torchrl_sglang.config.stop_patterns import stop_pattern
 from torchrl_sglang.errors import ConfigError
 
 __all__ = ["SamplingParams"]

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.config.checking import require
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["flag", "flat_params", "integer", "logit_bias", "number", "one_or_more", "text", "token_id", "token_ids"]
+__all__ = [
+    "flag",
+    "flat_params",
+    "integer",
+    "logit_bias",
+    "number",
+    "one_or_more",
+    "pattern_text",
+    "text",
+    "token_id",
+    "token_ids",
+]
 
 INT32_MAX = 2**31 - 1
 _INT64 = range(-(2**63), 2**63)
@@ -82,6 +94,19 @@ def text(name: str, value: Any) -> str:
     except UnicodeEncodeError:
         raise ConfigError(f"{name} holds half of a surrogate pair, which is no character: {value!r}") from None
     return str(value)
+
+
+def pattern_text(name: str, value: Any) -> str:
+    """The text of a regular expression, which may be compiled.
+
+    Raises:
+        ConfigError: another type, or compiled with flags, which the text does not have.
+    """
+    if isinstance(value, re.Pattern):
+        flags = value.flags & ~re.UNICODE
+        require(not flags, f"{name} was compiled with flags, and only its text can be sent: got {value!r}")
+        value = value.pattern
+    return text(name, value)
 
 
 def one_or_more(name: str, value: Any, what: str) -> list[Any]:

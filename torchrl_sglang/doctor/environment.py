@@ -81,7 +81,9 @@ def check_environment(server: ServerConfig | None = None, *, launches: bool = Tr
         versions = _read_versions(python)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         return [*checks, _no_server(f"{python} can't be run: {error}", launches)]
-    return [*checks, _server(python, versions, launches, cpu=needs_cpu_engine(config)), _nccl(versions)]
+    checks.append(_server(python, versions, launches, cpu=needs_cpu_engine(config)))
+    # A server that runs already has an NCCL of its own, which no endpoint of SGLang reports.
+    return [*checks, _nccl(versions)] if launches else checks
 
 
 def _no_server(problem: str, launches: bool) -> Check:

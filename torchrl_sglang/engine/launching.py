@@ -8,7 +8,12 @@ from typing import Any
 
 from torchrl_sglang.config import ClientConfig, SamplingParams, ServerConfig, SyncConfig
 from torchrl_sglang.config.checking import require_number
-from torchrl_sglang.config.foreign_names import ENGINE_ARGUMENTS, GENERATION_ARGUMENTS, unknown_argument
+from torchrl_sglang.config.foreign_names import (
+    CONNECT_ARGUMENTS,
+    ENGINE_ARGUMENTS,
+    GENERATION_ARGUMENTS,
+    unknown_argument,
+)
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.server import replicate
 
@@ -32,6 +37,13 @@ _ELSEWHERE = {
     ],
     "client=ClientConfig({name}=...)": [field.name for field in fields(ClientConfig)],
     "SGLangWeightSyncScheme(servers, config=SyncConfig({name}=...))": [field.name for field in fields(SyncConfig)],
+}
+_LAUNCHED_ONLY = {
+    **{place: names for place, names in _ELSEWHERE.items() if not place.startswith("client=")},
+    "AsyncSGLang.from_pretrained(...), which launches servers": [
+        *(field.name for field in fields(ServerConfig)),
+        *("dp_size", "restart", "progress", *_ALIASES, *ENGINE_ARGUMENTS),
+    ],
 }
 _OWN_ARGUMENTS = ("tp_size", "dp_size", "gpus", "router", "restart", "progress", "client")
 
@@ -77,8 +89,13 @@ def client_config(given: ClientConfig | None, server: ServerConfig) -> ClientCon
     )
 
 
-def refuse_unknown(given: Iterable[str], known: Sequence[str]) -> None:
-    """Name the nearest known argument beside an unknown one.
+def refuse_unknown(given: Iterable[str], known: Sequence[str], *, attaching: bool = False) -> None:
+    """Name the nearest known argument beside an unknown one, or the counterpart of another library's.
+
+    Args:
+        given: the names.
+        known: the valid ones.
+        attaching: the call attaches to running servers, and launches none.
 
     Raises:
         ConfigError: ``given`` has a name that is not among ``known``.
@@ -91,5 +108,6 @@ def refuse_unknown(given: Iterable[str], known: Sequence[str]) -> None:
     """
     for name in given:
         if name not in known:
-            hint = unknown_argument(name, known, foreign=ENGINE_ARGUMENTS, elsewhere=_ELSEWHERE)
+            foreign, elsewhere = (CONNECT_ARGUMENTS, _LAUNCHED_ONLY) if attaching else (ENGINE_ARGUMENTS, _ELSEWHERE)
+            hint = unknown_argument(name, known, foreign=foreign, elsewhere=elsewhere)
             raise ConfigError(f"unknown argument {name!r}.{hint}")

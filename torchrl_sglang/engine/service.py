@@ -100,7 +100,7 @@ class AsyncSGLang:
             ServerUnreachableError: nothing listens there.
             ProtocolError: something that is not an SGLang server listens there.
         """
-        refuse_unknown(client, [f.name for f in fields(ClientConfig)])
+        refuse_unknown(client, [f.name for f in fields(ClientConfig)], attaching=True)
         config = ClientConfig(**client)
         urls: list[Any] = list(url) if isinstance(url, (list, tuple)) else [url]  # anything else is refused by name
         router_client = RouterClient(router, config) if router is not None else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
-from torchrl_sglang.config.checking import require, require_number
+from torchrl_sglang.config.checking import require
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool.streaming import generate_streaming
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
@@ -17,6 +18,7 @@ from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest
 
 __all__ = ["Batch"]
 
+_LEAST_WAIT_S = 0.05
 _CANARY_TOKENS = 2  # one from the prompt, one from decoding
 
 
@@ -25,6 +27,8 @@ class Batch:
     """The arguments of :meth:`SGLangPool.generate`, where they are described.
 
     Attributes:
+        deadline: ``time.monotonic()`` value by which the last reply must have come, also of requests that are sent
+            again; ``None`` gives each request the client's time-out.
         lora: name of the adapter to use, the trainer's own included.
         cache_salt: name space of the prefix caches.
     """
@@ -33,14 +37,13 @@ class Batch:
     sampling: SamplingParams
     return_logprobs: bool
     prompt_logprobs: bool
-    timeout_s: float | None
+    deadline: float | None
     progress: Callable[[int], None] | None
     lora: str | None
     cache_salt: str | None
     media: Sequence[Media] | None
 
     def __post_init__(self) -> None:
-        require_number("timeout_s", self.timeout_s, optional=True, above=0)
         require(self.lora is None or isinstance(self.lora, str), f"lora must be an adapter's name, got {self.lora!r}")
         if self.media is not None and (self.progress is not None or len(self.media) != len(self.ids_B_T)):
             raise ConfigError("media needs one entry per prompt, and can't be combined with progress")
@@ -72,6 +75,12 @@ class Batch:
         )
         return replace(self, sampling=short, progress=None)
 
+    def _wait_s(self, client: SGLangClient) -> float:
+        """Seconds that a request may take now."""
+        if self.deadline is None:
+            return client.config.generate_limit_s(self.sampling.max_new_tokens)
+        return max(_LEAST_WAIT_S, self.deadline - time.monotonic())
+
     def send(self, client: SGLangClient, share: Sequence[int]) -> list[GenerateReply]:
         """Send them in one request; their replies, prompt-major."""
         if self.progress is not None:
@@ -80,11 +89,11 @@ class Batch:
                 [self.ids_B_T[index] for index in share],
                 self.sampling,
                 progress=self.progress,
-                timeout_s=self.timeout_s,
+                timeout_s=self._wait_s(client),
                 **self._shared,
             )
         return parse_generate(
-            client.send(self.build(share), timeout_s=self.timeout_s),
+            client.send(self.build(share), timeout_s=self._wait_s(client)),
             num_expected=len(share) * self.sampling.n,
             server=client.url,
             return_logprobs=self.return_logprobs,

@@ -1,7 +1,7 @@
 """Sends a batch until every prompt has its replies, and finds the prompts that servers die on.
 
 A request during which a server died is not sent to the next server unchanged: one of its prompts may be the reason.
-Each of them is first sent alone, for a few tokens. A server that dies on one prompt alone, after another died on a
+Each of several is first sent alone, for a few tokens. A server that dies on one prompt alone, after another died on a
 request with it, names that prompt: it is sent to no further server. The others are sent in halves, and one by one if a
 server dies once more.
 """
@@ -107,7 +107,7 @@ class BatchRun:
         result = dispatch_shares(shares, batch.sampling.n, batch.send, self._find_dead)
         if batch is self._batch:
             self._replies.update(result.replies)
-        for _, url, error in result.lost:
+        for url, error in {url: error for _, url, error in reversed(result.lost)}.items():  # the first of each server
             self._on_death(url, error)
         if result.failure is not None:
             raise result.failure
@@ -115,7 +115,7 @@ class BatchRun:
 
     def _send_suspects(self, group: _Suspects) -> list[_Suspects]:
         """Send a group again in smaller requests; returns the groups of those during which a server died."""
-        if not group.tested:
+        if len(group.prompts) > 1 and not group.tested:
             self._test_alone(group)
         pieces, left = group.pieces(), []
         while pieces:
@@ -134,17 +134,25 @@ class BatchRun:
         return left
 
     def _test_alone(self, group: _Suspects) -> None:
-        """Send each prompt alone for a few tokens. Those that a server dies on leave the group."""
+        """Send each prompt alone for a few tokens, one at a time to each server.
+
+        Those that a server dies on leave the group.
+        """
         canary = self._batch.canary()
         untested = list(group.prompts)
         while untested:
-            with self._load.assign_one(self._servers(self.unanswered, 1)) as client:
-                result = self._send([(client, untested[:1])], canary)
-            if not result.lost or not isinstance(result.lost[0][2], ServerUnreachableError):
-                index = untested.pop(0)
-                if result.lost:
-                    self._lethal[index] = result.lost[0][2]
-                    group.prompts.remove(index)
+            clients = self._servers(self.unanswered, len(untested))
+            if len({client.url for client in clients}) < len(clients):  # a router: which server gets what is not known
+                clients = clients[:1]
+            shares = [(client, [index]) for client, index in zip(clients, untested, strict=False)]
+            with self._load.count(shares, canary.sampling.n):
+                result = self._send(shares, canary)
+            never_ran = {share[0] for share, _, error in result.lost if isinstance(error, ServerUnreachableError)}
+            died_on = {share[0]: error for share, _, error in result.lost if share[0] not in never_ran}
+            self._lethal.update(died_on)
+            group.prompts = [index for index in group.prompts if index not in died_on]
+            tested = {index for _, (index,) in shares} - never_ran
+            untested = [index for index in untested if index not in tested]
         group.tested = True
 
     def _lethal_error(self) -> LethalPromptError:

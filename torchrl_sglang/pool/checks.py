@@ -43,8 +43,6 @@ def _refuse_unsupported_model(info: ServerInfo) -> None:
     Raises:
         ConfigError: SGLang ignores a setting of the checkpoint, and so returns wrong log-probs.
     """
-    if info.raw.get("model_impl") == "transformers":
-        return
     problems = find_unsupported(
         read_model_json(info.model_path, "config.json", info.revision),
         attention_backend=info.raw.get("attention_backend"),

@@ -9,12 +9,17 @@ from functools import partial
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import ProtocolError, ServerLostError, ServerUnreachableError, SGLangError
-from torchrl_sglang.parallel import side_by_side
+from torchrl_sglang.parallel import work_through
 from torchrl_sglang.pool.balancing import Share
 from torchrl_sglang.protocol.control import build_ready
 from torchrl_sglang.protocol.messages import GenerateReply
 
-__all__ = ["DispatchResult", "dead_server", "dispatch_shares", "is_gone"]
+__all__ = ["DispatchResult", "dead_server", "dispatch_shares", "is_gone", "split_share"]
+
+_MAX_SEQUENCES = 256
+"""Of one request: 2 MB of JSON per 1,000 tokens each way, and large enough that its overhead does not show."""
+_REQUESTS_IN_FLIGHT = 8
+"""Per server. With 2,048 sequences sent, a server has enough waiting to fill its batch at any time."""
 
 _CLOSING_S = 3.0
 _LIVES_S = 0.3
@@ -37,39 +42,91 @@ class DispatchResult:
     failure: SGLangError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """A request that a dead server left unanswered."""
+
+    url: str
+    error: SGLangError
+
+
 def dispatch_shares(
     shares: Sequence[Share],
     n: int,
     send: Callable[[SGLangClient, Sequence[int]], list[GenerateReply]],
     find_dead: Callable[[SGLangClient, SGLangError], SGLangClient | None],
 ) -> DispatchResult:
-    """Send every share and sort the outcomes.
+    """Send every share in requests of bounded size, and sort the outcomes.
+
+    One request for thousands of sequences would be gigabytes of JSON, and a single failure would lose all of it. Each
+    server has several requests under way, so that its batch does not run empty between them.
 
     Args:
         shares: servers and prompt indices.
         n: sequences per prompt.
-        send: sends one share and returns its replies, prompt-major.
+        send: sends some prompts in one request and returns their replies, prompt-major.
         find_dead: returns the server that a failed request was on, if it is known to be dead.
     """
-    outcomes = side_by_side({str(i): partial(send, client, share) for i, (client, share) in enumerate(shares)})
+    gone: set[str] = set()
+
+    def send_part(client: SGLangClient, part: Sequence[int]) -> list[GenerateReply] | _Lost:
+        if client.url in gone:
+            return _Lost(client.url, ServerUnreachableError(f"{client.url} is dead", server=client.url))
+        try:
+            return send(client, part)
+        except SGLangError as error:
+            dead = find_dead(client, error)
+            if dead is None and isinstance(error, ServerUnreachableError) and not error.is_local:
+                return send(client, part)  # nothing ran, and the server answers again
+            if dead is None:
+                raise
+            gone.add(dead.url)
+            return _Lost(dead.url, error)
+
+    parts = [(client, split_share(share, n)) for client, share in shares]
+    outcomes = work_through(
+        [[partial(send_part, client, part) for part in pieces] for client, pieces in parts],
+        workers=_REQUESTS_IN_FLIGHT,
+    )
     result = DispatchResult()
-    for outcome, (client, share) in zip(outcomes.values(), shares, strict=True):
-        if outcome.error is None:
-            replies = outcome.unwrap()
-            result.replies.update((index, replies[i * n : (i + 1) * n]) for i, index in enumerate(share))
-        elif dead := find_dead(client, outcome.error):
-            result.lost.append((list(share), dead.url, outcome.error))
-        else:
-            result.failure = result.failure or outcome.error
+    for (_, pieces), queue in zip(parts, outcomes, strict=True):
+        for part, outcome in zip(pieces, queue, strict=True):
+            if outcome is None:  # not sent, because another request failed
+                continue
+            if outcome.error is not None:
+                result.failure = result.failure or outcome.error
+                continue
+            answer = outcome.unwrap()
+            if isinstance(answer, _Lost):
+                result.lost.append((part, answer.url, answer.error))
+            else:
+                result.replies.update((index, answer[i * n : (i + 1) * n]) for i, index in enumerate(part))
     return result
 
 
+def split_share(share: Sequence[int], n: int) -> list[list[int]]:
+    """Divide prompts into requests of at most 256 sequences; the sequences of one prompt stay together.
+
+    Examples:
+        >>> [len(part) for part in split_share(range(600), n=1)]
+        [256, 256, 88]
+        >>> split_share([0, 1], n=1000)
+        [[0], [1]]
+    """
+    size = max(1, _MAX_SEQUENCES // n)
+    return [list(share[start : start + size]) for start in range(0, len(share), size)]
+
+
 def dead_server(client: SGLangClient, error: SGLangError) -> SGLangClient | None:
-    """Return ``client`` if its server is dead after ``error``: then no reply to the request can exist."""
-    if isinstance(error, ServerUnreachableError):
-        return client
-    # A lost connection or half a reply leaves open whether the server still runs.
-    return client if isinstance(error, (ServerLostError, ProtocolError)) and is_gone(client) else None
+    """Return ``client`` if its server is dead after ``error``: then no reply to the request can exist.
+
+    A second request confirms it. A failure of this machine says nothing about the server; a lost connection or half a
+    reply leaves open whether it still runs.
+    """
+    if isinstance(error, ServerUnreachableError) and error.is_local:
+        return None
+    may_be_dead = isinstance(error, (ServerUnreachableError, ServerLostError, ProtocolError))
+    return client if may_be_dead and is_gone(client) else None
 
 
 def is_gone(client: SGLangClient) -> bool:
@@ -83,8 +140,8 @@ def is_gone(client: SGLangClient) -> bool:
     while True:
         try:
             client.send(build_ready())
-        except ServerUnreachableError:
-            return True
+        except ServerUnreachableError as error:
+            return not error.is_local
         except (ServerLostError, ProtocolError):
             answers_since = None
             if time.monotonic() > deadline:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.errors import ConfigError, LethalPromptError, RequestRejectedError, ServerError, SGLangError
 from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.parallel import side_by_side
@@ -22,7 +23,7 @@ from torchrl_sglang.pool.checks import label_with_version, refuse_different_mode
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.pool.dispatch import dead_server, is_gone
 from torchrl_sglang.pool.end_tokens import EndTokens
-from torchrl_sglang.pool.reply_weights import outdated_version, was_rejected
+from torchrl_sglang.pool.reply_weights import ReplyChecks
 from torchrl_sglang.pool.router_client import MAX_REQUESTS, RouterClient
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.protocol.generate import build_generate, parse_one
@@ -38,7 +39,6 @@ __all__ = ["SGLangPool"]
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.2
-_VERIFICATION_POLL_S = 0.005
 
 
 class SGLangPool:
@@ -81,6 +81,8 @@ class SGLangPool:
         self._load = LoadTracker()
         self._end_tokens = EndTokens()
         self._dead_servers = DeadServerTracker(self.state, self._server_returned)
+        update_timeout_s = max(client.config.update_timeout_s for client in self.clients)
+        self._reply_checks = ReplyChecks(self.state, self._leave_router, timeout_s=update_timeout_s)
         renew_in_forked_children(self)
 
     def renew_after_fork(self) -> None:
@@ -290,7 +292,8 @@ class SGLangPool:
             sampling: how tokens are drawn.
             return_logprobs: report the log-prob of every response token.
             prompt_logprobs: report those of the prompt too.
-            timeout_s: seconds for the whole batch instead of ``ClientConfig.generate_timeout_s``.
+            timeout_s: seconds for the whole batch; ``None`` gives each of its requests
+                ``ClientConfig.generate_timeout_s``.
             progress: called with the number of newly generated tokens while the batch runs.
             lora: name of a loaded adapter.
             media: images, videos and sounds of each prompt (not together with ``progress``).
@@ -303,6 +306,7 @@ class SGLangPool:
             LethalPromptError: servers died on a prompt; names its index, and has the other prompts' replies.
             ServerError: a server failed in a way that leaves open whether requests ran, or no server is left.
         """
+        require_number("timeout_s", timeout_s, optional=True, above=0)
         if len(ids_B_T) == 0:
             return []
         self.check(ids_B_T, sampling)
@@ -312,7 +316,7 @@ class SGLangPool:
             sampling=sampling,
             return_logprobs=return_logprobs,
             prompt_logprobs=prompt_logprobs,
-            timeout_s=timeout_s,
+            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
             progress=progress,
             lora=lora,
             cache_salt=self.state.weights.cache_salt,
@@ -341,8 +345,8 @@ class SGLangPool:
         """
         before = self.state.servers
         replies = self._dispatch(batch)
-        self._await_verification(replies)
-        wrong = [index for index, reply in enumerate(replies) if self._is_wrong(reply, before)]
+        self._reply_checks.await_verification(replies)
+        wrong = [index for index, reply in enumerate(replies) if self._reply_checks.is_wrong(reply, before)]
         if not wrong:
             return replies
         n = batch.sampling.n
@@ -352,24 +356,6 @@ class SGLangPool:
         for position, prompt in enumerate(prompts):
             replies[prompt * n : (prompt + 1) * n] = again[position * n : (position + 1) * n]
         return replies
-
-    def _is_wrong(self, reply: GenerateReply, before: Mapping[str, ServerState]) -> bool:
-        own = reply.server in before  # else the router's, which does not say which server it was
-        version = outdated_version(reply, before[reply.server]) if own else None
-        if version is not None and self.state.server(reply.server).restarts == before[reply.server].restarts:
-            self.state.replaced_elsewhere(reply.server, version)
-            self._leave_router(reply.server)
-        servers = self.state.servers
-        return version is not None or was_rejected(reply, [servers[reply.server]] if own else servers.values())
-
-    def _await_verification(self, replies: Sequence[GenerateReply]) -> None:
-        """Wait until it is known whether servers that have just been updated hold what was sent."""
-        deadline = time.monotonic() + max(client.config.update_timeout_s for client in self.clients)
-        versions = {reply.weight_version for reply in replies}
-        while time.monotonic() < deadline and any(
-            not server.is_verified and server.version in versions for server in self.state.servers.values()
-        ):
-            time.sleep(_VERIFICATION_POLL_S)
 
     def _dispatch(self, batch: Batch) -> list[GenerateReply]:
         """Send a batch, and what a dead server left unanswered again, until every prompt has its replies."""
@@ -428,7 +414,7 @@ class SGLangPool:
             for event in client.stream(request):
                 reply = parse_one(sequence.add(event), server=client.url, return_logprobs=return_logprobs)
                 refuse_mixed_weights([reply])
-                if self._is_wrong(reply, before):
+                if self._reply_checks.is_wrong(reply, before):
                     raise ServerError(
                         f"{reply.server} held other weights than expected: ask again", server=reply.server
                     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from torchrl_sglang.pool.state import ServerState
+from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.protocol.version import WeightVersion
 
-__all__ = ["is_outdated", "outdated_version", "was_rejected"]
+__all__ = ["ReplyChecks", "is_outdated"]
+
+_POLL_S = 0.005
 
 
 def is_outdated(version: str, known: ServerState) -> bool:
@@ -34,25 +37,49 @@ def is_outdated(version: str, known: ServerState) -> bool:
     return now.owner is not None and now.owner == before.owner and now.number < before.number
 
 
-def outdated_version(reply: GenerateReply, known: ServerState) -> str | None:
-    """The version in a reply that shows that its server was replaced; ``None`` if there is none.
+class ReplyChecks:
+    """Checks replies against the servers' records.
 
     Args:
-        reply: as the server gave it.
-        known: the server's record from before the request was sent.
+        state: the pool's records.
+        on_replaced: called with the URL of a server that turns out to be a new process.
+        timeout_s: longest time to wait for a verification.
     """
-    return next((version for version in _versions(reply) if is_outdated(version, known)), None)
 
+    def __init__(self, state: PoolState, on_replaced: Callable[[str], None], *, timeout_s: float) -> None:
+        self._state = state
+        self._on_replaced = on_replaced
+        self._timeout_s = timeout_s
 
-def was_rejected(reply: GenerateReply, servers: Iterable[ServerState]) -> bool:
-    """Whether a reply was made with weights that have failed their verification since.
+    def await_verification(self, replies: Sequence[GenerateReply]) -> None:
+        """Wait until it is known whether servers that have just been updated hold what was sent."""
+        deadline = time.monotonic() + self._timeout_s
+        versions = {reply.weight_version for reply in replies}
+        while time.monotonic() < deadline and any(
+            not server.is_verified and server.version in versions for server in self._state.servers.values()
+        ):
+            time.sleep(_POLL_S)
 
-    Args:
-        reply: as the server gave it.
-        servers: the records of the servers that may have made it.
-    """
-    rejected = {server.rejected_version for server in servers} - {""}
-    return any(version in rejected for version in _versions(reply))
+    def is_wrong(self, reply: GenerateReply, before: Mapping[str, ServerState]) -> bool:
+        """Whether a reply was made with weights of a new process, or with some that failed their verification since.
+
+        Args:
+            reply: as the server gave it. A server that turns out to be a new process gets no more requests.
+            before: the servers' records from before the request was sent.
+        """
+        versions = _versions(reply)
+        known = before.get(reply.server)
+        if known is None:  # the router's, which does not say which server it was
+            return self._is_rejected(versions, self._state.servers.values())
+        outdated = next((version for version in versions if is_outdated(version, known)), None)
+        if outdated is not None and self._state.server(known.url).restarts == known.restarts:
+            self._state.replaced_elsewhere(known.url, outdated)
+            self._on_replaced(known.url)
+        return outdated is not None or self._is_rejected(versions, [self._state.server(known.url)])
+
+    @staticmethod
+    def _is_rejected(versions: Iterable[str], servers: Iterable[ServerState]) -> bool:
+        return bool({server.rejected_version for server in servers} & set(versions))
 
 
 def _versions(reply: GenerateReply) -> list[str]:

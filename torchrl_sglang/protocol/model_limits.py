@@ -28,6 +28,11 @@ _NO_SLIDING_WINDOW = frozenset(
 _ONLY_EXPERT_LAYERS = frozenset({"Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"})
 # These take no scaling of rotary positions from the checkpoint.
 _NO_ROPE_SCALING = frozenset({"PhiForCausalLM", "OlmoForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM"})
+# These leave out the biases that a setting asks for.
+_NO_BIASES = {
+    "mlp_bias": frozenset({"GraniteForCausalLM", "LlamaForCausalLM"}),
+    "attention_bias": frozenset({"GemmaForCausalLM", "GraniteForCausalLM"}),
+}
 # These leave out the bias of the output layer.
 _NO_OUTPUT_BIAS = frozenset({"PhiForCausalLM", "GPTJForCausalLM"})
 # Attention backends that leave out the cap on attention logits. torch_native is the only one of SGLang's CPU engine.
@@ -57,6 +62,7 @@ def find_unsupported(
         _sliding_window(architecture, text, context_length),
         _dense_layers(architecture, text),
         _rope_scaling(architecture, text),
+        _biases(architecture, text),
         _output_bias(architecture, text),
         _logit_cap(text, attention_backend),
         _activation(architecture, text),
@@ -104,6 +110,11 @@ def _rope_scaling(architecture: str, config: Mapping[str, Any]) -> str:
     kinds = {str(one.get("rope_type") or one.get("type") or "default") for one in (parameters, *nested)}
     scaled = sorted(kinds - {"default"})
     return f"rope scaling of type {scaled[0]!r} is ignored, so positions would be wrong" if scaled else ""
+
+
+def _biases(architecture: str, config: Mapping[str, Any]) -> str:
+    ignored = [name for name, classes in _NO_BIASES.items() if architecture in classes and config.get(name)]
+    return f"{' and '.join(ignored)}=true is ignored: those biases are left out" if ignored else ""
 
 
 def _output_bias(architecture: str, config: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl.data.llm import History
@@ -10,7 +10,7 @@ from torchrl.data.llm import History
 from torchrl_sglang.chat_templates import name_tool_results
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["history_messages", "named_template"]
+__all__ = ["history_messages", "named_template", "refuse_media"]
 
 # TorchRL's bookkeeping, which no template reads: a template that prints or counts a message's fields would see it.
 _NOT_FOR_TEMPLATES = ("is_complete",)
@@ -42,6 +42,27 @@ def history_messages(conversation: History) -> list[dict[str, Any]]:
                 message[name] = plain
         messages.append(message)
     return name_tool_results(messages)
+
+
+def refuse_media(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Require that all parts of the messages are text: for an image a template writes a placeholder, and none is sent.
+
+    Raises:
+        ConfigError: a message holds an image, a video or a sound.
+
+    Examples:
+        >>> refuse_media([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}])
+    """
+    for number, message in enumerate(messages):
+        parts = message.get("content")
+        for part in parts if isinstance(parts, list) else ():
+            kind = str(part.get("type", "text")) if isinstance(part, Mapping) else "text"
+            if kind != "text":
+                raise ConfigError(
+                    f"message {number} holds a part of type {kind!r}, and SGLangWrapper sends token ids alone. "
+                    "SGLangChat takes images, videos and sounds; rollouts with them are made with "
+                    "servers.pool.generate(ids, sampling, media=...)"
+                )
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ from torchrl.data.llm import History
 from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.rollout.incremental_tokens import RewrittenAnswer, continue_tokens
-from torchrl_sglang.rollout.messages import history_messages
+from torchrl_sglang.rollout.messages import history_messages, refuse_media
 from torchrl_sglang.text_tokens import decode_ids, encode_texts, is_encodable
 
 __all__ = ["Prompts", "prefer_given_tokens", "read_history", "read_text", "read_tokens"]
@@ -289,6 +289,7 @@ def read_history(
     messages_B, texts_B = [history_messages(conversation) for conversation in histories_B], []
     for index, messages in enumerate(messages_B):
         try:
+            refuse_media(messages)
             text = renderer.render(messages, add_generation_prompt=add_generation_prompt)
         except ConfigError as error:
             problems[index] = f"{key!r}: {error}"

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import LethalPromptError
+from torchrl_sglang.parallel import work_through
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.rollout.generation import join_spans
 
@@ -120,15 +121,20 @@ def generate_resuming(
 
         # Responses that were aborted together mostly have the same length, so these are few requests.
         groups = list(by_room.items())
-        with ThreadPoolExecutor(min(len(groups), _MAX_PARALLEL_REQUESTS)) as executor:
-            for ((_, unscored), indices), parts in zip(groups, executor.map(continue_group, groups), strict=True):
-                for index, part in zip(indices, parts, strict=True):
-                    first = replies_S[index]
-                    if unscored:  # it was aborted while it waited, before its prompt was computed
-                        length = len(prompts_B_P[index // sampling.n])
-                        first = replace(first, prompt_logprobs=(part.prompt_logprobs or [])[:length])
-                    replies_S[index] = _joined(first, part)
-                    resumes_S[index] += 1
+        calls = [partial(continue_group, group) for group in groups]
+        (outcomes,) = work_through([calls], workers=_MAX_PARALLEL_REQUESTS)
+        failed = next((outcome for outcome in outcomes if outcome is not None and outcome.error is not None), None)
+        if failed is not None:
+            failed.unwrap()
+        for ((_, unscored), indices), outcome in zip(groups, outcomes, strict=True):
+            assert outcome is not None  # all were started, since none failed
+            for index, part in zip(indices, outcome.unwrap(), strict=True):
+                first = replies_S[index]
+                if unscored:  # it was aborted while it waited, before its prompt was computed
+                    length = len(prompts_B_P[index // sampling.n])
+                    first = replace(first, prompt_logprobs=(part.prompt_logprobs or [])[:length])
+                replies_S[index] = _joined(first, part)
+                resumes_S[index] += 1
     return replies_S, resumes_S
 
 

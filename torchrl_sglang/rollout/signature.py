@@ -17,7 +17,9 @@ def policy_signature() -> inspect.Signature:
         >>> list(policy_signature().parameters)[:3]
         ['model', 'tokenizer', 'input_mode']
     """
-    model = inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Servers")
+    model = inspect.Parameter(
+        "model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="AsyncSGLang | SGLangPool | str | Sequence[str]"
+    )
     keywords = [
         inspect.Parameter(
             field.name,

@@ -22,6 +22,7 @@ from torchrl_sglang.server.lifecycle import ProcessLifecycle
 from torchrl_sglang.server.locate import find_python
 from torchrl_sglang.server.managed_process import LaunchSpec
 from torchrl_sglang.server.model_check import refuse_unsupported_model
+from torchrl_sglang.server.saved_adapters import check_saved_adapters
 from torchrl_sglang.server.start_phases import start_phase
 
 __all__ = ["SGLangServer"]
@@ -215,6 +216,7 @@ def _launch_spec(config: ServerConfig, weight_version: str | None) -> LaunchSpec
         ConfigError: something that can be checked beforehand is wrong.
     """
     command.check_config(config)
+    check_saved_adapters(config.extra_args)
     cpu = needs_cpu_engine(config)
     refuse_unsupported_model(config, cpu=cpu)
     same_python = find_python(config) == sys.executable

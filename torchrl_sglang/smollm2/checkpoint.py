@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,3 +87,15 @@ def _convert(source: Path, folder: Path, show: Callable[[str], None]) -> None:
     show("converting: writing 538 MB")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    name_a_tokenizer_class_of_every_release(folder)
+
+
+def name_a_tokenizer_class_of_every_release(folder: Path) -> None:
+    """Make a tokenizer that transformers 5 saved readable for transformers 4, which doesn't know its class's new name.
+
+    The checkpoint is shared by all environments of a user, whatever their releases.
+    """
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        file.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")

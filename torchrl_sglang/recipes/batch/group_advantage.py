@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import LazyStackedTensorDict, TensorDictBase
 from torchrl.objectives.llm import MCAdvantage
 
 __all__ = ["GroupAdvantage", "equal_up_to_rounding"]
@@ -37,7 +37,8 @@ class GroupAdvantage(MCAdvantage):
         written = super()._inv_call(tensordict)
         is_one_trajectory = tensordict.ndim == 1 and int(tensordict[self.done_key].sum()) <= 1
         if written is not None and is_one_trajectory and self._rewards_are_equal(written):
-            advantage = written.get(self.advantage_key, as_nested_tensor=True)
+            ragged = {"as_nested_tensor": True} if isinstance(written, LazyStackedTensorDict) else {}
+            advantage = written.get(self.advantage_key, **ragged)
             written.set(self.advantage_key, torch.zeros_like(advantage))
         return written
 

@@ -28,7 +28,8 @@ class BackgroundRollouts:
         batches: the collector, or any iterable of batches.
         ahead: batches beyond the one being trained on; 0 collects only while the trainer waits, which is synchronous
             training.
-        timeout_s: maximum time that :meth:`take` waits.
+        timeout_s: maximum time that :meth:`take` waits; longer than the time-out of a generate request (1,800 s), so
+            that its error, which says more, comes first.
 
     Raises:
         ConfigError: ``ahead`` is negative.
@@ -42,7 +43,7 @@ class BackgroundRollouts:
         (1, 2)
     """
 
-    def __init__(self, batches: Iterable[TensorDictBase], *, ahead: int, timeout_s: float = 600.0) -> None:
+    def __init__(self, batches: Iterable[TensorDictBase], *, ahead: int, timeout_s: float = 3600.0) -> None:
         require_number("ahead", ahead, whole=True, at_least=0)
         require_number("timeout_s", timeout_s, above=0)
         self.ahead = ahead

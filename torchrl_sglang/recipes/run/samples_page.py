@@ -11,6 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from torchrl_sglang.disk_space import writing
+
 __all__ = ["write_samples_page"]
 
 Sample = Mapping[str, Any]
@@ -61,8 +63,9 @@ def write_samples_page(samples: Path, path: Path, *, title: str = "Samples") -> 
         f'<div class="steps">\n{columns}\n</div>\n</body></html>\n'
     )
     unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    with writing(path, "the page of samples", incomplete=unfinished):
+        unfinished.write_text(page, encoding="utf-8")
+        unfinished.replace(path)
     return True
 
 

@@ -37,6 +37,7 @@ from torchrl_sglang.recipes.setup.settings import SETTINGS
 
 __all__ = ["known_settings", "load_config", "save_config"]
 
+_FREE_NODE = "weight_sync_schemes.policy.config="
 _ALSO_ATTACHED = ("url", "name", "router", "_target_", "_partial_")
 _LAUNCH_ONLY = tuple(field.name for field in fields(SGLangEngineConfig) if field.name not in _ALSO_ATTACHED)
 
@@ -134,10 +135,16 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def _replacing_whole_nodes(overrides: Sequence[str]) -> list[str]:
-    """Make ``task={...}`` replace the preset's whole task; hydra alone would merge the two."""
+    """Make ``task={...}`` replace the preset's whole task, which hydra alone would merge with the new one.
+
+    The settings of a sync are a free dictionary, whose keys hydra would refuse.
+    """
     replaced: list[str] = []
     for word in overrides:
-        replaced += ["~task", f"+{word}"] if word.startswith("task=") else [word]
+        if word.startswith("task="):
+            replaced += ["~task", f"+{word}"]
+        else:
+            replaced.append(f"++{word}" if word.startswith(_FREE_NODE) else word)
     return replaced
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from torchrl_sglang.disk_space import writing
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import find_local_path
 from torchrl_sglang.recipes.setup.devices import trainer_device
@@ -39,6 +40,13 @@ def load_model(path: str, device: str = "auto") -> Any:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a checkpoint that :func:`load_model`, transformers and SGLang servers can load."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Write a checkpoint that :func:`load_model`, transformers and SGLang servers can load.
+
+    Raises:
+        StorageError: the disk is full, or can't be written to; a folder that was new is removed.
+    """
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    new = None if folder.exists() else folder
+    with writing(folder, "the model", needed_bytes=num_bytes, incomplete=new):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -5,6 +5,7 @@ the program then runs as ``nobody``; any other user enters a user namespace firs
 """
 
 import ctypes
+import errno
 import os
 import platform
 import struct
@@ -26,6 +27,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _
     *(1, 2, 4, 8, 32, 4096),
     *(16384, 1 << 18),
 )
+_MS_NOATIME, _MS_NODIRATIME, _MS_RELATIME, _ST_RELATIME = 1024, 2048, 1 << 21, 4096
 _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE = 442, -100, 0x8000
 _ATTR_RDONLY_NOSUID_NODEV = 1 | 2 | 4
 _KEYCTL = {"x86_64": 250, "aarch64": 219}
@@ -137,11 +139,20 @@ def _bind(source: Path, place: Path, *, read_only: bool) -> None:
         target.touch()
     _mount(str(source), str(target), "", _MS_BIND | _MS_REC)
     if read_only:
-        attributes = struct.pack("=QQQQ", _ATTR_RDONLY_NOSUID_NODEV, 0, 0, 0)
-        path = str(target).encode()
-        _call(
-            "mount_setattr", _libc.syscall, _MOUNT_SETATTR, _AT_FDCWD, path, _AT_RECURSIVE, attributes, len(attributes)
-        )
+        _make_read_only(str(target))
+
+
+def _make_read_only(target: str) -> None:
+    """Make a mount and those below it read-only; before Linux 5.12 only the mount itself."""
+    attributes = struct.pack("=QQQQ", _ATTR_RDONLY_NOSUID_NODEV, 0, 0, 0)
+    size = len(attributes)
+    if _libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, target.encode(), _AT_RECURSIVE, attributes, size) == 0:
+        return
+    if ctypes.get_errno() != errno.ENOSYS:
+        raise OSError(ctypes.get_errno(), f"mount_setattr {target}: {os.strerror(ctypes.get_errno())}")
+    present = os.statvfs(target).f_flag  # flags of the machine's own mount must stay; all but one have the same number
+    kept = present & (_MS_NOEXEC | _MS_NOATIME | _MS_NODIRATIME) | (_MS_RELATIME if present & _ST_RELATIME else 0)
+    _mount("none", target, "", _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV | kept)
 
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:

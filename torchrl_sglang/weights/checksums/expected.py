@@ -1,4 +1,4 @@
-"""Hashes that servers' tensors must have: kept copies of the sample of what was sent, or tensors of the checkpoint."""
+"""Hashes that servers' tensors must have, from tensors that the trainer reads again, has kept, or has on disk."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torchrl_sglang.weights.checksums.hashing import hash_function
 from torchrl_sglang.weights.checksums.layouts import Place, layouts
 from torchrl_sglang.weights.checksums.rules import TensorId
 from torchrl_sglang.weights.checksums.server_tensors import FusedUnit
+from torchrl_sglang.weights.source.interface import WeightSource
 
-__all__ = ["CheckpointTensors", "SentTensors", "ServerKind", "TensorHashes"]
+__all__ = ["CheckpointTensors", "ReadAgain", "SentTensors", "ServerKind", "TensorHashes"]
 
 Parts = Mapping[str, torch.Tensor]
 
@@ -32,12 +33,14 @@ class ServerKind:
         tp_size: tensor-parallel ranks.
         dtype: what it computes in, if that is known.
         device: ``ServerInfo.device``.
-        kv_heads: key/value heads of the model, if known.
+        heads: attention heads of the model, if known.
+        kv_heads: key/value heads, if known.
     """
 
     tp_size: int
     dtype: torch.dtype | None
     device: str
+    heads: int | None
     kv_heads: int | None
 
 
@@ -65,7 +68,7 @@ class TensorHashes:
         if parts is None:
             yield from [(label, value) for label, value in known.items() if layout in (None, label)]
             return
-        place = Place(tp_rank=tp_rank, tp_size=server.tp_size, kv_heads=server.kv_heads)
+        place = Place(tp_rank=tp_rank, tp_size=server.tp_size, heads=server.heads, kv_heads=server.kv_heads)
         server_name = tensor.name if tensor.name in unit.server_names else unit.name
         for dtype in _dtypes(server, parts):
             makes = layouts(unit, server_name, _cast(parts, dtype), place)
@@ -103,8 +106,27 @@ def _cast(parts: Parts, dtype: torch.dtype | None) -> Parts:
     return parts if dtype is None else _Cast(parts, dtype)
 
 
+class ReadAgain:
+    """Tensors of a source that can be read any number of times. Holds one unit.
+
+    Args:
+        source: the trainer's weights.
+    """
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._last: tuple[str, Parts] = ("", {})
+
+    def parts(self, unit: FusedUnit) -> Parts:
+        """The tensors of a unit."""
+        if self._last[0] != unit.name:
+            self._last = ("", {})  # frees the unit before the next one is read
+            self._last = (unit.name, dict(self._source.tensors(unit.parts)))
+        return self._last[1]
+
+
 class SentTensors:
-    """Copies of the sample's tensors, taken from the buckets when these are packed: in the dtype in which they travel.
+    """Copies of the sample's tensors, taken from packed buckets, for a source that is read only once.
 
     Args:
         sample: what to keep.
@@ -121,10 +143,9 @@ class SentTensors:
         """Copy what belongs to the sample from a bucket's bytes (uint8, ``(bucket.nbytes,)``)."""
         for slot in bucket.slots:
             if slot.name in self._units:
-                self.add(slot.name, slot.view(flat).detach().clone())
+                self._keep(slot.name, slot.view(flat).detach().clone())
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep a tensor of the sample; it must not change any more."""
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
         unit = self._units[name]
         kept = self._kept.get(unit.name)
         if kept is None:
@@ -135,11 +156,6 @@ class SentTensors:
             self._on_full(unit)
             self._nbytes -= sum(each.nbytes for each in kept.values())
             del self._kept[unit.name]
-
-    @property
-    def missing(self) -> list[str]:
-        """Names of the sample that have not been sent."""
-        return [name for name, unit in self._units.items() if name not in self._kept.get(unit.name, (name,))]
 
     def parts(self, unit: FusedUnit) -> Parts | None:
         """The tensors of a unit, or ``None`` if they are not all kept."""

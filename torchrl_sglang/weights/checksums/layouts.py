@@ -21,7 +21,10 @@ __all__ = ["Place", "layouts"]
 Make = Callable[[], torch.Tensor]
 
 _SPLIT_BY_COLUMNS = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "dense_4h_to_h.weight", "fc2.weight")
-_VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight", "embed_out.weight")
+_VOCABULARY = (
+    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight"),
+    *("lm_head.weight", "lm_head.bias", "embed_out.weight"),
+)
 _VOCABULARY_PADDING = 64
 
 
@@ -32,11 +35,13 @@ class Place:
     Attributes:
         tp_rank: its number.
         tp_size: how many there are.
-        kv_heads: number of key/value heads of the model; ``None`` if unknown.
+        heads: number of attention heads of the model; ``None`` if unknown.
+        kv_heads: number of key/value heads; ``None`` if unknown.
     """
 
     tp_rank: int
     tp_size: int
+    heads: int | None = None
     kv_heads: int | None = None
 
 
@@ -106,12 +111,15 @@ def _plain(name: str, tensor: torch.Tensor, place: Place) -> dict[str, Make]:
     rows = tensor.dim() >= 1 and tensor.shape[0] % size == 0
     columns = tensor.dim() >= 2 and tensor.shape[1] % size == 0
     if name.endswith(_VOCABULARY):
-        add("vocabulary", tensor.dim() == 2, lambda: _vocabulary(tensor, place))
+        add("vocabulary", tensor.dim() in (1, 2), lambda: _vocabulary(tensor, place))
     if name.endswith(_SPLIT_BY_COLUMNS):
         add("columns", columns and size > 1, lambda: _chunk(tensor, place, 1))
     add("whole", True, lambda: tensor)
     add("rows", rows and size > 1, lambda: _chunk(tensor, place))
     add("columns", columns and size > 1, lambda: _chunk(tensor, place, 1))
+    heads = _heads_of(tensor, place) if name.endswith(("qkv_proj.weight", "qkv_proj.bias")) and size > 1 else None
+    if heads is not None:
+        makes |= {f"{layout} of heads": make for layout, make in _stacked(heads, place).items() if layout != "whole"}
     if name.endswith(("gate_up_proj.weight", "gate_up_proj.bias")):
         halves = tensor.chunk(2)
         add("rows of halves", size > 1 and halves[0].shape[0] % size == 0, lambda: _rows_of(halves, place))
@@ -121,6 +129,15 @@ def _plain(name: str, tensor: torch.Tensor, place: Place) -> dict[str, Make]:
         add("rows of the transposed", columns and size > 1, lambda: _chunk(turned, place))
         add("columns of the transposed", rows and size > 1, lambda: _chunk(turned, place, 1))
     return makes
+
+
+def _heads_of(tensor: torch.Tensor, place: Place) -> tuple[torch.Tensor, ...] | None:
+    """Query, key and value of a checkpoint that has fused them itself."""
+    if place.heads is None or place.kv_heads is None or tensor.shape[0] % (place.heads + 2 * place.kv_heads):
+        return None
+    size = tensor.shape[0] // (place.heads + 2 * place.kv_heads)
+    sizes = [place.heads * size, place.kv_heads * size, place.kv_heads * size]
+    return torch.split_with_sizes(tensor, sizes)
 
 
 def _rows_of(tensors: Sequence[torch.Tensor], place: Place) -> torch.Tensor:
@@ -146,4 +163,4 @@ def _vocabulary(tensor: torch.Tensor, place: Place) -> torch.Tensor:
     start = min(place.tp_rank * per_rank, tensor.shape[0])
     rows = tensor[start : start + per_rank]
     missing = per_rank - rows.shape[0]
-    return torch.cat([rows, rows.new_zeros(missing, tensor.shape[1])]) if missing else rows
+    return torch.cat([rows, rows.new_zeros(missing, *tensor.shape[1:])]) if missing else rows

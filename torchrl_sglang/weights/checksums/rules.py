@@ -119,11 +119,12 @@ class LayoutRules:
         different = [finding for finding in findings if not self._is_equal(finding, sent)]
         verdict = Verdict(num_equal=len(findings) - len(different))
         for finding in different:
-            # Here, not above: a tensor later in the list may have shown how this kind is laid out.
-            hashes = frozenset(value for _, value in sent.of(finding.unit, finding.tensor))
-            if not hashes:
+            known = self.layout(finding.kind)  # perhaps since a tensor later in the list was looked at
+            if known is not None and any(True for _ in sent.of(finding.unit, finding.tensor, known)):
+                verdict.stale.append(finding.tensor)
                 continue
-            if self.layout(finding.kind) is not None or self._was_left(finding, hashes, held_before):
+            hashes = frozenset(value for _, value in sent.of(finding.unit, finding.tensor))
+            if hashes and self._was_left(finding, hashes, held_before):
                 verdict.stale.append(finding.tensor)
             else:
                 verdict.unproven.append(finding.tensor)
@@ -148,4 +149,6 @@ class LayoutRules:
                     self._layout_of[finding.kind] = layout
                     return True
         values_before = sent_before or frozenset(before.values())
-        return finding.is_exact and finding.actual == seen and bool(values_before) and values_before != sent
+        # Hashes of equal values agree in every layout that was computed both times, and the likeliest always is.
+        has_changed = bool(values_before) and not values_before & sent
+        return finding.is_exact and finding.actual == seen and has_changed

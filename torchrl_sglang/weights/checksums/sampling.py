@@ -82,4 +82,12 @@ def skip_list(units: Iterable[FusedUnit], sample: Iterable[FusedUnit], known_nam
     wanted = {canonical_name(name) for unit in sample for name in unit.server_names}
     expected = [name for unit in units for name in unit.server_names]
     unwanted = [name for name in dict.fromkeys([*expected, *known_names]) if canonical_name(name) not in wanted]
-    return [name for name in unwanted if not any(name in each for each in wanted)]
+    # A server compares every tensor's name with every word: one word for a whole block, where nothing of it is wanted.
+    all_wanted = "\n".join(("", *wanted, *(name for unit in sample for name in unit.server_names), ""))
+    words: dict[str, None] = {}
+    for name in unwanted:
+        block = name.rsplit(".", 2)[0] + "."
+        word = next((word for word in (block, name) if word not in all_wanted), None)
+        if word is not None:
+            words[word] = None
+    return list(words)

@@ -16,7 +16,13 @@ from torchrl_sglang.pool import PoolState
 from torchrl_sglang.protocol.checksums import RankChecksums, build_checksums, parse_checksums
 from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.checksums.expected import CheckpointTensors, SentTensors, ServerKind, TensorHashes
+from torchrl_sglang.weights.checksums.expected import (
+    CheckpointTensors,
+    ReadAgain,
+    SentTensors,
+    ServerKind,
+    TensorHashes,
+)
 from torchrl_sglang.weights.checksums.rules import Finding, LayoutRules, TensorId, Verdict
 from torchrl_sglang.weights.checksums.sampling import SampleChooser, skip_list
 from torchrl_sglang.weights.checksums.server_tensors import FusedUnit, canonical_name, fused_units
@@ -77,7 +83,7 @@ class ChecksumVerifier:
         new = [client for client in clients if self._is_new(client)]
         kinds = {client.url: _kind(client, checkpoint, served_dtype) for client in clients if self._is_able(client)}
         sample = self._chooser.choose(usable, plan)
-        return PushChecksums(self, self._state, clients, kinds, checkpoint, units, sample, new)
+        return PushChecksums(self, self._state, clients, kinds, checkpoint, source, units, sample, new)
 
     def _all_units(self, checkpoint: Checkpoint) -> list[FusedUnit]:
         if self._units is None or self._units[0] is not checkpoint:
@@ -105,19 +111,20 @@ def _kind(client: SGLangClient, checkpoint: Checkpoint, served_dtype: torch.dtyp
     dtype = getattr(torch, client.info.dtype, None)
     text_config = checkpoint.config.get("text_config")
     config = text_config if isinstance(text_config, Mapping) else checkpoint.config
-    heads = config.get("num_key_value_heads")
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     return ServerKind(
         tp_size=client.info.tp_size,
         dtype=dtype if isinstance(dtype, torch.dtype) else served_dtype,
         device=client.info.device,
-        kv_heads=heads if isinstance(heads, int) and heads > 0 else None,
+        heads=heads if isinstance(heads, int) else None,
+        kv_heads=kv_heads if isinstance(kv_heads, int) and kv_heads > 0 else None,
     )
 
 
 class PushChecksums:
     """The checksums of one push.
 
-    Its calls, in order: :meth:`read_before`, :meth:`take` for every bucket, :meth:`compare`.
+    Its calls, in order: :meth:`read_before`, :meth:`take` for every bucket, :meth:`start_reading`, :meth:`compare`.
 
     Attributes:
         verdict: what :meth:`compare` has found.
@@ -131,6 +138,7 @@ class PushChecksums:
         clients: Sequence[SGLangClient],
         kinds: Mapping[str, ServerKind],
         checkpoint: Checkpoint,
+        source: WeightSource,
         units: Sequence[FusedUnit],
         sample: Sequence[FusedUnit],
         new: Sequence[SGLangClient],
@@ -146,8 +154,11 @@ class PushChecksums:
         self._new = [client for client in new if client.url in kinds]
         self._held_checkpoint = {url for url in kinds if state.server(url).version == _CHECKPOINT_VERSION}
         self._unit_named = {name: unit for unit in sample for name in unit.server_names}
-        self._sent = SentTensors(sample, self._hash_now)
-        self._hashes = TensorHashes(self._kinds, self._sent.parts)
+        # A sharded source is gathered only while the other ranks take part.
+        self._sent = SentTensors(sample, self._hash_now) if source.one_shot or source.is_sharded else None
+        parts = ReadAgain(source).parts if self._sent is None else self._sent.parts
+        self._hashes = TensorHashes(self._kinds, parts)
+        self._reading: Task[dict[str, Outcome[list[RankChecksums]]]] | None = None
 
     def read_before(self) -> None:
         """Read the hashes of servers that are updated for the first time. What fails here fails in the push, too."""
@@ -161,34 +172,30 @@ class PushChecksums:
                 self._verifier.rules.seen_before_push(self._findings(url, outcome.value))
 
     def take(self, bucket: Bucket, flat: torch.Tensor) -> None:
-        """Keep the sample's tensors of a packed bucket."""
-        self._sent.take(bucket, flat)
+        """Keep the sample's tensors of a packed bucket, if they can't be read again."""
+        if self._sent is not None:
+            self._sent.take(bucket, flat)
 
-    def compare(
-        self, clients: Sequence[SGLangClient], source: WeightSource
-    ) -> tuple[dict[str, str], dict[str, SGLangError]]:
-        """Read the servers' hashes after the push and compare them.
+    def start_reading(self, clients: Sequence[SGLangClient]) -> None:
+        """Ask the servers for their hashes after the push, and return at once."""
+        able = [client for client in clients if client.url in self._kinds and client.url not in self.unable]
+        if self._sample and able:
+            self._reading = Task(lambda: self._read(able), name="read-checksums")
 
-        Args:
-            clients: the servers.
-            source: the trainer's weights, for tensors of the sample that this push did not send.
+    def compare(self) -> tuple[dict[str, str], dict[str, SGLangError]]:
+        """Compare what the servers answer with the hashes of what was sent.
 
         Returns:
             Per server that does not hold what was sent, what it does not hold; and per server that did not answer, the
             error.
         """
-        able = [client for client in clients if client.url in self._kinds and client.url not in self.unable]
-        if not self._sample or not able:
+        if self._reading is None:
             return {}, {}
-        reading = Task(lambda: self._read(able), name="read-checksums")
-        missing = self._sent.missing
-        if missing and not source.one_shot:
-            for name, tensor in source.tensors(missing):
-                self._sent.add(name, tensor)
-        self._hash_expected()
+        for unit in self._sample:  # while the servers compute theirs
+            self._hash_now(unit)
         ranks: dict[str, list[RankChecksums]] = {}
         failed: dict[str, SGLangError] = {}
-        for url, outcome in reading.outcome().unwrap().items():
+        for url, outcome in self._reading.outcome().unwrap().items():
             if outcome.value is not None:
                 ranks[url] = outcome.value
             elif isinstance(outcome.error, RequestRejectedError | ProtocolError) and not self._verifier.is_full:
@@ -199,6 +206,7 @@ class PushChecksums:
 
     def _complaints(self, ranks: Mapping[str, Sequence[RankChecksums]]) -> dict[str, str]:
         findings = [finding for url, of_url in ranks.items() for finding in self._findings(url, of_url)]
+        findings.sort(key=lambda finding: finding.unit.name)  # each unit is read once
         self.verdict = self._verifier.rules.judge(findings, self._hashes, self._held_before())
         complaints = {}
         for url in ranks:
@@ -262,26 +270,13 @@ class PushChecksums:
         shapes = tuple(self._checkpoint.specs[part].shape for part in unit.parts)
         return Finding(tensor=tensor, unit=unit, is_exact=is_exact, shapes=shapes, actual=value)
 
-    # ------------------------------------------------------------------ the expected hashes
-
-    def _hash_expected(self) -> None:
-        """Compute the likely hashes while the servers compute theirs."""
-        for url, kind in self._kinds.items():
-            for unit in self._sample:
-                for tp_rank in range(kind.tp_size):
-                    tensor = TensorId(url=url, name=unit.name, rank=tp_rank, tp_rank=tp_rank)
-                    layout = self._verifier.rules.layout(self._finding(tensor, unit).kind)
-                    next(self._hashes.of(unit, tensor, layout), None)
-
     def _hash_now(self, unit: FusedUnit) -> None:
-        """Compute all hashes of a unit that is about to be freed: in the known layout, or in every one."""
+        """Compute the hashes of a unit in the known layout, or in the likeliest."""
         for url, kind in self._kinds.items():
-            for name in unit.server_names:
-                for tp_rank in range(kind.tp_size):
-                    tensor = TensorId(url=url, name=name, rank=tp_rank, tp_rank=tp_rank)
-                    layout = self._verifier.rules.layout(self._finding(tensor, unit).kind)
-                    for _ in self._hashes.of(unit, tensor, layout):
-                        pass
+            for tp_rank in range(kind.tp_size):
+                tensor = TensorId(url=url, name=unit.name, rank=tp_rank, tp_rank=tp_rank)
+                layout = self._verifier.rules.layout(self._finding(tensor, unit).kind)
+                next(self._hashes.of(unit, tensor, layout), None)
 
 
 def _unable(error: SGLangError) -> str:

@@ -39,5 +39,5 @@ def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint:
     has_replicas_inside = any(client.info.dp_size * client.info.pp_size > 1 for client in pool.clients)
     auto_disk = config.transport == "auto" and has_replicas_inside and config.disk_dir is not None
     if config.transport == "disk" or auto_disk:
-        return DiskTransport(pool, config, checkpoint.path)
+        return DiskTransport(pool, config, owner, checkpoint.path)
     return BroadcastTransport(pool, config, owner)

@@ -6,9 +6,11 @@ trainer and server on one GPU, and for ``dp_size > 1`` inside one server. transf
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
+import re
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SavedWeights, SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.packing import BucketPacker
+from torchrl_sglang.weights.group.trainer_mark import TrainerMark
 from torchrl_sglang.weights.transports.base import PackedWeights
 from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.session import UpdateSession
@@ -30,16 +33,21 @@ __all__ = ["DiskTransport"]
 _KEPT_VERSIONS = 2
 """A server that restarts while a sync runs may still be reading the version before."""
 
+_PARTIAL = ".partial-"
+_ABANDONED_AFTER_S = 3600.0
+"""A trainer on another host that has written nothing to a folder for so long is dead."""
+
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """Configuration and tokenizer files, which lie beside the weights in a checkpoint."""
 
 
 class DiskTransport:
-    """Writes ``disk_dir/version-N`` and makes every server load it.
+    """Writes ``disk_dir/version-N-OWNER`` and makes every server load it. Trainers may share a folder.
 
     Args:
         pool: the servers.
         config: ``disk_dir`` is the folder, under the same path on every machine.
+        owner: id of this trainer, part of the folders' names.
         checkpoint_path: folder whose configuration and tokenizer files are copied beside the weights; ``None`` if the
             servers' checkpoint is no local folder: then only weights are written.
 
@@ -49,12 +57,13 @@ class DiskTransport:
 
     name = "disk"
 
-    def __init__(self, pool: SGLangPool, config: SyncConfig, checkpoint_path: Path | None) -> None:
+    def __init__(self, pool: SGLangPool, config: SyncConfig, owner: str, checkpoint_path: Path | None) -> None:
         if config.disk_dir is None:
             raise ConfigError("transport='disk' needs SyncConfig.disk_dir, a folder that trainer and servers share")
         self._folder = config.disk_dir
         self._pool = pool
         self._config = config
+        self._owner = owner
         self._checkpoint_path = checkpoint_path
         self._staged: SavedWeights | None = None
 
@@ -64,7 +73,7 @@ class DiskTransport:
         return BucketPacker("cpu")
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
-        """Make the folder.
+        """Make the folder, and remove what trainers left that died while they wrote.
 
         Raises:
             ConfigError: it can't be written to.
@@ -73,6 +82,9 @@ class DiskTransport:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"can't write to SyncConfig.disk_dir {self._folder}: {error.strerror}") from error
+        for path in self._folder.glob(f"version-*{_PARTIAL}*"):
+            if _is_abandoned(path):
+                shutil.rmtree(path, ignore_errors=True)
 
     def stage(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> None:
         """Write the checkpoint."""
@@ -97,13 +109,13 @@ class DiskTransport:
         """The checkpoints stay."""
 
     def _write(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> Path:
-        """Write under another name first: a folder called ``version-N`` is complete.
+        """Write under another name first: a folder called ``version-N-OWNER`` is complete, and never changed.
 
         Raises:
             StorageError: the disk is full, or can't be written to; no server was told anything.
         """
-        target = (self._folder / f"version-{version.number}").resolve()
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        target = self._unused(f"version-{version.number}-{version.owner}")
+        partial = target.with_name(f"{target.name}{_PARTIAL}{TrainerMark.own(version.owner or '')}")
         shutil.rmtree(partial, ignore_errors=True)
         remains = (
             f"The incomplete folder was removed; no server was told anything, and all keep their weights. The last "
@@ -127,18 +139,23 @@ class DiskTransport:
             index_file = {"metadata": {"total_size": report.num_bytes}, "weight_map": files}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1))
             self._add_companions(partial)
-            shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
         return target
 
     def _expected_bytes(self) -> int | None:
         """Size of a version: that of the newest one, else of the servers' checkpoint; ``None`` if there is neither."""
-        folders = sorted(self._folder.glob("version-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        complete = (path for path in self._folder.glob("version-*") if _PARTIAL not in path.name)
+        folders = sorted(complete, key=lambda path: path.stat().st_mtime, reverse=True)
         for folder in [*folders, *([self._checkpoint_path] if self._checkpoint_path else [])]:
             size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
             if size:
                 return size
         return None
+
+    def _unused(self, name: str) -> Path:
+        """A path that does not exist. A server may be loading from one that does: a version can be pushed twice."""
+        names = itertools.chain([name], (f"{name}.{count}" for count in itertools.count(2)))
+        return next(path for each in names if not (path := (self._folder / each).resolve()).exists())
 
     def _add_companions(self, partial: Path) -> None:
         if self._checkpoint_path is None:
@@ -149,7 +166,21 @@ class DiskTransport:
                     shutil.copy(file, partial / file.name)
 
     def _prune(self, newest: Path) -> None:
-        numbered = [path for path in self._folder.glob("version-*") if path.name.removeprefix("version-").isdigit()]
-        older = sorted(numbered, key=lambda path: path.stat().st_mtime)
+        """Delete this trainer's older versions."""
+        own = re.compile(rf"version-\d+-{re.escape(self._owner)}(\.\d+)?")
+        versions = [path for path in self._folder.glob("version-*") if own.fullmatch(path.name)]
+        older = sorted(versions, key=lambda path: path.stat().st_mtime)
         for path in [path for path in older if path.resolve() != newest][: -(_KEPT_VERSIONS - 1)]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Whether the trainer that was writing a folder is dead: it has ended, or has written nothing for long."""
+    mark = TrainerMark.parse(partial.name.partition(_PARTIAL)[2])
+    if mark.is_alive() is not None:
+        return not mark.is_alive() and mark != TrainerMark.own(mark.group)
+    try:
+        newest = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
+    except OSError:  # it has just been renamed
+        return False
+    return time.time() - newest > _ABANDONED_AFTER_S

@@ -11,7 +11,6 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
 import torch
 from torch import nn
@@ -72,22 +71,26 @@ def verify_servers(
         WeightUpdateError: a server did not answer, holds other tensors or scores as another model; ``server_weights``
             names it.
     """
-    comparing = None if checksums is None else Task(partial(checksums.compare, clients, source), name="checksums")
+    # On a GPU more tokens cost nothing, and more experts of a mixture take part. On a CPU they cost time: for
+    # SmolLM2-135M, 4 tokens took 0.11 s on a server's one core and 12 took 0.15.
+    on_cpu = all(client.info.device == "cpu" for client in clients)
+    ids = [] if vocab_size is None else probe_ids(vocab_size, _PROBE_TOKENS_ON_CPU if on_cpu else _PROBE_TOKENS)
+    scoring = {client.url: Task(_Scoring(client, ids, lora), name=f"score-{client.url}") for client in clients if ids}
+    if checksums is not None:
+        checksums.start_reading(clients)
     complaints: dict[str, str] = {}
     gaps: dict[str, float] = {}
     cause = ""
-    try:
-        if vocab_size is not None:
-            model = None if source.module is None or is_sharded(source.module) else source.module
-            complaints, gaps = _compare_scores(clients, vocab_size, model, config, served_dtype, lora)
-            if gaps.keys() & complaints.keys():
-                served = clients[0].info.architectures
-                cause = likely_cause(model, source.architecture, served=served, served_dtype=served_dtype)
-    finally:
-        if comparing is not None:
-            comparing.wait()
-    if comparing is not None and checksums is not None:
-        stale, failed = comparing.outcome().unwrap()
+    if scoring:
+        model = None if source.module is None or is_sharded(source.module) else source.module
+        expected = None if model is None else _expected_logprobs(model, ids, on_cpu=on_cpu)  # meanwhile
+        complaints, gaps = _compare_scores(scoring, model, expected, config, served_dtype)
+        if gaps.keys() & complaints.keys():
+            served = clients[0].info.architectures
+            cause = likely_cause(model, source.architecture, served=served, served_dtype=served_dtype)
+    if checksums is not None:
+        # Not beside the model's own computation: on a CPU the servers need the other cores.
+        stale, failed = checksums.compare()
         complaints = {**complaints, **_unanswered(failed), **stale}
         report.num_checksums = checksums.verdict.num_equal
         report.not_compared = checksums.not_compared
@@ -96,20 +99,13 @@ def verify_servers(
 
 
 def _compare_scores(
-    clients: Sequence[SGLangClient],
-    vocab_size: int,
+    scoring: Mapping[str, Task[list[float]]],
     model: nn.Module | None,
+    expected: torch.Tensor | None,
     config: SyncConfig,
     served_dtype: torch.dtype | None,
-    lora: str | None,
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """Score the fixed prompt on every server; returns what is wrong, and per server the largest difference."""
-    # On a GPU more tokens cost nothing, and more experts of a mixture take part. On a CPU they cost time: for
-    # SmolLM2-135M, 4 tokens took 0.11 s on a server's one core and 12 took 0.15.
-    on_cpu = all(client.info.device == "cpu" for client in clients)
-    ids = probe_ids(vocab_size, _PROBE_TOKENS_ON_CPU if on_cpu else _PROBE_TOKENS)
-    scoring = {client.url: Task(_Scoring(client, ids, lora), name=f"score-{client.url}") for client in clients}
-    expected = None if model is None else _expected_logprobs(model, ids, on_cpu=on_cpu)  # meanwhile
+    """Compare the servers' scores with the trainer's; returns what is wrong, and per server the largest difference."""
     outcomes = {url: task.outcome() for url, task in scoring.items()}
     scores = {url: torch.tensor(o.value, dtype=torch.float64) for url, o in outcomes.items() if o.value is not None}
     complaints = _unanswered({url: o.error for url, o in outcomes.items() if o.error is not None})
