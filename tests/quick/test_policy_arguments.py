@@ -17,6 +17,7 @@ from torchrl_sglang.chat.defaults import GenerationDefaults
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.rollout.log_probs import behaviour_log_probs
 from torchrl_sglang.rollout.resuming import generate_resuming
+from torchrl_sglang.scores import RewardModel
 from torchrl_sglang.testing.echo_pool import EchoPool
 
 
@@ -176,3 +177,33 @@ def test_a_mask_that_is_added_to_attention_scores_is_refused(value: float) -> No
     td = prompts([5, 6], [7, 8]).set("attention_mask", torch.tensor([[value, 0.0], [0.0, 0.0]]))
     with pytest.raises(ConfigError, match="'attention_mask' holds other values than 0 and 1"):
         tokens_policy()(td)
+
+
+def test_the_support_of_a_response_outlives_a_part_without_tokens() -> None:
+    part = {"support_ids": [[5, 6]], "support_logprobs": [-0.5], "output_logprobs": [-1.0]}
+    answers = [
+        GenerateReply(output_ids=[], output_logprobs=[], finish_reason="abort"),
+        GenerateReply(output_ids=[5], finish_reason="abort", **part),
+        GenerateReply(output_ids=[], output_logprobs=[], finish_reason="abort"),
+        GenerateReply(output_ids=[6], finish_reason="stop", **part),
+    ]
+
+    class Scripted(EchoPool):
+        def generate(self, *_: Any, **__: Any) -> list[GenerateReply]:
+            return [answers.pop(0)]
+
+    sampling = SamplingParams(max_new_tokens=4, top_k=2, sampling_mask=True)
+    (reply,), resumes = generate_resuming(Scripted(), [[1]], sampling, max_resumes=8)
+    assert (reply.output_ids, reply.support_ids, reply.support_logprobs) == ([5, 6], [[5, 6], [5, 6]], [-0.5, -0.5])
+    assert resumes == [3]
+
+
+def test_a_tokenizer_that_would_make_several_rows_of_a_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match="return_overflowing_tokens"):
+        SGLangWrapper(EchoPool(), input_mode="text", tokenizer_kwargs={"return_overflowing_tokens": True})
+
+
+@pytest.mark.parametrize("label", ["1", -1, True, 0.5])
+def test_a_reward_models_label_is_an_index(label: Any) -> None:
+    with pytest.raises(ConfigError, match="label must be"):
+        RewardModel("http://127.0.0.1:9", label=label)

@@ -12,13 +12,14 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory
 
 from tests.tokenizers_made import CHATML, TOOLS, make_tokenizer
-from torchrl_sglang import ConfigError
+from torchrl_sglang import ConfigError, SGLangWrapper
 from torchrl_sglang.chat.messages import read_conversation
 from torchrl_sglang.chat.template import ChatTemplate
 from torchrl_sglang.chat.turn import prepare_turn
 from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.rollout.incremental_tokens import continue_tokens
 from torchrl_sglang.scores.transform import RewardModelTransform
+from torchrl_sglang.testing.echo_pool import EchoPool
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 ROUND = [
@@ -154,3 +155,25 @@ def test_an_answer_without_content_is_empty_and_a_call_without_arguments_has_non
 def test_a_malformed_message_is_named(message: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="message 1 has"):
         read_conversation([{"role": "user", "content": "hi"}, message])
+
+
+@pytest.mark.parametrize("generate", [True, False])
+@pytest.mark.parametrize("bad", ["\ud83d", "b" * 5000])
+def test_a_conversation_that_can_not_be_served_is_named_or_masked_alone(generate: bool, bad: str) -> None:
+    tokenizer = make_tokenizer("byte-level")
+    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in ("b", bad)]
+    name = "prompt" if generate else "full"
+    td = TensorDict(history=ChatHistory(**{name: History.from_chats(chats)}, batch_size=[2]), batch_size=[2])
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "generate": generate}
+    if generate:
+        settings["generate_kwargs"] = {"max_new_tokens": 2}
+    with pytest.raises(ConfigError, match="batch index 1|prompt 1"):
+        SGLangWrapper(EchoPool(vocab_size=len(tokenizer)), **settings)(td.clone())
+    out = SGLangWrapper(EchoPool(vocab_size=len(tokenizer)), on_error="mask", **settings)(td.clone())
+    if generate:
+        assert [bool(error) for error in out["generation"].error] == [False, True]
+        return
+    for kind in ("all_attention_mask", "all_assistant_mask"):
+        first, second = out["masks"].get(kind, as_list=True)
+        assert first.any()
+        assert not second.any()

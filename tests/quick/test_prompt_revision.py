@@ -15,12 +15,13 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from tests.tokenizers_made import make_tokenizer
-from torchrl_sglang import AsyncSGLang, ConfigError, SGLangWrapper, SyncConfig
+from torchrl_sglang import AsyncSGLang, ConfigError, ServerConfig, SGLangWrapper, SyncConfig
 from torchrl_sglang.chat import SGLangChat
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.model_files import find_model_file, load_tokenizer, read_vocab_size
 from torchrl_sglang.pool.checks import refuse_different_models
 from torchrl_sglang.pool.end_tokens import EndTokens
+from torchrl_sglang.server.model_check import refuse_unsupported_model
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.planning import PushPlanner
 
@@ -102,6 +103,9 @@ def test_everything_that_is_read_is_of_the_servers_revision(
     assert chat._tool_calls.parser == (None if revision == "main" else "deepseekv3")
     with pytest.raises(ConfigError, match=rf"eos_token_id in config.json \({width}\)"):
         EndTokens().check(chat.pool.info, vocab_size=1)
+    assert SGLangChat(url, min_new_tokens=90)._defaults.given == {"min_new_tokens": 90}
+    with pytest.raises(ConfigError, match="min_new_tokens"):
+        SGLangChat(url, min_new_tokens=200)
 
 
 def test_a_revision_that_is_not_here_is_named(hub: Path) -> None:
@@ -111,6 +115,16 @@ def test_a_revision_that_is_not_here_is_named(hub: Path) -> None:
         Checkpoint.read(NAME, revision="C")
     with pytest.raises(ConfigError, match="'org/model' at revision 'C' can't be loaded"):
         load_tokenizer(NAME, "C")
+
+
+def test_a_server_is_launched_for_the_revision_that_was_checked(hub: Path) -> None:
+    config = hub / "models--org--model" / "snapshots" / ("1" * 40) / "config.json"
+    unsupported = {"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0], "num_hidden_layers": 2}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **unsupported}))
+    refuse_unsupported_model(ServerConfig(model=NAME), cpu=True)
+    for words in (("--revision", "B"), ("--revision=B",)):
+        with pytest.raises(ConfigError, match="does not compute"):
+            refuse_unsupported_model(ServerConfig(model=NAME, extra_args=words), cpu=True)
 
 
 def test_a_folder_has_one_revision(hub: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests.fake_sglang import FakeServer, FakeSettings
-from torchrl_sglang import ProtocolError, RequestRejectedError, SamplingParams, SGLangChat
+from torchrl_sglang import ProtocolError, RequestRejectedError, SamplingParams, SGLangChat, WeightSyncError
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.control import build_set_version
 from torchrl_sglang.protocol.stream_events import StreamedReply
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
@@ -63,6 +64,16 @@ def test_the_pieces_of_a_streamed_chat_are_the_whole_text(make: Callable[..., SG
     pieces = list(chat.iter_chat("What is 2 + 2?", on_finish=(finished := []).append))
     assert "".join(pieces) == finished[0].text == chat.chat("What is 2 + 2?")[0].text
     assert len(finished[0].token_ids) > 1
+
+
+def test_a_streamed_chat_from_half_updated_weights_is_refused_as_a_whole_one_is(
+    make: Callable[..., SGLangPool],
+) -> None:
+    chat = SGLangChat(make(), max_new_tokens=12, temperature=0)
+    chat.pool.clients[0].send(build_set_version("dirty-1@a"))  # an update has begun since
+    for answer in (chat.chat, lambda question: list(chat.iter_chat(question))):
+        with pytest.raises(WeightSyncError, match="half-updated"):
+            answer("What is 2 + 2?")
 
 
 def event(ids: list[int], count: int, *, finish: Any = None, **meta: Any) -> dict[str, Any]:

@@ -94,7 +94,8 @@ class SGLangChat:
             checkpoint=checkpoint,
             stop_ids=_stop_ids(self._template.turn_end_ids(), checkpoint, self.pool.vocab_size),
         )
-        self._defaults.sampling({}, prompt_length=0, context_length=None)  # raises if a default is bad
+        # raises if a default is bad
+        self._defaults.sampling({}, prompt_length=0, context_length=self.pool.context_length)
         self._reply_stream = ReplyStream(self.pool)
         self._tool_calls = ToolCallReader(
             self.tokenizer,

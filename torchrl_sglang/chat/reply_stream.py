@@ -10,6 +10,7 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.errors import ProtocolError, ServerError, ServerUnreachableError
 from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.pool.checks import refuse_mixed_weights
 from torchrl_sglang.protocol.generate import build_generate, parse_one
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.protocol.stream_events import StreamedReply
@@ -41,6 +42,7 @@ class ReplyStream:
             ConfigError: a prompt the servers can't serve.
             ServerError: no server is left, or a server failed.
             ProtocolError: a stream ended without a finished response.
+            WeightSyncError: tokens were generated with half-updated weights.
         """
         require_number("timeout_s", timeout_s, optional=True, above=0)
         self.pool.check([turn.ids_T], turn.sampling)
@@ -60,7 +62,9 @@ class ReplyStream:
             try:
                 for event in client.stream(request, timeout_s=timeout_s):
                     whole = sequence.add(event)
-                    yield labelled(parse_one(whole, server=client.url, return_logprobs=turn.return_log_probs))
+                    reply = parse_one(whole, server=client.url, return_logprobs=turn.return_log_probs)
+                    refuse_mixed_weights([reply])
+                    yield labelled(reply)
             except ServerUnreachableError as error:
                 self.pool.record_death(client.url, error)
                 if not self.pool.healthy:

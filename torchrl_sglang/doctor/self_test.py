@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -160,7 +161,8 @@ def _gap(pool: SGLangPool, model: nn.Module) -> float:
     ids = probe_ids(pool.vocab_size or 2)
     (reply,) = pool.score([ids])
     served = torch.tensor([value for value in reply.prompt_logprobs or [] if value is not None], dtype=torch.float64)
-    return float((served - trainer_logprobs(model, ids)).abs().max())
+    gap = float((served - trainer_logprobs(model, ids)).abs().max())
+    return math.inf if math.isnan(gap) else gap  # NaN would pass every comparison with a limit
 
 
 def _throughput(pool: SGLangPool) -> float:

@@ -16,14 +16,13 @@ from torchrl_sglang.protocol.messages import GenerateReply
 
 __all__ = ["DispatchResult", "dead_server", "dispatch_shares", "is_gone", "split_share"]
 
-_DYING_S = 1.0
-_POLL_S = 0.02
 _MAX_SEQUENCES = 256
 """Of one request: 2 MB of JSON per 1,000 tokens each way, and large enough that its overhead does not show."""
 _REQUESTS_IN_FLIGHT = 8
 """Per server. With 2,048 sequences sent, a server has enough waiting to fill its batch at any time."""
 
 _CLOSING_S = 3.0
+_LIVES_S = 0.3
 _ASK_AGAIN_S = 0.05
 
 
@@ -126,29 +125,31 @@ def dead_server(client: SGLangClient, error: SGLangError) -> SGLangClient | None
     """
     if isinstance(error, ServerUnreachableError) and error.is_local:
         return None
-    if isinstance(error, ServerUnreachableError):
-        return client if is_gone(client) else None
-    return client if isinstance(error, (ServerLostError, ProtocolError)) and is_gone(client, dying_s=_DYING_S) else None
+    may_be_dead = isinstance(error, (ServerUnreachableError, ServerLostError, ProtocolError))
+    return client if may_be_dead and is_gone(client) else None
 
 
-def is_gone(client: SGLangClient, *, dying_s: float = 0.0) -> bool:
+def is_gone(client: SGLangClient) -> bool:
     """Whether nothing listens at a server's address any more.
 
-    Args:
-        client: the server.
-        dying_s: how long to go on asking while it answers: a process that dies breaks a connection first and may accept
-            others until it has closed its listening socket.
+    A process that is ending may drop connections before its port is closed, or answer once more on a connection that is
+    open. So one that drops them is asked again, and one that answers must do so for a moment.
     """
-    deadline = time.monotonic() + dying_s
+    deadline = time.monotonic() + _CLOSING_S
+    answers_since = None
     while True:
         try:
             client.send(build_ready())
         except ServerUnreachableError as error:
             return not error.is_local
-        except ServerLostError:  # accepted by a dying process
-            pass
+        except (ServerLostError, ProtocolError):
+            answers_since = None
+            if time.monotonic() > deadline:
+                return False
         except SGLangError:
             return False
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(_POLL_S)
+        else:
+            answers_since = answers_since or time.monotonic()
+            if time.monotonic() - answers_since >= _LIVES_S:
+                return False
+        time.sleep(_ASK_AGAIN_S)

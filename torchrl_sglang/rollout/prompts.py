@@ -290,10 +290,13 @@ def read_history(
     for index, messages in enumerate(messages_B):
         try:
             refuse_media(messages)
-            texts_B.append(renderer.render(messages, add_generation_prompt=add_generation_prompt))
+            text = renderer.render(messages, add_generation_prompt=add_generation_prompt)
         except ConfigError as error:
             problems[index] = f"{key!r}: {error}"
-            texts_B.append("")
+        else:
+            if not is_encodable(text):
+                problems[index] = f"{key!r} holds half of a surrogate pair, which is no character"
+        texts_B.append("" if index in problems else text)
     return Prompts(
         # The rendered text has all special tokens; a second BOS would make a different prompt.
         ids_B_T=encode_texts(renderer.tokenizer, texts_B, {"add_special_tokens": False}),

@@ -142,7 +142,9 @@ def _joined(first: GenerateReply, second: GenerateReply) -> GenerateReply:
     scores = None
     if first.output_logprobs is not None and second.output_logprobs is not None:
         scores = [*first.output_logprobs, *second.output_logprobs]
-    supported = first.support_ids is not None and second.support_ids is not None
+    # A part without tokens, aborted while it waited, has no support.
+    parts = [part for part in (first, second) if part.output_ids] or [first]
+    supported = all(part.support_ids is not None for part in parts)
     return replace(
         second,
         support_ids=[*(first.support_ids or ()), *(second.support_ids or ())] if supported else None,

@@ -37,7 +37,7 @@ def score_rows(
         replies_B: the servers' replies; only ``prompt_logprobs`` is read.
         padding: dense or ragged.
         assistant_B_T: which tokens the assistant wrote, if known.
-        valid_B: which sequences were scored; the attention mask of the others is all ``False``.
+        valid_B: which sequences were scored; the masks of the others are all ``False``.
 
     Raises:
         ProtocolError: a reply has another number of log-probs than its sequence has tokens.
@@ -57,7 +57,10 @@ def score_rows(
     scores = to_rows([first_zero(r.prompt_logprobs or []) for r in replies_B], torch.float32, padding, 0.0, "left")
     assistant: Sequence[torch.Tensor | None] = [None] * len(full)
     if assistant_B_T is not None:
-        written_B_T = [m if len(m) == len(i) else [False] * len(i) for m, i in zip(assistant_B_T, ids_B_T, strict=True)]
+        written_B_T = [
+            mask_T if valid and len(mask_T) == len(ids_T) else [False] * len(ids_T)
+            for mask_T, ids_T, valid in zip(assistant_B_T, ids_B_T, valid_B, strict=True)
+        ]
         assistant = to_rows(written_B_T, torch.bool, padding, False, "left")
     return [
         {

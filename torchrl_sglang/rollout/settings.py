@@ -26,7 +26,12 @@ __all__ = ["RolloutSettings"]
 InputMode = Literal["history", "text", "tokens"]
 
 # The policy needs these values of the tokenizer's arguments: a caller may repeat them but not change them.
-_TOKENIZER_FIXED = {"return_attention_mask": (True,), "padding_side": ("left",), "padding": (True, False)}
+_TOKENIZER_FIXED = {
+    "return_attention_mask": (True,),
+    "padding_side": ("left",),
+    "padding": (True, False),
+    "return_overflowing_tokens": (False,),
+}
 
 # How responses are decoded; the names of one line mean the same.
 _DECODING_NAMES = ({"skip_special_tokens"}, {"include_stop_str_in_output", "no_stop_trim"})

@@ -8,6 +8,7 @@ from typing import Any
 from torchrl_sglang.chat_templates import ChatRenderer, check_template_kwargs
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig
+from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.parallel import side_by_side
@@ -36,7 +37,7 @@ class RewardModel:
         client: time-outs and keys.
 
     Raises:
-        ConfigError: a server that generates text, or servers of different models.
+        ConfigError: a label that is no index, a server that generates text, or servers of different models.
         ServerError: a server can't be reached.
 
     Examples:
@@ -55,6 +56,7 @@ class RewardModel:
         template_kwargs: Mapping[str, Any] | None = None,
         client: ClientConfig | None = None,
     ) -> None:
+        require_number("label", label, whole=True, optional=True, at_least=0)
         self.chat_template = chat_template
         self.template_kwargs = check_template_kwargs(template_kwargs)
         urls = [servers] if isinstance(servers, str) else list(servers)

@@ -28,7 +28,8 @@ def refuse_unsupported_model(config: ServerConfig, *, cpu: bool) -> None:
         ConfigError: SGLang would ignore a setting of the checkpoint, and so return wrong log-probs.
     """
     words = config.extra_args
-    checkpoint = {**read_model_json(config.model, "config.json"), **_overrides(words)}
+    revision = _value_of(words, "--revision")
+    checkpoint = {**read_model_json(config.model, "config.json", revision), **_overrides(words)}
     context_length = _value_of(words, "--context-length") or config.context_length
     backend = _value_of(words, "--attention-backend") or ("torch_native" if cpu else None)
     problems = find_unsupported(
