@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 from urllib.parse import urlsplit
 
 import requests
@@ -22,6 +23,7 @@ from torchrl_sglang.tls import explain_tls
 
 __all__ = ["may_retry", "raise_for_status", "stream_cut_short", "translate_error"]
 
+_EAI_NODATA = getattr(socket, "EAI_NODATA", socket.EAI_NONAME)
 _NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}
 _LOCAL_ERRNOS = {*_NO_DESCRIPTOR, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.ENETDOWN}
 """No descriptor, no memory, no free local port, no network."""
@@ -48,7 +50,10 @@ def translate_error(error: requests.RequestException, request: HttpRequest, *, u
     if isinstance(error, requests.exceptions.SSLError) and (refusal := explain_tls(error, url)):
         return refusal
     if isinstance(reason, NameResolutionError):
-        return ServerUnreachableError(unresolvable_host(url), server=url, is_local=True)
+        # A name that does not exist may be that of a host that is gone; any other failure is that of the look-up.
+        cause = reason.__cause__
+        is_gone = isinstance(cause, socket.gaierror) and cause.errno in (socket.EAI_NONAME, _EAI_NODATA)
+        return ServerUnreachableError(unresolvable_host(url), server=url, is_local=not is_gone)
     if local := _local_cause(reason):
         return ServerUnreachableError(
             f"this machine could not open a connection to {url}: {local}", server=url, is_local=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import socket
 import socketserver
 import threading
 import time
@@ -13,11 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
+from urllib3.exceptions import MaxRetryError, NameResolutionError
 
 from tests.fake_sglang import FakeServer, FakeSettings, Fault
 from torchrl_sglang import ClientConfig, SamplingParams, ServerTimeoutError, ServerUnreachableError
 from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.http_errors import translate_error
 from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.control import build_ready
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
 
 SAMPLING = SamplingParams(temperature=0.0, max_new_tokens=4, ignore_eos=True)
@@ -209,10 +214,19 @@ def test_too_many_open_files_says_nothing_about_the_server(tiny_llama: Path) -> 
         assert "ulimit -n" in message
 
 
-def test_a_host_name_that_cannot_be_resolved_says_nothing_about_the_server() -> None:
-    with pytest.raises(ServerUnreachableError, match="no-such-host.invalid' is unknown.*Check its spelling") as caught:
+def test_a_host_name_that_cannot_be_resolved_is_named() -> None:
+    with pytest.raises(ServerUnreachableError, match="no-such-host.invalid' is unknown.*Check its spelling"):
         SGLangClient(NO_HOST, ClientConfig(connect_retries=0)).connect()
-    assert caught.value.is_local
+
+
+@pytest.mark.parametrize(("code", "is_local"), [(socket.EAI_AGAIN, True), (socket.EAI_NONAME, False)])
+def test_a_failed_look_up_says_nothing_about_the_server_but_a_name_that_is_gone_does(code: int, is_local: bool) -> None:
+    looked_up = NameResolutionError("host", None, socket.gaierror(code, ""))  # type: ignore[arg-type]
+    looked_up.__cause__ = socket.gaierror(code, "")
+    failed = requests.ConnectionError(MaxRetryError(None, "", looked_up))  # type: ignore[arg-type]
+    error = translate_error(failed, build_ready(), url="http://host:30000", wait_s=1)
+    assert isinstance(error, ServerUnreachableError)
+    assert error.is_local is is_local
 
 
 def test_a_server_that_refuses_connections_is_no_local_error() -> None:

@@ -44,7 +44,7 @@ class GroupAdvantage(MCAdvantage):
 
     def _rewards_are_equal(self, group: TensorDictBase) -> bool:
         rewards_S = [step.get(self.rewards_key).flatten() for step in group.unbind(0)]  # of every step of the group
-        if self.trajectory_return is None:
+        if getattr(self, "trajectory_return", None) is None:  # TorchRL 0.12 and 0.13 don't have it
             return equal_up_to_rounding(torch.cat(rewards_S))
         ends_S = [bool(step.get(self.done_key).any()) for step in group.unbind(0)]
         trajectories: list[list[torch.Tensor]] = [[]]
