@@ -60,7 +60,9 @@ def paths(server: FakeServer) -> list[str]:
     return [event["path"] for event in server.events]
 
 
-@pytest.mark.parametrize("mark", [ELSEWHERE, HERE, TrainerMark("another")], ids=["elsewhere", "this process", "no process"])
+@pytest.mark.parametrize(
+    "mark", [ELSEWHERE, HERE, TrainerMark("another")], ids=["elsewhere", "this process", "no process"]
+)
 def test_a_mark_reads_as_it_was_written(mark: TrainerMark) -> None:
     assert TrainerMark.parse(str(mark)) == mark
 
