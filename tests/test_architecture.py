@@ -46,7 +46,17 @@ LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 # that is not named here. The package's own __init__ imports any of them.
 SUBLAYERS: dict[str, tuple[str, ...]] = {
     "pool": (
-        *("state", "checks", "reply_weights", "router_client", "balancing", "streaming", "dispatch", "batch"),
+        *(
+            "state",
+            "update_lock",
+            "checks",
+            "reply_weights",
+            "router_client",
+            "balancing",
+            "streaming",
+            "dispatch",
+            "batch",
+        ),
         *("dead_servers", "end_tokens", "batch_run", "pool", "resolve", "earlier_weights"),
     ),
     "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),

@@ -106,4 +106,4 @@ def test_the_first_importance_ratio_of_grpo_is_one_at_every_temperature(
     assert abs(float(loss.kl_approx)) < 1e-4  # what log-probs may differ by in float32; 1e-6 is usual
     assert float(loss.clip_fraction) == 0
     if temperature != 1.0:  # without it the ratios are far from one, or this test could not fail
-        assert abs(float(first_update().kl_approx)) > 1e-3
+        assert float(first_update().ESS) < 0.9999

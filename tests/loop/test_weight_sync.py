@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -320,12 +321,16 @@ def test_after_a_trainer_died_in_the_middle_the_next_one_finds_the_mark_and_heal
     assert_serves(url, model_a, version=1)
 
 
-def test_a_session_that_was_left_open_is_closed_and_everything_sent(sync: WeightSync, url: str, model_b: Any) -> None:
+def test_a_session_that_was_left_open_is_closed_on_takeover_and_everything_sent(url: str, model_b: Any) -> None:
     client = SGLangClient(url)
     client.send(build_set_version("4@somebody"))
     client.send(build_begin_update())
-    sync.push(model_b)
-    assert_serves(url, model_b, version=5)
+    refused = pytest.raises(WeightUpdateError, match="open that another program has opened.*takeover=True")
+    with closing(WeightSync(SGLangPool([SGLangClient(url)]), SMALL_BUCKETS)) as sync, refused:
+        sync.push(model_b)
+    with closing(WeightSync(SGLangPool([SGLangClient(url)]), replace(SMALL_BUCKETS, takeover=True))) as sync:
+        sync.push(model_b)
+        assert_serves(url, model_b, version=5)
 
 
 @pytest.fixture

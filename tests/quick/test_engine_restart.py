@@ -10,7 +10,7 @@ import pytest
 
 from tests.fake_sglang import FakeServer, FakeSettings, Fault
 from tests.fake_sglang.model import read_checkpoint
-from torchrl_sglang import AsyncSGLang, SyncConfig
+from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, SyncConfig, WeightSync
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import SGLangPool
@@ -65,14 +65,19 @@ def test_a_restart_waits_for_the_update_under_way(engine: AsyncSGLang, processes
     assert not engine.pool.quarantined
 
 
+@pytest.mark.parametrize("pushed_by", ["engine", "scheme", "sync"])
 def test_an_update_restarts_dead_servers_itself(
-    engine: AsyncSGLang, fakes: list[FakeServer], processes: list[Process], tiny_llama: Path
+    pushed_by: str, engine: AsyncSGLang, fakes: list[FakeServer], processes: list[Process], tiny_llama: Path
 ) -> None:
     """It holds the lock, and checks the servers in threads of its own."""
-    sync = engine.weights._use(SyncConfig(verify="off"))
+    push = {
+        "engine": lambda: engine.update_weights(read_checkpoint(tiny_llama)),
+        "scheme": lambda: SGLangWeightSyncScheme(engine).sync.push(read_checkpoint(tiny_llama)),
+        "sync": lambda: WeightSync(engine.pool, SyncConfig(), restart=engine.restart).push(read_checkpoint(tiny_llama)),
+    }[pushed_by]
     for fake in fakes:
         fake.arm(Fault(path="/ready", action="drop", times=0))
-    pushing = Task(lambda: sync.push(read_checkpoint(tiny_llama)), name="push")
+    pushing = Task(push, name="push")
     assert pushing.wait(60), "the update waits for itself"
     assert pushing.outcome().unwrap() is not None
     assert [process.starts for process in processes] == [1, 1]

@@ -177,6 +177,12 @@ def test_a_sample_begins_with_what_a_person_reads() -> None:
         def decode(self, ids: torch.Tensor) -> str:
             return f"{len(ids)} tokens"
 
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return [str(index) for index in ids]
+
+        def convert_tokens_to_ids(self, token: str) -> None:
+            """It has no byte-level vocabulary."""
+
     (line,) = recipes.sample_lines(1, answers, Tokenizer())
     assert list(line.items())[:3] == [("prompt", "2 tokens"), ("response", "2 tokens"), ("reward", 0.5)]
     assert line["weight_version"] == 4

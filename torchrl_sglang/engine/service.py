@@ -77,7 +77,7 @@ class AsyncSGLang:
         self.pool = pool
         self.servers = tuple(servers)
         self.router = router
-        self.weights = EngineWeights(pool, self._restart_server)
+        self.weights = EngineWeights(pool, self.restart)
         self.memory = EngineMemory(pool)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._restart = restart
@@ -340,20 +340,16 @@ class AsyncSGLang:
         Raises:
             ServerStartError: it did not become ready again.
         """
-        with self.pool.update_lock:
-            return self._restart_server(url)
-
-    def _restart_server(self, url: str) -> bool:
-        """Restart a server for the holder of the update lock: a push calls this from several threads of its own."""
-        for client, server in zip(self.pool.clients, self.servers, strict=False):
-            if client.url == url and self._restart != "never":
-                server.kill()
-                if restart_server(self.pool, client, server) and self.pool.state.weights.adapter is None:
-                    self.pool.restore(url, based_on=self.pool.state.server(url))
-                else:
-                    self.pool.quarantine(url, "it was restarted; the next weight update puts it to use")
-                return True
-        return False
+        with self.pool.update_lock:  # a push that finds a dead server calls this from threads of its own
+            for client, server in zip(self.pool.clients, self.servers, strict=False):
+                if client.url == url and self._restart != "never":
+                    server.kill()
+                    if restart_server(self.pool, client, server) and self.pool.state.weights.adapter is None:
+                        self.pool.restore(url, based_on=self.pool.state.server(url))
+                    else:
+                        self.pool.quarantine(url, "it was restarted; the next weight update puts it to use")
+                    return True
+            return False
 
     def shutdown(self) -> None:
         """Close connections and end the servers this engine launched. Safe to call twice."""

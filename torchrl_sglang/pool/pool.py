@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from torchrl_sglang.pool.end_tokens import EndTokens
 from torchrl_sglang.pool.reply_weights import ReplyChecks
 from torchrl_sglang.pool.router_client import MAX_REQUESTS, RouterClient
 from torchrl_sglang.pool.state import PoolState, ServerState
+from torchrl_sglang.pool.update_lock import UpdateLock
 from torchrl_sglang.protocol.generate import build_generate, parse_one
 from torchrl_sglang.protocol.limits import check_prompts, check_sampling
 from torchrl_sglang.protocol.media import Media
@@ -75,7 +75,7 @@ class SGLangPool:
 
     def _init_runtime(self) -> None:
         self.state = PoolState(client.url for client in self.clients)
-        self.update_lock = threading.RLock()
+        self.update_lock = UpdateLock()
         self._weight_sync: weakref.ref[Any] | None = None
         self._connected = False
         self._load = LoadTracker()

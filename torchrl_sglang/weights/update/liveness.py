@@ -21,7 +21,7 @@ _STUCK_TIMEOUT_S = 5.0
 
 
 class LivenessCheck:
-    """Checks which servers answer before an update.
+    """Checks which servers answer before an update, whose thread holds the pool's update lock.
 
     Args:
         pool: the servers; those that don't answer are quarantined.
@@ -85,8 +85,9 @@ class LivenessCheck:
                 self._pool.state.replaced_elsewhere(client.url, held)
         except ServerError:
             restarts = self._pool.state.server(client.url).restarts
-            if self.restart is None or not self.restart(client.url):
-                raise
+            with self._pool.update_lock.as_helper():
+                if self.restart is None or not self.restart(client.url):
+                    raise
             info = client.connect()
             if self._pool.state.server(client.url).restarts == restarts:
                 self._pool.state.restarted(client.url, info.weight_version)
