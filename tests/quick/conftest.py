@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing.process
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,3 +43,10 @@ def fake(tiny_llama: Path) -> Iterator[FakeServer]:
     """A fake server of today's version, in this process."""
     with FakeServer(FakeSettings(model_path=tiny_llama)) as server:
         yield server
+
+
+@pytest.fixture
+def make(tiny_llama: Path) -> Iterator[Callable[..., FakeServer]]:
+    """``make(**fields of FakeSettings)``: a fake server of the tiny model, until the test ends."""
+    with ExitStack() as servers:
+        yield lambda **settings: servers.enter_context(FakeServer(FakeSettings(model_path=tiny_llama, **settings)))

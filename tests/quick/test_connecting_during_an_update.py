@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fake_sglang import FakeServer, FakeSettings
+from tests.fake_sglang import FakeServer
 from tests.fake_sglang.model import read_checkpoint
 from torchrl_sglang import SamplingParams, ServerError, SyncConfig, WeightSync
 from torchrl_sglang.client import SGLangClient
@@ -20,19 +20,6 @@ from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_set_version
 
 ONE_TOKEN = SamplingParams(max_new_tokens=1)
-
-
-@pytest.fixture
-def make(tiny_llama: Path) -> Iterator[Callable[..., FakeServer]]:
-    made: list[FakeServer] = []
-
-    def start(**settings: Any) -> FakeServer:
-        made.append(FakeServer(FakeSettings(model_path=tiny_llama, **settings)).__enter__())
-        return made[-1]
-
-    yield start
-    for server in made:
-        server.__exit__(None, None, None)
 
 
 def copy_of(*servers: FakeServer, **config: Any) -> SGLangPool:

@@ -4,14 +4,14 @@ and of one whose verification fails after it has answered."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.fake_sglang import FakeServer, FakeSettings
+from tests.fake_sglang import FakeServer
 from tests.fake_sglang.model import read_checkpoint
 from tests.stale_tensors import reload_on_one_server
 from torchrl_sglang import SamplingParams, ServerError, SyncConfig, WeightSync, WeightUpdateError
@@ -23,19 +23,6 @@ from torchrl_sglang.weights.update.verification import verify_servers
 PLAIN = SyncConfig(verify="off")
 ONE = SamplingParams(max_new_tokens=1)
 PROMPTS = [[1, 2], [3, 4], [5, 6], [7, 8]]
-
-
-@pytest.fixture
-def make(tiny_llama: Path) -> Iterator[Callable[..., FakeServer]]:
-    made: list[FakeServer] = []
-
-    def start(**settings: Any) -> FakeServer:
-        made.append(FakeServer(FakeSettings(model_path=tiny_llama, **settings)).__enter__())
-        return made[-1]
-
-    yield start
-    for server in made:
-        server.__exit__(None, None, None)
 
 
 @pytest.fixture

@@ -32,19 +32,6 @@ Make = Callable[..., FakeServer]
 
 
 @pytest.fixture
-def make(tiny_llama: Path) -> Iterator[Make]:
-    made: list[FakeServer] = []
-
-    def start(**settings: Any) -> FakeServer:
-        made.append(FakeServer(FakeSettings(model_path=tiny_llama, **settings)).__enter__())
-        return made[-1]
-
-    yield start
-    for server in made:
-        server.__exit__(None, None, None)
-
-
-@pytest.fixture
 def old(tiny_llama: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(tiny_llama)
 

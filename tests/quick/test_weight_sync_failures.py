@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.fake_sglang import FakeServer, FakeSettings, Fault
+from tests.fake_sglang import FakeServer, Fault
 from tests.fake_sglang.model import read_checkpoint
 from torchrl_sglang import AsyncSGLang, ConfigError, SGLangWeightSyncScheme, SyncConfig, WeightSync, WeightUpdateError
 from torchrl_sglang.client import SGLangClient
@@ -27,19 +27,6 @@ from torchrl_sglang.protocol.control import build_set_version
 UPDATE = "/update_weights_from_distributed"
 PLAIN = SyncConfig(verify="off")
 TAKEOVER = SyncConfig(verify="off", takeover=True)  # do not wait for the trainer whose mark a server has
-
-
-@pytest.fixture
-def make(tiny_llama: Path) -> Iterator[Callable[..., FakeServer]]:
-    made: list[FakeServer] = []
-
-    def start(**settings: Any) -> FakeServer:
-        made.append(FakeServer(FakeSettings(model_path=tiny_llama, **settings)).__enter__())
-        return made[-1]
-
-    yield start
-    for server in made:
-        server.__exit__(None, None, None)
 
 
 @pytest.fixture
