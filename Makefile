@@ -21,7 +21,7 @@ help:
 	@echo "make quickstart  environment, then a language model trained with GRPO against a real SGLang server (no GPU);"
 	@echo "                 once more: make quickstart ARGS=--overwrite"
 	@echo "make test-quick  the tests to run while editing: no server, no Ray (about a minute on 2 cores)"
-	@echo "make test        environment, checks, tests (about 10 minutes on 2 cores)"
+	@echo "make test        environment, checks, tests (about 14 minutes on 2 cores)"
 	@echo "make test-install  the first hour of a new user: the wheel, each extra, the CPU server, the examples (about 20 minutes)"
 	@echo "make test-full   make test, test-install, TorchRL 0.13 and its nightly build (reported only), the slow tests (another 45)"
 	@echo "make check       lint, format, types, architecture"

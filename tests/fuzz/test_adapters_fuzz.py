@@ -80,6 +80,7 @@ def server(special_server: Callable[..., SGLangServer]) -> SGLangServer:
     return special_server(extra_args=lora_flags("all"))
 
 
+@pytest.mark.slow
 def test_random_adapters_are_served_exactly_or_refused(server: SGLangServer, tiny_llama: Path) -> None:
     run(server, tiny_llama, range(25))
 

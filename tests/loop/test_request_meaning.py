@@ -107,6 +107,7 @@ def test_min_new_tokens_is_refused_where_the_models_own_end_token_would_end_the_
     assert len(pool.generate(PROMPTS, SamplingParams(max_new_tokens=4))) == 2
 
 
+@pytest.mark.slow  # a server of its own
 def test_weights_with_nan_give_an_error_instead_of_certainty(
     launch_server: Callable[..., SGLangServer], tmp_path_factory: pytest.TempPathFactory, tokenizer: Any
 ) -> None:

@@ -26,7 +26,7 @@ from torchrl_sglang.weights.source.factory import open_source
 Dtype = Literal["float32", "bfloat16"]
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
-IN_DEFAULT_SUITE = {("llama", "float32", 1): "pristine_server", ("qwen3_moe", "bfloat16", 2): "special_server"}
+IN_DEFAULT_SUITE = {("llama", "float32", 1): "pristine_server"}
 two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
 
 

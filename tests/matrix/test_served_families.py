@@ -236,8 +236,10 @@ def test_after_an_update_the_server_answers_as_the_new_model(served: Served, tra
     with closing(WeightSync(served.pool, config)) as sync:
         report = sync.push(served.model)
         assert report is not None
-        # SGLang gives Phi's feed-forward layers 4 * hidden columns, whatever the configuration says.
-        unknown = {name for name in report.not_compared if served.case.family != "Phi" or ".mlp.fc" not in name}
+        # SGLang gives Phi's feed-forward layers 4 * hidden columns, whatever the configuration says, and adds 1 to the
+        # norms of the first Gemma when it loads them.
+        special = {"Phi": ".mlp.fc", "Gemma": "norm.weight"}.get(served.case.family)
+        unknown = {name for name in report.not_compared if special is None or special not in name}
         assert unknown == set(), "how SGLang holds these tensors is not known"
         assert report.num_checksums > 0
         assert_answers_as(served, served.model, version=report.version)
