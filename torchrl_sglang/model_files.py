@@ -21,6 +21,7 @@ __all__ = [
     "find_model_file",
     "load_tokenizer",
     "read_model_json",
+    "read_safetensors_header",
     "read_vocab_size",
     "require_model_folder",
 ]
@@ -103,6 +104,32 @@ def read_model_json(model: str | Path, name: str, revision: str | None = None) -
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_safetensors_header(file: Path, max_bytes: int) -> dict[str, Any]:
+    """The header of a ``.safetensors`` file: per tensor its dtype, shape and offsets, and ``__metadata__``.
+
+    Source: the safetensors format. Eight bytes give the header's length (little-endian), then the header follows as
+    JSON.
+
+    Args:
+        file: the file.
+        max_bytes: a longer header means a damaged file.
+
+    Raises:
+        ConfigError: the file is truncated or a Git LFS pointer.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        raw = stream.read(length) if length <= max_bytes else b""
+    try:
+        header: dict[str, Any] = json.loads(raw)
+    except ValueError:
+        raise ConfigError(
+            f"{file} is not a safetensors file: its header can't be read. It may be cut short or a Git LFS pointer; "
+            "download it again."
+        ) from None
+    return header
 
 
 def read_vocab_size(model: str | Path, revision: str | None = None) -> int | None:

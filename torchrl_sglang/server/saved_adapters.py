@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.model_files import read_safetensors_header
 
 __all__ = ["check_saved_adapters"]
 
@@ -101,11 +102,4 @@ def _tensor_names(folder: Path) -> list[str]:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         return []
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        raw = stream.read(length) if length <= _MAX_HEADER_BYTES else b""
-    try:
-        header = json.loads(raw)
-    except ValueError:
-        raise ConfigError(f"{file} is not a safetensors file: download it again") from None
-    return [name for name in header if name != "__metadata__"]
+    return [name for name in read_safetensors_header(file, _MAX_HEADER_BYTES) if name != "__metadata__"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.model_files import require_model_folder
+from torchrl_sglang.model_files import read_safetensors_header, require_model_folder
 from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 
 __all__ = ["Checkpoint", "is_output_embedding", "weight_files"]
@@ -147,24 +147,11 @@ def is_output_embedding(name: str) -> bool:
 def _read_safetensors_header(file: Path) -> dict[str, TensorSpec]:
     """Names, shapes and dtypes of one ``.safetensors`` file.
 
-    Source: the safetensors format. Eight bytes give the header's length (little-endian), then the header follows as
-    JSON.
-
     Raises:
         ConfigError: the file is truncated or a Git LFS pointer, or has a dtype that this torch doesn't know.
     """
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        raw = stream.read(length) if length <= _MAX_HEADER_BYTES else b""
-    try:
-        header = json.loads(raw)
-    except ValueError:
-        raise ConfigError(
-            f"{file} is not a safetensors file: its header can't be read. It may be cut short or a Git LFS pointer; "
-            "download it again."
-        ) from None
     specs = {}
-    for name, entry in header.items():
+    for name, entry in read_safetensors_header(file, _MAX_HEADER_BYTES).items():
         if name == "__metadata__":
             continue
         dtype = getattr(torch, _DTYPES.get(entry["dtype"], ""), None)
