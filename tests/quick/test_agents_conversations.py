@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.agent_kit import Sampled, chat, check_parents, check_recorded, round_trip, says, scripted, user
+from tests.agent_kit import ACTIONS, Agent, Sampled, check_parents, check_recorded, says, scripted
 from tests.matrix.combinations import TOOLS
 from tests.matrix.templates import TEMPLATES
 from tests.matrix.tokenizer_kinds import make_tokenizer
 from tests.quick.agent_templates import CALL, QWEN3
-from torchrl_sglang.agents.types import Turn
 from torchrl_sglang.errors import ConfigError
 
 TEXTS = ["It is 5.", "Hello world!\n\nThe dog. ", " leading", "ünï 🙂", "[1] {2}", "no"]
@@ -42,59 +41,6 @@ def last_id(tokenizer: Any, end: str) -> int:
     return int(tokenizer.convert_tokens_to_ids(end))
 
 
-class Agent:
-    """Does at random what agents do: asks, answers calls, edits, branches, samples, retries, forgets."""
-
-    def __init__(self, session: Any, rng: random.Random, tools: list[Any]) -> None:
-        self.session, self.rng, self.tools = session, rng, tools
-        self.messages: list[dict[str, Any]] = [user("dog")]
-        self.kept: list[list[dict[str, Any]]] = []
-
-    def act(self, action: str) -> None:
-        rng = self.rng
-        if action == "edit" and len(self.messages) > 1:
-            at = rng.randrange(len(self.messages))
-            self.messages = [*self.messages[:at], {**self.messages[at], "content": f"edited {rng.random()}"}]
-            if self.messages[-1]["role"] != "user":
-                self.messages.append(user("go on"))
-        elif action == "back" and self.kept:
-            self.messages = [*rng.choice(self.kept)]
-        elif action == "compact":
-            self.messages = [user(f"summary of {len(self.messages)} messages")]
-        elif action == "sub-agent":
-            self.ask([user("a sub-task"), {"role": "assistant", "content": "An example."}, user(f"do {rng.random()}")])
-        self.kept.append([*self.messages])
-        turn = self.ask(self.messages, retry=action == "retry", n=2 if action == "choices" else 1)
-        chosen = dict(rng.choice(turn.choices).message)
-        self.messages = [*self.messages, chosen]
-        for call in chosen.get("tool_calls") or ():
-            self.messages.append({"role": "tool", "tool_call_id": call["id"], "content": "5"})
-        if not chosen.get("tool_calls") or rng.random() < 0.3:
-            self.messages.append(user(rng.choice(["and the dog?", "why?", ""])))
-
-    def ask(self, messages: list[dict[str, Any]], *, retry: bool = False, n: int = 1) -> Turn:
-        sent = [round_trip(message, self.rng) for message in messages]
-        reports: list[Any] = []
-        request = {"tools": tuple(self.tools), "sampling": {"n": n}}
-        turn = chat(self.session, sent, reports.append if self.rng.random() < 0.5 else None, **request)
-        for report in reports:
-            choice = turn.choices[report.index]
-            assert (choice.message["content"] or "").startswith(report.content)
-            assert (choice.message.get("reasoning_content") or "").startswith(report.reasoning_content)
-        if retry:
-            leaves = len(self.session.trajectories())
-            again = chat(self.session, sent, is_retry=True, **request)
-            assert again.is_repeated
-            assert again.choices == turn.choices
-            assert len(self.session.trajectories()) == leaves
-        return turn
-
-
-ACTIONS = st.lists(
-    st.sampled_from(["ask", "ask", "ask", "edit", "back", "again", "choices", "retry", "compact", "sub-agent"]),
-    min_size=1,
-    max_size=6,
-)
 TEMPLATES_HERE = [
     pytest.param("byte-level BPE", QWEN3, "<|im_end|>", True, id="Qwen3"),
     pytest.param("byte-level BPE", TEMPLATES["thinking"].source, "<|im_end|>", True, id="thinking in the content"),
