@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"pool", "server"}),
     frozenset({"rollout", "weights", "engine", "chat", "scores"}),
     frozenset({"testing"}),
-    frozenset({"doctor", "hydra_configs", "ray_servers"}),
+    frozenset({"agents", "doctor", "hydra_configs", "ray_servers"}),
     frozenset({"cli", "recipes"}),
     frozenset({"__main__"}),
 )
