@@ -11,6 +11,9 @@ from torchrl_sglang.agents.http.api_errors import ApiError, bad_request
 
 __all__ = ["ClientDisconnect", "parse_json", "read_json_body"]
 
+_DEEPEST = 100
+"""Levels of nesting: what is recorded is copied and written by recursive functions later."""
+
 
 async def read_json_body(request: Request, *, max_bytes: int) -> Any:
     """The parsed body; ``None`` if it is empty.
@@ -59,7 +62,19 @@ def parse_json(body: bytes) -> Any:
         raise bad_request("the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # not JSON, not UTF-8, or an integer of thousands of digits
         raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if _is_deeper_than(value, _DEEPEST):
+        raise bad_request(f"the body is nested more than {_DEEPEST} levels deep", code="invalid_json")
     return value
+
+
+def _is_deeper_than(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        inner = [each for each in level if isinstance(each, (dict, list))]
+        level = [each for one in inner for each in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return False
+    return True
 
 
 def _refuse_constant(name: str) -> NoReturn:
