@@ -180,8 +180,6 @@ class StandInSessions:
 class ByteTokenizer:
     """A tokenizer whose tokens are the characters of their number."""
 
-    added_tokens_decoder: dict[int, str] = {}
-
     def convert_ids_to_tokens(self, token_id: int) -> str:
         return chr(token_id)
 

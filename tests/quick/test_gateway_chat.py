@@ -190,7 +190,7 @@ def test_the_pieces_of_a_stream_joined_are_the_answer(gateway: StandInGateway) -
     assert joined(chunks, 0, "reasoning_content") == "Hm."
     assert joined(chunks, 1, "content") == "Bye"
     first = [chunk["choices"][0] for chunk in chunks[:-1]]
-    assert [c["delta"].get("role") for c in first if c["index"] == 0][0] == "assistant"
+    assert next(c["delta"].get("role") for c in first if c["index"] == 0) == "assistant"
     ended = {c["index"]: c["finish_reason"] for c in first if c["finish_reason"]}
     assert ended == {0: "stop", 1: "length"}
     assert chunks[-1]["choices"] == []
@@ -274,7 +274,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"tools": [TOOL, TOOL]}, "tools", "earlier tool"),
     ({"tools": {"add": 1}}, "tools", "must be a list"),
     ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice", "required"),
-    ({"tool_choice": "required"}, "tool_choice", "a tool in tools"),
+    ({"tool_choice": "required"}, "tool_choice", "needs tools"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice", "'sub'"),
     ({"messages": []}, "messages", "empty"),
     ({"messages": None}, "messages", "missing"),

@@ -32,7 +32,7 @@ def read_anthropic(body: Any, sending: Sending) -> Call:
     messages = [*_system(fields), *_messages(fields.list("messages", required=True) or [])]
     tools = check_tools([_tool(Fields(tool, f"tools[{i}]")) for i, tool in enumerate(fields.list("tools") or ())])
     choice, parallel = _tool_choice(fields.object("tool_choice"))
-    read_tool_choice(choice, [tool["function"]["name"] for tool in tools])
+    choice = read_tool_choice(choice, [tool["function"]["name"] for tool in tools])
     sampling: dict[str, Any] = {"max_new_tokens": limit}
     for name in ("temperature", "top_p"):
         sampling[name] = fields.number(name)

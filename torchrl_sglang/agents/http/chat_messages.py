@@ -115,54 +115,62 @@ def check_tools(tools: Sequence[Any] | None) -> tuple[dict[str, Any], ...]:
     return tuple(checked)
 
 
-def read_tool_choice(value: Any, names: Sequence[str]) -> str | tuple[str, ...]:
-    """``"auto"``, ``"none"``, or the names of the tools of which one must be called.
+def read_tool_choice(value: Any, names: Sequence[str]) -> str | dict[str, Any]:
+    """``"auto"``, ``"none"``, ``"required"``, or one function in OpenAI's form.
 
     Args:
         value: the request's ``tool_choice``.
         names: of the request's tools.
 
     Raises:
-        ApiError: another form, or a name that no tool has.
+        ApiError: another form, a name that no tool has, or a choice among some of the tools.
 
     Examples:
-        >>> read_tool_choice("required", ["add", "now"])
-        ('add', 'now')
+        >>> read_tool_choice(None, [])
+        'auto'
         >>> read_tool_choice({"type": "function", "function": {"name": "now"}}, ["add", "now"])
-        ('now',)
+        {'type': 'function', 'function': {'name': 'now'}}
     """
     if value is None:
         return "auto"
     if isinstance(value, str):
-        if value in ("auto", "none"):
-            return value
-        if value != "required":
+        if value not in ("auto", "none", "required"):
             raise bad_request(
                 f"tool_choice must be 'auto', 'none', 'required' or an object, got {value!r:.80}", "tool_choice"
             )
-        wanted: list[str] = list(names)
+        if value == "required" and not names:
+            raise bad_request("tool_choice='required' needs tools", "tool_choice")
+        return value
+    fields = Fields(value, "tool_choice")
+    if fields.text("type", choices=("function", "allowed_tools"), required=True) == "function":
+        wanted = [_function_name(fields)]
     else:
-        fields = Fields(value, "tool_choice")
-        kind = fields.text("type", choices=("function", "allowed_tools"), required=True)
-        if kind == "function":
-            wanted = [Fields(fields.object("function", required=True), "tool_choice.function").required_text("name")]
-        else:
-            allowed = Fields(fields.object("allowed_tools", required=True), "tool_choice.allowed_tools")
-            if allowed.text("mode", choices=("auto", "required"), required=True) == "auto":
-                raise bad_request(
-                    "tool_choice.allowed_tools.mode='auto' can't be honoured: list only the allowed tools in tools",
-                    "tool_choice",
-                    "unsupported_parameter",
-                )
-            wanted = [
-                Fields(Fields(each, "tool_choice").object("function", required=True), "tool_choice").required_text(
-                    "name"
-                )
-                for each in allowed.list("tools", required=True) or ()
-            ]
+        wanted = _allowed(Fields(fields.object("allowed_tools", required=True), "tool_choice.allowed_tools"))
     unknown = [name for name in wanted if name not in names]
     if unknown or not wanted:
+        raise bad_request(f"tool_choice names {unknown}, but the tools are {list(names)}", "tool_choice")
+    if set(wanted) == set(names) and len(names) > 1:
+        return "required"
+    if len(wanted) > 1:
         raise bad_request(
-            f"tool_choice needs a tool in tools{''.join(f', {n!r} is none' for n in unknown)}", "tool_choice"
+            "tool_choice can force one tool, or any of all: list only the allowed tools in tools",
+            "tool_choice",
+            "unsupported_parameter",
         )
-    return tuple(wanted)
+    return {"type": "function", "function": {"name": wanted[0]}}
+
+
+def _allowed(allowed: Fields) -> list[str]:
+    """The names in OpenAI's ``allowed_tools``, of which one must be called."""
+    if allowed.text("mode", choices=("auto", "required"), required=True) == "auto":
+        raise bad_request(
+            "tool_choice.allowed_tools.mode='auto' can't be honoured: list only the allowed tools in tools",
+            "tool_choice",
+            "unsupported_parameter",
+        )
+    tools = allowed.list("tools", required=True) or []
+    return [_function_name(Fields(each, allowed.path("tools"))) for each in tools]
+
+
+def _function_name(fields: Fields) -> str:
+    return Fields(fields.object("function", required=True), fields.path("function")).required_text("name")

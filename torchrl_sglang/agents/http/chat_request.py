@@ -63,7 +63,7 @@ def read_chat(body: Any, sending: Sending) -> Call:
     messages = check_messages(fields.list("messages", required=True) or [])
     tools = check_tools(fields.list("tools"))
     choice = fields.any("tool_choice")
-    read_tool_choice(choice, [tool["function"]["name"] for tool in tools])
+    choice = read_tool_choice(choice, [tool["function"]["name"] for tool in tools])
     log_probs = bool(fields.flag("logprobs"))
     top = fields.integer("top_logprobs", at_least=0, at_most=MOST_TOP_LOGPROBS) or 0
     if top and not log_probs:
@@ -84,7 +84,7 @@ def read_chat(body: Any, sending: Sending) -> Call:
         request=ChatRequest(
             messages=messages,
             tools=tools,
-            tool_choice="auto" if choice is None else choice,
+            tool_choice=choice,
             parallel_tool_calls=parallel,
             template_kwargs=variables,
             sampling=sampling,

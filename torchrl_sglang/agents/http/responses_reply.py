@@ -248,7 +248,7 @@ class ResponsesWriter:
                 yield self._event("output_item.done", output_index=index, item=item)
                 self._position = index + 1
 
-    def _event(self, name: str, **data: Any) -> bytes:
+    def _event(self, name: str, /, **data: Any) -> bytes:
         event = {"type": f"response.{name}", "sequence_number": self._number, **data}
         self._number += 1
         return named_event(event["type"], event)

@@ -41,7 +41,7 @@ def read_responses(body: Any, sending: Sending, earlier: Sequence[Mapping[str, A
         messages = [{"role": "system", "content": instructions}, *messages]
     tools = check_tools([_tool(tool, index) for index, tool in enumerate(fields.list("tools") or ())])
     choice = _tool_choice(fields.any("tool_choice"))
-    read_tool_choice(choice, [tool["function"]["name"] for tool in tools])
+    choice = read_tool_choice(choice, [tool["function"]["name"] for tool in tools])
     fields.refuse("n", "the Responses API has one answer per request", neutral=(1,))
     sampling = read_sampling(fields)
     limit = fields.integer("max_output_tokens", at_least=1)
@@ -65,7 +65,7 @@ def read_responses(body: Any, sending: Sending, earlier: Sequence[Mapping[str, A
         request=ChatRequest(
             messages=check_messages(messages),
             tools=tools,
-            tool_choice="auto" if choice is None else choice,
+            tool_choice=choice,
             parallel_tool_calls=parallel,
             template_kwargs=variables,
             sampling=sampling,

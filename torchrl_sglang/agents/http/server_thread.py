@@ -88,7 +88,7 @@ class ServerThread:
     def _run(self) -> None:
         try:
             asyncio.run(self._serve())
-        except BaseException as error:  # noqa: BLE001  raised in start()
+        except BaseException as error:  # raised in start()
             if self._ready.done():
                 raise
             self._ready.set_exception(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torchrl_sglang.agents.http.chat_reply import fingerprint, usage
@@ -29,6 +29,8 @@ class TextReply:
     created: int
     model: str
     texts: TokenTexts | None
+    _offsets: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+    """Per choice, characters of its tokens so far."""
 
     def whole(self, turn: Turn) -> dict[str, Any]:
         """The answer in one piece."""
@@ -36,7 +38,7 @@ class TextReply:
             self._choice(
                 choice.index,
                 choice.text,
-                self._log_probs(choice.token_ids, choice.log_probs, choice.top_log_probs),
+                self._log_probs(choice.index, choice.token_ids, choice.log_probs, choice.top_log_probs),
                 choice.finish_reason,
             )
             for choice in turn.choices
@@ -53,7 +55,7 @@ class TextReply:
 
     def piece(self, delta: Delta) -> Iterator[dict[str, Any]]:
         """Pieces with what a choice has gained."""
-        log_probs = self._log_probs(delta.token_ids, delta.log_probs, delta.top_log_probs)
+        log_probs = self._log_probs(delta.index, delta.token_ids, delta.log_probs, delta.top_log_probs)
         if delta.text or (log_probs and delta.token_ids):
             yield {**self._head(), "choices": [self._choice(delta.index, delta.text, log_probs, None)]}
 
@@ -73,15 +75,16 @@ class TextReply:
         return {"index": index, "text": text, "logprobs": log_probs, "finish_reason": finish_reason}
 
     def _log_probs(
-        self, ids: Sequence[int], log_probs: Sequence[float], top: Sequence[Sequence[TokenLogProb]]
+        self, index: int, ids: Sequence[int], log_probs: Sequence[float], top: Sequence[Sequence[TokenLogProb]]
     ) -> dict[str, Any] | None:
         if self.texts is None:
             return None
         tokens = [self.texts.text_and_bytes(i)[0] for i in ids]
-        offsets, at = [], 0
+        offsets, at = [], self._offsets.get(index, 0)
         for token in tokens:
             offsets.append(at)
             at += len(token)
+        self._offsets[index] = at
         likely = [{self.texts.text_and_bytes(each.token_id)[0]: each.log_prob for each in one} for one in top]
         return {
             "tokens": tokens,
