@@ -59,6 +59,7 @@ class SGLangPool:
         router: as given.
         state: the records of the servers and of the weights on them (:class:`~torchrl_sglang.pool.PoolState`), which
             rollout and weight sync share.
+        reply_checks: tells whether a reply was made with the weights that its server was known to hold.
         update_lock: held while weights are synced and while a crashed server is restarted, so that no update goes to a
             server that is still loading.
     """
@@ -82,7 +83,7 @@ class SGLangPool:
         self._end_tokens = EndTokens()
         self._dead_servers = DeadServerTracker(self.state, self._server_returned)
         update_timeout_s = max(client.config.update_timeout_s for client in self.clients)
-        self._reply_checks = ReplyChecks(self.state, self._leave_router, timeout_s=update_timeout_s)
+        self.reply_checks = ReplyChecks(self.state, self._leave_router, timeout_s=update_timeout_s)
         renew_in_forked_children(self)
 
     def renew_after_fork(self) -> None:
@@ -345,8 +346,8 @@ class SGLangPool:
         """
         before = self.state.servers
         replies = self._dispatch(batch)
-        self._reply_checks.await_verification(replies)
-        wrong = [index for index, reply in enumerate(replies) if self._reply_checks.is_wrong(reply, before)]
+        self.reply_checks.await_verification(replies)
+        wrong = [index for index, reply in enumerate(replies) if self.reply_checks.is_wrong(reply, before)]
         if not wrong:
             return replies
         n = batch.sampling.n
@@ -414,7 +415,7 @@ class SGLangPool:
             for event in client.stream(request):
                 reply = parse_one(sequence.add(event), server=client.url, return_logprobs=return_logprobs)
                 refuse_mixed_weights([reply])
-                if self._reply_checks.is_wrong(reply, before):
+                if self.reply_checks.is_wrong(reply, before):
                     raise ServerError(
                         f"{reply.server} held other weights than expected: ask again", server=reply.server
                     )
