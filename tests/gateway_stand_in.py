@@ -80,6 +80,7 @@ class StandInSession:
         self.requests: list[ChatRequest | TextRequest] = []
         self.answers: deque[Turn | BaseException] = deque()
         self.cancelled = 0
+        self.not_delivered: list[str] = []
         self.hang = False
         self.fail_after: BaseException | None = None
         self.given_reward: float | None = None
@@ -102,6 +103,9 @@ class StandInSession:
         return answer
 
     complete = chat
+
+    def undelivered(self, turn: Turn) -> None:
+        self.not_delivered.append(turn.id)
 
     @staticmethod
     async def _report(choice: Choice, report: OnProgress | None) -> None:

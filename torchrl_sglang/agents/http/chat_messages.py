@@ -15,7 +15,7 @@ _PARTS = ("text", "image_url", "input_audio", "refusal")
 
 
 def check_messages(messages: Sequence[Any]) -> tuple[dict[str, Any], ...]:
-    """The messages of a conversation, each checked in shape. ``developer`` becomes ``system``, its earlier name.
+    """The messages of a conversation, each checked in shape.
 
     Args:
         messages: as the client sent them.
@@ -34,8 +34,6 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise bad_request(f"{where}.role 'function' is OpenAI's old form: send role 'tool'", f"{where}.role")
     role = fields.text("role", choices=_ROLES, required=True)
     checked = dict(message)
-    if role == "developer":
-        checked["role"] = "system"
     if message.get("function_call") is not None:
         raise bad_request(f"{where}.function_call is OpenAI's old form: send tool_calls", f"{where}.function_call")
     calls = fields.list("tool_calls") or []
@@ -94,7 +92,7 @@ def check_tools(tools: Sequence[Any] | None) -> tuple[dict[str, Any], ...]:
     Raises:
         ApiError: a tool that is no function, has no name, or a name that another one has.
     """
-    checked = []
+    checked: list[dict[str, Any]] = []
     for index, tool in enumerate(tools or ()):
         fields = Fields(tool, f"tools[{index}]")
         kind = fields.required_text("type")

@@ -47,9 +47,15 @@ def named_event(name: str, data: Any) -> bytes:
 
 
 async def event_stream(
-    request: Request, turn: RunningTurn, make_writer: Callable[[], EventWriter]
+    request: Request, turn: RunningTurn, writer: EventWriter, *, undelivered: Callable[[Turn], None]
 ) -> StreamingResponse:
     """The answer to a request in pieces, once the first token is there.
+
+    Args:
+        request: the request.
+        turn: the turn, which has begun.
+        writer: writes its events.
+        undelivered: called with the turn if it was generated, but the client left before its end.
 
     Raises:
         SGLangError: nothing was generated; the answer is one with an error status.
@@ -60,33 +66,38 @@ async def event_stream(
     except BaseException:
         await turn.cancel()
         raise
-    return _TurnStream(turn, make_writer())
+    return _TurnStream(turn, writer, undelivered)
 
 
 class _TurnStream(StreamingResponse):
     """The pieces of a turn, which ends when the client closes the connection."""
 
-    def __init__(self, turn: RunningTurn, writer: EventWriter) -> None:
-        super().__init__(_events(turn, writer), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+    def __init__(self, turn: RunningTurn, writer: EventWriter, undelivered: Callable[[Turn], None]) -> None:
+        super().__init__(self._events(writer), media_type="text/event-stream", headers={"cache-control": "no-cache"})
         self._turn = turn
+        self._undelivered = undelivered
+        self._is_delivered = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             await self._turn.cancel()
+            finished = self._turn.finished
+            if finished is not None and not self._is_delivered:
+                self._undelivered(finished)
 
-
-async def _events(turn: RunningTurn, writer: EventWriter) -> AsyncIterator[bytes]:
-    try:
-        async for progress in turn.reports(at_least_every_s=_SILENCE_S):
-            if progress is None:
-                yield b": the answer is not finished\n\n"
-                continue
-            for event in writer.progress(progress):
+    async def _events(self, writer: EventWriter) -> AsyncIterator[bytes]:
+        try:
+            async for progress in self._turn.reports(at_least_every_s=_SILENCE_S):
+                if progress is None:
+                    yield b": the answer is not finished\n\n"
+                    continue
+                for event in writer.progress(progress):
+                    yield event
+            for event in writer.finish(await self._turn.result()):
                 yield event
-        for event in writer.finish(await turn.result()):
-            yield event
-    except SGLangError as error:
-        for event in writer.failure(api_error(error)):
-            yield event
+            self._is_delivered = True
+        except SGLangError as error:
+            for event in writer.failure(api_error(error)):
+                yield event

@@ -17,15 +17,19 @@ from torchrl_sglang.agents.http.chat_reply import ChatReply
 from torchrl_sglang.agents.http.chat_request import Call, Sending, read_chat, read_text
 from torchrl_sglang.agents.http.chunk_writer import ChunkWriter
 from torchrl_sglang.agents.http.earlier_responses import EarlierResponses
-from torchrl_sglang.agents.http.event_stream import event_stream
+from torchrl_sglang.agents.http.event_stream import EventWriter, event_stream
 from torchrl_sglang.agents.http.responses_reply import ResponsesReply, ResponsesWriter
 from torchrl_sglang.agents.http.responses_request import read_responses
 from torchrl_sglang.agents.http.running_turn import RunningTurn, until_disconnect
 from torchrl_sglang.agents.http.serving import Serving
 from torchrl_sglang.agents.http.text_reply import TextReply
+from torchrl_sglang.agents.http.token_texts import TokenTexts
+from torchrl_sglang.agents.session import Session
 from torchrl_sglang.agents.types import ChatRequest, OnProgress, Turn
 
 __all__ = ["ModelRoutes"]
+
+Reply = ChatReply | TextReply | ResponsesReply | AnthropicReply
 
 
 class ModelRoutes:
@@ -58,68 +62,91 @@ class ModelRoutes:
 
     async def chat(self, request: Request) -> Response:
         """``POST .../chat/completions``."""
-        return await self._openai(request, read_chat, ChatReply, "chatcmpl")
+        session = self._serving.session(request)
+        call = read_chat(await self._serving.body(request), sending_of(request))
+        reply = ChatReply(
+            id=_new_id("chatcmpl-"), created=int(time.time()), model=self._model_name, texts=self._texts(call)
+        )
+        return await self._answer(request, session, call, reply)
 
     async def completions(self, request: Request) -> Response:
         """``POST .../completions``."""
-        return await self._openai(request, read_text, TextReply, "cmpl")
+        session = self._serving.session(request)
+        call = read_text(await self._serving.body(request), sending_of(request))
+        reply = TextReply(
+            id=_new_id("cmpl-"), created=int(time.time()), model=self._model_name, texts=self._texts(call)
+        )
+        return await self._answer(request, session, call, reply)
 
     async def responses(self, request: Request) -> Response:
         """``POST .../responses``."""
         session = self._serving.session(request)
         body = await self._serving.body(request)
-        earlier = self._earlier.messages(session, body)
-        call = read_responses(body, sending_of(request), earlier)
+        call = read_responses(body, sending_of(request), self._earlier.messages(session, body))
         reply = ResponsesReply(
-            id=f"resp_{uuid.uuid4().hex}",
+            id=_new_id("resp_"),
             created=int(time.time()),
-            model=self._serving.model,
+            model=self._model_name,
             body=body,
-            texts=self._serving.token_texts if call.log_probs else None,
+            texts=self._texts(call),
         )
 
-        async def run(report: OnProgress | None) -> Turn:
-            turn = await _run(session, call, report)
+        def keep(turn: Turn) -> None:
             self._earlier.add(session, reply.id, _conversation(call, body, turn))
-            return turn
 
-        if not call.stream:
-            return JSONResponse(reply.whole(await until_disconnect(request, run(None))))
-        return await event_stream(request, RunningTurn(run), lambda: ResponsesWriter(reply))
+        return await self._answer(request, session, call, reply, keep=keep)
 
     async def messages(self, request: Request) -> Response:
         """``POST .../messages``, Anthropic's."""
         session = self._serving.session(request)
         call = read_anthropic(await self._serving.body(request), sending_of(request))
-        reply = AnthropicReply(id=f"msg_{uuid.uuid4().hex}", model=self._serving.model)
-        if not call.stream:
-            return JSONResponse(reply.whole(await until_disconnect(request, _run(session, call, None))))
-        turn = RunningTurn(lambda report: _run(session, call, report))
-        return await event_stream(request, turn, lambda: AnthropicWriter(reply))
+        return await self._answer(request, session, call, AnthropicReply(id=_new_id("msg_"), model=self._model_name))
 
-    async def _openai(
-        self, request: Request, read: Callable[[Any, Sending], Call], form: type[ChatReply | TextReply], prefix: str
+    @property
+    def _model_name(self) -> str:
+        return self._serving.model
+
+    def _texts(self, call: Call) -> TokenTexts | None:
+        return self._serving.token_texts if call.log_probs else None
+
+    async def _answer(
+        self,
+        request: Request,
+        session: Session,
+        call: Call,
+        reply: Reply,
+        *,
+        keep: Callable[[Turn], None] | None = None,
     ) -> Response:
-        session = self._serving.session(request)
-        call = read(await self._serving.body(request), sending_of(request))
-        reply = form(
-            id=f"{prefix}-{uuid.uuid4().hex}",
-            created=int(time.time()),
-            model=self._serving.model,
-            texts=self._serving.token_texts if call.log_probs else None,
-        )
-        if not call.stream:
-            return JSONResponse(reply.whole(await until_disconnect(request, _run(session, call, None))))
-        turn = RunningTurn(lambda report: _run(session, call, report))
-        return await event_stream(request, turn, lambda: ChunkWriter(reply, include_usage=call.include_usage))
+        """Run a turn, and answer with it, whole or in pieces."""
+
+        async def run(report: OnProgress | None) -> Turn:
+            asked = call.request
+            work = session.chat(asked, report) if isinstance(asked, ChatRequest) else session.complete(asked, report)
+            turn = await work
+            if keep is not None:
+                keep(turn)
+            return turn
+
+        if call.stream:
+            writer = _writer(reply, include_usage=call.include_usage)
+            return await event_stream(request, RunningTurn(run), writer, undelivered=session.undelivered)
+        turn = await until_disconnect(request, run(None))
+        if await request.is_disconnected():
+            session.undelivered(turn)
+        return JSONResponse(reply.whole(turn))
 
 
-async def _run(session: Any, call: Call, report: OnProgress | None) -> Turn:
-    if isinstance(call.request, ChatRequest):
-        turn: Turn = await session.chat(call.request, report)
-    else:
-        turn = await session.complete(call.request, report)
-    return turn
+def _writer(reply: Reply, *, include_usage: bool) -> EventWriter:
+    if isinstance(reply, ResponsesReply):
+        return ResponsesWriter(reply)
+    if isinstance(reply, AnthropicReply):
+        return AnthropicWriter(reply)
+    return ChunkWriter(reply, include_usage=include_usage)
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}{uuid.uuid4().hex}"
 
 
 def _conversation(call: Call, body: Any, turn: Turn) -> list[Mapping[str, Any]]:

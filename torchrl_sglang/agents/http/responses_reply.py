@@ -14,7 +14,7 @@ from torchrl_sglang.agents.types import Choice, Progress, Turn
 
 __all__ = ["ResponsesReply", "ResponsesWriter"]
 
-_ECHOED = {
+_ECHOED: dict[str, Any] = {
     "instructions": None,
     "max_output_tokens": None,
     "metadata": {},

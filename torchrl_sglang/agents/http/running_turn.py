@@ -61,6 +61,13 @@ class RunningTurn:
             if self._task.done():  # it ended while a report was sent
                 self._changed.set()
 
+    @property
+    def finished(self) -> Turn | None:
+        """The whole turn, if it has been generated."""
+        if not self._task.done() or self._task.cancelled() or self._task.exception() is not None:
+            return None
+        return self._task.result()
+
     async def result(self) -> Turn:
         """The whole turn.
 

@@ -10,6 +10,8 @@ from starlette.requests import Request
 from torchrl_sglang.agents.http.access import key_of
 from torchrl_sglang.agents.http.json_body import read_json_body
 from torchrl_sglang.agents.http.token_texts import TokenTexts
+from torchrl_sglang.agents.session import Session
+from torchrl_sglang.agents.sessions import Sessions
 
 __all__ = ["Serving"]
 
@@ -27,14 +29,14 @@ class Serving:
         max_body_bytes: largest body of a request.
     """
 
-    sessions: Any
+    sessions: Sessions
     model: str
     token_texts: TokenTexts
     admin_key: str | None = None
     public_url: str | None = None
     max_body_bytes: int
 
-    def session(self, request: Request) -> Any:
+    def session(self, request: Request) -> Session:
         """The session that a request names, if it has the session's key.
 
         Raises:

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -62,4 +63,6 @@ class SessionRoutes:
 
     async def trajectories(self, request: Request) -> Response:
         """``GET /sessions/ID/trajectories``: what it has recorded, one entry per leaf of its tree."""
-        return JSONResponse([each.as_json() for each in self._serving.session(request).trajectories()])
+        leaves = self._serving.session(request).trajectories()
+        # In a thread: long conversations are millions of characters, and other agents wait for the event loop.
+        return await run_in_threadpool(lambda: JSONResponse([leaf.as_json() for leaf in leaves]))
