@@ -113,7 +113,7 @@ class AgentGateway:
         self.sessions = Sessions(self._model)
         serving = Serving(
             sessions=self.sessions,
-            model=self._model.pool.info.model_path,
+            model=str(self._model.pool.info.raw.get("served_model_name") or self._model.pool.info.model_path),
             token_texts=TokenTexts(self._model.tokenizer),
             admin_key=admin_key,
             public_url=self._public_url,
