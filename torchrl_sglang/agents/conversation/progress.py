@@ -63,7 +63,7 @@ class ProgressText:
         ids = list(output_ids)
         if ids and ids[-1] in self._template.special:  # it may be the token that ends the answer
             ids.pop()
-        if len(ids) <= self._read or self._holds_all:
+        if len(ids) <= self._read or self._holds_all or self._template.is_byte(ids[-1]):
             return
         # A window of tokens, as some tokenizers decode a token in another way at the beginning of a text.
         before = self._template.decode(ids[self._start : self._read]) if self._read else ""

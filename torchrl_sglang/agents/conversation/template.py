@@ -17,6 +17,7 @@ from torchrl_sglang.text_tokens import special_ids
 __all__ = ["AgentTemplate", "Form"]
 
 _KEPT_RENDERERS = 32
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TOOL_PROMPT = """\
 # Tools
 
@@ -79,14 +80,17 @@ class AgentTemplate:
         self.turn_end_ids = tuple(sorted(plain.turn_end_ids()))
         self.special = special_ids(tokenizer) | frozenset(self.turn_end_ids)
         self.end_texts = tuple(text for text in (self.decode([token]) for token in self.turn_end_ids) if text.strip())
-        marks = sorted(filter(str.strip, (self.decode([token]) for token in special_ids(tokenizer))), key=len)
-        self._marks = re.compile("|".join(re.escape(mark) for mark in reversed(marks))) if marks else None
+        self._marks = _pattern(tokenizer)
         self._renderers: dict[str, ChatRenderer] = {}
         self._takes_system = _renders(plain, [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special tokens included."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def is_byte(self, token: int) -> bool:
+        """Whether a token is a single byte, whose text depends on the bytes that follow it."""
+        return _BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(token))) is not None
 
     def without_marks(self, text: str) -> str:
         """The text without special tokens."""
@@ -162,6 +166,15 @@ class AgentTemplate:
                 for call in message.calls
             ]
         return made
+
+
+def _pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    """Matches special tokens in text; ``None`` if there are none. Byte tokens count as special in some tokenizers."""
+    ids = sorted(special_ids(tokenizer))
+    tokens = [str(token).strip() for token in tokenizer.convert_ids_to_tokens(ids)]
+    texts = [str(tokenizer.decode([token], skip_special_tokens=False)).strip() for token in ids]
+    marks = [token for token, text in zip(tokens, texts, strict=True) if token == text and len(token) > 1]
+    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True)))) if marks else None
 
 
 def _inline(message: Message) -> str:
