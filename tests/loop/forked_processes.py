@@ -83,10 +83,6 @@ class Forked:
     def is_running(self) -> bool:
         return Path(f"/proc/{self.pid}").exists()
 
-    @property
-    def has_reported(self) -> bool:
-        return self._report.exists()
-
 
 class ForkedServer(Forked):
     """A fake server. A second one can replace it at the port in ``url``, with the same ``settings``."""
