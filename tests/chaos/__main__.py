@@ -98,12 +98,13 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     urls = [seat.url for _, arena in arenas for seat in arena.seats]
     report["left_behind"] = leftovers.find(urls, [pid for _, arena in arenas for pid in arena.trainer_pids])
     report["findings"] += report["left_behind"]
+    report["sockets_left_by_sglang"] = leftovers.num_sockets()
     report["whole_run_s"] = round(time.monotonic() - start, 1)
     return report
 
 
 def _arena(arena: Any, kind: str, seats: Any, processes: Any, model: Path, folder: Path, seed: int) -> Any:
-    pause_s = (0.3, 2.5) if kind == "fake" else (2.0, 7.0)
+    pause_s = (0.3, 2.5) if kind == "fake" else (1.5, 5.0)
     return arena(
         kind,
         seats,
@@ -113,6 +114,7 @@ def _arena(arena: Any, kind: str, seats: Any, processes: Any, model: Path, folde
         seed=seed,
         pause_s=pause_s,
         has_faults=kind == "fake",
+        restart_every_s=0.0 if kind == "fake" else 120.0,
     )
 
 

@@ -36,6 +36,7 @@ class Arena:
         seed: draws the disturbances.
         pause_s: shortest and longest time between two disturbances, in seconds.
         has_faults: whether the servers can be made to refuse, die and drop at a point of a request.
+        restart_every_s: shortest time between two restarts of servers, for servers that take long to start.
 
     Attributes:
         events: time, kind and target of every disturbance.
@@ -53,6 +54,7 @@ class Arena:
         seed: int,
         pause_s: tuple[float, float],
         has_faults: bool,
+        restart_every_s: float,
     ) -> None:
         self.name = name
         self.seats = list(seats)
@@ -66,6 +68,8 @@ class Arena:
         self._random = random.Random(seed)
         self._lives = 0
         self._dead: set[str] = set()
+        self._restart_every_s = restart_every_s
+        self._next_restart_at = 0.0
         self._pending: list[tuple[float, Callable[[], None]]] = []
         self._trainer: Forked | None = None
         self._makers: dict[str, Callable[[Seat], None]] = {
@@ -92,6 +96,7 @@ class Arena:
     def run(self, seconds: float) -> None:
         """Start a trainer, disturb for ``seconds``, end all disturbances, and wait for the trainer to finish."""
         start = time.monotonic()
+        self._next_restart_at = start + self._restart_every_s / 2
         self._start_trainer()
         kinds: list[str] = []
         next_at = start + 2.0
@@ -127,6 +132,10 @@ class Arena:
 
     def _disturb(self, kind: str, at_s: float) -> None:
         seats = self.seats
+        if "restarted" in kind:
+            if time.monotonic() < self._next_restart_at or self._dead:
+                return
+            self._next_restart_at = time.monotonic() + self._restart_every_s
         if kind in ("cut off", "silent", "slow"):
             seats = [seat for seat in seats if seat.proxy is not None]
         seat = self._random.choice(seats)

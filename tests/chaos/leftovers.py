@@ -47,8 +47,17 @@ class Leftovers:
     def _find(self, urls: Sequence[str], pids: Sequence[int]) -> list[str]:
         found = [f"process {process.pid}: {' '.join(process.cmdline())[:120]}" for process in self._processes()]
         found += [f"port of {url}" for url in urls if _listens(url)]
-        found += [f"file {path}" for path in sorted(self._temporary.rglob("*")) if not path.is_dir()]
+        files = [path for path in sorted(self._temporary.rglob("*")) if not path.is_dir()]
+        found += [f"file {path}" for path in files if path not in self._of_sglang()]
         return found + [f"shared memory {name}" for name in sorted(self._segments_left(pids))]
+
+    def _of_sglang(self) -> set[Path]:
+        """The names of its sockets: SGLang (0.5.23) makes eight a start, and never removes them."""
+        return {path for path in self._temporary.glob("tmp????????") if path.is_socket() or path.stat().st_size == 0}
+
+    def num_sockets(self) -> int:
+        """How many empty files SGLang itself has left."""
+        return len(self._of_sglang())
 
     def _processes(self) -> Iterable[psutil.Process]:
         own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
