@@ -25,6 +25,7 @@ help:
 	@echo "make test-install  the first hour of a new user: the wheel, each extra, the CPU server, the examples (about 20 minutes)"
 	@echo "make test-agents  agent frameworks from the registry, through the gateway (about 15 minutes, mostly downloads)"
 	@echo "make test-full   make test, test-install, test-agents, TorchRL 0.13 and its nightly build (reported only), the slow tests (another 45)"
+	@echo "make chaos       ten minutes of training while things go wrong; make soak: an hour, does anything grow?"
 	@echo "make check       lint, format, types, architecture"
 	@echo "make docs        the documentation site, in site/index.html (under a minute)"
 	@echo "make tutorials   run the tutorials and render their pages again (about seven minutes)"
@@ -110,7 +111,15 @@ test-torchrl-nightly: $(VENV)/.ready
 		PYTHONPATH=$(NIGHTLY) $(BIN)/python -m pytest -q -m torchrl || echo "TorchRL's nightly build: some tests failed (above); this does not fail make"; \
 	else echo "TorchRL's nightly build cannot be installed from this package index; skipped"; fi
 
-.PHONY: docs tutorials
+# Training while servers and trainers are killed, frozen, cut off, refused...: ten minutes, or ARGS="--seconds 60 --seed 7".
+chaos: env
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(ARGS)
+
+# Generate and sync for an hour: does memory, the number of descriptors or threads, or latency grow?
+soak: env
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
+
+.PHONY: docs tutorials chaos soak
 
 $(VENV)/.docs: docs/requirements.txt $(VENV)/.ready
 	@echo "docs  $$(grep -c == docs/requirements.txt) pinned packages"

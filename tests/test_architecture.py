@@ -57,7 +57,7 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
             "dispatch",
             "batch",
         ),
-        *("dead_servers", "end_tokens", "batch_run", "pool", "resolve", "earlier_weights"),
+        *("dead_servers", "end_tokens", "batch_run", "stream_run", "pool", "resolve", "earlier_weights"),
     ),
     "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": (

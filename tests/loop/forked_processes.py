@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -160,6 +161,10 @@ class ProcessFactory:
         """
         return Forked(*self._fork("announce" if inside_a_broadcast else "stall", {"url": url, "weights": str(weights)}))
 
+    def start_function(self, function: str, settings: dict[str, Any]) -> Forked:
+        """A process that calls ``module:name`` with ``settings`` and its way to report."""
+        return Forked(*self._fork("call", {"function": function, "settings": settings}))
+
     def start_sharded_trainer(self, world_size: int, url: str, model: Path) -> list[Forked]:
         """An FSDP2 trainer of ``world_size`` processes; see :func:`_shard`."""
         folder = self._folder / f"shards{self._count}"
@@ -263,6 +268,11 @@ def _shard(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
     report({"versions": versions, "default_group": count.item(), "model": str(folder / "whole.pt")})
 
 
+def _call(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
+    module, name = settings["function"].split(":")
+    getattr(importlib.import_module(module), name)(settings["settings"], report)
+
+
 def _child(order: dict[str, Any], parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -276,9 +286,8 @@ def _child(order: dict[str, Any], parent: int) -> None:
         unfinished.write_text(json.dumps(value))
         unfinished.rename(path)
 
-    {"serve": _serve, "train": _train, "stall": _stall, "announce": _announce, "shard": _shard}[order["do"]](
-        order["settings"], report
-    )
+    tasks = {"serve": _serve, "train": _train, "stall": _stall, "announce": _announce, "shard": _shard, "call": _call}
+    tasks[order["do"]](order["settings"], report)
 
 
 def main() -> None:

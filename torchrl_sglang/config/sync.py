@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from torchrl_sglang.config.checking import names_checked, require, require_numbers, words
+from torchrl_sglang.config.checking import as_path, names_checked, require, require_numbers, words
 
 __all__ = ["SyncConfig"]
 
@@ -82,7 +82,7 @@ class SyncConfig:
         require_numbers(self, "verify_share", above=0, at_most=1)
         object.__setattr__(self, "ignore", words("ignore", self.ignore))
         if self.disk_dir is not None:
-            object.__setattr__(self, "disk_dir", Path(self.disk_dir))
+            object.__setattr__(self, "disk_dir", as_path("disk_dir", self.disk_dir))
         if self.transport == "disk":
             require(self.disk_dir is not None, "transport='disk' needs disk_dir, a folder that all machines can read")
 
