@@ -52,17 +52,18 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
             "checks",
             "reply_weights",
             "router_client",
+            "affinity",
             "balancing",
             "streaming",
             "dispatch",
             "batch",
         ),
-        *("dead_servers", "end_tokens", "batch_run", "pool", "resolve", "earlier_weights"),
+        *("dead_servers", "end_tokens", "batch_run", "member_file", "membership", "pool", "resolve", "earlier_weights"),
     ),
     "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": (
         *("checkpoint", "source", "buckets", "checksums", "group", "update"),
-        *("transports", "planning", "sync", "scheme"),
+        *("transports", "planning", "newcomers", "sync", "scheme"),
     ),
 }
 
