@@ -59,6 +59,7 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
             "batch",
         ),
         *("dead_servers", "end_tokens", "batch_run", "member_file", "membership", "pool", "resolve", "earlier_weights"),
+        *("dead_servers", "end_tokens", "batch_run", "stream_run", "pool", "resolve", "earlier_weights"),
     ),
     "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": (

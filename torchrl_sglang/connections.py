@@ -165,8 +165,8 @@ class _AgeingPool(HTTPConnectionPool):
                     sock.shutdown(socket.SHUT_RDWR)
 
     def _put_conn(self, conn: Any) -> None:
-        self._in_use.discard(conn)
         if conn is not None:
+            self._in_use.discard(conn)
             self._last_used[id(conn)] = time.monotonic()
         super()._put_conn(conn)
 

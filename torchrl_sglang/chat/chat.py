@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from torchrl_sglang.chat.asyncio_threads import call_in_thread, iterate_in_threa
 from torchrl_sglang.chat.defaults import GenerationDefaults
 from torchrl_sglang.chat.media_files import check_roots
 from torchrl_sglang.chat.messages import read_conversation
-from torchrl_sglang.chat.reply_stream import ReplyStream
 from torchrl_sglang.chat.response import Response
 from torchrl_sglang.chat.template import ChatTemplate
 from torchrl_sglang.chat.text_deltas import TextDeltas
 from torchrl_sglang.chat.tool_call_reader import ToolCallReader, call_ids
 from torchrl_sglang.chat.tool_parsers import parser_for, template_text
 from torchrl_sglang.chat.turn import Turn, prepare_turn
+from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import load_tokenizer, read_model_json
@@ -96,10 +97,10 @@ class SGLangChat:
         )
         # raises if a default is bad
         self._defaults.sampling({}, prompt_length=0, context_length=self.pool.context_length)
-        self._reply_stream = ReplyStream(self.pool)
+        self._asked = itertools.count()
         self._tool_calls = ToolCallReader(
             self.tokenizer,
-            self._reply_stream.pick_server,
+            self._pick_server,
             named=tool_call_parser,
             known=parser_for(
                 template=template_text(self.tokenizer) + template_text(processor),
@@ -252,7 +253,15 @@ class SGLangChat:
     ) -> Generator[str, None, None]:
         deltas = TextDeltas(turn.sampling.stop)
         reply = None
-        for reply in self._reply_stream.replies(turn, timeout_s=timeout_s):
+        replies = self.pool.stream(
+            turn.ids_T,
+            turn.sampling,
+            return_logprobs=turn.return_log_probs,
+            timeout_s=timeout_s,
+            lora=turn.adapter,
+            media=turn.media or None,
+        )
+        for reply in replies:
             piece = "" if turn.sampling.stop_regex or not reply.text else deltas.push(reply.text)
             if piece:
                 yield piece
@@ -281,6 +290,12 @@ class SGLangChat:
         )
         adapter = adapter if adapter is not None else self.adapter
         return prepare_turn(conversation, self.pool, self._template, self._defaults, adapter=adapter, **call)
+
+    def _pick_server(self) -> SGLangClient:
+        """The server whose parser reads the next response: they take turns."""
+        self.pool.poll_dead_servers()
+        clients = self.pool.require_healthy("tool calls can't be read")
+        return clients[next(self._asked) % len(clients)]
 
     def _response(self, turn: Turn, reply: GenerateReply) -> Response:
         found = self._tool_calls.read(turn.ids_T, reply, turn.tools) if turn.tools else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator, Sequence
 
 __all__ = ["Affinity"]
@@ -53,9 +53,7 @@ class Affinity:
             ids_T: its tokens.
             key: the conversation's, if it has one.
         """
-        last = None
-        for last in _ends(ids_T):
-            pass
+        last = next(iter(deque(_ends(ids_T), maxlen=1)), None)
         with self._lock:
             for each in (last, None if key is None else ("key", key)):
                 if each is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
-from torchrl_sglang.config.checking import require_number
+from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.errors import ConfigError, LethalPromptError, RequestRejectedError, ServerError, SGLangError
 from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.parallel import side_by_side
@@ -27,13 +28,13 @@ from torchrl_sglang.pool.membership import Membership
 from torchrl_sglang.pool.reply_weights import ReplyChecks
 from torchrl_sglang.pool.router_client import MAX_REQUESTS, RouterClient
 from torchrl_sglang.pool.state import PoolState, ServerState
+from torchrl_sglang.pool.stream_run import StreamRun
 from torchrl_sglang.pool.update_lock import UpdateLock
-from torchrl_sglang.protocol.generate import build_generate, parse_one
+from torchrl_sglang.protocol.generate import build_generate
 from torchrl_sglang.protocol.limits import check_prompts, check_sampling
 from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest, ServerInfo
 from torchrl_sglang.protocol.router import has_no_workers, router_forwards, worker_in_error
-from torchrl_sglang.protocol.stream_events import StreamedReply
 from torchrl_sglang.protocol.version import version_number
 
 __all__ = ["SGLangPool"]
@@ -57,10 +58,10 @@ class SGLangPool:
         ConfigError: no client, or two for the same server.
 
     Attributes:
-        clients: all servers, also quarantined ones.
         router: as given.
         state: the records of the servers and of the weights on them (:class:`~torchrl_sglang.pool.PoolState`), which
             rollout and weight sync share.
+        balancer: chooses servers; :meth:`LoadTracker.pick` does it for requests that are sent past :meth:`generate`.
         update_lock: held while weights are synced and while a crashed server is restarted, so that no update goes to a
             server that is still loading.
     """
@@ -80,7 +81,7 @@ class SGLangPool:
         self.update_lock = UpdateLock()
         self._weight_sync: weakref.ref[Any] | None = None
         self._connected = False
-        self.balancer = self._load = LoadTracker(lambda: self.require_healthy("nothing was sent"))
+        self.balancer = LoadTracker(lambda: self.require_healthy("nothing was sent"))
         self._end_tokens = EndTokens()
         self._dead_servers = DeadServerTracker(self.state, self._server_returned, self._membership.current_versions)
         update_timeout_s = max(client.config.update_timeout_s for client in self.clients)
@@ -418,53 +419,80 @@ class SGLangPool:
 
     def _dispatch(self, batch: Batch) -> list[GenerateReply]:
         """Send a batch, and what a dead server left unanswered again, until every prompt has its replies."""
+        through_router = batch.progress is None and self._router_forwards(batch.build(range(len(batch.ids_B_T))))
+        run = BatchRun(
+            batch,
+            servers=self._targets(through_router=through_router),
+            load=self.balancer,
+            find_dead=self._find_dead,
+            on_death=self._on_death,
+            has_left=self.state.has_left,
+        )
+        with self._no_workers_means(lambda: run.unanswered):
+            return run.replies()
+
+    def _targets(self, *, through_router: bool) -> Callable[[str, int], Sequence[SGLangClient]]:
+        """Looks for dead servers that are back; then returns the servers to send to, once per request if the router."""
         self.poll_dead_servers()
-        everything = range(len(batch.ids_B_T))
-        through_router = batch.progress is None and self._router_forwards(batch.build(everything))
+        weights = self.state.weights
+        self.balancer.affinity.weights_are(max(weights.version, weights.newest_seen))
 
         def servers(consequence: str, num_requests: int) -> Sequence[SGLangClient]:
             return self._router_slots(num_requests) if through_router else self.require_healthy(consequence)
 
-        def on_death(url: str, error: SGLangError) -> None:
-            self.record_death(url, error)
-            if len(self.clients) == 1:
-                raise error
+        return servers
 
-        weights = self.state.weights
-        self._load.affinity.weights_are(max(weights.version, weights.newest_seen))
-        run = BatchRun(
-            batch,
-            servers=servers,
-            load=self._load,
-            find_dead=self._find_dead,
-            on_death=on_death,
-            has_left=self.state.has_left,
-        )
+    def _on_death(self, url: str, error: SGLangError) -> None:
+        self.record_death(url, error)
+        if len(self.clients) == 1:
+            raise error
+
+    @contextmanager
+    def _no_workers_means(self, consequence: str | Callable[[], str]) -> Iterator[None]:
+        """Say what it means that the router has no worker left."""
         try:
-            return run.replies()
+            yield
         except RequestRejectedError as error:
             if self.router is None or not has_no_workers(error):
                 raise
-            message = f"no server is left behind the router at {self.router.url}, {run.unanswered}"
+            said = consequence if isinstance(consequence, str) else consequence()
+            message = f"no server is left behind the router at {self.router.url}, {said}"
             raise ServerError(f"{message}. {error}", server=self.router.url) from error
 
     def stream(
-        self, ids_T: Sequence[int], sampling: SamplingParams, *, return_logprobs: bool = True, lora: str | None = None
-    ) -> Iterator[GenerateReply]:
+        self,
+        ids_T: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        return_logprobs: bool = True,
+        timeout_s: float | None = None,
+        lora: str | None = None,
+        media: Media | None = None,
+        key: Hashable | None = None,
+    ) -> Generator[GenerateReply, None, None]:
         """Generate one sequence on the server with the least load; yield it as it grows, all tokens so far each time.
 
+        As long as nothing was yielded, the sequence of a server that turns out to be dead is generated by another one.
+        Closing the generator ends the request on the server.
+
         Args:
-            ids_T: prompt token ids.
+            ids_T: prompt token ids, checked before anything is sent.
             sampling: how tokens are drawn; ``n`` is 1.
             return_logprobs: report the log-prob of every response token.
+            timeout_s: seconds between two events; ``None`` is ``ClientConfig.generate_timeout_s``.
             lora: name of a loaded adapter instead of the trainer's.
+            media: images, videos and sounds of the prompt.
+            key: name of the conversation, see :meth:`generate`.
 
         Raises:
             ConfigError: a prompt that the servers can't serve.
+            LethalPromptError: two servers died on the prompt.
             ServerError: no server is left, or the stream broke.
+            WeightSyncError: tokens were generated with half-updated weights.
         """
+        require_number("timeout_s", timeout_s, optional=True, above=0)
+        require(sampling.n == 1, f"a stream carries one sequence, got n={sampling.n}")
         self.check([ids_T], sampling)
-        self.poll_dead_servers()
         lora, label = self.resolve_adapter(lora)
         request = build_generate(
             [ids_T],
@@ -473,20 +501,29 @@ class SGLangPool:
             stream=True,
             lora=lora,
             cache_salt=self.state.weights.cache_salt,
+            media=None if media is None else [media],
         )
-        through_router = self._router_forwards(request)
-        clients = self._router_slots(1) if through_router else self.require_healthy("the stream was not begun")
-        with self._load.assign_one(clients) as client:
-            sequence = StreamedReply(client.url)
-            before = self.state.servers
-            for event in client.stream(request):
-                reply = parse_one(sequence.add(event), server=client.url, return_logprobs=return_logprobs)
-                refuse_mixed_weights([reply])
-                if self._reply_checks.is_wrong(reply, before):
-                    raise ServerError(
-                        f"{reply.server} held other weights than expected: ask again", server=reply.server
-                    )
-                yield label(reply)
+        limit_s = max(client.config.generate_limit_s() for client in self.clients)
+        run = StreamRun(
+            request,
+            timeout_s=limit_s if timeout_s is None else timeout_s,
+            return_logprobs=return_logprobs,
+            state=self.state,
+            load=self.balancer,
+            checks=self._reply_checks,
+            servers=self._targets(through_router=self._router_forwards(request)),
+            find_dead=self._find_dead,
+            on_death=self._on_death,
+            key=key,
+        )
+        return self._stream(run, label)
+
+    def _stream(
+        self, run: StreamRun, label: Callable[[GenerateReply], GenerateReply]
+    ) -> Generator[GenerateReply, None, None]:
+        with self._no_workers_means("the stream was not begun"):
+            for reply in run.replies():
+                yield self._accepted([reply], label)[0]
 
     def score(self, ids_B_T: Sequence[Sequence[int]], *, timeout_s: float | None = None) -> list[GenerateReply]:
         """Log-probs of given sequences: ``prompt_logprobs`` of each reply, the first entry ``None``."""

@@ -97,9 +97,10 @@ class NewcomerUpdates:
         for client in clients:
             held = outcomes[client.url].unwrap()
             if bases and held not in bases:
+                others_hold = ", ".join(sorted(map(str, bases)))
                 raise ConfigError(
-                    f"{client.url} holds base weights of version {held!r}, and the other servers {sorted(map(str, bases))}:"
-                    " an adapter needs the same base model everywhere. Restart it from the checkpoint of the others"
+                    f"{client.url} holds base weights of version {held!r}, and the other servers {others_hold!r}: an "
+                    "adapter needs the same base model everywhere. Restart it from the checkpoint of the others"
                 )
 
     def _send_again(self, clients: Sequence[SGLangClient], transport: WeightTransport[Any]) -> list[SGLangClient]:
@@ -172,9 +173,10 @@ class NewcomerUpdates:
                 continue  # without checksums, the time stamps of the trainer's tensors have to do
             different = _different(ours.unwrap(), theirs.unwrap())
             if different:
+                listed = ", ".join(different[:_MAX_LISTED])
                 complaints[url] = (
-                    f"{url} got other weights than {peer.url} holds, for example {', '.join(different[:_MAX_LISTED])}: the "
-                    "trainer has changed its tensors. The next weight update brings new ones"
+                    f"{url} got other weights than {peer.url} holds, for example {listed}: the trainer has changed its "
+                    "tensors. The next weight update brings new ones"
                 )
         return complaints
 
@@ -185,8 +187,8 @@ def fingerprint(weights: Any) -> object | None:
     A change behind autograd's back (``tensor.data.add_(1)``) does not show.
 
     Returns:
-        ``None`` for weights of which that can't be said, or which one rank alone can't read: iterators, sharded tensors,
-        folders.
+        ``None`` for weights of which that can't be said, or which one rank alone can't read: iterators, sharded
+        tensors, folders.
 
     Examples:
         >>> weights = {"a": torch.zeros(2)}

@@ -270,9 +270,9 @@ class WeightSync:
     def bring_up_to_date(self, clients: Sequence[SGLangClient]) -> list[SGLangClient]:
         """Send the weights of the last push to servers that have just joined; only these are paused.
 
-        The trainer's tensors may have changed since that push. Then, and if the model is sharded or came as an iterator,
-        the servers wait for the next push, unless the weights lie in a shared folder (``transport="disk"``) or are an
-        adapter, which is kept. What they got is compared with what the other servers hold.
+        The trainer's tensors may have changed since that push. Then, and if the model is sharded or came as an
+        iterator, the servers wait for the next push, unless the weights lie in a shared folder (``transport="disk"``)
+        or are an adapter, which is kept. What they got is compared with what the other servers hold.
 
         Args:
             clients: members of the pool that get no requests yet.
@@ -281,7 +281,7 @@ class WeightSync:
             Those that have to wait for the next push; the others get requests.
 
         Raises:
-            ConfigError: a server can't take weights by this transport, or holds another base model than an adapter needs.
+            ConfigError: a server can't take weights by this transport, or an adapter needs another base model than its.
             WeightUpdateError: a server failed.
         """
         with self._pool.update_lock:
