@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from torchrl_sglang.client import SGLangClient
@@ -265,19 +266,20 @@ class Membership:
             with contextlib.suppress(SGLangError):
                 client.send(build_abort(), timeout_s=_ABORT_TIMEOUT_S)
 
-        Task(lambda: side_by_side({each.url: lambda each=each: abort(each) for each in clients}), name="abort")
+        Task(lambda: side_by_side({client.url: partial(abort, client) for client in clients}), name="abort")
         deadline = time.monotonic() + _ABORT_TIMEOUT_S
         while time.monotonic() < deadline and any(client.num_generating for client in clients):
             time.sleep(_POLL_S)
 
     def _end(self, clients: Sequence[SGLangClient], on_left: Callable[[str], None]) -> None:
+        for client in clients:
+            client.cut()  # what is still under way there is generated elsewhere
         with self._pool.update_lock:  # an update under way still counts on them
             sync = self._pool.weight_sync
             if sync is not None:
                 sync.servers_leave()
             self._forget(clients)
         for client in clients:
-            client.cut()  # what is still under way there is generated elsewhere
             on_left(client.url)
         self.publish()
 

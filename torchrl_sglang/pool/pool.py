@@ -145,7 +145,25 @@ class SGLangPool:
         Raises:
             ConfigError: a server is no member, or no other one would be left that takes requests. Nothing was changed.
         """
-        self._membership.remove([urls] if isinstance(urls, str) else list(urls), drain=drain, timeout_s=timeout_s)
+        self.take_out([urls] if isinstance(urls, str) else list(urls), drain=drain, timeout_s=timeout_s)
+
+    def take_out(
+        self,
+        urls: Sequence[str],
+        *,
+        drain: bool,
+        timeout_s: float | None,
+        on_left: Callable[[str], None] = lambda url: None,
+    ) -> None:
+        """:meth:`remove`, for the owner of the processes.
+
+        Args:
+            urls: base URLs.
+            drain: as there.
+            timeout_s: as there.
+            on_left: called for each server when nothing is sent to it any more.
+        """
+        self._membership.remove(urls, drain=drain, timeout_s=timeout_s, on_left=on_left)
 
     def connect(self) -> None:
         """Ask every server what it serves, once.

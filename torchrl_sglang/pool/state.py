@@ -25,8 +25,8 @@ Phase = Literal["serving", "updating", "quarantined", "dead", "dirty", "offloade
 ``serving``: it gets requests; ``updating``: it gets requests, which wait while it is paused for a weight update;
 ``quarantined``: it gets none until a weight update or :meth:`SGLangPool.restore`; ``dead``: a request found that it is
 gone, and later requests poll it; ``dirty``: it was in the middle of an update when this pool connected, and is polled
-until that has ended; ``offloaded``: its GPU memory is released; ``joining``: it is new in the pool, and gets none until it
-holds the weights that the others hold.
+until that has ended; ``offloaded``: its GPU memory is released; ``joining``: it is new in the pool, and gets none until
+it holds the weights that the others hold.
 """
 
 

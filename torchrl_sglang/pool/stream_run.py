@@ -74,10 +74,11 @@ class StreamRun:
             ServerError: no server is left, or one failed in a way that leaves open whether the request runs.
             ProtocolError: the stream ended without a finished sequence.
         """
+        ids_T = (self._request.body or {})["input_ids"][0]
         while True:
             has_begun = False
             clients = self._servers("the stream was not begun", 1)
-            with self._load.assign_one(clients, key=self._key, ids_T=self._request.body["input_ids"][0]) as client:
+            with self._load.assign_one(clients, key=self._key, ids_T=ids_T) as client:
                 try:
                     for reply in self._replies_of(client):
                         has_begun = True
