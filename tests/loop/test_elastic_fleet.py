@@ -1,8 +1,9 @@
-"""Real servers that join and leave while others generate and weights are synced; each token is compared with a model."""
+"""Real servers that join and leave while others generate; each token is compared with the model of its version."""
 
 from __future__ import annotations
 
 import statistics
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -140,9 +141,9 @@ def test_no_prompt_is_lost_or_answered_twice_in_200_syncs_with_a_server_joining_
     assert waited > 0
     join, one_sync = statistics.median(join_s), statistics.median(sync_s)
     with capsys.disabled():
-        print(
+        sys.stdout.write(
             f"\n{len(rollouts.answers)} answers in {NUM_SYNCS} syncs, {len(versions)} versions seen; joining "
-            f"{join:.2f} s where a sync takes {one_sync:.2f} s (medians of {len(join_s)} and {len(sync_s)})"
+            f"{join:.2f} s where a sync takes {one_sync:.2f} s (medians of {len(join_s)} and {len(sync_s)})\n"
         )
     assert join < 4 * one_sync + 1
 
@@ -177,7 +178,9 @@ def test_an_engine_scales_up_and_down_between_two_syncs(
         assert len(rollouts.answers) == rollouts.asked
         assert_serves(urls[1], model, version=3)
         with capsys.disabled():
-            print(f"\nscale_to(2): {scale_s:.1f} s, a start and a join; a sync with a new group takes {sync_s:.2f} s")
+            sys.stdout.write(
+                f"\nscale_to(2): {scale_s:.1f} s, a start and a join; a sync with a new group takes {sync_s:.2f} s"
+            )
     psutil.wait_procs(processes, timeout=20)
     assert not [process for process in processes if process.is_running()]
 

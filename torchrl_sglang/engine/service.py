@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
@@ -21,8 +22,9 @@ from torchrl_sglang.engine.weights import EngineWeights
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.parallel import side_by_side
-from torchrl_sglang.pool import RouterClient, SGLangPool
+from torchrl_sglang.pool import RouterClient, ServerListFollower, SGLangPool
 from torchrl_sglang.pool.earlier_weights import warn_of_earlier_weights
+from torchrl_sglang.pool.server_list import ListSource
 from torchrl_sglang.progress import shown_progress
 from torchrl_sglang.protocol.control import build_flush
 from torchrl_sglang.protocol.messages import GenerateReply
@@ -82,6 +84,7 @@ class AsyncSGLang:
         self.weights = EngineWeights(pool, self.restart)
         self.memory = EngineMemory(pool)
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._followers: list[ServerListFollower] = []
         self._restart = restart
         self._monitor = CrashMonitor(self) if restart == "on-failure" and servers else None
 
@@ -367,7 +370,7 @@ class AsyncSGLang:
             ServerStartError: one did not become ready; nothing is left running.
             ServerError: one can't be reached.
         """
-        if isinstance(servers, (int, float)):
+        if not isinstance(servers, (str, list, tuple)):
             with shown_progress(progress) as show:
                 return self._fleet.add(servers, gpus=gpus, progress=show)
         require(gpus is None, "gpus are those of servers to launch: a running server has its own")
@@ -411,6 +414,32 @@ class AsyncSGLang:
         with shown_progress(progress) as show:
             self._fleet.scale_to(num_servers, gpus=gpus, drain=drain, timeout_s=timeout_s, progress=show)
 
+    def follow(self, source: ListSource, *, poll_s: float = 2.0, grace_s: float | None = None) -> ServerListFollower:
+        """Keep the attached servers those of a list that something else changes; launched ones stay.
+
+        Args:
+            source: a file with a URL per line (``torchrl-sglang servers`` edits it), a name whose addresses are the
+                servers (``"dns://servers.example:30000"``), or a function that returns URLs.
+            poll_s: seconds between two looks at the list.
+            grace_s: how long a server must be missing before it is removed, in seconds; ``None`` is 30 for a DNS name,
+                which leaves out servers that seem not ready, and 0 otherwise.
+
+        Returns:
+            What follows the list, in a thread of its own, until its :meth:`stop` or :meth:`shutdown`.
+
+        Raises:
+            ConfigError: ``source`` is no list of servers.
+        """
+        fleet = weakref.ref(self._fleet)
+
+        def launched() -> list[str]:
+            known = fleet()
+            return [] if known is None else [client.url for client, _ in known.launched]
+
+        follower = ServerListFollower(self.pool, source, poll_s=poll_s, grace_s=grace_s, keep=launched)
+        self._followers.append(follower)
+        return follower
+
     # ------------------------------------------------------------------ life
 
     def restart(self, url: str) -> bool:
@@ -439,6 +468,8 @@ class AsyncSGLang:
     def shutdown(self) -> None:
         """Close connections and end the servers this engine launched. Safe to call twice."""
         self._fleet.end()
+        for follower in self._followers:
+            follower.stop()
         if self._monitor is not None:
             self._monitor.announce_end()
         self.weights.close()
