@@ -123,7 +123,7 @@ def main() -> None:
         model = args.model or str(make_tiny_model(Path(folder) / "model", arch="llama", seed=0))
         num_servers = max(args.servers)
         print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; servers: {num_servers} of {model}")
-        with AsyncSGLang.from_pretrained(model, dp_size=num_servers, device="cpu") as engine:
+        with AsyncSGLang.from_pretrained(model, dp_size=num_servers, device="cpu", api_key=False) as engine:
             run(engine, args)
 
 

@@ -109,7 +109,7 @@ def main() -> None:
     set_list_to_stack(True).set()
     model = args.model or str(smollm2_checkpoint())
     print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; {args.new_tokens} new tokens each")
-    with AsyncSGLang.from_pretrained(model, device="cpu") as engine:
+    with AsyncSGLang.from_pretrained(model, device="cpu", api_key=False) as engine:
         run(engine, args)
 
 

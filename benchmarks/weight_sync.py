@@ -220,7 +220,9 @@ def main() -> None:
     )
     print("malloc: " + " ".join(f"{name}={os.environ[name]}" for name in MALLOC))
     count = max(args.servers)
-    with AsyncSGLang.from_pretrained(args.model, dp_size=count, device="cpu", start_timeout_s=600) as engine:
+    with AsyncSGLang.from_pretrained(
+        args.model, dp_size=count, device="cpu", start_timeout_s=600, api_key=False
+    ) as engine:
         run([client.url for client in engine.pool.clients], args, model, bucket_bytes)
 
 

@@ -165,6 +165,10 @@ class SGLangEngineConfig:
     env: Any = None
     restart: str | None = None
     router: Any = None
+    api_key: Any = None
+    """``false`` launches servers without a key. A key itself would be in every copy of the configuration."""
+    api_key_file: str | None = None
+    admin_api_key_file: str | None = None
     _target_: str = "torchrl_sglang.hydra_configs.shared_engine"
     _partial_: bool = False
 

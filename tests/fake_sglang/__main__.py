@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from tests.fake_sglang.faults import Fault
@@ -31,7 +32,11 @@ def _from_command_line() -> FakeSettings:
         else:
             kind = type(field.default) if field.default is not None else str
             parser.add_argument(flag, type=kind, default=field.default)
-    return _settings(vars(parser.parse_args()))
+    parser.add_argument("--config", help="JSON file with api-key and admin-api-key, as torchrl_sglang writes it")
+    record = vars(parser.parse_args())
+    path = record.pop("config")
+    named = json.loads(Path(path).read_text()) if path is not None else {}
+    return _settings(record | {name.replace("-", "_"): value for name, value in named.items()})
 
 
 def _settings(record: dict[str, Any]) -> FakeSettings:

@@ -15,7 +15,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [{root!r}, os.environ.ge
 python = "{python}"
 if sys.argv[1] == "-I":
     os.execv(python, [python, *sys.argv[1:]])
-known = ("--model-path", "--host", "--port", "--weight-version")
+known = ("--model-path", "--host", "--port", "--weight-version", "--config")
 words = sys.argv[3:]
 passed = [word for flag, value in zip(words, words[1:]) if flag in known for word in (flag, value)]
 command = [python, "-m", "tests.fake_sglang", *passed, *{more!r}]

@@ -119,8 +119,10 @@ class InfoEndpoints:
             "max_total_num_tokens": settings.max_total_tokens,
             "max_req_input_len": min(self._vocabulary.context_length, settings.max_total_tokens) - 6,
             "status": "ready",
-            "internal_states": [{"last_gen_throughput": 0.0}],
+            "internal_states": [{"last_gen_throughput": 0.0, "api_key": settings.api_key}],
             "version": settings.version,
+            "api_key": settings.api_key,
+            "admin_api_key": settings.admin_api_key,
             "fake": True,
         }
         return Reply(body=body)

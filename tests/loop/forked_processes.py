@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -81,6 +82,10 @@ class Forked:
     @property
     def is_running(self) -> bool:
         return Path(f"/proc/{self.pid}").exists()
+
+    @property
+    def has_reported(self) -> bool:
+        return self._report.exists()
 
 
 class ForkedServer(Forked):
@@ -159,6 +164,10 @@ class ProcessFactory:
                 otherwise it stops between buckets, when half of the tensors have arrived.
         """
         return Forked(*self._fork("announce" if inside_a_broadcast else "stall", {"url": url, "weights": str(weights)}))
+
+    def start_function(self, function: str, settings: dict[str, Any]) -> Forked:
+        """A process that calls ``module:name`` with ``settings`` and its way to report."""
+        return Forked(*self._fork("call", {"function": function, "settings": settings}))
 
     def start_sharded_trainer(self, world_size: int, url: str, model: Path) -> list[Forked]:
         """An FSDP2 trainer of ``world_size`` processes; see :func:`_shard`."""
@@ -263,6 +272,11 @@ def _shard(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
     report({"versions": versions, "default_group": count.item(), "model": str(folder / "whole.pt")})
 
 
+def _call(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
+    module, name = settings["function"].split(":")
+    getattr(importlib.import_module(module), name)(settings["settings"], report)
+
+
 def _child(order: dict[str, Any], parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -276,9 +290,8 @@ def _child(order: dict[str, Any], parent: int) -> None:
         unfinished.write_text(json.dumps(value))
         unfinished.rename(path)
 
-    {"serve": _serve, "train": _train, "stall": _stall, "announce": _announce, "shard": _shard}[order["do"]](
-        order["settings"], report
-    )
+    tasks = {"serve": _serve, "train": _train, "stall": _stall, "announce": _announce, "shard": _shard, "call": _call}
+    tasks[order["do"]](order["settings"], report)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from torchrl.envs.llm import ChatEnv
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.loop.rollout_cases import greedy, reference_log_probs
-from torchrl_sglang import RequestRejectedError, SamplingParams, SGLangWrapper
+from torchrl_sglang import ClientConfig, RequestRejectedError, SamplingParams, SGLangWrapper
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_begin_update, build_end_update, build_update_bucket
@@ -34,10 +34,10 @@ def load(folder: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def assert_serves(urls: str | Sequence[str], model: nn.Module, version: int) -> None:
+def assert_serves(urls: str | Sequence[str], model: nn.Module, version: int, *, api_key: str | None = None) -> None:
     """Assert that each server generates the tokens and log-probs of ``model``, labelled with this version."""
     for url in [urls] if isinstance(urls, str) else urls:
-        pool = SGLangPool([SGLangClient(url)])
+        pool = SGLangPool([SGLangClient(url, ClientConfig(api_key=api_key))])
         replies = pool.generate(PROMPTS, SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True))
         for prompt, reply in zip(PROMPTS, replies, strict=True):
             tokens = greedy(model, prompt, NEW_TOKENS, min_new_tokens=NEW_TOKENS)

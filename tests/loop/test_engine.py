@@ -173,7 +173,7 @@ def loses_one_and_gets_it_back(
         assert not pool.quarantined, "nothing was synced: the checkpoint's weights are the current ones"
 
     engine.update_weights(model)
-    assert_serves(urls, model, version=1)
+    assert_serves(urls, model, version=1, api_key=engine.api_key)
     kill(engine.servers[0])
     await_restarts(engine, 3)
     assert list(pool.quarantined) == [urls[0]]
@@ -182,7 +182,7 @@ def loses_one_and_gets_it_back(
     assert list(pool.router.workers()) == [urls[1]]
     assert len(pool.generate(PROMPTS, GREEDY)) == len(PROMPTS)
     engine.update_weights(model)
-    assert_serves(urls, model, version=2)
+    assert_serves(urls, model, version=2, api_key=engine.api_key)
     assert pool.router.workers().keys() == set(urls)
 
 

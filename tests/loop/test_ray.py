@@ -215,10 +215,10 @@ def test_real_servers_on_two_addresses_answer_as_the_model_they_were_sent(
         urls = [server.url for server in engine.servers]
         assert urls[0].startswith("http://127.0.0.1:")
         assert urls[1].startswith(f"http://{ray.util.get_node_ip_address()}:")
-        assert_serves(urls, load(tiny_llama), 0)
+        assert_serves(urls, load(tiny_llama), 0, api_key=engine.api_key)
         with closing(WeightSync(engine.pool, SyncConfig(verify="full"), restart=engine.restart)) as sync:
             sync.push(load(tiny_llama_b))
-        assert_serves(urls, load(tiny_llama_b), 1)
+        assert_serves(urls, load(tiny_llama_b), 1, api_key=engine.api_key)
 
 
 def test_a_cluster_without_room_is_told(launch: Callable[..., AsyncSGLang]) -> None:

@@ -68,7 +68,7 @@ def await_answer(engine: AsyncSGLang, index: int, count: int = 1) -> None:
 
 def outputs(engine: AsyncSGLang, index: int) -> list[list[int]]:
     """What one server answers, past all routing."""
-    with AsyncSGLang.connect(engine.pool.clients[index].url) as direct:
+    with AsyncSGLang.connect(engine.pool.clients[index].url, api_key=engine.api_key) as direct:
         return [reply.output_ids for reply in direct.pool.generate(PROMPTS, SAMPLING)]
 
 

@@ -14,6 +14,7 @@ import pytest
 from tests.loop.sync_cases import PROMPTS, assert_serves, load
 from torchrl_sglang import (
     AsyncSGLang,
+    ClientConfig,
     SamplingParams,
     ServerError,
     SGLangWeightSyncScheme,
@@ -90,10 +91,10 @@ def test_a_fleet_is_updated_and_a_server_of_ours_that_died_comes_back_with_curre
     with AsyncSGLang.from_pretrained(str(tiny_llama), dp_size=2, device="cpu", start_timeout_s=300) as engine:
         urls = [client.url for client in engine.pool.clients]
         scheme = SGLangWeightSyncScheme(engine, config=SMALL_BUCKETS)
-        attached = WeightSync(SGLangPool([SGLangClient(urls[0])]), SMALL_BUCKETS)
+        attached = WeightSync(SGLangPool([SGLangClient(urls[0], ClientConfig(api_key=engine.api_key))]), SMALL_BUCKETS)
         try:
             scheme.sync.push(model_b)
-            assert_serves(urls, model_b, version=1)
+            assert_serves(urls, model_b, version=1, api_key=engine.api_key)
             attached.push(model_b, version=1)
 
             kill(engine.servers[0])
@@ -107,7 +108,7 @@ def test_a_fleet_is_updated_and_a_server_of_ours_that_died_comes_back_with_curre
             # The next update brings it back, with the update's weights.
             scheme.sync.push(model_a)
             assert not engine.pool.quarantined
-            assert_serves(urls, model_a, version=2)
+            assert_serves(urls, model_a, version=2, api_key=engine.api_key)
 
             for server in engine.servers:
                 kill(server)
@@ -115,7 +116,7 @@ def test_a_fleet_is_updated_and_a_server_of_ours_that_died_comes_back_with_curre
                 engine.pool.generate(PROMPTS, SamplingParams(max_new_tokens=1))
             scheme.sync.heal()
             assert not engine.pool.quarantined
-            assert_serves(urls, model_a, version=3)
+            assert_serves(urls, model_a, version=3, api_key=engine.api_key)
         finally:
             attached.close()
             scheme.shutdown()

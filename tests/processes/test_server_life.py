@@ -328,7 +328,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(make: Callable[..., SGL
         make(port=31161).start()
     assert server.is_running
     with pytest.raises(ServerStartError, match="port=None picks a free port"):
-        make(host="192.0.2.1").start()
+        make(host="192.0.2.1", api_key=False).start()
 
 
 def test_keys_are_neither_in_the_log_nor_on_a_command_line_nor_in_a_file(
@@ -350,7 +350,7 @@ def test_keys_are_neither_in_the_log_nor_on_a_command_line_nor_in_a_file(
 def test_servers_on_other_hosts_than_ipv4_loopback_are_reached(make: Callable[..., SGLangServer], host: str) -> None:
     if ":" in host and not is_bindable("::1", 31162):
         pytest.skip("this machine has no IPv6")
-    server = make(host=host).start()
+    server = make(host=host, api_key=False).start()
     with urllib.request.urlopen(f"{server.url}/ready", timeout=10) as answer:
         assert answer.status == 200
 

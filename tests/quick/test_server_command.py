@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,13 +109,6 @@ def test_keys_are_in_a_file_that_sglang_reads_and_never_on_the_command_line(chec
 def test_a_flag_that_has_a_field_is_refused_in_extra_args(checkpoint: Path, word: str, field: str) -> None:
     with pytest.raises(ConfigError, match=rf"set ServerConfig\.{field} instead"):
         check_config(ServerConfig(model=str(checkpoint), extra_args=(word, "1")))
-
-
-def test_a_second_config_file_beside_keys_is_refused(checkpoint: Path) -> None:
-    config = ServerConfig(model=str(checkpoint), extra_args=("--config", "mine.yaml"))
-    check_config(config)
-    with pytest.raises(ConfigError, match="one --config file"):
-        check_config(replace(config, api_key="k"))
 
 
 @pytest.mark.parametrize("key", ["", "-x", "two words"])

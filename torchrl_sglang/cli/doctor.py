@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 
 from torchrl_sglang.cli.launching import add_server_options, server_config
-from torchrl_sglang.cli.secrets import key_from
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.progress import PhaseLine
 
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     launches = args.self_test or args.url is None
     diagnosis.add(*check_environment(server, launches=launches))
     if args.url is not None:
-        diagnosis.add(*check_server(args.url, ClientConfig(api_key=key_from(args.api_key_file))))
+        diagnosis.add(*check_server(args.url, ClientConfig(api_key_file=args.api_key_file)))
     if args.self_test:
         with PhaseLine() as show:
             self_test(diagnosis, server, progress=show)

@@ -17,9 +17,10 @@ from pathlib import Path
 from types import FrameType
 
 from torchrl_sglang.cli.launching import add_server_options, launch, server_config
-from torchrl_sglang.cli.secrets import key_from
 from torchrl_sglang.config import ServerConfig
+from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.server import SGLangServer
+from torchrl_sglang.server.command import is_loopback
 
 __all__ = ["add_arguments", "run"]
 
@@ -32,14 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="path or hub name of the checkpoint, or SmolLM2")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=30000, help="port to listen on (default: 30000)")
-    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that requests must have")
+    keys = parser.add_mutually_exclusive_group()
+    keys.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that requests must have")
+    keys.add_argument("--no-api-key", action="store_true", help="serve everyone who reaches --host")
     parser.add_argument("--quiet", action="store_true", help="do not show the server's log")
     add_server_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM, or until the server ends by itself."""
-    config = server_config(args, host=args.host, port=args.port, api_key=key_from(args.api_key_file))
+    if not (is_loopback(args.host) or args.api_key_file or args.no_api_key):
+        raise ConfigError(
+            f"--host {args.host} is reached from other machines, and whoever reaches a server without a key can load "
+            "weights into it from any path: give --api-key-file FILE. --no-api-key serves everyone"
+        )
+    key = False if args.no_api_key else None
+    config = server_config(args, host=args.host, port=args.port, api_key=key, api_key_file=args.api_key_file)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _serve(config, quiet=args.quiet)

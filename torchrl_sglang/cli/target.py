@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torchrl_sglang.cli.launching import add_server_options, launch, server_config
-from torchrl_sglang.cli.secrets import key_from
 from torchrl_sglang.config import ClientConfig
+from torchrl_sglang.config.api_keys import new_key
 
 __all__ = ["add_generation_options", "add_target_options", "generation_settings", "target"]
 
@@ -58,12 +59,12 @@ def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
 @contextlib.contextmanager
 def target(args: argparse.Namespace) -> Iterator[tuple[str, ClientConfig]]:
     """The server's address and the client's settings; a launched server stops at the end of the block."""
-    key = key_from(args.api_key_file)
-    config = ClientConfig(api_key=key, ca_certificate=args.ca_certificate)
+    config = ClientConfig(api_key_file=args.api_key_file, ca_certificate=args.ca_certificate)
     if args.model is None:
         yield args.url or "http://127.0.0.1:30000", config
         return
-    server = launch(server_config(args, api_key=key))
+    config = replace(config, api_key=config.api_key or new_key())
+    server = launch(server_config(args, api_key=config.api_key))
     try:
         yield server.url, config
     finally:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
+from torchrl_sglang.config.api_keys import check_keys
 from torchrl_sglang.config.checking import names_checked, require_numbers
 
 __all__ = ["ClientConfig"]
@@ -20,8 +22,12 @@ class ClientConfig:
 
     api_key: str | None = field(default=None, repr=False)
     """The server's ``--api-key``; sent with every request."""
+    api_key_file: str | Path | None = field(default=None, repr=False)
+    """File with ``api_key``, read when this record is made; the record then holds the key."""
     admin_api_key: str | None = field(default=None, repr=False)
     """The server's ``--admin-api-key``; sent with control calls (pause, update, flush...) instead of ``api_key``."""
+    admin_api_key_file: str | Path | None = field(default=None, repr=False)
+    """File with ``admin_api_key``."""
     ca_certificate: str | None = None
     """PEM file with a private authority's certificate, for ``https://`` servers; ``None`` trusts the public ones."""
     connect_timeout_s: float = 5.0
@@ -50,6 +56,7 @@ class ClientConfig:
         require_numbers(self, *(f.name for f in fields(self) if f.name.endswith("_timeout_s")), above=0)
         require_numbers(self, "max_connections", "vocab_size", at_least=1)
         require_numbers(self, "connect_retries", at_least=0)
+        check_keys(self)
 
     def generate_limit_s(self, max_new_tokens: int = 0) -> float:
         """Longest time for a request of generations, in seconds.

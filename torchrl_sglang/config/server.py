@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from torchrl_sglang.config.api_keys import check_keys
 from torchrl_sglang.config.checking import names_checked, require, require_number, require_numbers, words
 from torchrl_sglang.config.foreign_names import ENGINE_ARGUMENTS, unknown_argument
 
@@ -42,10 +43,17 @@ class ServerConfig:
     """Fraction of the GPU's memory for weights and KV cache; ``None`` is SGLang's own (0.9 on a CPU)."""
     max_total_tokens: int | None = None
     """Size of the KV cache in tokens; ``None`` is SGLang's own (8192 on a CPU)."""
-    api_key: str | None = field(default=None, repr=False)
-    """Key that every request must have."""
+    api_key: str | Literal[False] | None = field(default=None, repr=False)
+    """Key that every request must have. ``None``: :class:`AsyncSGLang` and ``launch_on_ray`` make a random one
+    (:attr:`AsyncSGLang.api_key`); a plain :class:`SGLangServer` needs none, and so listens on loopback only. ``False``:
+    no key, for everyone who reaches ``host``; they can load any weights that the server can read."""
+    api_key_file: str | Path | None = field(default=None, repr=False)
+    """File with ``api_key``, read when this record is made; the record then holds the key."""
     admin_api_key: str | None = field(default=None, repr=False)
-    """Key that control calls must have."""
+    """Key that control calls must have, instead of ``api_key``. Not without ``api_key``: SGLang then serves everyone,
+    and shows this key to everyone (0.5.23)."""
+    admin_api_key_file: str | Path | None = field(default=None, repr=False)
+    """File with ``admin_api_key``."""
     extra_args: tuple[str, ...] = ()
     """More SGLang command-line words, appended as they are; the last of a repeated flag wins."""
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -76,9 +84,15 @@ class ServerConfig:
         for key in ("api_key", "admin_api_key"):
             flag = "--" + key.replace("_", "-")
             require(
-                not any(word.split("=")[0] == flag for word in self.extra_args),
+                not any(len(word) > 4 and flag.startswith(word.split("=")[0]) for word in self.extra_args),
                 f"{flag} must not be in extra_args: use {key}=",
             )
+        check_keys(self, may_be_open=True)
+        require(
+            self.admin_api_key is None or isinstance(self.api_key, str),
+            "admin_api_key without api_key: SGLang then serves everyone, and shows the admin key to everyone. Give an "
+            "api_key too",
+        )
         for name, value in self.env.items():
             require(isinstance(value, str), f"env[{name!r}] must be a string, got {value!r}")
         if self.log_dir is not None:

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from torchrl_sglang.config import ClientConfig, SamplingParams, ServerConfig, SyncConfig
+from torchrl_sglang.config.api_keys import new_key
 from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.config.foreign_names import (
     CONNECT_ARGUMENTS,
@@ -77,6 +78,8 @@ def server_configs(
         if settings.get(ours, value) not in (value, defaults.get(ours, value)):
             raise ConfigError(f"{name}={value!r} means {ours}, which is also given as {settings[ours]!r}: give one")
         settings[ours] = value
+    if settings.get("api_key") is None and settings.get("api_key_file") is None:
+        settings["api_key"] = new_key()
     num_servers = settings.pop("dp_size")
     require_number("dp_size, the number of servers,", num_servers, whole=True, at_least=1)
     return replicate(ServerConfig(model=model, **settings), num_servers, gpus)
@@ -114,11 +117,17 @@ class LocalLauncher:
 
 
 def client_config(given: ClientConfig | None, server: ServerConfig) -> ClientConfig:
-    """How to talk to launched servers: as ``given``, with the servers' own keys."""
+    """How to talk to launched servers: as ``given``, with the servers' own keys.
+
+    Raises:
+        ConfigError: ``given`` has keys that the servers don't have.
+    """
     base = given or ClientConfig()
-    return replace(
-        base, api_key=server.api_key or base.api_key, admin_api_key=server.admin_api_key or base.admin_api_key
-    )
+    for name in ("api_key", "admin_api_key"):
+        own = getattr(base, name)
+        if own is not None and own != getattr(server, name):
+            raise ConfigError(f"client has an {name}, which launched servers don't have: give {name}= to the launch")
+    return replace(base, api_key=server.api_key or None, admin_api_key=server.admin_api_key)
 
 
 def refuse_unknown(given: Iterable[str], known: Sequence[str], *, attaching: bool = False) -> None:

@@ -98,7 +98,7 @@ class AsyncSGLang:
             url: base URL, or one per server.
             router: base URL of an sglang-router for generation; the servers are made its workers. Start it with
                 ``--disable-retries``: by itself it sends a request again that may still be running.
-            **client: fields of :class:`~torchrl_sglang.ClientConfig`: ``api_key``, ``admin_api_key``, time-outs...
+            **client: fields of :class:`~torchrl_sglang.ClientConfig`: ``api_key``, ``api_key_file``, time-outs...
 
         Raises:
             ConfigError: a bad URL, an unknown argument, or servers of different models.
@@ -194,6 +194,14 @@ class AsyncSGLang:
     def launched(self) -> tuple[tuple[SGLangClient, SGLangServer], ...]:
         """The processes this engine launched, with their clients."""
         return self._fleet.launched
+
+    @property
+    def api_key(self) -> str | None:
+        """The servers' key, for other clients (``Authorization: Bearer KEY``); ``None`` if they have none.
+
+        Servers that this package launches get a random one, unless a key or ``api_key=False`` is given.
+        """
+        return self.pool.clients[0].config.api_key
 
     @property
     def weight_version(self) -> int:

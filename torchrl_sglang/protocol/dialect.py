@@ -83,5 +83,16 @@ def parse_info(model_info: Any, server_info: Any, *, url: str, vocab_size: int |
         grammar_backend=server_info.get("grammar_backend"),
         skips_tokenizer=bool(server_info.get("skip_tokenizer_init")),
         preferred_sampling=frozenset(preferred_sampling(server_info, url=url)),
-        raw=dict(server_info),
+        raw=_without_secrets(server_info),
     )
+
+
+def _without_secrets(value: Any) -> Any:
+    """The server's settings without its keys, which SGLang reports too."""
+    if isinstance(value, Mapping):
+        return {name: _without_secrets(inner) for name, inner in value.items() if not _is_secret(str(name))}
+    return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _is_secret(name: str) -> bool:
+    return name.endswith("api_key") or "password" in name or "secret" in name

@@ -34,7 +34,8 @@ def launch_on_ray(
 ) -> AsyncSGLang:
     """Launch servers in Ray actors and wait until they are ready.
 
-    The servers listen on addresses that other machines reach: set an ``api_key`` if you do not trust all of these.
+    The servers listen on addresses that other machines reach, and so have a random key (:attr:`AsyncSGLang.api_key`)
+    unless ``api_key``, ``api_key_file`` or ``api_key=False`` is given.
 
     Args:
         model: path or hub name of the checkpoint; a path must be readable on every node.

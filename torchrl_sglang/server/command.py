@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.errors import ConfigError
@@ -18,6 +20,7 @@ __all__ = [
     "build_command",
     "build_url",
     "check_config",
+    "is_loopback",
     "key_spellings",
     "keys_as_yaml",
     "local_model_path",
@@ -77,12 +80,58 @@ def check_config(config: ServerConfig) -> None:
         flag = word.partition("=")[0]
         if flag in _OWN_FLAGS:
             raise ConfigError(f"{flag} in extra_args: set ServerConfig.{_OWN_FLAGS[flag]} instead")
-        if flag == "--config" and (config.api_key or config.admin_api_key):
-            raise ConfigError("SGLang reads one --config file, and the keys take it: give the other settings as flags")
+    _settings_file(config)
+    if config.api_key is None and not is_loopback(config.host):
+        raise ConfigError(
+            f"host={config.host!r} is reached from other machines, and whoever reaches a server without a key can load "
+            "weights into it from any path. Give api_key or api_key_file; api_key=False launches it without a key"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on ``host``.
+
+    Examples:
+        >>> [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "", "node-7")]
+        [True, True, True, False, False, False]
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _settings_file(config: ServerConfig) -> dict[str, Any]:
+    """The contents of the ``--config`` file in ``extra_args``; empty if there is none.
+
+    Raises:
+        ConfigError: it can't be read, or it holds a key, which clients would not know.
+    """
+    path = _settings_path(config)
+    if path is None:
+        return {}
+    import yaml  # type: ignore[import-untyped]  # transformers requires it
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        # The parser's error shows a piece of the file, which may hold a key.
+        raise ConfigError(f"--config {path} in extra_args can't be read ({type(error).__name__})") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--config {path} in extra_args holds no settings: SGLang reads YAML, name: value")
     for name in ("api_key", "admin_api_key"):
-        key = getattr(config, name)
-        if key is not None and (not key or key.startswith("-") or any(character.isspace() for character in key)):
-            raise ConfigError(f"{name} must not be empty, start with '-' or hold white space")
+        if name in {str(given).replace("-", "_") for given in settings}:
+            raise ConfigError(f"--config {path} in extra_args holds {name}, which clients need too: use {name}_file=")
+    return settings
+
+
+def _settings_path(config: ServerConfig) -> str | None:
+    words = config.extra_args
+    if "--config" not in words:
+        return None
+    if words.count("--config") > 1 or words[-1] == "--config":
+        raise ConfigError("--config in extra_args: SGLang takes one, followed by the path of a YAML file")
+    return words[words.index("--config") + 1]
 
 
 def build_command(
@@ -101,7 +150,7 @@ def build_command(
         port: HTTP port.
         rendezvous_port: port of the rendezvous of the server's own ranks (SGLang's ``--nccl-port``).
         cpu: use the CPU engine.
-        key_file: YAML file with the keys, if there are any.
+        key_file: YAML file with the keys, if there are any (:func:`keys_as_yaml`).
         weight_version: what the server calls the checkpoint's weights.
     """
     command = [
@@ -124,22 +173,27 @@ def build_command(
         ):
             if value is not None:
                 command += [flag, str(value)]
-    if key_file is not None:
+    words = list(config.extra_args)
+    if key_file is not None:  # it holds what the file in extra_args holds: SGLang reads one
+        if "--config" in words:
+            at = words.index("--config")
+            del words[at : at + 2]
         command += ["--config", str(key_file)]
-    command += config.extra_args
+    command += words
     return [*command, "--weight-version", weight_version] if weight_version is not None else command
 
 
 def keys_as_yaml(config: ServerConfig) -> str | None:
-    r"""The keys as the contents of SGLang's ``--config`` file; ``None`` when there are none.
+    r"""The keys, and what the ``--config`` file in ``extra_args`` holds, as one such file; ``None`` without keys.
 
     Examples:
-        >>> keys_as_yaml(ServerConfig(model="m", api_key="a: b"))
-        '"api-key": "a: b"\n'
+        >>> keys_as_yaml(ServerConfig(model="m", api_key="a:b"))
+        '{"api-key": "a:b"}\n'
     """
-    keys = {"api-key": config.api_key, "admin-api-key": config.admin_api_key}
-    lines = [f"{json.dumps(name)}: {json.dumps(key)}\n" for name, key in keys.items() if key is not None]
-    return "".join(lines) or None
+    named = {"api-key": config.api_key, "admin-api-key": config.admin_api_key}
+    keys = {name: key for name, key in named.items() if key}
+    # JSON is YAML too, and quotes every text.
+    return json.dumps({**_settings_file(config), **keys}, default=str) + "\n" if keys else None
 
 
 def key_spellings(config: ServerConfig) -> list[str]:

@@ -38,7 +38,9 @@ from torchrl_sglang.recipes.setup.settings import SETTINGS
 __all__ = ["known_settings", "load_config", "save_config"]
 
 _FREE_NODE = "weight_sync_schemes.policy.config="
-_ALSO_ATTACHED = ("url", "name", "router", "_target_", "_partial_")
+_ENGINES = ("engine", "reference_engine")
+_KEY_FILES = ("api_key_file", "admin_api_key_file")
+_ALSO_ATTACHED = ("url", "name", "router", *_KEY_FILES, "_target_", "_partial_")
 _LAUNCH_ONLY = tuple(field.name for field in fields(SGLangEngineConfig) if field.name not in _ALSO_ATTACHED)
 
 
@@ -68,6 +70,7 @@ def load_config(recipe: Path, arguments: Arguments) -> DictConfig:
         config.run.folder = str(arguments.resume)
     if arguments.overwrite:
         config.run.overwrite = True
+    _refuse_keys(config)
     _attach_instead_of_launching(config, arguments.overrides)
     try:
         values: Any = OmegaConf.to_container(config, resolve=True)
@@ -179,13 +182,28 @@ def _keys(node: Any, above: str = "") -> Iterator[str]:
                 yield from _keys(inner, f"{key}.")
 
 
+def _refuse_keys(config: DictConfig) -> None:
+    """Everyone on the machine can read a command line, and the configuration is written into the run's folder.
+
+    Raises:
+        ConfigError: it holds a key.
+    """
+    for node in (one for one in _ENGINES if one in config):
+        for name in ("api_key", "admin_api_key"):
+            require(
+                config[node].get(name) in (None, False),
+                f"{node}.{name} would be seen in {CONFIG_FILE} and on the command line: write the key into a file that "
+                f"only you can read, and set {node}.{name}_file to its path",
+            )
+
+
 def _attach_instead_of_launching(config: DictConfig, overrides: Sequence[str]) -> None:
     """If ``engine.url`` names running servers, clear the preset's launch settings.
 
     Raises:
         ConfigError: the user's overrides hold launch settings too.
     """
-    for node in (one for one in ("engine", "reference_engine") if one in config and config[one].get("url") is not None):
+    for node in (one for one in _ENGINES if one in config and config[one].get("url") is not None):
         launch_settings = [name for name in _LAUNCH_ONLY if name in config[node]]
         overridden = [override.key_or_group for override in _parse(overrides)]
         conflicts = [f"{node}.{name}" for name in launch_settings if f"{node}.{name}" in overridden]

@@ -35,7 +35,8 @@ class RayServing(Serving):
             engine = {name: value for name, value in _plain(config.engine).items() if value is not None}
             settings = {name: value for name, value in engine.items() if not name.startswith("_")}
             if "url" in settings:
-                self.servers = AsyncSGLang.connect(settings.pop("url"))
+                keys = {name: settings[name] for name in ("api_key_file", "admin_api_key_file") if name in settings}
+                self.servers = AsyncSGLang.connect(settings["url"], **keys)
             else:
                 self.servers = launch_on_ray(
                     settings.pop("model"),
