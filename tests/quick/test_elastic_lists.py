@@ -14,6 +14,7 @@ import pytest
 
 from tests.fake_sglang import FakeServer
 from torchrl_sglang import AsyncSGLang, ConfigError, SamplingParams, ServerError
+from torchrl_sglang.cli import main
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.pool import ServerListFollower, SGLangPool
 from torchrl_sglang.pool.server_list import read_server_file, reader_of, write_server_file
@@ -166,3 +167,36 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["servers.txt"]
     with pytest.raises(OSError, match="can't be written"):
         write_server_file(tmp_path / "missing" / "servers.txt", [])
+
+
+def test_the_command_line_edits_the_file_that_a_trainer_follows(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = make(), make(weight_version="4@abcd")
+    file = tmp_path / "servers.txt"
+    assert main(["servers", str(file)]) == 1
+    assert "can't be read" in capsys.readouterr().err
+    assert main(["servers", str(file), "--add", first.url]) == 0
+    assert main(["servers", str(file), "--add", second.url.removeprefix("http://")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"{second.url}  {second.settings.model_path}  weights 4@abcd  0 requests"
+    assert read_server_file(file) == [first.url, second.url]
+    pool = pool_of(first)
+    with ServerListFollower(pool, file, poll_s=0.02):
+        wait_for(lambda: urls(pool) == [first.url, second.url])
+        assert main(["servers", str(file), "--remove", second.url]) == 0
+        wait_for(lambda: urls(pool) == [first.url])
+    capsys.readouterr()
+    for words, code, message in (
+        (["--add", first.url], 2, "is on the list already"),
+        (["--add", "http://127.0.0.1:9"], 1, "nothing accepts connections"),
+        (["--remove", second.url], 2, "is not on the list"),
+        (["--remove", first.url], 2, "no server would be left"),
+        (["--add", "Qwen/Qwen3-0.6B"], 2, "looks like the name"),
+    ):
+        assert main(["servers", str(file), *words]) == code
+        assert message in capsys.readouterr().err
+    assert read_server_file(file) == [first.url]
+    first.stop()
+    assert main(["servers", str(file)]) == 0
+    assert f"{first.url}  does not answer" in capsys.readouterr().out

@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": ("generate", "generate responses to prompts"),
     "chat": ("chat", "chat with a model in the terminal"),
     "doctor": ("doctor", "check the installation, a server, or a whole weight sync"),
+    "servers": ("servers", "show or change the list of servers that a running trainer follows"),
     "install-cpu-server": ("install_cpu_server", "install a server that needs no GPU"),
     "version": ("version", "print versions"),
 }

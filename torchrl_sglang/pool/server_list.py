@@ -78,13 +78,18 @@ def write_server_file(path: Path, urls: Sequence[str]) -> None:
 
 
 def _called(source: Callable[[], Iterable[str]]) -> list[str]:
+    failure: BaseException
     try:
         found = source()
-        if isinstance(found, str):
-            raise TypeError("it returned a string, not a list of URLs")
-        return list(found)
-    except Exception as error:
-        raise ServerError(f"the function that lists the servers failed: {type(error).__name__}: {error}") from error
+        if not isinstance(found, str):
+            return list(found)
+        raise TypeError("it returned a string, not a list of URLs")
+    except BaseException as error:  # noqa: BLE001  whatever the user's function raises, the thread that calls it goes on
+        failure = error
+    if not isinstance(failure, Exception):  # Ctrl-C
+        raise failure
+    text = f"{type(failure).__name__}: {failure}"
+    raise ServerError(f"the function that lists the servers failed: {text}") from failure
 
 
 def _checked(urls: Iterable[str]) -> list[str]:
