@@ -28,9 +28,9 @@ def tracker(*clients: SGLangClient) -> LoadTracker:
 
 
 def placed(
-    load: LoadTracker, clients: list[SGLangClient], prompts: list[list[int]], **options: object
+    load: LoadTracker, clients: list[SGLangClient], prompts: list[list[int]], keys_B: list[str] | None = None
 ) -> dict[int, str]:
-    with load.assign(clients, prompts, range(len(prompts)), 1, **options) as shares:  # type: ignore[arg-type]
+    with load.assign(clients, prompts, range(len(prompts)), 1, keys_B) as shares:
         return {index: client.url for client, share in shares for index in share}
 
 
@@ -57,17 +57,17 @@ def test_prompts_that_only_begin_alike_are_spread() -> None:
 def test_the_sequences_that_grew_out_of_one_prompt_spread_over_servers_that_have_nothing_to_do() -> None:
     load = tracker(A, B)
     prompt = conversation(1)
-    placed(load, [A], [prompt])
+    load.affinity.note(A.url, prompt)
     grown = placed(load, [A, B], [[*prompt, number] for number in range(8)])
     assert Counter(grown.values()) == {A.url: 5, B.url: 3}
 
 
 def test_a_server_with_too_much_to_do_is_left_out() -> None:
     load = tracker(A, B)
-    placed(load, [A], [conversation(1)])
+    load.affinity.note(A.url, conversation(1))
     with load.count([(A, list(range(20)))], 1):
         assert placed(load, [A, B], [conversation(1)]) == {0: B.url}
-    placed(load, [A], [conversation(2)])
+    load.affinity.note(A.url, conversation(2))
     with load.count([(A, list(range(3)))], 1):
         assert placed(load, [A, B], [conversation(2)]) == {0: A.url}
 
