@@ -235,6 +235,15 @@ class SGLangClient:
         configured: float = getattr(self.config, f"{request.timeout}_timeout_s")
         return configured
 
+    @property
+    def num_generating(self) -> int:
+        """Number of generate requests of this client under way."""
+        return self._connections.num_generating
+
+    def cut(self) -> None:
+        """Break the connections of generate requests under way, which then fail with :class:`ServerLostError`."""
+        self._connections.cut()
+
     def close(self) -> None:
         """Close idle connections. The client can still be used afterwards."""
         self._connections.close()

@@ -38,8 +38,8 @@ class Watched(Protocol):
     router: SGLangRouter | None
 
     @property
-    def servers(self) -> Sequence[SGLangServer]:
-        """The servers it launched, in the order of the pool's clients."""
+    def launched(self) -> Sequence[tuple[SGLangClient, SGLangServer]]:
+        """The servers it launched, with their clients."""
 
 
 class CrashMonitor:
@@ -120,7 +120,7 @@ def _watch(engine_ref: weakref.ref[Watched], ending: threading.Event) -> None:
         engine = engine_ref()
         if engine is None:
             return
-        for client, server in zip(engine.pool.clients, engine.servers, strict=True):
+        for client, server in engine.launched:
             if server.has_crashed:
                 _restart_crashed(engine.pool, client, server, crashes[client.url], ending)
         if engine.router is not None and engine.router.has_crashed and not ending.is_set():

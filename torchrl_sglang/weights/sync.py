@@ -20,6 +20,7 @@ from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.checksums.verifier import ChecksumVerifier, PushChecksums
+from torchrl_sglang.weights.newcomers import NewcomerUpdates
 from torchrl_sglang.weights.planning import PushPlanner
 from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import is_sharded, ranks_of
@@ -113,6 +114,7 @@ class WeightSync:
         self._others = OtherTrainers(pool, self.owner, takeover=self.config.takeover)
         self._transport: WeightTransport[Any] | None = None
         self._last_weights: Any = None
+        self._newcomers = NewcomerUpdates(pool, self._planner, self.config, self.owner)
         self._pending: PendingSync | None = None
         self._users: weakref.WeakKeyDictionary[Any, SyncConfig | None] = weakref.WeakKeyDictionary()
         if pool.weight_sync is None:
@@ -265,6 +267,34 @@ class WeightSync:
             raise ConfigError("there are no weights to send again: push(model) them")
         return self.push(self._last_weights)
 
+    def bring_up_to_date(self, clients: Sequence[SGLangClient]) -> list[SGLangClient]:
+        """Send the weights of the last push to servers that have just joined; only these are paused.
+
+        The trainer's tensors may have changed since that push. Then, and if the model is sharded or came as an
+        iterator, the servers wait for the next push, unless the weights lie in a shared folder (``transport="disk"``)
+        or are an adapter, which is kept. What they got is compared with what the other servers hold.
+
+        Args:
+            clients: members of the pool that get no requests yet.
+
+        Returns:
+            Those that have to wait for the next push; the others get requests.
+
+        Raises:
+            ConfigError: a server can't take weights by this transport, or an adapter needs another base model than its.
+            WeightUpdateError: a server failed.
+        """
+        with self._pool.update_lock:
+            if self.last_report is None:
+                return list(clients)
+            return self._newcomers.update(clients, self._choose_transport())
+
+    def servers_leave(self) -> None:
+        """Servers are about to leave the pool: process groups are destroyed, and the next push makes new ones."""
+        with self._pool.update_lock:
+            if self._transport is not None:
+                self._transport.close()
+
     def close(self) -> None:
         """Wait for a push under way, then destroy the process group. The servers go on serving."""
         if self._pending is not None:
@@ -272,6 +302,7 @@ class WeightSync:
         if self._transport is not None:
             self._transport.close()
         self._last_weights = None
+        self._newcomers.forget()
         if self._pool.weight_sync is self:
             self._pool.weight_sync = None
 
@@ -301,6 +332,7 @@ class WeightSync:
             plan = self._planner.plan(source, partial=partial, transport=transport.name)
             checksums = self._begin_checksums(clients, source, plan)
         self._last_weights = None if source.one_shot else weights
+        self._newcomers.forget()
         on_packed = None if checksums is None else checksums.take
         packed = self._planner.pack(source, plan, transport.packer, report, on_packed)
         num_bytes = sum(bucket.nbytes for bucket in plan) or self._planner.checkpoint.nbytes
@@ -326,6 +358,8 @@ class WeightSync:
         report.server_weights = {url: state.weights for url, state in updated.items()}
         report.total_s = time.monotonic() - start
         self.last_report = report
+        if not partial and not source.one_shot:
+            self._newcomers.remember(weights, target)
         _log.info("weights %d on %d servers in %.3f s", number, len(clients), report.total_s)
         return report
 

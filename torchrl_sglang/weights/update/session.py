@@ -73,9 +73,11 @@ class UpdateSession:
 
     Attributes:
         adapter: ``None``: this update changes no adapter.
+        is_joining: the servers get no requests yet, and the pool's other servers hold these weights already.
     """
 
     adapter: str | None = None
+    is_joining = False
 
     def __init__(
         self,
@@ -198,6 +200,8 @@ class UpdateSession:
             self._each("marking its weights dirty", control.build_set_version(self._dirty))
 
     def _choose_pause(self) -> Literal["abort", "retract", "in_place"]:
+        if self.is_joining:
+            return "abort"
         if self._config.pause != "auto":
             return self._config.pause
         for client in self._clients:
@@ -248,7 +252,8 @@ class UpdateSession:
 
     def _finish(self) -> None:
         """Finish each server by itself: if one fails in the last step, the others still serve."""
-        self._state.caches_salted(None if self.flushes else str(self._version))
+        if not self.is_joining:
+            self._state.caches_salted(None if self.flushes else str(self._version))
         finishing = [client for client in self._clients if client.url not in self._failed]
         with self.report.phase("end"):
             self._run({client.url: self._ending(client) for client in finishing})
