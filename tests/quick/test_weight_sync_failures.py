@@ -143,6 +143,8 @@ def test_a_restarted_server_counts_as_a_new_process_also_if_it_does_not_answer_y
     class Server:
         def start(self, **settings: Any) -> None: ...
 
+        def kill(self) -> None: ...
+
     with pytest.raises(ServerUnreachableError):
         restart_server(pool, pool.clients[0], Server())  # type: ignore[arg-type]
     assert pool.state.server("http://127.0.0.1:9").restarts == 1
