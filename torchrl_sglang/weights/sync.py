@@ -309,7 +309,7 @@ class WeightSync:
     def _push_now(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
         start = time.monotonic()
         ranks = ranks_of_weights(weights)
-        with together(ranks, "reaching the servers"):
+        with together(ranks, "reaching the servers and opening its weights"):
             self.reach(self.config.fixed_timeout_s)
             self._pool.refuse_while_offloaded()
             transport = self._choose_transport()
