@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -61,11 +61,9 @@ class LivenessCheck:
             time.sleep(_POLL_S)
             errors = {**errors, **self._errors(hanging)}
         for client in self._pool.clients:
-            error = errors[client.url]
-            if isinstance(error, ServerTimeoutError):
+            if isinstance(errors[client.url], ServerTimeoutError):
                 self._waited_for.add(self._process(client))
-            if error is not None and not isinstance(error, _BeingRestarted):
-                self._pool.quarantine(client.url, f"it could not be reached for a weight update ({error})")
+        self._leave_out({url: error for url, error in errors.items() if error is not None})
         alive = [client for client in self._pool.clients if errors[client.url] is None]
         if not alive:
             raise WeightUpdateError(
@@ -77,6 +75,16 @@ class LivenessCheck:
             if self._is_stuck(client):
                 self._pool.state.weights_changed(client.url, "mixed")
         return alive
+
+    def _leave_out(self, errors: Mapping[str, SGLangError]) -> None:
+        reasons = {
+            url: f"it could not be reached for a weight update ({error})"
+            for url, error in errors.items()
+            if not isinstance(error, _BeingRestarted)
+        }
+        calls = {url: partial(self._pool.quarantine, url, reason) for url, reason in reasons.items()}
+        for outcome in side_by_side(calls).values():  # a router is told of all of them at the same time
+            outcome.unwrap()
 
     def _errors(self, clients: Sequence[SGLangClient]) -> dict[str, SGLangError | None]:
         outcomes = side_by_side({client.url: partial(self._check, client) for client in clients})
