@@ -123,9 +123,8 @@ def serve_many(count: int, parent: Connection) -> None:
 
     async def serve() -> None:
         threads = ThreadPoolExecutor(2 * count)
-        listening = [
-            await asyncio.start_server(Server(threads).serve, "127.0.0.1", 0, backlog=2048) for _ in range(count)
-        ]
+        options: dict[str, Any] = {"backlog": 2048, "reuse_address": False}  # else two may get the same port
+        listening = [await asyncio.start_server(Server(threads).serve, "127.0.0.1", 0, **options) for _ in range(count)]
         parent.send([f"http://127.0.0.1:{each.sockets[0].getsockname()[1]}" for each in listening])
         await asyncio.get_running_loop().run_in_executor(None, parent.poll, None)
 
