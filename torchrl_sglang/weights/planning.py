@@ -14,11 +14,13 @@ from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, trainabl
 from torchrl_sglang.weights.buckets.packing import BucketPacker
 from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 from torchrl_sglang.weights.checkpoint.wire_dtype import wire_dtype
 from torchrl_sglang.weights.source.adapter import AdapterSource
 from torchrl_sglang.weights.source.architecture import architecture_of, naming_architectures
 from torchrl_sglang.weights.source.factory import open_source
 from torchrl_sglang.weights.source.interface import WeightSource
+from torchrl_sglang.weights.source.shards import together
 from torchrl_sglang.weights.transports.base import PackedWeights
 from torchrl_sglang.weights.update.report import SyncReport
 
@@ -51,6 +53,11 @@ class PushPlanner:
         if self._checkpoint is None:
             self._checkpoint = Checkpoint.read(self._pool.info.model_path, revision=self._pool.info.revision)
         return self._checkpoint
+
+    @property
+    def known_nbytes(self) -> int:
+        """Bytes of the checkpoint; 0 before it was read."""
+        return 0 if self._checkpoint is None else self._checkpoint.nbytes
 
     @property
     def served_dtype(self) -> torch.dtype | None:
@@ -95,21 +102,27 @@ class PushPlanner:
             if config.check_values:
                 source.check_values(target=self.served_dtype)
             return []
-        specs = source.specs()
         if isinstance(source, AdapterSource):
+            specs = source.specs()
             source.check_values(target=self.served_dtype)
             return [Bucket.of(specs.values())]
-        ignore = (*config.ignore, *source.omitted_names)
-        if partial:
-            ignore += tuple(name for name in checkpoint.specs if name not in specs)
-        with naming_architectures(source.architecture, self._served_architectures):
-            check_coverage(specs, checkpoint, ignore=ignore, server=self._pool.clients[0].url)
-        wire = [replace(spec, dtype=wire_dtype(spec, checkpoint, self.served_dtype)) for spec in specs.values()]
+        with together(source.ranks, "comparing its tensors with the checkpoint's"):
+            wire = self._wire_specs(source, partial)
         if transport != "disk" and self._may_skip_frozen(source):
             wire = trainable_specs(wire)
         if config.check_values:
             source.check_values([spec.name for spec in wire], self.served_dtype)
-        return plan_buckets(wire, bucket_bytes=config.bucket_bytes)
+        return plan_buckets(wire, bucket_bytes=config.bucket_size(checkpoint.nbytes))
+
+    def _wire_specs(self, source: WeightSource, partial: bool) -> list[TensorSpec]:
+        """The tensors in the dtypes in which they are sent; not collective."""
+        checkpoint, specs = self.checkpoint, source.specs()
+        ignore = (*self._config.ignore, *source.omitted_names)
+        if partial:
+            ignore += tuple(name for name in checkpoint.specs if name not in specs)
+        with naming_architectures(source.architecture, self._served_architectures):
+            check_coverage(specs, checkpoint, ignore=ignore, server=self._pool.clients[0].url)
+        return [replace(spec, dtype=wire_dtype(spec, checkpoint, self.served_dtype)) for spec in specs.values()]
 
     def pack(
         self,
@@ -131,11 +144,16 @@ class PushPlanner:
         if not source.one_shot:
             packed = packer.packed(plan, source.tensors)
             return PackedWeights(
-                packed, report, num_buckets=len(plan), peft_config=source.peft_config, on_packed=on_packed
+                packed,
+                report,
+                num_buckets=len(plan),
+                peft_config=source.peft_config,
+                on_packed=on_packed,
+                is_sharded=source.is_sharded,
             )
         stream = packer.packed_stream(
             source.tensors(),
-            bucket_bytes=self._config.bucket_bytes,
+            bucket_bytes=self._config.bucket_size(self.checkpoint.nbytes),
             dtype_of=lambda spec: wire_dtype(spec, self.checkpoint, self.served_dtype),
             expected=self.checkpoint.specs,
         )
@@ -147,11 +165,10 @@ class PushPlanner:
             return plan
         specs = self.checkpoint.specs.values()
         wire = [replace(spec, dtype=wire_dtype(spec, self.checkpoint, self.served_dtype)) for spec in specs]
-        return plan_buckets(wire, bucket_bytes=self._config.bucket_bytes)
+        return plan_buckets(wire, bucket_bytes=self._config.bucket_size(self.checkpoint.nbytes))
 
-    def gather_only(self, source: WeightSource, *, partial: bool, transport: str) -> None:
+    def gather_only(self, source: WeightSource, plan: Sequence[Bucket]) -> None:
         """Gather, with the sending rank and in its order, the tensors that it sends: those of :meth:`plan`."""
-        plan = self.plan(source, partial=partial, transport=transport)
         for _ in source.tensors([name for bucket in plan for name in bucket.names]):
             pass
 

@@ -32,6 +32,7 @@ class PackedWeights(Iterator[PackedBucket]):
         num_buckets: how many will come, if that is known.
         peft_config: the adapter's configuration, when the weights are an adapter.
         on_packed: called with every bucket and its bytes, as soon as they are packed.
+        is_sharded: other ranks gather every tensor with this one, also if nothing is taken.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class PackedWeights(Iterator[PackedBucket]):
         num_buckets: int | None,
         peft_config: Any = None,
         on_packed: Callable[[Bucket, torch.Tensor], None] | None = None,
+        is_sharded: bool = False,
     ) -> None:
         self.num_buckets = num_buckets
         self.peft_config = peft_config
@@ -49,6 +51,7 @@ class PackedWeights(Iterator[PackedBucket]):
         self._report = report
         self._on_packed = on_packed
         self._first: PackedBucket | None = None
+        self._others_wait = is_sharded
 
     def pack_first(self) -> None:
         """Pack the first bucket now, while the servers still generate."""
@@ -64,6 +67,7 @@ class PackedWeights(Iterator[PackedBucket]):
         return packed
 
     def _pack_next(self) -> PackedBucket | None:
+        self._others_wait = False
         packed = next(self._buckets, None)
         if packed is not None and self._on_packed is not None:
             self._on_packed(*packed)
@@ -71,6 +75,8 @@ class PackedWeights(Iterator[PackedBucket]):
 
     def close(self) -> None:
         """Pack no more buckets; releases the other ranks of a sharded source."""
+        if self._others_wait:  # a generator that has not begun would end without its gathers
+            self._pack_next()
         self._buckets.close()
 
 

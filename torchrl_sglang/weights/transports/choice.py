@@ -13,7 +13,7 @@ from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
 from torchrl_sglang.weights.transports.disk import DiskTransport
 from torchrl_sglang.weights.transports.lora import LoraTransport
 
-__all__ = ["make_transport"]
+__all__ = ["make_transport", "num_copies"]
 
 
 def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint: Checkpoint) -> WeightTransport[Any]:
@@ -40,4 +40,10 @@ def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint:
     auto_disk = config.transport == "auto" and has_replicas_inside and config.disk_dir is not None
     if config.transport == "disk" or auto_disk:
         return DiskTransport(pool, config, owner, checkpoint.path)
-    return BroadcastTransport(pool, config, owner)
+    largest_bytes = max(config.bucket_size(checkpoint.nbytes), *(spec.nbytes for spec in checkpoint.specs.values()))
+    return BroadcastTransport(pool, config, owner, largest_bytes=largest_bytes)
+
+
+def num_copies(transport: WeightTransport[Any]) -> int:
+    """How often the trainer sends every byte by this transport, once it is connected."""
+    return transport.num_copies if isinstance(transport, BroadcastTransport) else 1
