@@ -12,6 +12,7 @@ from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, trainable_specs
 from torchrl_sglang.weights.buckets.packing import BucketPacker
+from torchrl_sglang.weights.buckets.value_check import ValueCheck
 from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.checkpoint.wire_dtype import wire_dtype
@@ -88,16 +89,13 @@ class PushPlanner:
             The buckets; none for a source that can be read only once, whose tensors are checked while they are packed.
 
         Raises:
-            WeightCoverageError: names, shapes or values don't match.
+            WeightCoverageError: names or shapes don't match.
         """
         config, checkpoint = self._config, self.checkpoint
         if source.one_shot:
-            if config.check_values:
-                source.check_values(target=self.served_dtype)
             return []
         specs = source.specs()
         if isinstance(source, AdapterSource):
-            source.check_values(target=self.served_dtype)
             return [Bucket.of(specs.values())]
         ignore = (*config.ignore, *source.omitted_names)
         if partial:
@@ -107,9 +105,34 @@ class PushPlanner:
         wire = [replace(spec, dtype=wire_dtype(spec, checkpoint, self.served_dtype)) for spec in specs.values()]
         if transport != "disk" and self._may_skip_frozen(source):
             wire = trainable_specs(wire)
-        if config.check_values:
-            source.check_values([spec.name for spec in wire], self.served_dtype)
         return plan_buckets(wire, bucket_bytes=config.bucket_bytes)
+
+    def check_values(self, source: WeightSource, plan: Sequence[Bucket], *, while_packing: bool) -> ValueCheck | None:
+        """Refuse NaN and infinity before anything is sent.
+
+        Args:
+            source: the trainer's weights.
+            plan: from :meth:`plan`.
+            while_packing: everything is packed before anything is sent, so the values can be checked then, in the same
+                pass over memory. Not those of a sharded source, about which all ranks must agree.
+
+        Returns:
+            What checks them while they are packed, if that is so.
+
+        Raises:
+            WeightCoverageError: a tensor has such values.
+        """
+        if isinstance(source, AdapterSource) or (source.one_shot and self._config.check_values):
+            source.check_values(target=self.served_dtype)
+        elif self._config.check_values:
+            if while_packing and not source.is_sharded:
+                return ValueCheck(self.served_dtype)
+            source.check_values([name for bucket in plan for name in bucket.names], self.served_dtype)
+        return None
+
+    def num_bytes(self, plan: Sequence[Bucket]) -> int:
+        """Bytes that will be sent; those of the checkpoint for a source that can be read only once."""
+        return sum(bucket.nbytes for bucket in plan) or self.checkpoint.nbytes
 
     def pack(
         self,
@@ -118,8 +141,11 @@ class PushPlanner:
         packer: BucketPacker,
         report: SyncReport,
         on_packed: Callable[[Bucket, torch.Tensor], None] | None = None,
+        *,
+        is_staged: bool = False,
+        values: ValueCheck | None = None,
     ) -> PackedWeights:
-        """Buckets with their bytes, each packed when the transport asks for it.
+        """Buckets with their bytes, packed when the transport asks for them or when it stages them.
 
         Args:
             source: the trainer's weights.
@@ -127,11 +153,19 @@ class PushPlanner:
             packer: packs where the transport needs the bytes.
             report: counts what is packed.
             on_packed: called with every packed bucket and its bytes.
+            is_staged: all are packed before the first is sent.
+            values: from :meth:`check_values`.
         """
+        packer.is_staged = is_staged
         if not source.one_shot:
-            packed = packer.packed(plan, source.tensors)
             return PackedWeights(
-                packed, report, num_buckets=len(plan), peft_config=source.peft_config, on_packed=on_packed
+                packer.packed(plan, source.tensors, values),
+                report,
+                num_buckets=len(plan),
+                peft_config=source.peft_config,
+                on_packed=on_packed,
+                is_staged=is_staged,
+                values=values,
             )
         stream = packer.packed_stream(
             source.tensors(),
@@ -139,7 +173,7 @@ class PushPlanner:
             dtype_of=lambda spec: wire_dtype(spec, self.checkpoint, self.served_dtype),
             expected=self.checkpoint.specs,
         )
-        return PackedWeights(stream, report, num_buckets=None, on_packed=on_packed)
+        return PackedWeights(stream, report, num_buckets=None, on_packed=on_packed, is_staged=is_staged)
 
     def expected_plan(self, source: WeightSource, plan: Sequence[Bucket]) -> Sequence[Bucket]:
         """:meth:`plan`'s buckets. A source that can be read only once is taken to have the checkpoint's tensors."""
@@ -152,6 +186,7 @@ class PushPlanner:
     def gather_only(self, source: WeightSource, *, partial: bool, transport: str) -> None:
         """Gather, with the sending rank and in its order, the tensors that it sends: those of :meth:`plan`."""
         plan = self.plan(source, partial=partial, transport=transport)
+        self.check_values(source, plan, while_packing=False)
         for _ in source.tensors([name for bucket in plan for name in bucket.names]):
             pass
 

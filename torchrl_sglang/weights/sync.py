@@ -25,6 +25,7 @@ from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import is_sharded, ranks_of
 from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
 from torchrl_sglang.weights.transports.choice import make_transport
+from torchrl_sglang.weights.transports.staging import is_staged
 from torchrl_sglang.weights.update.liveness import LivenessCheck
 from torchrl_sglang.weights.update.other_trainers import OtherTrainers
 from torchrl_sglang.weights.update.report import SyncReport
@@ -299,11 +300,15 @@ class WeightSync:
         with report.phase("prepare"):
             clients = self._prepare(transport, source, partial)
             plan = self._planner.plan(source, partial=partial, transport=transport.name)
+            num_bytes = self._planner.num_bytes(plan)
+            report.is_staged = is_staged(self.config, transport, num_bytes)
+            values = self._planner.check_values(source, plan, while_packing=report.is_staged)
             checksums = self._begin_checksums(clients, source, plan)
         self._last_weights = None if source.one_shot else weights
         on_packed = None if checksums is None else checksums.take
-        packed = self._planner.pack(source, plan, transport.packer, report, on_packed)
-        num_bytes = sum(bucket.nbytes for bucket in plan) or self._planner.checkpoint.nbytes
+        packed = self._planner.pack(
+            source, plan, transport.packer, report, on_packed, is_staged=report.is_staged, values=values
+        )
         deadline = time.monotonic() + self.config.deadline_s(num_bytes)
         servers = self._pool.state.servers
         incomplete = [client for client in clients if partial and servers[client.url].complete_from != self.owner]

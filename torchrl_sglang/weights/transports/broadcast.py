@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
-from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.packing import BucketPacker
@@ -15,6 +14,7 @@ from torchrl_sglang.weights.group.bucket_loop import BucketLoop
 from torchrl_sglang.weights.group.process_group import WeightGroup
 from torchrl_sglang.weights.group.rendezvous import group_name
 from torchrl_sglang.weights.transports.base import PackedWeights
+from torchrl_sglang.weights.transports.replicas import require_one_replica
 from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.session import UpdateSession
 
@@ -59,7 +59,7 @@ class BroadcastTransport:
             ConfigError: a server can't take part in a weight group.
             WeightUpdateError: a server did not join.
         """
-        _require_one_replica(clients)
+        require_one_replica(clients)
         members = [(client.url, self._pool.state.server(client.url).restarts) for client in clients]
         if self._groups and members == self._members:
             return
@@ -83,8 +83,8 @@ class BroadcastTransport:
         return f"{self._owner}.{self._count}"
 
     def stage(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> None:
-        """Gather, check and pack the first bucket."""
-        packed.pack_first()
+        """Gather, check and pack all buckets, or the first."""
+        packed.stage()
 
     def open_session(
         self, clients: Sequence[SGLangClient], version: WeightVersion, deadline: float, report: SyncReport
@@ -121,18 +121,3 @@ class BroadcastTransport:
         for group in self._groups:
             group.drop()
         self._groups = []
-
-
-def _require_one_replica(clients: Sequence[SGLangClient]) -> None:
-    for client in clients:
-        info = client.info
-        if info.dp_size > 1:
-            raise ConfigError(
-                f"{client.url} runs dp_size={info.dp_size} replicas inside one server, and SGLang's weight updates "
-                "reach only one of them: use several servers instead (AsyncSGLang.from_pretrained(..., dp_size=N))"
-            )
-        if info.pp_size > 1:
-            raise ConfigError(
-                f"{client.url} runs pp_size={info.pp_size} pipeline stages, whose ranks collide in a weight group: "
-                "use tensor parallelism, or SyncConfig(transport='disk')"
-            )

@@ -11,6 +11,7 @@ from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.transports.base import WeightTransport
 from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
 from torchrl_sglang.weights.transports.disk import DiskTransport
+from torchrl_sglang.weights.transports.ipc import IpcTransport
 from torchrl_sglang.weights.transports.lora import LoraTransport
 
 __all__ = ["make_transport"]
@@ -40,4 +41,6 @@ def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint:
     auto_disk = config.transport == "auto" and has_replicas_inside and config.disk_dir is not None
     if config.transport == "disk" or auto_disk:
         return DiskTransport(pool, config, owner, checkpoint.path)
+    if config.transport == "ipc":
+        return IpcTransport(pool, config)
     return BroadcastTransport(pool, config, owner)
