@@ -300,6 +300,7 @@ class WeightSync:
         with report.phase("prepare"):
             clients = self._prepare(transport, source, partial)
             plan = self._planner.plan(source, partial=partial, transport=transport.name)
+            report.transport = transport.name  # "auto" has chosen
             num_bytes = self._planner.num_bytes(plan)
             report.is_staged = is_staged(self.config, transport, num_bytes)
             values = self._planner.check_values(source, plan, while_packing=report.is_staged)

@@ -3,15 +3,15 @@
 Run as a script (``python keeper.py PID SECONDS``), with the standard library alone, so that it starts in 20 ms. It does
 two things:
 
-* Servers open a segment with torch's ``rebuild_storage_filename``, which tells a manager over a Unix socket that it
-  opens a file, waits up to 1 s for its ``OK``, and later tells it that it has closed the file. This process answers.
-  A server whose manager does not answer ends, so the manager must outlive a trainer that is killed.
+* Servers open a segment with torch's ``rebuild_storage_filename``, which tells a manager over a Unix socket that it is
+  about to open a file, waits up to 1 s for its ``OK``, and later tells it that it has closed the file. This process
+  answers. A server whose manager does not answer ends, so the manager must outlive a trainer that is killed.
 * It removes a segment when the trainer says so or has ended, in whatever way, but not while a server is still going
-  to open it: a server ends if the file is gone. After the given seconds nobody is waited for any more.
+  to open it or has it open: a server ends if the file is gone. After the given seconds nobody is waited for any more.
 
-The trainer writes lines to its standard input: ``expect NAME COUNT`` before it sends a request that makes servers open
-a segment ``COUNT`` times, ``idle NAME`` when all these requests are answered, ``drop NAME`` to have it removed. The
-end of the input, or of the trainer's process, drops all. The process ends when nothing is left to do.
+The trainer writes lines to its standard input: ``expect NAME PID...`` before it sends requests that make these
+processes open a segment, ``idle NAME`` when all these requests are answered, ``drop NAME`` to have it removed. The end
+of the input, or of the trainer's process, drops all. The process ends when nothing is left to do.
 
 Source of the socket's protocol: torch's ``libshm``. A message is a C struct ``{int pid; char free; char name[60];}``.
 """
@@ -43,8 +43,8 @@ class _Client:
         self._received = b""
         self._message_bytes = 0
 
-    def read(self) -> list[tuple[bool, str]]:
-        """Messages that have come, as ``(whether a file was closed, its name)``.
+    def read(self) -> list[tuple[int, bool, str]]:
+        """Messages that have come, as ``(pid, whether a file was closed, its name)``.
 
         Raises:
             EOFError: the server has closed the connection.
@@ -59,7 +59,7 @@ class _Client:
         while len(self._received) >= self._message_bytes:
             message, self._received = self._received[: self._message_bytes], self._received[self._message_bytes :]
             name = message[_NAME_OFFSET:].split(b"\0")[0].decode("ascii", "replace").lstrip("/")
-            messages.append((message[_FREE_OFFSET] != 0, name))
+            messages.append((int.from_bytes(message[:_FREE_OFFSET], sys.byteorder), message[_FREE_OFFSET] != 0, name))
         return messages
 
 
@@ -73,7 +73,7 @@ class Keeper:
 
     def __init__(self, trainer: int, patience_s: float) -> None:
         self._patience_s = patience_s
-        self._expected: dict[str, int] = {}
+        self._expected: dict[str, list[int]] = {}  # per segment the processes that are going to open it
         self._dropped: dict[str, float] = {}
         self._clients: dict[int, _Client] = {}
         self._commands = b""
@@ -118,12 +118,12 @@ class Keeper:
 
     def _serve(self, client: _Client) -> None:
         try:
-            for is_closed, name in client.read():
+            for pid, is_closed, name in client.read():
                 client.num_open += -1 if is_closed else 1
                 if not is_closed:
                     client.connection.sendall(b"OK")
-                    if name in self._expected:
-                        self._expected[name] = max(0, self._expected[name] - 1)
+                elif pid in self._expected.get(name, ()):
+                    self._expected[name].remove(pid)
         except (OSError, EOFError):
             self._selector.unregister(client.connection)
             self._clients.pop(client.connection.fileno(), None)
@@ -137,11 +137,11 @@ class Keeper:
             return
         *lines, self._commands = (self._commands + data).split(b"\n")
         for line in lines:
-            command, name, *count = line.decode().split()
+            command, name, *pids = line.decode().split()
             if command == "expect":
-                self._expected[name] = self._expected.get(name, 0) + int(count[0])
+                self._expected.setdefault(name, []).extend(map(int, pids))
             elif command == "idle":
-                self._expected[name] = 0
+                self._expected[name] = []
             elif command == "drop":
                 self._drop(name)
 
@@ -167,10 +167,18 @@ class Keeper:
 
     def _remove_dropped(self) -> None:
         for name, deadline in list(self._dropped.items()):
-            if self._expected.get(name, 0) == 0 or time.monotonic() > deadline:
+            expected = [pid for pid in self._expected.get(name, ()) if _is_running(pid)]
+            if not expected or time.monotonic() > deadline:
                 (SHARED_MEMORY / name).unlink(missing_ok=True)
                 del self._dropped[name]
                 self._expected.pop(name, None)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 def main() -> None:

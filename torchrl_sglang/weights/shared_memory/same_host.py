@@ -18,7 +18,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
@@ -165,14 +165,15 @@ def _parsed(field: str) -> tuple[str, int]:
 
 
 def _holders(link: str) -> set[int]:
-    holders = set()
-    for pid in _pids():
-        try:
-            if any(str(descriptor.readlink()) == link for descriptor in (_PROC / str(pid) / "fd").iterdir()):
-                holders.add(pid)
-        except OSError:  # it has ended, or is another user's
-            continue
-    return holders
+    return {pid for pid in _pids() if any(each == link for each in _open_files(pid))}
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    """What the descriptors of a process refer to; nothing for a process of another user."""
+    with suppress(OSError):
+        for descriptor in (_PROC / str(pid) / "fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                yield str(descriptor.readlink())
 
 
 # ------------------------------------------------------------------ its schedulers

@@ -13,6 +13,8 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +27,8 @@ from torchrl_sglang.weights.shared_memory.keeper import SHARED_MEMORY
 
 __all__ = ["Segment", "SegmentPool", "remove_abandoned_segments"]
 
-_PREFIX = "torchrl-sglang-"
+_PREFIX = "torchrl-"
+"""torch allows 59 characters for a name."""
 _HEADER_BYTES = 64
 """Before a segment's bytes; the first four are the counter of openings. Source: torch, ``MapAllocator.cpp``."""
 _OPENINGS = 2**30
@@ -65,6 +68,7 @@ class SegmentPool:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._manager = ""
+        self._owner = ""
         self._segments: dict[int, Segment] = {}
         self._pid = os.getpid()
 
@@ -105,6 +109,7 @@ class SegmentPool:
             start_new_session=True,
         )
         self._pid = os.getpid()
+        self._owner = TrainerMark.of_process(self._process.pid).place
         assert self._process.stdout is not None
         self._manager = self._process.stdout.readline().strip()
         self._process.stdout.close()
@@ -124,7 +129,7 @@ class SegmentPool:
             StorageError: ``/dev/shm`` has no room for it.
         """
         manager = self.open()
-        name = f"{_PREFIX}{_owner()}-{next(_numbers)}"
+        name = f"{_PREFIX}{self._owner}-{os.getpid()}.{next(_numbers)}"
         self._tell(f"idle {name}")
         path = SHARED_MEMORY / name
         _allocate(path, _HEADER_BYTES + nbytes)
@@ -137,9 +142,9 @@ class SegmentPool:
         """The segment whose memory ``flat`` is the beginning of."""
         return self._segments[_address(flat)]
 
-    def expect(self, segment: Segment, num_openings: int) -> None:
-        """Servers will be told to open a segment: from now on it is not removed before they have."""
-        self._tell(f"expect {segment.name} {num_openings}")
+    def expect(self, segment: Segment, pids: Sequence[int]) -> None:
+        """These processes will be told to open a segment: it is kept until they have closed it, or have ended."""
+        self._tell(f"expect {segment.name} {' '.join(map(str, pids))}")
 
     def answered(self, segment: Segment) -> None:
         """Every server that was told to open a segment has answered."""
@@ -185,11 +190,6 @@ def _address(data: torch.Tensor) -> int:
     return data.untyped_storage().data_ptr()
 
 
-def _owner() -> str:
-    mark = TrainerMark.own("")
-    return f"{mark.host}-{mark.pid}-{mark.started}"
-
-
 def _allocate(path: Path, nbytes: int) -> None:
     """Make a file whose memory is there: writing to a sparse one would end the process when the memory runs out."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
@@ -210,11 +210,12 @@ def _allocate(path: Path, nbytes: int) -> None:
 
 
 def remove_abandoned_segments() -> list[str]:
-    """Remove segments of trainers that have ended together with their helper process; returns their names."""
+    """Remove segments whose helper process was killed, as a batch system kills all of a job's; returns their names."""
     removed = []
-    for path in SHARED_MEMORY.glob(f"{_PREFIX}*"):
-        mark = TrainerMark.parse(f"-{path.name.removeprefix(_PREFIX)}".rpartition("-")[0])
-        if mark.is_alive() is False and mark.pid != os.getpid():
-            path.unlink(missing_ok=True)
+    for path in SHARED_MEMORY.glob(f"{_PREFIX}*-*-*-*"):
+        helper = TrainerMark.parse(f"-{path.name.removeprefix(_PREFIX)}".rpartition("-")[0])
+        if helper.is_alive() is False:
+            with suppress(OSError):  # another user's
+                path.unlink()
             removed.append(path.name)
     return removed

@@ -104,11 +104,15 @@ class BroadcastTransport:
     def send(self, session: UpdateSession, packed: PackedWeights, deadline: float) -> None:
         """Broadcast the buckets. See :meth:`WeightTransport.send`."""
         session.begin()
-        loop = BucketLoop(self._groups, self._pool.state, self._config, deadline)
+        loop = self.bucket_loop(deadline)
         flush = session.flushes and packed.num_buckets is not None
         with session.report.phase("transfer"):
             failed = loop.run(packed, num_buckets=packed.num_buckets, flush_cache=flush)
         session.received(flushed=flush and session.report.num_buckets > 0, failed=failed)
+
+    def bucket_loop(self, deadline: float) -> BucketLoop:
+        """What sends the buckets of one update over the groups."""
+        return BucketLoop(self._groups, self._pool.state, self._config, deadline)
 
     def close(self) -> None:
         """Destroy the groups on both sides."""

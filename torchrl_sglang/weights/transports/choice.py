@@ -8,9 +8,11 @@ from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.transports.auto import AutoTransport
 from torchrl_sglang.weights.transports.base import WeightTransport
 from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
 from torchrl_sglang.weights.transports.disk import DiskTransport
+from torchrl_sglang.weights.transports.http import HttpTransport
 from torchrl_sglang.weights.transports.ipc import IpcTransport
 from torchrl_sglang.weights.transports.lora import LoraTransport
 
@@ -18,7 +20,7 @@ __all__ = ["make_transport"]
 
 
 def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint: Checkpoint) -> WeightTransport[Any]:
-    """Make the transport that ``config`` names; ``auto`` is ``broadcast`` wherever a broadcast reaches all replicas.
+    """Make the transport that ``config`` names; ``auto`` chooses between ``ipc`` and ``broadcast`` for each server.
 
     Args:
         pool: the servers, connected.
@@ -43,4 +45,8 @@ def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint:
         return DiskTransport(pool, config, owner, checkpoint.path)
     if config.transport == "ipc":
         return IpcTransport(pool, config)
+    if config.transport == "http":
+        return HttpTransport(pool, config)
+    if config.transport == "auto":
+        return AutoTransport(pool, config, owner)
     return BroadcastTransport(pool, config, owner)

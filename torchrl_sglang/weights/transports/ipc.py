@@ -25,7 +25,7 @@ from torchrl_sglang.weights.shared_memory.same_host import HostCheck, check_same
 from torchrl_sglang.weights.shared_memory.segments import SegmentPool
 from torchrl_sglang.weights.transports.base import PackedWeights
 from torchrl_sglang.weights.transports.replicas import require_one_replica
-from torchrl_sglang.weights.transports.tensor_loop import TensorLoop
+from torchrl_sglang.weights.transports.tensor_loop import TensorLoop, send_tensors
 from torchrl_sglang.weights.transports.tensor_payload import by_shared_memory
 from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.session import UpdateSession
@@ -49,6 +49,12 @@ class HostChecks:
             outcomes = side_by_side({url: partial(check_same_host, url, folder) for url in unknown})
             self._known |= {url: outcome.unwrap() for url, outcome in outcomes.items()}
         return {client.url: self._known[client.url] for client in clients}
+
+
+def _openers(client: SGLangClient, check: HostCheck) -> list[int]:
+    """The processes that open a segment when a server is told to, each as often as it has ranks."""
+    pids = [process.pid for process in check.schedulers]
+    return pids * max(1, client.info.tp_size // len(pids))
 
 
 class IpcTransport:
@@ -111,17 +117,14 @@ class IpcTransport:
 
     def send(self, session: UpdateSession, packed: PackedWeights, deadline: float) -> None:
         """Make the servers read the buckets. See :meth:`WeightTransport.send`."""
-        session.begin()
         loop = TensorLoop(session.clients, self._pool.state, self, self._config, deadline)
-        flush = session.flushes and packed.num_buckets is not None
-        with session.report.phase("transfer"):
-            failed = loop.run(packed, num_buckets=packed.num_buckets, flush_cache=flush)
-        session.received(flushed=flush and session.report.num_buckets > 0, failed=failed)
+        send_tensors(session, loop, packed)
 
     def sending(self, bucket: Bucket, flat: torch.Tensor, clients: Sequence[SGLangClient]) -> Mapping[str, list[str]]:
         """See :class:`~torchrl_sglang.weights.transports.tensor_loop.BucketPayloads`."""
         segment = self._segments.of(flat)
-        self._segments.expect(segment, sum(client.info.tp_size for client in clients))
+        checks = self._checks.check(clients)
+        self._segments.expect(segment, [pid for each in clients for pid in _openers(each, checks[each.url])])
         payload = by_shared_memory(bucket, segment)
         return {client.url: [payload] * client.info.tp_size for client in clients}
 

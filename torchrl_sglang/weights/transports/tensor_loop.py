@@ -23,8 +23,10 @@ from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import PoolState
 from torchrl_sglang.protocol.control import build_update_from_tensors, check_success
 from torchrl_sglang.weights.buckets.layout import Bucket
+from torchrl_sglang.weights.transports.base import PackedWeights
+from torchrl_sglang.weights.update.session import UpdateSession
 
-__all__ = ["BucketPayloads", "TensorLoop"]
+__all__ = ["BucketPayloads", "TensorLoop", "send_tensors"]
 
 _NOTHING_LOADED = "must run between begin_weight_update"
 """SGLang's message for a refusal before it reads anything."""
@@ -51,6 +53,9 @@ class TensorLoop:
         payloads: what is sent of a bucket.
         config: time-outs.
         deadline: ``time.monotonic()`` value by which everything has to have arrived.
+
+    Attributes:
+        failed: servers that dropped out, and why.
     """
 
     def __init__(
@@ -66,11 +71,12 @@ class TensorLoop:
         self._payloads = payloads
         self._config = config
         self._deadline = deadline
-        self._failed: dict[str, SGLangError] = {}
+        self.failed: dict[str, SGLangError] = {}
         self._weights_before: dict[str, ServerWeights] = {}
         self._done: queue.SimpleQueue[Task[Any]] = queue.SimpleQueue()
         self._waiting: dict[Task[Any], tuple[SGLangClient, int]] = {}
         self._flats: dict[int, torch.Tensor] = {}
+        self._has_silent = False
 
     def run(
         self, packed: Iterator[tuple[Bucket, torch.Tensor]], *, num_buckets: int | None, flush_cache: bool
@@ -94,8 +100,12 @@ class TensorLoop:
             number += 1
             self._send(number, bucket, flat, flush_cache=flush_cache and number == num_buckets)
             self._await(number - 1)
+            if not self._clients:
+                break
         self._await(number)
-        return self._failed
+        if not self._clients:
+            raise next(reversed(self.failed.values()))
+        return self.failed
 
     def _send(self, number: int, bucket: Bucket, flat: torch.Tensor, *, flush_cache: bool) -> None:
         self._flats[number] = flat
@@ -117,6 +127,7 @@ class TensorLoop:
             except queue.Empty:
                 silent = {client.url: ServerTimeoutError("no answer in time") for client, _ in self._waiting.values()}
                 self._waiting.clear()
+                self._flats.clear()
                 for url, error in silent.items():
                     self._drop_out(url, error)
                 continue
@@ -128,24 +139,34 @@ class TensorLoop:
                 self._drop_out(client.url, error)
             if not any(other == of_bucket for _, other in self._waiting.values()):
                 flat = self._flats.pop(of_bucket)
-                if not self._failed:
+                if not self._has_silent:
                     self._payloads.answered(flat)
 
     def _drop_out(self, url: str, error: SGLangError) -> None:
-        """Go on without a server that failed, unless it is the last."""
-        if url in self._failed:
+        """Go on without a server that failed."""
+        self._has_silent = self._has_silent or not isinstance(error, RequestRejectedError)
+        if url in self.failed:
             return
-        refusal = error.detail if isinstance(error, RequestRejectedError) else ""
-        if _NOTHING_LOADED in refusal:
+        if isinstance(error, RequestRejectedError) and _NOTHING_LOADED in error.detail:
             self._state.weights_changed(url, self._weights_before[url])
-        failure = WeightUpdateError(f"{url} failed while receiving weights: {error}")
-        self._failed[url] = failure
+        self.failed[url] = WeightUpdateError(f"{url} failed while receiving weights: {error}")
         self._clients = [client for client in self._clients if client.url != url]
-        if not self._clients:
-            raise failure
 
     def _remaining(self) -> float:
         return max(0.05, self._deadline - time.monotonic())
+
+
+def send_tensors(session: UpdateSession, loop: TensorLoop, packed: PackedWeights) -> None:
+    """Open the update session on the servers and send them all buckets.
+
+    Raises:
+        WeightUpdateError: no server has received them.
+    """
+    session.begin()
+    flush = session.flushes and packed.num_buckets is not None
+    with session.report.phase("transfer"):
+        failed = loop.run(packed, num_buckets=packed.num_buckets, flush_cache=flush)
+    session.received(flushed=flush and session.report.num_buckets > 0, failed=failed)
 
 
 def _send_request(client: SGLangClient, request: Any, timeout_s: float) -> None:
