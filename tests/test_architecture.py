@@ -54,6 +54,8 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
     "weights": (
         *("checkpoint", "source", "buckets", "checksums", "group", "update"),
         *("transports", "planning", "newcomers", "sync", "scheme"),
+        *("checkpoint", "source", "buckets", "checksums", "group", "update", "shared_memory"),
+        *("transports", "planning", "sync", "scheme"),
     ),
 }
 

@@ -18,14 +18,15 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from torchrl_sglang.cli.launching import add_server_options, launch, server_config
-from torchrl_sglang.cli.secrets import key_from
 from torchrl_sglang.cli.target import add_generation_options, generation_settings
 from torchrl_sglang.config import ClientConfig
+from torchrl_sglang.config.api_keys import new_key, read_key
 from torchrl_sglang.errors import ServerError
 from torchrl_sglang.server import SGLangServer
 
@@ -76,13 +77,16 @@ def run(args: argparse.Namespace) -> int:
     from torchrl_sglang.agents.settings import SessionSettings
     from torchrl_sglang.model_files import load_tokenizer
 
-    admin_key, key = key_from(args.admin_key_file), key_from(args.api_key_file)
+    admin_key = None if args.admin_key_file is None else read_key(args.admin_key_file)
+    client = ClientConfig(api_key_file=args.api_key_file, ca_certificate=args.ca_certificate)
+    if args.model is not None:
+        client = replace(client, api_key=client.api_key or new_key())
     settings = SessionSettings(
         generation=generation_settings(args), adapter=args.adapter, session_timeout_s=args.session_timeout
     )
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _servers(args, key) as (urls, launched):
+        with _servers(args, client.api_key) as (urls, launched):
             gateway = AgentGateway(
                 urls,
                 tokenizer=None if args.tokenizer is None else load_tokenizer(args.tokenizer),
@@ -91,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
                 admin_key=admin_key,
                 public_url=args.public_url,
                 settings=settings,
-                client=ClientConfig(api_key=key, ca_certificate=args.ca_certificate),
+                client=client,
             )
             with gateway:
                 print(f"ready {gateway.url}", flush=True)

@@ -17,9 +17,14 @@ __all__ = ["SyncConfig"]
 class SyncConfig:
     """How weights reach the servers."""
 
-    transport: Literal["auto", "broadcast", "disk", "lora"] = "auto"
-    """``broadcast``: a process group of trainer and servers; ``disk``: a folder that all can read; ``lora``: the
-    adapter only; ``auto``: ``broadcast``, or ``disk`` where a server has replicas inside and ``disk_dir`` is set."""
+    transport: Literal["auto", "broadcast", "ipc", "http", "disk", "lora"] = "auto"
+    """``ipc``: memory shared with servers on this host; ``broadcast``: a process group of trainer and servers;
+    ``http``: in the requests, for servers that nothing else reaches; ``disk``: a folder that all can read; ``lora``:
+    the adapter only; ``auto``: ``ipc`` for servers that share this host's memory and ``broadcast`` for the others, both
+    in one update, or ``disk`` where a server has replicas inside and ``disk_dir`` is set."""
+    stage: Literal["auto", "off", "always"] = "auto"
+    """Whether all weights are packed and checked before generation is paused, which takes memory for one copy of them
+    and keeps it: ``auto`` does it in main memory where at least the same again stays free, never on a GPU."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Collective library: ``auto`` is NCCL when the servers run on GPUs, else gloo."""
     groups: Literal["auto", "shared", "per_server"] = "auto"
@@ -133,7 +138,8 @@ _SECONDS_PER_RANK = 0.25
 """A rank connects to all others, and NCCL measures the paths between them."""
 
 _SYNC_CHOICES: dict[str, tuple[str, ...]] = {
-    "transport": ("auto", "broadcast", "disk", "lora"),
+    "transport": ("auto", "broadcast", "ipc", "http", "disk", "lora"),
+    "stage": ("auto", "off", "always"),
     "backend": ("auto", "gloo", "nccl"),
     "groups": ("auto", "shared", "per_server"),
     "pause": ("auto", "abort", "retract", "in_place"),

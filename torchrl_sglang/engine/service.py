@@ -378,7 +378,7 @@ class AsyncSGLang:
             ServerStartError: one did not become ready; nothing is left running.
             ServerError: one can't be reached.
         """
-        if not isinstance(servers, (str, list, tuple)):
+        if isinstance(servers, int):
             with shown_progress(progress) as show:
                 return self._fleet.add(servers, gpus=gpus, progress=show)
         require(gpus is None, "gpus are those of servers to launch: a running server has its own")

@@ -28,6 +28,7 @@ from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import is_sharded, ranks_of_weights, together
 from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
 from torchrl_sglang.weights.transports.choice import make_transport, num_copies
+from torchrl_sglang.weights.transports.staging import is_staged
 from torchrl_sglang.weights.update.liveness import LivenessCheck
 from torchrl_sglang.weights.update.other_trainers import OtherTrainers
 from torchrl_sglang.weights.update.report import SyncReport
@@ -349,6 +350,7 @@ class WeightSync:
             with together(ranks, "preparing the servers"):
                 pass
             plan = self._planner.plan(source, partial=partial, transport=transport.name)
+            self._planner.check_values(source, plan, while_packing=False)
             with together(ranks, "reading the servers' checksums"):
                 pass
             self._planner.gather_only(source, plan)
@@ -360,13 +362,18 @@ class WeightSync:
             with together(ranks, "preparing the servers"):
                 clients = self._prepare(transport, partial)
             plan = self._planner.plan(source, partial=partial, transport=transport.name)
+            report.transport = transport.name  # "auto" has chosen
+            num_bytes = self._planner.num_bytes(plan)
+            report.is_staged = is_staged(self.config, transport, num_bytes)
+            values = self._planner.check_values(source, plan, while_packing=report.is_staged)
             with together(ranks, "reading the servers' checksums"):
                 checksums = self._begin_checksums(clients, source, plan)
         self._last_weights = None if source.one_shot else weights
         self._newcomers.forget()
         on_packed = None if checksums is None else checksums.take
-        packed = self._planner.pack(source, plan, transport.packer, report, on_packed)
-        num_bytes = sum(bucket.nbytes for bucket in plan) or self._planner.checkpoint.nbytes
+        packed = self._planner.pack(
+            source, plan, transport.packer, report, on_packed, is_staged=report.is_staged, values=values
+        )
         deadline = time.monotonic() + self.config.deadline_s(num_bytes * num_copies(transport))
         servers = self._pool.state.servers
         incomplete = [client for client in clients if partial and servers[client.url].complete_from != self.owner]

@@ -8,7 +8,6 @@ from functools import partial
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
-from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
@@ -17,6 +16,7 @@ from torchrl_sglang.weights.group.bucket_loop import BucketLoop
 from torchrl_sglang.weights.group.process_group import WeightGroup, choose_backend, close_groups
 from torchrl_sglang.weights.group.rendezvous import group_mark, group_name
 from torchrl_sglang.weights.transports.base import PackedWeights
+from torchrl_sglang.weights.transports.replicas import require_one_replica
 from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.session import UpdateSession
 
@@ -64,7 +64,7 @@ class BroadcastTransport:
             ConfigError: a server can't take part in a weight group.
             WeightUpdateError: a server did not join.
         """
-        _require_one_replica(clients)
+        require_one_replica(clients)
         members = [(client.url, self._pool.state.server(client.url).restarts) for client in clients]
         if self._groups and members == self._members:
             return
@@ -94,8 +94,8 @@ class BroadcastTransport:
         return len(self._groups)
 
     def stage(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> None:
-        """Gather, check and pack the first bucket."""
-        packed.pack_first()
+        """Gather, check and pack all buckets, or the first."""
+        packed.stage()
 
     def open_session(
         self, clients: Sequence[SGLangClient], version: WeightVersion, deadline: float, report: SyncReport
@@ -115,11 +115,15 @@ class BroadcastTransport:
     def send(self, session: UpdateSession, packed: PackedWeights, deadline: float) -> None:
         """Broadcast the buckets. See :meth:`WeightTransport.send`."""
         session.begin()
-        loop = BucketLoop(self._groups, self._pool.state, self._config, deadline)
+        loop = self.bucket_loop(deadline)
         flush = session.flushes and packed.num_buckets is not None
         with session.report.phase("transfer"):
             failed = loop.run(packed, num_buckets=packed.num_buckets, flush_cache=flush)
         session.received(flushed=flush and session.report.num_buckets > 0, failed=failed)
+
+    def bucket_loop(self, deadline: float) -> BucketLoop:
+        """What sends the buckets of one update over the groups."""
+        return BucketLoop(self._groups, self._pool.state, self._config, deadline)
 
     def close(self) -> None:
         """Destroy the groups on both sides."""
@@ -147,18 +151,3 @@ def _rank_limit_s(config: SyncConfig, divided: Sequence[Sequence[SGLangClient]],
     """How long a rank may have to wait in a group, in seconds: for the others to join, or for a bucket."""
     num_ranks = 1 + max(sum(client.info.tp_size for client in group) for group in divided)
     return max(config.group_limit_s(num_ranks), config.bucket_limit_s(largest_bytes * len(divided)))
-
-
-def _require_one_replica(clients: Sequence[SGLangClient]) -> None:
-    for client in clients:
-        info = client.info
-        if info.dp_size > 1:
-            raise ConfigError(
-                f"{client.url} runs dp_size={info.dp_size} replicas inside one server, and SGLang's weight updates "
-                "reach only one of them: use several servers instead (AsyncSGLang.from_pretrained(..., dp_size=N))"
-            )
-        if info.pp_size > 1:
-            raise ConfigError(
-                f"{client.url} runs pp_size={info.pp_size} pipeline stages, whose ranks collide in a weight group: "
-                "use tensor parallelism, or SyncConfig(transport='disk')"
-            )

@@ -115,6 +115,11 @@ class UpdateSession:
             )
 
     @property
+    def clients(self) -> tuple[SGLangClient, ...]:
+        """The servers that this update goes to."""
+        return self._clients
+
+    @property
     def server_weights(self) -> dict[str, ServerWeights]:
         """Per server URL what it holds at this moment."""
         return {client.url: self._state.server(client.url).weights for client in self._clients}
