@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams, ServerConfig, SyncConfig
 from torchrl_sglang.errors import (
     ConfigError,
+    ContextLengthError,
     LethalPromptError,
+    OverloadedError,
     ProtocolError,
     RequestRejectedError,
     ServerError,
@@ -20,14 +22,21 @@ from torchrl_sglang.errors import (
     ServerStartError,
     ServerTimeoutError,
     ServerUnreachableError,
+    SessionError,
+    SessionFinishedError,
+    SessionKeyError,
     SGLangError,
     StorageError,
+    UnknownSessionError,
     WeightCoverageError,
     WeightSyncError,
     WeightUpdateError,
 )
 
 if TYPE_CHECKING:
+    from torchrl_sglang.agents.gateway import AgentGateway, AgentSession
+    from torchrl_sglang.agents.settings import SessionSettings
+    from torchrl_sglang.agents.types import SessionInfo, Trajectory
     from torchrl_sglang.chat import Response, SGLangChat
     from torchrl_sglang.client import SGLangClient
     from torchrl_sglang.engine import AsyncSGLang
@@ -41,6 +50,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AgentGateway": "torchrl_sglang.agents.gateway",
+    "AgentSession": "torchrl_sglang.agents.gateway",
     "AsyncSGLang": "torchrl_sglang.engine",
     "Generation": "torchrl_sglang.rollout",
     "Response": "torchrl_sglang.chat",
@@ -53,7 +64,10 @@ _LAZY = {
     "SGLangWeightSender": "torchrl_sglang.weights",
     "SGLangWeightSyncScheme": "torchrl_sglang.weights",
     "SGLangWrapper": "torchrl_sglang.rollout",
+    "SessionInfo": "torchrl_sglang.agents.types",
+    "SessionSettings": "torchrl_sglang.agents.settings",
     "SyncReport": "torchrl_sglang.weights",
+    "Trajectory": "torchrl_sglang.agents.types",
     "WeightSync": "torchrl_sglang.weights",
     "behaviour_log_probs": "torchrl_sglang.rollout",
     "smollm2_checkpoint": "torchrl_sglang.smollm2",
@@ -62,11 +76,15 @@ _LAZY = {
 }
 
 __all__ = [
+    "AgentGateway",
+    "AgentSession",
     "AsyncSGLang",
     "ClientConfig",
     "ConfigError",
+    "ContextLengthError",
     "Generation",
     "LethalPromptError",
+    "OverloadedError",
     "ProtocolError",
     "RequestRejectedError",
     "Response",
@@ -88,9 +106,16 @@ __all__ = [
     "ServerStartError",
     "ServerTimeoutError",
     "ServerUnreachableError",
+    "SessionError",
+    "SessionFinishedError",
+    "SessionInfo",
+    "SessionKeyError",
+    "SessionSettings",
     "StorageError",
     "SyncConfig",
     "SyncReport",
+    "Trajectory",
+    "UnknownSessionError",
     "WeightCoverageError",
     "WeightSync",
     "WeightSyncError",
