@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams, ServerConfig, SyncConfig
 from torchrl_sglang.errors import (
+    AgentsFailedError,
     ConfigError,
     ContextLengthError,
     LethalPromptError,
@@ -34,6 +35,7 @@ from torchrl_sglang.errors import (
 )
 
 if TYPE_CHECKING:
+    from torchrl_sglang.agents.collector import AgentCollector, RunFailure, group_advantages
     from torchrl_sglang.agents.gateway import AgentGateway, AgentSession
     from torchrl_sglang.agents.settings import SessionSettings
     from torchrl_sglang.agents.types import SessionInfo, Trajectory
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AgentCollector": "torchrl_sglang.agents.collector",
     "AgentGateway": "torchrl_sglang.agents.gateway",
     "AgentSession": "torchrl_sglang.agents.gateway",
     "AsyncSGLang": "torchrl_sglang.engine",
@@ -69,15 +72,19 @@ _LAZY = {
     "SyncReport": "torchrl_sglang.weights",
     "Trajectory": "torchrl_sglang.agents.types",
     "WeightSync": "torchrl_sglang.weights",
+    "RunFailure": "torchrl_sglang.agents.collector",
     "behaviour_log_probs": "torchrl_sglang.rollout",
+    "group_advantages": "torchrl_sglang.agents.collector",
     "smollm2_checkpoint": "torchrl_sglang.smollm2",
     "temper": "torchrl_sglang.rollout",
     "trainer_log_probs": "torchrl_sglang.rollout",
 }
 
 __all__ = [
+    "AgentCollector",
     "AgentGateway",
     "AgentSession",
+    "AgentsFailedError",
     "AsyncSGLang",
     "ClientConfig",
     "ConfigError",
@@ -91,6 +98,7 @@ __all__ = [
     "RewardModel",
     "RewardModelTransform",
     "RouterConfig",
+    "RunFailure",
     "SGLangChat",
     "SGLangClient",
     "SGLangError",
@@ -121,6 +129,7 @@ __all__ = [
     "WeightSyncError",
     "WeightUpdateError",
     "behaviour_log_probs",
+    "group_advantages",
     "smollm2_checkpoint",
     "temper",
     "trainer_log_probs",

@@ -19,6 +19,7 @@
     │   ├── SessionKeyError(PermissionError)       the key is not the session's
     │   ├── SessionFinishedError                   it has its reward, or has expired
     │   └── OverloadedError                        too much is under way or kept; says when to try again
+    ├── AgentsFailedError(RuntimeError)            no group of an agent's runs gives anything to train on
     └── WeightSyncError(RuntimeError)              has the state of every server's weights
         ├── WeightCoverageError                    names, shapes, dtypes or values don't match, listed
         └── WeightUpdateError                      refused, timed out, or failed verification
@@ -32,6 +33,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 __all__ = [
+    "AgentsFailedError",
     "ConfigError",
     "ContextLengthError",
     "LethalPromptError",
@@ -219,6 +221,18 @@ class OverloadedError(SessionError):
     def __init__(self, message: str, *, session: str = "", retry_after_s: float = 1.0) -> None:
         super().__init__(message, session=session)
         self.retry_after_s = retry_after_s
+
+
+class AgentsFailedError(SGLangError, RuntimeError):
+    """Collecting ended: one group of an agent's runs after the other failed, or had equal rewards.
+
+    Attributes:
+        failures: the latest runs that failed, one text each.
+    """
+
+    def __init__(self, message: str, *, failures: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.failures = tuple(failures)
 
 
 class WeightSyncError(SGLangError, RuntimeError):

@@ -170,6 +170,8 @@ def _maker(model: ServedModel, job: _Job, *, parent: Node | None, new: tuple[Mes
             versions=array("q", made.versions),
             finish_reason=finish_reason(made.finish_reason, answer),
             position=position,
+            temperature=0.0 if job.sampling.is_greedy else job.sampling.temperature,
+            exact_log_probs=not job.sampling.truncates,
             stop=made.matched if isinstance(made.matched, str) else None,
             top_log_probs=_top(made, model),
         )

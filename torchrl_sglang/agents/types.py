@@ -184,6 +184,10 @@ class Trajectory:
             conversation of its own. It is always an earlier one.
         shared_tokens: number of tokens at the beginning that another trajectory before it in the list has too, from
             the same sampling. To count every sampled token once, use :attr:`own_mask`.
+        temperatures: the temperature at which each sampled token was drawn, 0.0 for greedy ones (whose log-probs count
+            as temperature 1) and for the others.
+        exact_log_probs: whether the log-probs are those of the distribution that the tokens were drawn from: not if
+            the agent asked for ``top_p``, ``top_k`` or ``min_p``.
         session: id of the session.
         reward: the session's reward; ``None`` if there is none.
         info: what was given with the reward.
@@ -199,6 +203,8 @@ class Trajectory:
     messages: tuple[Mapping[str, Any], ...]
     parent: int | None
     shared_tokens: int = 0
+    temperatures: tuple[float, ...] = ()
+    exact_log_probs: bool = True
     session: str = ""
     reward: float | None = None
     info: Mapping[str, Any] = field(default_factory=dict)

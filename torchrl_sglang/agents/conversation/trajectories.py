@@ -46,17 +46,21 @@ def _sequence(chain: list[Node]) -> Mapping[str, Any]:
     loss_mask: list[int] = []
     log_probs: list[float] = []
     weight_versions: list[int] = []
+    temperatures: list[float] = []
     for node in chain:
         given, sampled = len(node.prompt_ids), len(node.output_ids)
         token_ids += [*node.prompt_ids, *node.output_ids]
         loss_mask += [0] * given + [1] * sampled
         log_probs += [0.0] * given + list(node.log_probs)
         weight_versions += [-1] * given + list(node.versions)
+        temperatures += [0.0] * given + [node.temperature] * sampled
     return {
         "token_ids": tuple(token_ids),
         "loss_mask": tuple(loss_mask),
         "log_probs": tuple(log_probs),
         "weight_versions": tuple(weight_versions),
+        "temperatures": tuple(temperatures),
+        "exact_log_probs": all(node.exact_log_probs for node in chain),
     }
 
 

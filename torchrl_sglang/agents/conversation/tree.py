@@ -38,6 +38,8 @@ class Node:
         versions: the weights that generated each of them.
         finish_reason: why it ended.
         position: number of messages before the answer.
+        temperature: the temperature at which its tokens were drawn; 0 is greedy.
+        exact_log_probs: whether the log-probs are those of the distribution that the tokens were drawn from.
         stop: the stop string that ended it.
         top_log_probs: per token the most likely ones, if they were requested.
         children: the answers that follow it in conversations.
@@ -59,6 +61,8 @@ class Node:
     versions: array[int]
     finish_reason: FinishReason
     position: int
+    temperature: float = 1.0
+    exact_log_probs: bool = True
     stop: str | None = None
     top_log_probs: tuple[tuple[TokenLogProb, ...], ...] = ()
     children: list[Node] = field(default_factory=list)
