@@ -129,7 +129,9 @@ class WeightTransport(Protocol[Session]):
             transport.send(session, packed, deadline)
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """``"broadcast"`` and so on."""
 
     @property
     def packer(self) -> BucketPacker:
