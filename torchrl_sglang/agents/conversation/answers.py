@@ -46,6 +46,10 @@ def decode_answer(
     is_end = isinstance(matched, int) or (matched is None and finish_reason == "stop")
     if is_end and ids and (ids[-1] == matched or ids[-1] in template.special):
         return Written(text=template.decode(ids[:-1]))
+    if ids and ids[-1] in template.turn_end_ids and finish_reason == "stop":
+        # SGLang (0.5.23) looks for stop strings in the text of the end token too, and reports those first: the stop "i"
+        # is found in <|im_end|>.
+        return Written(text=template.decode(ids[:-1]))
     text = template.decode(ids)
     if isinstance(matched, str):
         # The token that completes the stop string ends the generation, so it lies at the end.
