@@ -16,7 +16,8 @@ common = {
     "tools": [{"name": "add", "description": "Adds.", "input_schema": ARGUMENTS}],
 }
 messages = [{"role": "user", "content": "What is 2 + 3?"}]
-reply = client.messages.create(messages=messages, tool_choice={"type": "tool", "name": "add", "disable_parallel_tool_use": True}, **common)
+choice = {"type": "tool", "name": "add", "disable_parallel_tool_use": True}
+reply = client.messages.create(messages=messages, tool_choice=choice, **common)
 assert reply.stop_reason == "tool_use", reply
 [call] = [block for block in reply.content if block.type == "tool_use"]
 assert call.input == {"a": 2, "b": 3}, call
