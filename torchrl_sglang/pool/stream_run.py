@@ -79,9 +79,9 @@ class StreamRun:
                         has_begun = True
                         yield reply
                     return
-                except _OtherWeightsError:
+                except _OtherWeightsError as error:
                     if has_begun:
-                        raise
+                        raise ServerError(f"{error}: ask again", server=client.url) from error
                 except SGLangError as error:
                     self._note_death(client, error, has_begun=has_begun)
 
@@ -92,9 +92,7 @@ class StreamRun:
             reply = parse_one(sequence.add(event), server=client.url, return_logprobs=self._return_logprobs)
             self._checks.await_verification([reply])
             if self._checks.is_wrong(reply, before):
-                raise _OtherWeightsError(
-                    f"{reply.server} held other weights than expected: ask again", server=reply.server
-                )
+                raise _OtherWeightsError(f"{reply.server} held other weights than expected", server=reply.server)
             yield reply
         if not sequence.is_finished:
             raise ProtocolError(f"{client.url} ended a stream without a finished sequence", server=client.url)
