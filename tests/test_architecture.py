@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"pool", "server"}),
     frozenset({"rollout", "weights", "engine", "chat", "scores"}),
     frozenset({"testing"}),
-    frozenset({"doctor", "hydra_configs", "ray_servers"}),
+    frozenset({"agents", "doctor", "hydra_configs", "ray_servers"}),
     frozenset({"cli", "recipes"}),
     frozenset({"__main__"}),
 )
@@ -46,22 +46,15 @@ LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 # that is not named here. The package's own __init__ imports any of them.
 SUBLAYERS: dict[str, tuple[str, ...]] = {
     "pool": (
-        *(
-            "state",
-            "update_lock",
-            "checks",
-            "reply_weights",
-            "router_client",
-            "balancing",
-            "streaming",
-            "dispatch",
-            "batch",
-        ),
-        *("dead_servers", "end_tokens", "batch_run", "stream_run", "pool", "resolve", "earlier_weights"),
+        *("state", "update_lock", "checks", "reply_weights", "router_client", "affinity", "balancing", "streaming"),
+        *("dispatch", "batch", "dead_servers", "end_tokens", "batch_run", "stream_run", "member_file", "membership"),
+        *("pool", "resolve", "earlier_weights", "server_list", "following"),
     ),
     "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": (
         *("checkpoint", "source", "buckets", "checksums", "group", "update"),
+        *("transports", "planning", "newcomers", "sync", "scheme"),
+        *("checkpoint", "source", "buckets", "checksums", "group", "update", "shared_memory"),
         *("transports", "planning", "sync", "scheme"),
     ),
 }

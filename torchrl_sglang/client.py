@@ -191,13 +191,14 @@ class SGLangClient:
             request.method,
             self.url + request.path,
             data=None if request.body is None else json.dumps(request.body),
-            headers=self._headers(request),
+            headers=self.headers(request),
             timeout=(self.config.connect_timeout_s, wait_s),
             stream=stream,
             allow_redirects=False,
         )
 
-    def _headers(self, request: HttpRequest) -> dict[str, str]:
+    def headers(self, request: HttpRequest) -> dict[str, str]:
+        """The headers of a request: its content's type, and the key."""
         headers = {"Content-Type": "application/json"} if request.body is not None else {}
         key = self.config.api_key
         # With both keys set, SGLang accepts only the admin key for control calls, and only the other key elsewhere.
@@ -233,6 +234,15 @@ class SGLangClient:
             return self.config.generate_limit_s()
         configured: float = getattr(self.config, f"{request.timeout}_timeout_s")
         return configured
+
+    @property
+    def num_generating(self) -> int:
+        """Number of generate requests of this client under way."""
+        return self._connections.num_generating
+
+    def cut(self) -> None:
+        """Break the connections of generate requests under way, which then fail with :class:`ServerLostError`."""
+        self._connections.cut()
 
     def close(self) -> None:
         """Close idle connections. The client can still be used afterwards."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import requests
@@ -17,11 +18,11 @@ from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.errors import ServerTimeoutError
 from torchrl_sglang.tls import trusted_authorities
 
-__all__ = ["ServerConnections"]
+__all__ = ["IDLE_LIMIT_S", "ServerConnections", "socket_options"]
 
 Purpose = Literal["generate", "control"]
 
-_IDLE_LIMIT_S = 3.0
+IDLE_LIMIT_S = 3.0
 """uvicorn closes a connection that was idle for 5 s (SGLANG_TIMEOUT_KEEP_ALIVE). A connection that was idle for nearly
 as long is not used again: if the server closes it while a request is on its way, nobody knows whether the request
 ran."""
@@ -49,6 +50,7 @@ class ServerConnections:
         self._lock = threading.Lock()
         self._sessions: dict[Purpose, requests.Session] = {}
         self._slots = threading.BoundedSemaphore(config.max_connections)
+        self._num_generating = 0
 
     @contextmanager
     def slot(self, purpose: Purpose, wait_s: float) -> Iterator[float]:
@@ -74,10 +76,30 @@ class ServerConnections:
                 "request was not sent. Send fewer requests at once, or raise ClientConfig.max_connections",
                 server=self._url,
             )
+        with self._lock:
+            self._num_generating += 1
         try:
             yield max(0.1, wait_s - (time.monotonic() - start))
         finally:
+            with self._lock:
+                self._num_generating -= 1
             self._slots.release()
+
+    @property
+    def num_generating(self) -> int:
+        """Number of generate requests under way."""
+        with self._lock:
+            return self._num_generating
+
+    def cut(self) -> None:
+        """Break the connections of all generate requests under way: each fails as if the server had broken it."""
+        with self._lock:
+            session = self._sessions.get("generate")
+        if session is not None:
+            for scheme in ("http://", "https://"):
+                adapter = session.get_adapter(scheme)
+                if isinstance(adapter, _Adapter):
+                    adapter.cut()
 
     def session(self, purpose: Purpose) -> requests.Session:
         """The session for requests of this kind."""
@@ -106,26 +128,45 @@ class _Adapter(HTTPAdapter):
     """Opens connections with TCP keepalive, and never reuses one that was idle for long."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, socket_options=_socket_options(), **kwargs)
+        super().init_poolmanager(*args, socket_options=socket_options(), **kwargs)
         self.poolmanager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+
+    def cut(self) -> None:
+        """Break the connections in use."""
+        pools = self.poolmanager.pools
+        for key in list(pools.keys()):
+            pool = pools.get(key)
+            if pool is not None:
+                pool.cut()
 
 
 class _AgeingPool(HTTPConnectionPool):
-    """A connection pool that knows when each of its connections was last used."""
+    """A connection pool that knows which of its connections are in use, and when each other was last used."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._last_used: dict[int, float] = {}
+        self._in_use: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def _get_conn(self, timeout: float | None = None) -> Any:
         connection = super()._get_conn(timeout)
         last_used = self._last_used.pop(id(connection), None)
-        if last_used is not None and time.monotonic() - last_used > _IDLE_LIMIT_S:
+        if last_used is not None and time.monotonic() - last_used > IDLE_LIMIT_S:
             connection.close()  # the next request on it connects again
+        self._in_use.add(connection)
         return connection
+
+    def cut(self) -> None:
+        """Shut down the sockets of connections in use; the threads that wait for them see a broken connection."""
+        for connection in list(self._in_use):
+            sock = getattr(connection, "sock", None)
+            if sock is not None:
+                with suppress(OSError):  # it is closed already
+                    sock.shutdown(socket.SHUT_RDWR)
 
     def _put_conn(self, conn: Any) -> None:
         if conn is not None:
+            self._in_use.discard(conn)
             self._last_used[id(conn)] = time.monotonic()
         super()._put_conn(conn)
 
@@ -138,7 +179,8 @@ class _HttpsPool(_AgeingPool, HTTPSConnectionPool):
     pass
 
 
-def _socket_options() -> list[tuple[int, int, int]]:
+def socket_options() -> list[tuple[int, int, int]]:
+    """TCP options with which a host that vanished is noticed."""
     options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
     # Names that exist on Linux only.
     options += [

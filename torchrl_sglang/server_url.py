@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["base_url", "unresolvable_host"]
+__all__ = ["base_url", "resolved_addresses", "unresolvable_host"]
 
 _ENDPOINTS = re.compile(
     r"/(v1(/.*)?|generate|health(_generate)?|ready|model_info|get_model_info|server_info|get_server_info|docs|metrics)$"
@@ -61,6 +62,22 @@ def base_url(url: Any) -> str:
             f"{base!r}"
         )
     return _joined(parts, path)
+
+
+def resolved_addresses(url: str) -> frozenset[tuple[str, int]]:
+    """The network addresses and ports that a base URL stands for; none if its host is unknown.
+
+    Examples:
+        >>> resolved_addresses("http://127.0.0.1:30000")
+        frozenset({('127.0.0.1', 30000)})
+    """
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return frozenset()
+    return frozenset((str(address[0]), port) for *_, address in found)
 
 
 def unresolvable_host(url: str) -> str:

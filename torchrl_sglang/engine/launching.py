@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 from torchrl_sglang.config import ClientConfig, SamplingParams, ServerConfig, SyncConfig
 from torchrl_sglang.config.api_keys import new_key
-from torchrl_sglang.config.checking import require_number
+from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.config.foreign_names import (
     CONNECT_ARGUMENTS,
     ENGINE_ARGUMENTS,
@@ -16,9 +16,10 @@ from torchrl_sglang.config.foreign_names import (
     unknown_argument,
 )
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.server import replicate
+from torchrl_sglang.server import SGLangServer, needs_cpu_engine, replicate, start_fleet
+from torchrl_sglang.server.gpus import assign_gpus, free_gpus
 
-__all__ = ["client_config", "refuse_unknown", "server_configs"]
+__all__ = ["LocalLauncher", "client_config", "refuse_unknown", "server_configs"]
 
 # vLLM's name for an argument -> ours.
 _ALIASES = {
@@ -82,6 +83,37 @@ def server_configs(
     num_servers = settings.pop("dp_size")
     require_number("dp_size, the number of servers,", num_servers, whole=True, at_least=1)
     return replicate(ServerConfig(model=model, **settings), num_servers, gpus)
+
+
+class LocalLauncher:
+    """Starts more servers like one that this machine runs.
+
+    Args:
+        config: the settings of that server.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = replace(config, port=None, gpus=None)
+
+    def start(
+        self,
+        num_servers: int,
+        running: Sequence[SGLangServer],
+        *,
+        gpus: Sequence[Sequence[int]] | None,
+        progress: Callable[[str], None],
+    ) -> tuple[SGLangServer, ...]:
+        """See :meth:`Launcher.start`. The threads of servers on the CPU are those of the first ones."""
+        config = self._config
+        if needs_cpu_engine(config):
+            require(gpus is None, f"gpus={gpus} was given, but these servers run on the CPU")
+            return start_fleet((config,) * num_servers, progress=progress)
+        taken = {gpu for each in running for gpu in each.config.gpus or range(config.tp_size)}
+        chosen = free_gpus(num_servers, config.tp_size, taken) if gpus is None else gpus
+        twice = sorted(taken.intersection(gpu for one in chosen for gpu in one))
+        require(not twice, f"GPU {', '.join(map(str, twice))} is used by a server that runs: each needs its own")
+        assigned = assign_gpus(num_servers, config.tp_size, chosen)
+        return start_fleet([replace(config, gpus=one) for one in assigned], progress=progress)
 
 
 def client_config(given: ClientConfig | None, server: ServerConfig) -> ClientConfig:

@@ -32,6 +32,7 @@ class EngineMemory:
 
     def __init__(self, pool: SGLangPool) -> None:
         self._pool = pool
+        self._was_out: dict[str, str] = {}
 
     @contextmanager
     def offloaded(self, tags: Sequence[MemoryTag] = ALL_TAGS) -> Iterator[None]:
@@ -105,7 +106,10 @@ class EngineMemory:
             outcome.unwrap()
 
     def _release(self, client: SGLangClient, tags: set[str]) -> None:
-        is_first = not self._pool.state.server(client.url).offloaded_tags
+        known = self._pool.state.server(client.url)
+        is_first = not known.offloaded_tags
+        if is_first:
+            self._was_out[client.url] = known.why_not_routed
         try:
             if is_first:
                 self._pool.offload(client.url)
@@ -139,6 +143,9 @@ class EngineMemory:
             self._pool.quarantine(client.url, "its weights were released; the next weight update brings new ones")
             return
         _call(client, control.build_continue())
+        if reason := self._was_out.get(client.url):  # and got no requests before its memory was released
+            self._pool.quarantine(client.url, reason)
+            return
         self._pool.restore(client.url, based_on=known)
 
 

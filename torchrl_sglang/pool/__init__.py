@@ -4,6 +4,7 @@ Other folders import the names below from this package. This folder imports clie
 ``parallel``.
 """
 
+from torchrl_sglang.pool.following import ServerListFollower
 from torchrl_sglang.pool.pool import SGLangPool
 from torchrl_sglang.pool.resolve import Servers, resolve_pool
 from torchrl_sglang.pool.router_client import RouterClient
@@ -15,6 +16,7 @@ __all__ = [
     "RouterClient",
     "SGLangPool",
     "SavedWeights",
+    "ServerListFollower",
     "ServerState",
     "Servers",
     "WeightState",

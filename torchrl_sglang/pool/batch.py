@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ class Batch:
             again; ``None`` gives each request the client's time-out.
         lora: name of the adapter to use, the trainer's own included.
         cache_salt: name space of the prefix caches.
+        keys: names of the prompts' conversations.
     """
 
     ids_B_T: Sequence[Sequence[int]]
@@ -42,11 +43,14 @@ class Batch:
     lora: str | None
     cache_salt: str | None
     media: Sequence[Media] | None
+    keys: Sequence[Hashable] | None = None
 
     def __post_init__(self) -> None:
         require(self.lora is None or isinstance(self.lora, str), f"lora must be an adapter's name, got {self.lora!r}")
         if self.media is not None and (self.progress is not None or len(self.media) != len(self.ids_B_T)):
             raise ConfigError("media needs one entry per prompt, and can't be combined with progress")
+        if self.keys is not None and len(self.keys) != len(self.ids_B_T):
+            raise ConfigError(f"keys needs one entry per prompt, {len(self.ids_B_T)}, got {len(self.keys)}")
 
     @property
     def _shared(self) -> dict[str, Any]:
@@ -60,7 +64,8 @@ class Batch:
     def part(self, share: Sequence[int]) -> Batch:
         """The batch of the prompts with these indices only."""
         media = None if self.media is None else [self.media[index] for index in share]
-        return replace(self, ids_B_T=[self.ids_B_T[index] for index in share], media=media)
+        keys = None if self.keys is None else [self.keys[index] for index in share]
+        return replace(self, ids_B_T=[self.ids_B_T[index] for index in share], media=media, keys=keys)
 
     def build(self, share: Sequence[int]) -> HttpRequest:
         """One request for the prompts with these indices."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import LethalPromptError, ServerUnreachableError, SGLangError
@@ -47,6 +48,8 @@ class BatchRun:
         load: counts what is under way.
         find_dead: returns the server that a failed request was on, if it is known to be dead.
         on_death: called with the URL of a server that died, and the error it left; raises if the batch is to end.
+        has_left: whether a server is leaving the pool, or has left it: what it leaves unanswered says nothing about
+            the prompts.
     """
 
     def __init__(
@@ -57,12 +60,14 @@ class BatchRun:
         load: LoadTracker,
         find_dead: Callable[[SGLangClient, SGLangError], SGLangClient | None],
         on_death: Callable[[str, SGLangError], None],
+        has_left: Callable[[str], bool] = lambda url: False,
     ) -> None:
         self._batch = batch
         self._servers = servers
         self._load = load
         self._find_dead = find_dead
         self._on_death = on_death
+        self._has_left = has_left
         self._replies: dict[int, list[GenerateReply]] = {}
         self._lethal: dict[int, SGLangError] = {}
 
@@ -78,11 +83,11 @@ class BatchRun:
         waiting = list(range(num_prompts))
         while waiting:
             clients = self._servers(self.unanswered, len(waiting))
-            with self._load.assign(clients, self._batch.ids_B_T, waiting, n) as shares:
+            with self._load.assign(clients, self._batch.ids_B_T, waiting, n, self._batch.keys) as shares:
                 result = self._send(shares)
             waiting = []
-            for share, _, error in result.lost:
-                if isinstance(error, ServerUnreachableError):  # it was dead before: these prompts never ran
+            for share, url, error in result.lost:
+                if self._is_innocent(url, error):
                     waiting.extend(share)
                 else:
                     suspects.append(_Suspects(share))
@@ -104,14 +109,24 @@ class BatchRun:
     def _send(self, shares: Sequence[Share], batch: Batch | None = None) -> DispatchResult:
         """Send shares side by side, keep the replies to the batch itself, and take note of deaths."""
         batch = batch or self._batch
-        result = dispatch_shares(shares, batch.sampling.n, batch.send, self._find_dead)
+        result = dispatch_shares(shares, batch.sampling.n, partial(self._send_part, batch), self._find_dead)
         if batch is self._batch:
             self._replies.update(result.replies)
         for url, error in {url: error for _, url, error in reversed(result.lost)}.items():  # the first of each server
-            self._on_death(url, error)
+            if not self._has_left(url):
+                self._on_death(url, error)
         if result.failure is not None:
             raise result.failure
         return result
+
+    def _send_part(self, batch: Batch, client: SGLangClient, part: Sequence[int]) -> list[GenerateReply]:
+        if self._has_left(client.url):  # since the shares were divided
+            raise ServerUnreachableError(f"{client.url} is leaving the pool", server=client.url)
+        return batch.send(client, part)
+
+    def _is_innocent(self, url: str, error: SGLangError) -> bool:
+        """Whether prompts were lost for another reason than themselves: they never ran, or their server left."""
+        return isinstance(error, ServerUnreachableError) or self._has_left(url)
 
     def _send_suspects(self, group: _Suspects) -> list[_Suspects]:
         """Send a group again in smaller requests; returns the groups of those during which a server died."""
@@ -124,8 +139,8 @@ class BatchRun:
             pieces = pieces[len(shares) :]
             with self._load.count(shares, self._batch.sampling.n):
                 result = self._send(shares)
-            for share, _, error in result.lost:
-                if isinstance(error, ServerUnreachableError):
+            for share, url, error in result.lost:
+                if self._is_innocent(url, error):
                     pieces.append(share)
                 elif len(share) == 1:
                     self._lethal[share[0]] = error
@@ -147,7 +162,7 @@ class BatchRun:
             shares = [(client, [index]) for client, index in zip(clients, untested, strict=False)]
             with self._load.count(shares, canary.sampling.n):
                 result = self._send(shares, canary)
-            never_ran = {share[0] for share, _, error in result.lost if isinstance(error, ServerUnreachableError)}
+            never_ran = {share[0] for share, url, error in result.lost if self._is_innocent(url, error)}
             died_on = {share[0]: error for share, _, error in result.lost if share[0] not in never_ran}
             self._lethal.update(died_on)
             group.prompts = [index for index in group.prompts if index not in died_on]

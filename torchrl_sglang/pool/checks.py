@@ -11,7 +11,13 @@ from torchrl_sglang.protocol.messages import GenerateReply, ServerInfo, WeightSp
 from torchrl_sglang.protocol.model_limits import find_unsupported
 from torchrl_sglang.protocol.version import WeightVersion
 
-__all__ = ["label_with_version", "refuse_different_models", "refuse_mixed_weights"]
+__all__ = ["label_with_version", "refuse_different_models", "refuse_mixed_weights", "refuse_newcomers"]
+
+_ALIKE = ("dp_size", "pp_size", "quantization", "device", "lora_enabled")
+_ALIKE_FLAGS = ("max_lora_rank", "lora_target_modules")
+"""What decides whether a server takes weights and adapters as the others do."""
+_MUCH_SHORTER = 0.9
+"""Where the cache limits the context, equal servers differ a little, by the memory that each has found."""
 
 
 def refuse_different_models(infos: Sequence[ServerInfo]) -> None:
@@ -35,6 +41,45 @@ def refuse_different_models(infos: Sequence[ServerInfo]) -> None:
                 f"{info.revision}: one pool needs servers of one model"
             )
         _refuse_unsupported_model(info)
+
+
+def refuse_newcomers(new: Sequence[ServerInfo], members: Sequence[ServerInfo], *, updates: bool) -> None:
+    """Require that servers fit into a pool that generates: as when a pool connects, and as the pool is in use.
+
+    Args:
+        new: the newcomers.
+        members: the servers of the pool.
+        updates: this process sends weights to the pool.
+
+    Raises:
+        ConfigError: a newcomer serves another model, takes shorter prompts than were accepted so far, would not take
+            weights as the members do, or is in the middle of an update.
+    """
+    refuse_different_models([members[0], *new])
+    for info in new:
+        limits = [each.context_length for each in members if each.context_length is not None]
+        if limits and info.context_length is not None and info.context_length < _MUCH_SHORTER * min(limits):
+            raise ConfigError(
+                f"{info.url} has context_length={info.context_length}, and this pool's servers {min(limits)}: prompts "
+                "that the pool has accepted would not fit. Start it with their --context-length"
+            )
+        for name in (*_ALIKE, *_ALIKE_FLAGS) if updates else ():
+            held = [_setting(each, name) for each in members]
+            if _setting(info, name) not in held:
+                raise ConfigError(
+                    f"{info.url} was started with {name}={_setting(info, name)!r}, and this pool's servers with "
+                    f"{held[0]!r}: weight updates need servers that are alike. Start it with the same settings"
+                )
+        if info.weight_version.startswith("dirty-"):
+            raise ConfigError(
+                f"{info.url} holds half-updated or unverified weights ({info.weight_version}): another process is "
+                "updating it, or died in an update. Restart it before it joins, or wait until that update is over"
+            )
+
+
+def _setting(info: ServerInfo, name: str) -> object:
+    value = getattr(info, name) if name in _ALIKE else info.raw.get(name)
+    return sorted(map(str, value)) if isinstance(value, (list, tuple, set)) else value
 
 
 def _refuse_unsupported_model(info: ServerInfo) -> None:

@@ -8,32 +8,40 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import SGLangError
-from torchrl_sglang.parallel import Task
+from torchrl_sglang.parallel import Task, side_by_side
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.protocol.version import WeightVersion
 
 __all__ = ["DeadServerTracker"]
 
 _POLL_INTERVAL_S = 5.0
-_POLLED = ("dead", "dirty")
+_POLLED = ("dead", "dirty", "joining")
 
 
 class DeadServerTracker:
-    """Polls the servers whose phase is ``dead`` or ``dirty``.
+    """Polls the servers whose phase is ``dead``, ``dirty`` or ``joining``.
 
     Args:
         state: the pool's records.
         on_return: called for a server that answers again and holds weights at least as new as any that this pool has
             seen, with its record from before the poll and with the version string that it reports.
+        current_versions: returns the version strings of the current weights; a newcomer must hold one of them.
     """
 
-    def __init__(self, state: PoolState, on_return: Callable[[ServerState, str], None]) -> None:
+    def __init__(
+        self,
+        state: PoolState,
+        on_return: Callable[[ServerState, str], None],
+        current_versions: Callable[[], Collection[str]] = frozenset,
+    ) -> None:
         self._state = state
         self._on_return = on_return
+        self._current_versions = current_versions
         self._lock = threading.Lock()
         self._polled_at = time.monotonic()
         self._running: Task[None] | None = None
@@ -62,14 +70,21 @@ class DeadServerTracker:
             running.wait()
 
     def _ask(self, dead: Sequence[SGLangClient]) -> None:
-        for client in dead:
-            before = self._state.server(client.url)
-            if before.phase not in _POLLED:  # something has happened to it while the servers before it were polled
-                continue
-            try:
-                held = client.weight_version()
-                version, weights = WeightVersion.parse(held), self._state.weights
-                if not version.dirty and version.number >= max(weights.version, weights.newest_seen):
-                    self._on_return(before, held)
-            except SGLangError:  # still dead, or the router does not admit it yet
-                continue
+        side_by_side({client.url: partial(self._ask_one, client) for client in dead})
+
+    def _ask_one(self, client: SGLangClient) -> None:
+        before = self._state.server(client.url)
+        if before.phase not in _POLLED:  # something has happened to it since
+            return
+        try:
+            held = client.weight_version()
+            if self._is_current(held, before):
+                self._on_return(before, held)
+        except SGLangError:  # still dead, or the router does not admit it yet
+            return
+
+    def _is_current(self, held: str, server: ServerState) -> bool:
+        if server.phase == "joining":  # of a server that this pool has never used, the number alone says nothing
+            return held in self._current_versions()
+        version, weights = WeightVersion.parse(held), self._state.weights
+        return not version.dirty and version.number >= max(weights.version, weights.newest_seen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,6 +23,8 @@ from torchrl_sglang.pool.checks import label_with_version, refuse_different_mode
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.pool.dispatch import dead_server, is_gone
 from torchrl_sglang.pool.end_tokens import EndTokens
+from torchrl_sglang.pool.member_file import MemberFile
+from torchrl_sglang.pool.membership import Membership
 from torchrl_sglang.pool.reply_weights import ReplyChecks
 from torchrl_sglang.pool.router_client import MAX_REQUESTS, RouterClient
 from torchrl_sglang.pool.state import PoolState, ServerState
@@ -56,10 +58,11 @@ class SGLangPool:
         ConfigError: no client, or two for the same server.
 
     Attributes:
-        clients: all servers, also quarantined ones.
         router: as given.
         state: the records of the servers and of the weights on them (:class:`~torchrl_sglang.pool.PoolState`), which
             rollout and weight sync share.
+        reply_checks: tells whether a reply was made with the weights that its server was known to hold.
+        balancer: chooses servers; :meth:`LoadTracker.pick` does it for requests that are sent past :meth:`generate`.
         update_lock: held while weights are synced and while a crashed server is restarted, so that no update goes to a
             server that is still loading.
     """
@@ -67,40 +70,101 @@ class SGLangPool:
     def __init__(self, clients: Sequence[SGLangClient], *, router: RouterClient | None = None) -> None:
         if not clients:
             raise ConfigError("a pool needs at least one server")
-        self.clients = tuple(clients)
-        urls = [client.url for client in self.clients]
+        urls = [client.url for client in clients]
         if len(set(urls)) != len(urls):
             raise ConfigError(f"the same server is named twice: {urls}")
         self.router = router
-        self._init_runtime()
+        self._init_runtime(clients)
 
-    def _init_runtime(self) -> None:
-        self.state = PoolState(client.url for client in self.clients)
+    def _init_runtime(self, clients: Sequence[SGLangClient], copied_from: MemberFile | None = None) -> None:
+        self.state = PoolState(client.url for client in clients)
+        self._membership = Membership(self, clients, copied_from)
         self.update_lock = UpdateLock()
         self._weight_sync: weakref.ref[Any] | None = None
         self._connected = False
-        self._load = LoadTracker()
+        self.balancer = LoadTracker(lambda: self.require_healthy("nothing was sent"))
         self._end_tokens = EndTokens()
-        self._dead_servers = DeadServerTracker(self.state, self._server_returned)
+        self._dead_servers = DeadServerTracker(self.state, self._server_returned, self._membership.current_versions)
         update_timeout_s = max(client.config.update_timeout_s for client in self.clients)
-        self._reply_checks = ReplyChecks(self.state, self._leave_router, timeout_s=update_timeout_s)
+        self.reply_checks = ReplyChecks(self.state, self.leave_router, timeout_s=update_timeout_s)
         renew_in_forked_children(self)
 
     def renew_after_fork(self) -> None:
         """Start with a state and locks of its own, as a pickled copy does; called in a forked child."""
-        self._init_runtime()
+        self._init_runtime(self.clients, self._membership.file_of_copies())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"clients": self.clients, "router": self.router}
+        return {"clients": self.clients, "router": self.router, "members": self._membership.file_of_copies().path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._init_runtime()
+        self.router = state["router"]
+        self._init_runtime(state["clients"], MemberFile(state["members"]))
 
     def __repr__(self) -> str:
         return f"SGLangPool({[client.url for client in self.clients]})"
 
     # ------------------------------------------------------------------ the servers
+
+    @property
+    def clients(self) -> tuple[SGLangClient, ...]:
+        """All servers, also quarantined ones, and those that are about to leave."""
+        return self._membership.clients
+
+    def add(self, urls: str | Sequence[str]) -> tuple[str, ...]:
+        """Take running servers into the pool, while the others generate.
+
+        A newcomer gets requests when it holds the weights that the others hold: at once if it holds them already, or
+        if they can be sent to it now (see :meth:`WeightSync.bring_up_to_date`); otherwise after the next weight update,
+        which it takes part in. Only the newcomer is paused for it. A weight update under way is waited for.
+
+        Args:
+            urls: base URL, or several. The servers must have the keys that the others have.
+
+        Returns:
+            Their base URLs.
+
+        Raises:
+            ConfigError: a server is a member already, serves another model, or was started with other settings that
+                matter here; or the others' GPU memory is offloaded. The pool is as before.
+            ServerError: a server can't be reached, or ended while it was brought up to date. The pool is as before.
+        """
+        return self._membership.add([urls] if isinstance(urls, str) else list(urls))
+
+    def remove(self, urls: str | Sequence[str], *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Take servers out of the pool, while the others generate. The processes go on running.
+
+        They get no new requests. Those that they have are finished, or generated again by the other servers: each
+        prompt gets its answer once.
+
+        Args:
+            urls: base URL, or several.
+            drain: wait until they have finished the requests that they have, also those of other clients. With
+                ``False`` their requests are aborted now.
+            timeout_s: longest wait, in seconds; what is unfinished then is aborted. ``None`` is the longest time that a
+                request may take.
+
+        Raises:
+            ConfigError: a server is no member, or no other one would be left that takes requests. Nothing was changed.
+        """
+        self.take_out([urls] if isinstance(urls, str) else list(urls), drain=drain, timeout_s=timeout_s)
+
+    def take_out(
+        self,
+        urls: Sequence[str],
+        *,
+        drain: bool,
+        timeout_s: float | None,
+        on_left: Callable[[str], None] = lambda url: None,
+    ) -> None:
+        """:meth:`remove`, for the owner of the processes.
+
+        Args:
+            urls: base URLs.
+            drain: as there.
+            timeout_s: as there.
+            on_left: called for each server when nothing is sent to it any more.
+        """
+        self._membership.remove(urls, drain=drain, timeout_s=timeout_s, on_left=on_left)
 
     def connect(self) -> None:
         """Ask every server what it serves, once.
@@ -115,6 +179,7 @@ class SGLangPool:
         """
         if self._connected:
             return
+        self._membership.refresh()
         outcomes = side_by_side({client.url: client.connect for client in self.clients})
         infos = [outcomes[client.url].unwrap() for client in self.clients]
         refuse_different_models(infos)
@@ -184,7 +249,7 @@ class SGLangPool:
     @property
     def quarantined(self) -> Mapping[str, str]:
         """Servers that get no requests, with the reason."""
-        return {url: server.reason for url, server in self.state.servers.items() if not server.is_routed}
+        return {url: server.why_not_routed for url, server in self.state.servers.items() if not server.is_routed}
 
     def quarantine(self, url: str, reason: str) -> ServerState:
         """Take a server out of routing until a weight update or :meth:`restore`.
@@ -193,7 +258,7 @@ class SGLangPool:
             Its new state, for a later :meth:`restore`.
         """
         known = self.state.quarantined(url, reason)
-        self._leave_router(url)
+        self.leave_router(url)
         return known
 
     def restore(
@@ -218,10 +283,18 @@ class SGLangPool:
             self.router.join([url])
         restored = self.state.restored(url, based_on=based_on, new_process_with=new_process_with, updated_to=updated_to)
         if not restored and not self.state.server(url).is_routed:
-            self._leave_router(url)
+            self.leave_router(url)
+        if restored:
+            self._membership.served(url)
         return restored
 
-    def _leave_router(self, url: str) -> None:
+    def join_router(self, url: str) -> None:
+        """Tell the router, if there is one, that a server gets requests."""
+        if self.router is not None:
+            self.router.join([url])
+
+    def leave_router(self, url: str) -> None:
+        """Tell the router, if there is one, that a server gets no requests."""
         if self.router is not None:
             self.router.leave(url)
 
@@ -229,7 +302,7 @@ class SGLangPool:
         """Take a server that a request found gone out of routing; later requests look whether it is back."""
         self.state.died(url, f"it died while generating ({error})")
         self._dead_servers.postpone()
-        self._leave_router(url)
+        self.leave_router(url)
 
     def poll_dead_servers(self) -> None:
         """Poll dead and dirty servers, at most every few seconds, and restore those that hold the current weights.
@@ -237,6 +310,7 @@ class SGLangPool:
         If no server is left and another process is updating some, wait for it: as long as one step of an update may
         take (``ClientConfig.update_timeout_s``).
         """
+        self._membership.refresh()
         if self.state.weights.adapter is None:  # a new process has no adapter
             self._dead_servers.poll(self.clients)
         deadline = time.monotonic() + max(client.config.update_timeout_s for client in self.clients)
@@ -249,7 +323,7 @@ class SGLangPool:
         return any(server.phase == "dirty" for server in self.state.servers.values())
 
     def _server_returned(self, before: ServerState, version: str) -> None:
-        if before.phase == "dirty":
+        if before.phase in ("dirty", "joining"):
             self.restore(before.url, based_on=before, updated_to=version)
         else:
             self.restore(before.url, based_on=before, new_process_with=version)
@@ -257,7 +331,7 @@ class SGLangPool:
     def offload(self, url: str, tags: Iterable[str] = ()) -> None:
         """Take a server out of routing because it is about to release GPU memory, or has released ``tags`` of it."""
         self.state.memory_released(url, tags, "its GPU memory is offloaded: resume_memory() takes it back")
-        self._leave_router(url)
+        self.leave_router(url)
 
     def refuse_while_offloaded(self) -> None:
         """Weights can't be sent to memory that is released.
@@ -282,6 +356,7 @@ class SGLangPool:
         progress: Callable[[int], None] | None = None,
         lora: str | None = None,
         media: Sequence[Media] | None = None,
+        keys: Sequence[Hashable] | None = None,
     ) -> list[GenerateReply]:
         """Generate ``sampling.n`` sequences for each of ``B`` prompts.
 
@@ -298,6 +373,8 @@ class SGLangPool:
             progress: called with the number of newly generated tokens while the batch runs.
             lora: name of a loaded adapter.
             media: images, videos and sounds of each prompt (not together with ``progress``).
+            keys: names of the prompts' conversations; equal names go to the server that has the conversation in its
+                cache. Without names a prompt that continues an earlier one goes where that went.
 
         Returns:
             ``B * n`` replies, prompt-major, in the order of the prompts.
@@ -322,6 +399,7 @@ class SGLangPool:
             lora=lora,
             cache_salt=self.state.weights.cache_salt,
             media=media,
+            keys=keys,
         )
         try:
             return self._accepted(self._dispatch_until_current(batch), label)
@@ -346,8 +424,8 @@ class SGLangPool:
         """
         before = self.state.servers
         replies = self._dispatch(batch)
-        self._reply_checks.await_verification(replies)
-        wrong = [index for index, reply in enumerate(replies) if self._reply_checks.is_wrong(reply, before)]
+        self.reply_checks.await_verification(replies)
+        wrong = [index for index, reply in enumerate(replies) if self.reply_checks.is_wrong(reply, before)]
         if not wrong:
             return replies
         n = batch.sampling.n
@@ -364,9 +442,10 @@ class SGLangPool:
         run = BatchRun(
             batch,
             servers=self._targets(through_router=through_router),
-            load=self._load,
+            load=self.balancer,
             find_dead=self._find_dead,
             on_death=self._on_death,
+            has_left=self.state.has_left,
         )
         with self._no_workers_means(lambda: run.unanswered):
             return run.replies()
@@ -374,6 +453,8 @@ class SGLangPool:
     def _targets(self, *, through_router: bool) -> Callable[[str, int], Sequence[SGLangClient]]:
         """Looks for dead servers that are back; then returns the servers to send to, once per request if the router."""
         self.poll_dead_servers()
+        weights = self.state.weights
+        self.balancer.affinity.weights_are(max(weights.version, weights.newest_seen))
 
         def servers(consequence: str, num_requests: int) -> Sequence[SGLangClient]:
             return self._router_slots(num_requests) if through_router else self.require_healthy(consequence)
@@ -406,6 +487,7 @@ class SGLangPool:
         timeout_s: float | None = None,
         lora: str | None = None,
         media: Media | None = None,
+        key: Hashable | None = None,
     ) -> Generator[GenerateReply, None, None]:
         """Generate one sequence on the server with the least load; yield it as it grows, all tokens so far each time.
 
@@ -419,6 +501,7 @@ class SGLangPool:
             timeout_s: seconds between two events; ``None`` is ``ClientConfig.generate_timeout_s``.
             lora: name of a loaded adapter instead of the trainer's.
             media: images, videos and sounds of the prompt.
+            key: name of the conversation, see :meth:`generate`.
 
         Raises:
             ConfigError: a prompt that the servers can't serve.
@@ -445,11 +528,12 @@ class SGLangPool:
             timeout_s=limit_s if timeout_s is None else timeout_s,
             return_logprobs=return_logprobs,
             state=self.state,
-            load=self._load,
-            checks=self._reply_checks,
+            load=self.balancer,
+            checks=self.reply_checks,
             servers=self._targets(through_router=self._router_forwards(request)),
             find_dead=self._find_dead,
             on_death=self._on_death,
+            key=key,
         )
         return self._stream(run, label)
 
@@ -533,10 +617,14 @@ class SGLangPool:
     def _find_dead(self, client: SGLangClient, error: SGLangError) -> SGLangClient | None:
         """The server that a failed request was on, if it is known to be dead: only then the request is sent again."""
         if self.router is None or client is not self.router.client:
+            if self.state.has_left(client.url) and not isinstance(error, RequestRejectedError):
+                return client
             return dead_server(client, error)
-        url = worker_in_error(error, [each.url for each in self.clients])
-        worker = next((each for each in self.clients if each.url == url), None)
-        return worker if worker is not None and is_gone(worker) else None
+        url = worker_in_error(error, self.state.known_urls)
+        if url is None:
+            return None
+        worker = next((each for each in self.clients if each.url == url), SGLangClient(url))
+        return worker if self.state.has_left(url) or is_gone(worker) else None
 
     def close(self) -> None:
         """Close all idle connections."""

@@ -54,19 +54,26 @@ class ReplyChecks:
     def await_verification(self, replies: Sequence[GenerateReply]) -> None:
         """Wait until it is known whether servers that have just been updated hold what was sent."""
         deadline = time.monotonic() + self._timeout_s
-        versions = {reply.weight_version for reply in replies}
-        while time.monotonic() < deadline and any(
-            not server.is_verified and server.version in versions for server in self._state.servers.values()
-        ):
+        while time.monotonic() < deadline and self.is_unverified(replies):
             time.sleep(_POLL_S)
 
+    def is_unverified(self, replies: Sequence[GenerateReply]) -> bool:
+        """Whether the verification of weights that made these replies is still under way."""
+        versions = {reply.weight_version for reply in replies}
+        return any(not server.is_verified and server.version in versions for server in self._state.servers.values())
+
     def is_wrong(self, reply: GenerateReply, before: Mapping[str, ServerState]) -> bool:
-        """Whether a reply was made with weights of a new process, or with some that failed their verification since.
+        """Whether a reply must be made again.
+
+        It was made with weights of a new process, or with some that have failed their verification since, or its server
+        was leaving the pool and had to break it off.
 
         Args:
             reply: as the server gave it. A server that turns out to be a new process gets no more requests.
             before: the servers' records from before the request was sent.
         """
+        if reply.finish_reason == "abort" and self._was_cut_short(reply, before):
+            return True
         versions = _versions(reply)
         known = before.get(reply.server)
         if known is None:  # the router's, which does not say which server it was
@@ -76,6 +83,11 @@ class ReplyChecks:
             self._state.replaced_elsewhere(known.url, outdated)
             self._on_replaced(known.url)
         return outdated is not None or self._is_rejected(versions, [self._state.server(known.url)])
+
+    def _was_cut_short(self, reply: GenerateReply, before: Mapping[str, ServerState]) -> bool:
+        """Whether a response was aborted because its server leaves; a router does not say which server it was."""
+        suspects = [reply.server] if reply.server in before else before
+        return any(self._state.has_left(url) for url in suspects)
 
     @staticmethod
     def _is_rejected(versions: Iterable[str], servers: Iterable[ServerState]) -> bool:

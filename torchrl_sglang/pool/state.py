@@ -19,13 +19,14 @@ __all__ = ["Adapter", "Phase", "PoolState", "SavedWeights", "ServerState", "Weig
 
 _log = logging.getLogger(__name__)
 
-Phase = Literal["serving", "updating", "quarantined", "dead", "dirty", "offloaded"]
+Phase = Literal["serving", "updating", "quarantined", "dead", "dirty", "offloaded", "joining"]
 """What a server does for this pool.
 
 ``serving``: it gets requests; ``updating``: it gets requests, which wait while it is paused for a weight update;
 ``quarantined``: it gets none until a weight update or :meth:`SGLangPool.restore`; ``dead``: a request found that it is
 gone, and later requests poll it; ``dirty``: it was in the middle of an update when this pool connected, and is polled
-until that has ended; ``offloaded``: its GPU memory is released.
+until that has ended; ``offloaded``: its GPU memory is released; ``joining``: it is new in the pool, and gets none until
+it holds the weights that the others hold.
 """
 
 
@@ -73,7 +74,9 @@ class ServerState:
         rejected_version: version string of an update of ours that failed its verification here; empty if none did.
         newest_seen: highest version number among its replies, for pools whose weights another process updates.
         restarts: how often its process was replaced. A new process is in no process group and has no adapter loaded.
+        is_restarting: its process has ended and is being started again.
         offloaded_tags: what of its GPU memory is released.
+        is_leaving: it gets no new requests, and is removed from the pool when it has answered those that it has.
         revision: number of changes to this record.
     """
 
@@ -89,13 +92,20 @@ class ServerState:
     rejected_version: str = ""
     newest_seen: int = 0
     restarts: int = 0
+    is_restarting: bool = False
     offloaded_tags: frozenset[str] = frozenset()
+    is_leaving: bool = False
     revision: int = 0
 
     @property
     def is_routed(self) -> bool:
         """Whether requests go to it."""
-        return self.phase in ("serving", "updating")
+        return self.phase in ("serving", "updating") and not self.is_leaving
+
+    @property
+    def why_not_routed(self) -> str:
+        """Why it gets no requests; empty while it gets some."""
+        return "it is leaving the pool" if self.is_leaving else self.reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,13 +153,25 @@ class PoolState:
     def __init__(self, urls: Iterable[str]) -> None:
         self._lock = threading.Lock()
         self._servers = {url: ServerState(url=url) for url in urls}
+        self._former: dict[str, ServerState] = {}
         self._weights = WeightState()
 
     # ------------------------------------------------------------------ reading
 
     def server(self, url: str) -> ServerState:
-        """The record of one server."""
-        return self._servers[url]
+        """The record of one server; of one that has left, the last one: no event changes it any more."""
+        record = self._servers.get(url)  # read once: it may leave meanwhile
+        return self._former[url] if record is None else record
+
+    def has_left(self, url: str) -> bool:
+        """Whether a server is leaving, or is no member any more: what it has not answered is generated elsewhere."""
+        record = self._servers.get(url)
+        return record.is_leaving if record is not None else url in self._former
+
+    @property
+    def known_urls(self) -> tuple[str, ...]:
+        """The members, and the servers that were members."""
+        return (*self._servers, *self._former)
 
     @property
     def servers(self) -> Mapping[str, ServerState]:
@@ -160,6 +182,42 @@ class PoolState:
     def weights(self) -> WeightState:
         """The record of the weights."""
         return self._weights
+
+    # ------------------------------------------------------------------ events: members
+
+    def joined(self, url: str, version: str, reason: str) -> ServerState:
+        """A server is new in the pool. One that was a member before counts as a new process.
+
+        Args:
+            url: the server.
+            version: version string that it holds.
+            reason: what it waits for.
+        """
+        with self._lock:
+            former = self._former.pop(url, None)
+            self._servers[url] = ServerState(
+                url=url,
+                phase="joining",
+                reason=reason,
+                version=version,
+                weights=_weights_under(version),
+                restarts=0 if former is None else former.restarts + 1,
+                revision=0 if former is None else former.revision + 1,
+            )
+            return self._servers[url]
+
+    def leaving(self, url: str, *, is_leaving: bool = True) -> ServerState:
+        """A server is about to leave the pool, or stays after all."""
+        with self._lock:
+            return self._change(url, is_leaving=is_leaving)
+
+    def left(self, url: str) -> None:
+        """A server is no member any more."""
+        with self._lock:
+            known = self._servers.get(url)
+            if known is not None:
+                self._former[url] = replace(known, is_leaving=True, revision=known.revision + 1)
+                del self._servers[url]  # last: readers hold no lock
 
     # ------------------------------------------------------------------ events: routing
 
@@ -181,15 +239,15 @@ class PoolState:
             reason: why; ends up in errors that say that no server is left.
         """
         with self._lock:
-            if self._servers[url].reason != reason:
+            if self.server(url).reason != reason:
                 _log.warning("%s is taken out of routing: %s", url, reason)
             return self._change(url, phase="quarantined", reason=reason)
 
     def died(self, url: str, reason: str) -> ServerState:
         """A request found that a server is gone. The record of a server that gets no requests anyway stays as it is."""
         with self._lock:
-            if not self._servers[url].is_routed:
-                return self._servers[url]
+            if not self.server(url).is_routed:
+                return self.server(url)
             _log.warning("%s is taken out of routing: %s", url, reason)
             return self._change(url, phase="dead", reason=reason)
 
@@ -202,7 +260,7 @@ class PoolState:
     def replaced_elsewhere(self, url: str, version: str) -> ServerState:
         """A server was found to be a new process that somebody else has started; it holds ``version``."""
         with self._lock:
-            known = self._servers[url]
+            known = self.server(url)
             reason = (
                 f"its process was replaced: it holds version {version!r} where it held {known.version!r}; the next "
                 "weight update puts it to use"
@@ -210,10 +268,29 @@ class PoolState:
             _log.warning("%s is taken out of routing: %s", url, reason)
             return self._new_process(replace(known, phase="quarantined", reason=reason), version)
 
+    def restart_begun(self, url: str) -> bool:
+        """Somebody is about to start a server's process again.
+
+        Returns:
+            ``False`` if somebody else is doing so already, or the server is leaving.
+        """
+        with self._lock:
+            known = self.server(url)
+            if known.is_restarting or self.has_left(url):
+                return False
+            # Not a change of what the server holds: a finding about it from before stays up to date.
+            self._put(replace(known, is_restarting=True))
+            return True
+
+    def restart_ended(self, url: str) -> None:
+        """The restart that :meth:`restart_begun` has announced is over, one way or the other."""
+        with self._lock:
+            self._put(replace(self.server(url), is_restarting=False))
+
     def restarted(self, url: str, version: str) -> ServerState:
         """A server's process was replaced by a new one, which holds ``version``."""
         with self._lock:
-            return self._new_process(self._servers[url], version)
+            return self._new_process(self.server(url), version)
 
     def restored(
         self, url: str, *, based_on: ServerState, new_process_with: str | None = None, updated_to: str | None = None
@@ -231,9 +308,11 @@ class PoolState:
             Whether it gets requests now.
         """
         with self._lock:
-            known = self._servers[url]
+            known = self.server(url)
             if not known.is_verified:
-                known = self._servers[url] = replace(known, is_verified=True)
+                known = self._put(replace(known, is_verified=True))
+            if known.is_leaving:
+                return False
             if known.revision != based_on.revision:
                 _log.info("%s stays %s: its state has changed since it was looked at", url, known.phase)
                 return False
@@ -254,16 +333,16 @@ class PoolState:
             self._weights = replace(self._weights, newest_seen=newest)
             known = self._servers.get(server)
             if known is not None and max(versions, default=0) > known.newest_seen:
-                self._servers[server] = replace(known, newest_seen=max(versions))
+                self._put(replace(known, newest_seen=max(versions)))
 
     # ------------------------------------------------------------------ events: a weight update
 
     def update_started(self, url: str) -> None:
         """A weight update is about to reach a server."""
         with self._lock:
-            known = self._servers[url]
-            # An update of ours ends a dirty server's polling: only its verification may put the server back.
-            changed: dict[Phase, Phase] = {"serving": "updating", "dirty": "quarantined"}
+            known = self.server(url)
+            # An update of ours ends the polling of such a server: only its verification may put the server back.
+            changed: dict[Phase, Phase] = {"serving": "updating", "dirty": "quarantined", "joining": "quarantined"}
             phase = changed.get(known.phase, known.phase)
             weights: ServerWeights = "mixed" if known.weights in ("mixed", "stuck") else "old"
             self._change(url, phase=phase, weights=weights, session_open=False, version_before="")
@@ -315,7 +394,7 @@ class PoolState:
         """
         with self._lock:
             phase = self._phase_after_update(url)
-            rejected = self._servers[url].rejected_version
+            rejected = self.server(url).rejected_version
             return self._change(
                 url,
                 rejected_version="" if rejected == version else rejected,
@@ -335,7 +414,7 @@ class PoolState:
     def verification_ended(self, url: str) -> None:
         """The verification of a server's last update is over, or was broken off."""
         with self._lock:
-            self._servers[url] = replace(self._servers[url], is_verified=True)
+            self._put(replace(self.server(url), is_verified=True))
 
     def adapter_loaded(self, url: str) -> None:
         """A server has loaded the trainer's adapter; its own weights stay as they are."""
@@ -367,31 +446,34 @@ class PoolState:
     def memory_released(self, url: str, tags: Iterable[str], reason: str) -> None:
         """A server has released GPU memory, or is about to (then ``tags`` is empty)."""
         with self._lock:
-            released = self._servers[url].offloaded_tags | set(tags)
+            released = self.server(url).offloaded_tags | set(tags)
             self._change(url, phase="offloaded", reason=reason, offloaded_tags=released)
 
     def memory_resumed(self, url: str, tags: Iterable[str]) -> ServerState:
         """A server has allocated GPU memory again."""
         with self._lock:
-            return self._change(url, offloaded_tags=self._servers[url].offloaded_tags - set(tags))
+            return self._change(url, offloaded_tags=self.server(url).offloaded_tags - set(tags))
 
     # ------------------------------------------------------------------ changes
 
     def _new_process(self, known: ServerState, version: str) -> ServerState:
-        self._servers[known.url] = ServerState(
-            url=known.url,
-            phase=known.phase,
-            reason=known.reason,
-            version=version,
-            weights=_weights_under(version),
-            restarts=known.restarts + 1,
-            revision=known.revision + 1,
+        return self._put(
+            ServerState(
+                url=known.url,
+                phase=known.phase,
+                reason=known.reason,
+                version=version,
+                weights=_weights_under(version),
+                restarts=known.restarts + 1,
+                is_restarting=known.is_restarting,
+                is_leaving=known.is_leaving,
+                revision=known.revision + 1,
+            )
         )
-        return self._servers[known.url]
 
     def _phase_after_update(self, url: str) -> Phase:
         """A server that was out of routing before an update stays out until it is restored."""
-        phase = self._servers[url].phase
+        phase = self.server(url).phase
         return "serving" if phase == "updating" else phase
 
     def _record(self, url: str, **changes: Any) -> None:
@@ -400,9 +482,15 @@ class PoolState:
 
     def _change(self, url: str, **changes: Any) -> ServerState:
         """Replace a record; the lock is held."""
-        known = self._servers[url]
-        self._servers[url] = replace(known, **changes, revision=known.revision + 1)
-        return self._servers[url]
+        known = self.server(url)
+        return self._put(replace(known, **changes, revision=known.revision + 1))
+
+    def _put(self, record: ServerState) -> ServerState:
+        """Replace a record; that of a former member stays as it is. The lock is held."""
+        if record.url not in self._servers:
+            return self._former[record.url]
+        self._servers[record.url] = record
+        return record
 
 
 def _weights_under(version: str) -> ServerWeights:

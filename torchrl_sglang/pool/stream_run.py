@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import LethalPromptError, ProtocolError, ServerError, ServerUnreachableError, SGLangError
@@ -16,8 +16,8 @@ from torchrl_sglang.protocol.stream_events import StreamedReply
 __all__ = ["StreamRun"]
 
 
-class _OtherWeightsError(ServerError):
-    """The server held weights that nobody trained."""
+class _AskAgainError(ServerError):
+    """The server held weights that nobody trained, or left the pool."""
 
 
 class StreamRun:
@@ -34,6 +34,7 @@ class StreamRun:
             send to, or raises.
         find_dead: returns the server that a failed request was on, if it is known to be dead.
         on_death: called with the URL of a server that died, and the error it left; raises if the stream is to end.
+        key: name of the conversation.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class StreamRun:
         servers: Callable[[str, int], Sequence[SGLangClient]],
         find_dead: Callable[[SGLangClient, SGLangError], SGLangClient | None],
         on_death: Callable[[str, SGLangError], None],
+        key: Hashable | None = None,
     ) -> None:
         self._request = request
         self._timeout_s = timeout_s
@@ -58,6 +60,7 @@ class StreamRun:
         self._servers = servers
         self._find_dead = find_dead
         self._on_death = on_death
+        self._key = key
         self._deaths = 0
         self._never_reached: SGLangError | None = None
 
@@ -71,15 +74,17 @@ class StreamRun:
             ServerError: no server is left, or one failed in a way that leaves open whether the request runs.
             ProtocolError: the stream ended without a finished sequence.
         """
+        ids_T = (self._request.body or {})["input_ids"][0]
         while True:
             has_begun = False
-            with self._load.assign_one(self._servers("the stream was not begun", 1)) as client:
+            clients = self._servers("the stream was not begun", 1)
+            with self._load.assign_one(clients, key=self._key, ids_T=ids_T) as client:
                 try:
                     for reply in self._replies_of(client):
                         has_begun = True
                         yield reply
                     return
-                except _OtherWeightsError as error:
+                except _AskAgainError as error:
                     if has_begun:
                         raise ServerError(f"{error}: ask again", server=client.url) from error
                 except SGLangError as error:
@@ -92,7 +97,9 @@ class StreamRun:
             reply = parse_one(sequence.add(event), server=client.url, return_logprobs=self._return_logprobs)
             self._checks.await_verification([reply])
             if self._checks.is_wrong(reply, before):
-                raise _OtherWeightsError(f"{reply.server} held other weights than expected", server=reply.server)
+                left = self._state.has_left(client.url)
+                why = "was removed from the pool" if left else "held other weights than expected"
+                raise _AskAgainError(f"{reply.server} {why}", server=reply.server)
             yield reply
         if not sequence.is_finished:
             raise ProtocolError(f"{client.url} ended a stream without a finished sequence", server=client.url)
@@ -105,6 +112,10 @@ class StreamRun:
             if has_begun or not again:
                 raise error
             self._never_reached = error  # nothing ran, and the server answers again
+            return
+        if self._state.has_left(dead.url):
+            if has_begun:
+                raise _AskAgainError(f"{dead.url} was removed from the pool: ask again", server=dead.url) from error
             return
         self._on_death(dead.url, error)
         if has_begun:

@@ -13,8 +13,9 @@ from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ProtocolError
 from torchrl_sglang.protocol.media import Media, media_fields
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest, WeightSpan
+from torchrl_sglang.protocol.version import version_number
 
-__all__ = ["build_generate", "parse_generate", "parse_one"]
+__all__ = ["build_generate", "parse_generate", "parse_one", "token_versions"]
 
 
 def build_generate(
@@ -203,3 +204,21 @@ def _weight_spans(meta: Mapping[str, Any], num_tokens: int) -> tuple[WeightSpan,
     if spans or meta["finish_reason"] is None:
         return spans
     return (WeightSpan(version=_weight_version(meta), start=0, end=num_tokens),)
+
+
+def token_versions(reply: GenerateReply) -> list[int]:
+    """The weight version of every response token, from the server's spans.
+
+    A token that no span covers has the version at the end of the response.
+
+    Examples:
+        >>> spans = (WeightSpan(version="3@a", start=0, end=2), WeightSpan(version="4@a", start=2, end=3))
+        >>> token_versions(GenerateReply(output_ids=[5, 6, 7], weight_version="4@a", weight_spans=spans))
+        [3, 3, 4]
+    """
+    versions_R = [version_number(reply.weight_version)] * len(reply.output_ids)
+    for span in reply.weight_spans:
+        stop = min(span.end, len(versions_R))
+        if span.start < stop:
+            versions_R[span.start : stop] = [version_number(span.version)] * (stop - span.start)
+    return versions_R

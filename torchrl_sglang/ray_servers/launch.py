@@ -59,19 +59,59 @@ def launch_on_ray(
     hosts = _hosts(placement, num_servers, server)
     config = _server_config(model, tp_size, server)
     group = PlacementGroup(config, placement, num_servers)
-    servers = [RayServer(config, group, index, host) for index, host in enumerate(hosts)]
+    with contextlib.ExitStack() as on_failure:
+        servers = _start([RayServer(config, group, index, host) for index, host in enumerate(hosts)], progress)
+        on_failure.callback(stop_fleet, servers, kill=True)
+        pool = SGLangPool([SGLangClient(one.url, client_config(client, config)) for one in servers])
+        pool.connect()
+        on_failure.pop_all()
+    return AsyncSGLang(pool, servers, restart=restart, launcher=RayLauncher(config, placement, group))
+
+
+class RayLauncher:
+    """Starts more servers in actors of their own: where servers have left, or wherever Ray has room.
+
+    Args:
+        config: the settings of all servers.
+        placement: what Ray reserves for each. Its ``hosts`` are those of the first servers; further ones listen on
+            their node's address.
+        group: the bundles of the first servers.
+    """
+
+    def __init__(self, config: ServerConfig, placement: RayPlacement, group: PlacementGroup) -> None:
+        self._config = replace(config, port=None)
+        self._placement = replace(placement, hosts=None)
+        self._groups = [group]
+
+    def start(
+        self,
+        num_servers: int,
+        running: Sequence[SGLangServer],
+        *,
+        gpus: Sequence[Sequence[int]] | None,
+        progress: Callable[[str], None],
+    ) -> list[SGLangServer]:
+        """See :class:`~torchrl_sglang.engine.fleet.Launcher`."""
+        require(gpus is None, "gpus are Ray's to decide: leave them out")
+        free = [(group, index) for group in self._groups for index in group.free_bundles]
+        new = [PlacementGroup(self._config, self._placement, 1) for _ in range(num_servers - len(free))]
+        self._groups = [group for group in self._groups if group.is_reserved] + new
+        places = [*free, *((group, 0) for group in new)][:num_servers]
+        return _start([RayServer(self._config, group, index, None) for group, index in places], progress)
+
+
+def _start(servers: Sequence[RayServer], progress: Callable[[str], None] | None) -> list[SGLangServer]:
+    """Launch all, then wait for all; after a failure none is left."""
     # A RayServer has the methods of an SGLangServer that the engine uses, but is not one.
-    as_servers = cast("list[SGLangServer]", servers)
+    as_servers = cast("list[SGLangServer]", list(servers))
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(stop_fleet, as_servers, kill=True)
         for one in servers:
             one.launch()
         for one in servers:
             one.wait_ready(progress=progress)
-        pool = SGLangPool([SGLangClient(one.url, client_config(client, config)) for one in servers])
-        pool.connect()
         on_failure.pop_all()
-    return AsyncSGLang(pool, as_servers, restart=restart)
+    return as_servers
 
 
 def _hosts(placement: RayPlacement, num_servers: int, server: Mapping[str, Any]) -> Sequence[str | None]:

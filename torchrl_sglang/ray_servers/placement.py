@@ -58,6 +58,20 @@ class PlacementGroup:
         self._used: set[int] = set()
         self._group: Any = None
 
+    @property
+    def is_reserved(self) -> bool:
+        """Whether Ray holds the bundles for this group."""
+        with self._lock:
+            return self._group is not None
+
+    @property
+    def free_bundles(self) -> list[int]:
+        """Bundles that Ray holds for this group, and in which no server runs: theirs have left."""
+        with self._lock:
+            if self._group is None:
+                return []
+            return [index for index in range(self._num_servers) if index not in self._used]
+
     def start_actor(self, index: int, actor_class: type, *args: Any) -> Any:
         """Start an actor in bundle ``index``. Ray does not restart it after a crash: that is the engine's decision.
 

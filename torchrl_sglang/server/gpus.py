@@ -7,12 +7,14 @@ the GPUs that the server's torch can use. Therefore this module uses NVIDIA's ma
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["assign_gpus", "count_machine_gpus", "has_visible_gpu", "in_ray_worker", "visible_devices"]
+__all__ = ["assign_gpus", "count_machine_gpus", "free_gpus", "has_visible_gpu", "in_ray_worker", "visible_devices"]
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -120,3 +122,54 @@ def assign_gpus(
                 raise ConfigError(f"GPU {gpu} is given to more than one server: each server needs its own")
             taken.add(gpu)
     return tuple(tuple(one_server) for one_server in gpus)
+
+
+def free_gpus(
+    num_servers: int,
+    tp_size: int,
+    taken: Collection[int],
+    *,
+    environ: Mapping[str, str] | None = None,
+    num_machine_gpus: int | None = None,
+) -> tuple[tuple[int, ...], ...]:
+    """GPUs for further servers: the lowest blocks of ``tp_size`` of which none is taken.
+
+    Args:
+        num_servers: how many servers.
+        tp_size: GPUs per server.
+        taken: those of running servers. The GPU that this process computes on counts as taken too.
+        environ: this process's environment; ``None`` is ``os.environ``.
+        num_machine_gpus: GPUs of the machine; ``None`` counts them.
+
+    Returns:
+        One tuple of ``tp_size`` GPU numbers per server.
+
+    Raises:
+        ConfigError: there are not enough.
+
+    Examples:
+        >>> free_gpus(2, 2, {0, 1, 4}, environ={}, num_machine_gpus=8)
+        ((2, 3), (6, 7))
+    """
+    environ = os.environ if environ is None else environ
+    listed = environ.get(_VISIBLE)
+    if listed is not None and not in_ray_worker(environ):
+        total = len([name for name in listed.split(",") if name.strip()])
+    else:
+        total = count_machine_gpus() if num_machine_gpus is None else num_machine_gpus
+    blocks = [tuple(range(start, start + tp_size)) for start in range(0, total - tp_size + 1, tp_size)]
+    free = [block for block in blocks if not set(block) & {*taken, *_computed_on()}]
+    if len(free) < num_servers:
+        raise ConfigError(
+            f"{num_servers} more servers need {num_servers * tp_size} free GPUs in blocks of {tp_size}, and of {total} "
+            f"GPUs {len(free) * tp_size} are free for them (in use: {sorted(taken)}). Name them with gpus=[[...], ...]"
+        )
+    return tuple(free[:num_servers])
+
+
+def _computed_on() -> set[int]:
+    """The GPU that torch uses in this process, if it uses one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return set()
+    return {int(torch.cuda.current_device())}

@@ -23,7 +23,7 @@ from torchrl_sglang.weights.buckets.packing import BucketPacker
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.transports.base import PackedWeights
 from torchrl_sglang.weights.transports.lora_limits import require_fitting_servers, require_lora
-from torchrl_sglang.weights.transports.lora_payload import encode_tensors
+from torchrl_sglang.weights.transports.tensor_payload import encode_tensors
 from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["AdapterSession", "LoraTransport"]
@@ -51,6 +51,7 @@ class LoraTransport:
         self._has_experts = checkpoint.has_experts
         self._loaded: list[str] = []
         self._infos: Sequence[ServerInfo] = ()
+        self._sent: tuple[str, dict[str, object]] | None = None
 
     @property
     def packer(self) -> BucketPacker:
@@ -74,7 +75,7 @@ class LoraTransport:
             ConfigError: its rank or its modules are more than a server takes.
         """
         require_fitting_servers(packed.peft_config, self._infos)
-        packed.pack_first()
+        packed.stage()
 
     def open_session(
         self, clients: Sequence[SGLangClient], version: WeightVersion, deadline: float, report: SyncReport
@@ -88,7 +89,36 @@ class LoraTransport:
         tensors = {
             name: view for bucket, flat in packed for name, view in zip(bucket.names, bucket.views(flat), strict=True)
         }
-        session.load(encode_tensors(tensors), packed.peft_config, deadline)
+        self._sent = encode_tensors(tensors), packed.peft_config
+        session.load(*self._sent, deadline)
+
+    def load_again(self, clients: Sequence[SGLangClient], deadline: float) -> None:
+        """Load the adapter that requests use on servers that have just joined.
+
+        Raises:
+            ConfigError: a server can't take it.
+            SGLangError: a server did not take it.
+        """
+        adapter = self._pool.state.weights.adapter
+        assert adapter is not None, "an adapter was sent"
+        assert self._sent is not None, "an adapter was sent"
+        for client in clients:
+            require_lora(client.info, has_experts=self._has_experts)
+        payload, peft_config = self._sent
+        require_fitting_servers(peft_config, [client.info for client in clients])
+        calls = {
+            each.url: partial(
+                _load,
+                each,
+                build_load_lora_from_tensors(adapter.name, peft_config, [payload] * each.info.tp_size),
+                deadline,
+            )
+            for each in clients
+        }
+        for outcome in side_by_side(calls).values():
+            outcome.unwrap()
+        for client in clients:
+            self._pool.state.adapter_loaded(client.url)
 
     def close(self) -> None:
         """The adapters stay loaded: requests use them."""

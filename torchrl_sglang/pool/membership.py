@@ -1,0 +1,366 @@
+"""Servers that join and leave a pool while it generates.
+
+A newcomer gets no requests until it holds the weights that the others hold. A server that leaves gets no new requests;
+it finishes those that it has, or they are generated elsewhere. Copies of the pool learn of both from a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config.checking import require_number
+from torchrl_sglang.errors import ConfigError, SGLangError
+from torchrl_sglang.parallel import Task, side_by_side
+from torchrl_sglang.pool.checks import refuse_newcomers
+from torchrl_sglang.pool.member_file import MemberFile
+from torchrl_sglang.pool.state import PoolState, ServerState
+from torchrl_sglang.pool.update_lock import UpdateLock
+from torchrl_sglang.protocol.control import build_abort, build_loads, parse_loads
+from torchrl_sglang.protocol.version import WeightVersion
+from torchrl_sglang.server_url import resolved_addresses
+
+__all__ = ["Membership"]
+
+_log = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_LOADS_POLL_S = 0.5
+_ABORT_TIMEOUT_S = 5.0
+"""A server that has not answered its aborted requests by then hangs: their connections are broken."""
+_MAX_ASKED = 8
+"""That many servers are asked which weights they hold; more know nothing else."""
+_WAITS = "it has joined, and does not hold the current weights yet; the next weight update brings them"
+
+
+class Members(Protocol):
+    """What this module needs of the pool."""
+
+    state: PoolState
+    update_lock: UpdateLock
+    weight_sync: Any
+
+    @property
+    def healthy(self) -> tuple[SGLangClient, ...]:
+        """The servers that requests are routed to."""
+
+    def connect(self) -> None:
+        """Connect the members."""
+
+    def restore(
+        self, url: str, *, based_on: ServerState, new_process_with: str | None = None, updated_to: str | None = None
+    ) -> bool:
+        """Put a server into routing."""
+
+    def leave_router(self, url: str) -> None:
+        """Tell the router that a server gets nothing more."""
+
+    def join_router(self, url: str) -> None:
+        """Tell the router that a server gets requests."""
+
+    def refuse_while_offloaded(self) -> None:
+        """Raise if GPU memory is released."""
+
+
+class Membership:
+    """The members of one pool, and their changes.
+
+    Args:
+        pool: whose members they are.
+        clients: the members.
+        copied_from: the file of the pool that this one is a copy of; ``None`` for an original.
+
+    Attributes:
+        clients: the members; replaced as a whole.
+    """
+
+    def __init__(self, pool: Members, clients: Sequence[SGLangClient], copied_from: MemberFile | None = None) -> None:
+        self.clients = tuple(clients)
+        self._pool = pool
+        self._file = copied_from or MemberFile()
+        self._is_copy = copied_from is not None
+        self._served = {client.url for client in clients}
+        self._lock = threading.Lock()
+        self._joining: Task[None] | None = None
+
+    def file_of_copies(self) -> MemberFile:
+        """What a copy of the pool reads."""
+        return MemberFile(self._file.path)
+
+    # ------------------------------------------------------------------ joining
+
+    def add(self, urls: Sequence[str]) -> tuple[str, ...]:
+        """See :meth:`SGLangPool.add`."""
+        self._refuse_in_copy()
+        if not urls:
+            raise ConfigError("name at least one server to add")
+        pool = self._pool
+        new = [SGLangClient(url, self.clients[0].config) for url in urls]
+        self._refuse_members(new)
+        pool.refuse_while_offloaded()
+        pool.connect()
+        outcomes = side_by_side({client.url: client.connect for client in new})
+        infos = [outcomes[client.url].unwrap() for client in new]
+        refuse_newcomers(infos, [client.info for client in self.clients], updates=pool.weight_sync is not None)
+        with contextlib.ExitStack() as on_failure:
+            with pool.update_lock:
+                with self._lock:
+                    self._refuse_members(new)
+                    pool.refuse_while_offloaded()
+                    for info in infos:
+                        pool.state.joined(info.url, info.weight_version, _WAITS)
+                    self.clients = (*self.clients, *new)
+                on_failure.callback(self._forget, new)
+                self._bring_up_to_date(new)
+            on_failure.pop_all()
+        self.publish()
+        return tuple(client.url for client in new)
+
+    def _refuse_members(self, new: Sequence[SGLangClient]) -> None:
+        """Require that no server is named that is a member already, also under another name.
+
+        Raises:
+            ConfigError: one is.
+        """
+        known = [client.url for client in self.clients]
+        for client in new:
+            for other in known:
+                if client.url == other:
+                    raise ConfigError(f"{client.url} is a server of this pool already")
+                if resolved_addresses(client.url) & resolved_addresses(other):
+                    raise ConfigError(f"{client.url} is a server of this pool already, under the name {other}")
+            known.append(client.url)
+
+    def _bring_up_to_date(self, new: Sequence[SGLangClient]) -> None:
+        """Route requests to the newcomers that hold the current weights, or can get them now."""
+        pool = self._pool
+        sync = pool.weight_sync
+        waiting = list(new)
+        if pool.state.weights.adapter is None:
+            current = self.current_versions()
+            for client in new:
+                held = client.weight_version()
+                if held in current and pool.restore(
+                    client.url, based_on=pool.state.server(client.url), updated_to=held
+                ):
+                    waiting.remove(client)
+        if waiting and sync is not None:
+            waiting = sync.bring_up_to_date(waiting)
+        for client in waiting:
+            _log.warning("%s has joined; it gets requests after the next weight update", client.url)
+
+    def current_versions(self) -> set[str]:
+        """The version strings under which routed servers hold the current weights."""
+        state = self._pool.state
+        weights = state.weights
+        asked = self._pool.healthy[:_MAX_ASKED]
+        outcomes = side_by_side({client.url: client.weight_version for client in asked}) if asked else {}
+        held = {outcome.value for outcome in outcomes.values() if outcome.value is not None}
+        if not held:  # nobody answers: what is known of them
+            held = {each.version for each in state.servers.values() if each.phase != "joining"}
+            newest = max(weights.version, weights.newest_seen)
+            return {version for version in held if _is_version(version, newest)}
+        newest = max(WeightVersion.parse(version).number for version in held)
+        return {version for version in held if _is_version(version, newest)}
+
+    def _forget(self, clients: Sequence[SGLangClient]) -> None:
+        """Take servers off the list."""
+        urls = {client.url for client in clients}
+        with self._lock:
+            self.clients = tuple(client for client in self.clients if client.url not in urls)
+            for url in urls:
+                self._pool.state.left(url)
+            self._served -= urls
+        for client in clients:
+            self._pool.leave_router(client.url)
+            client.close()
+
+    # ------------------------------------------------------------------ leaving
+
+    def remove(
+        self,
+        urls: Sequence[str],
+        *,
+        drain: bool = True,
+        timeout_s: float | None = None,
+        on_left: Callable[[str], None] = lambda url: None,
+    ) -> None:
+        """See :meth:`SGLangPool.remove`; ``on_left`` is called for each server after its last request."""
+        self._refuse_in_copy()
+        require_number("timeout_s", timeout_s, optional=True, at_least=0)
+        leaving = self._start_leaving(urls)
+        limits = [client.config.generate_limit_s() for client in leaving]
+        deadline = time.monotonic() + (max(limits) if timeout_s is None else timeout_s)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._stay, leaving)
+            self.publish()
+            for client in leaving:
+                self._pool.leave_router(client.url)
+            busy = self._await_idle(leaving, deadline) if drain else list(leaving)
+            on_failure.pop_all()
+        with contextlib.ExitStack() as at_any_rate:  # from here on there is no way back, also on Ctrl-C
+            at_any_rate.callback(self._end, leaving, on_left)
+            self._abort(busy)
+
+    def _start_leaving(self, urls: Sequence[str]) -> list[SGLangClient]:
+        state = self._pool.state
+        with self._lock:
+            members = {client.url: client for client in self.clients}
+            wanted = {SGLangClient(url).url for url in urls}
+            if not wanted:
+                raise ConfigError("name at least one server to remove")
+            for url in wanted:
+                if url not in members:
+                    raise ConfigError(f"{url} is no server of this pool; its servers are {', '.join(members)}")
+                if state.server(url).is_leaving:
+                    raise ConfigError(f"{url} is being removed already")
+            stay = [state.server(url) for url in members if url not in wanted and not state.has_left(url)]
+            if not stay:
+                raise ConfigError("a pool needs at least one server: add another one before you remove the last")
+            serves = any(state.server(url).is_routed for url in wanted)
+            if serves and not any(server.is_routed for server in stay):
+                reasons = "; ".join(f"{server.url}: {server.why_not_routed}" for server in stay)
+                raise ConfigError(
+                    f"{', '.join(sorted(wanted))} can't be removed: no other server takes requests ({reasons})"
+                )
+            for url in wanted:
+                state.leaving(url)
+            return [members[url] for url in members if url in wanted]
+
+    def _stay(self, clients: Sequence[SGLangClient]) -> None:
+        """The removal was interrupted before anything was lost: the servers stay."""
+        for client in clients:
+            if self._pool.state.leaving(client.url, is_leaving=False).is_routed:
+                with contextlib.suppress(SGLangError):
+                    self._pool.join_router(client.url)
+        self.publish()
+
+    def _await_idle(self, clients: Sequence[SGLangClient], deadline: float) -> list[SGLangClient]:
+        """Wait until servers have no requests; returns those that still have some at the deadline."""
+        busy = list(clients)
+        ask_at = 0.0
+        while busy:
+            idle_here = [client for client in busy if client.num_generating == 0]
+            if idle_here and time.monotonic() >= ask_at:
+                loads = side_by_side({client.url: _Load(client) for client in idle_here})
+                busy = [client for client in busy if client.url not in loads or loads[client.url].unwrap()]
+                ask_at = time.monotonic() + _LOADS_POLL_S
+            if busy and time.monotonic() >= deadline:
+                return busy
+            if busy:
+                time.sleep(_POLL_S)
+        return []
+
+    def _abort(self, clients: Sequence[SGLangClient]) -> None:
+        """End the requests of servers; those of this process are generated elsewhere."""
+        if not clients:
+            return
+
+        def abort(client: SGLangClient) -> None:
+            with contextlib.suppress(SGLangError):
+                client.send(build_abort(), timeout_s=_ABORT_TIMEOUT_S)
+
+        Task(lambda: side_by_side({client.url: partial(abort, client) for client in clients}), name="abort")
+        deadline = time.monotonic() + _ABORT_TIMEOUT_S
+        while time.monotonic() < deadline and any(client.num_generating for client in clients):
+            time.sleep(_POLL_S)
+
+    def _end(self, clients: Sequence[SGLangClient], on_left: Callable[[str], None]) -> None:
+        for client in clients:
+            client.cut()  # what is still under way there is generated elsewhere
+        with self._pool.update_lock:  # an update under way still counts on them
+            sync = self._pool.weight_sync
+            if sync is not None:
+                sync.servers_leave()
+            self._forget(clients)
+        for client in clients:
+            on_left(client.url)
+        self.publish()
+
+    # ------------------------------------------------------------------ copies
+
+    def _refuse_in_copy(self) -> None:
+        if self._is_copy:
+            raise ConfigError(
+                "this pool is a copy, in another process or of a copied object: servers join and leave through the "
+                "original, and its copies on the same machine follow"
+            )
+
+    def served(self, url: str) -> None:
+        """A server gets requests: copies may use it from now on."""
+        if url not in self._served:
+            self._served.add(url)
+            self.publish()
+
+    def publish(self) -> None:
+        """Write down for copies which servers there are."""
+        if self._is_copy:
+            return
+        state = self._pool.state
+        usable = self._served if self._pool.weight_sync is not None else {client.url for client in self.clients}
+        urls = [client.url for client in self.clients if client.url in usable and not state.has_left(client.url)]
+        try:
+            self._file.write(urls)
+        except OSError as error:
+            _log.warning(
+                "copies of this pool don't learn of its servers: %s can't be written (%s)", self._file.path, error
+            )
+
+    def refresh(self) -> None:
+        """In a copy, adopt what has changed in the original. A newcomer is asked which weights it holds first."""
+        urls = self._file.read_if_new() if self._is_copy else None
+        if urls is None:
+            return
+        with self._lock:
+            known = {client.url for client in self.clients}
+            gone = [client for client in self.clients if client.url not in urls]
+        new = [url for url in urls if url not in known]
+        if len(gone) < len(known):
+            self._forget(gone)
+            gone = []
+        self._joining = Task(lambda: self._join_copied(new, gone), name="sglang-new-servers")
+        if gone:  # none of the known servers is left
+            self._joining.wait()
+
+    def _join_copied(self, urls: Sequence[str], gone: Sequence[SGLangClient]) -> None:
+        for url in urls:
+            client = SGLangClient(url, self.clients[0].config)
+            try:
+                info = client.connect()
+            except SGLangError as error:
+                _log.warning("%s has joined the pool, and can't be used here: %s", url, error)
+                continue
+            with self._lock:
+                if any(each.url == url for each in self.clients):
+                    continue
+                known = self._pool.state.joined(url, info.weight_version, _WAITS)
+                self.clients = (*self.clients, client)
+            if gone or info.weight_version in self.current_versions():
+                self._pool.restore(url, based_on=known, updated_to=info.weight_version)
+        if gone and len(self.clients) > len(gone):
+            self._forget(gone)
+
+
+class _Load:
+    """Whether a server has requests, of any client. One that does not answer has none that could be waited for."""
+
+    def __init__(self, client: SGLangClient) -> None:
+        self._client = client
+
+    def __call__(self) -> bool:
+        try:
+            legacy = not self._client.dialect.weight_session
+            return parse_loads(self._client.send(build_loads(legacy=legacy))) > 0
+        except SGLangError:
+            return False
+
+
+def _is_version(version: str, number: int) -> bool:
+    parsed = WeightVersion.parse(version)
+    return not parsed.dirty and parsed.number == number

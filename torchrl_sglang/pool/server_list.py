@@ -1,0 +1,108 @@
+"""Lists of servers that something else keeps up to date: a file, a DNS name, or a function."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from torchrl_sglang.errors import ConfigError, ServerError, StorageError
+from torchrl_sglang.server_url import base_url
+
+__all__ = ["ListSource", "read_server_file", "reader_of", "write_server_file"]
+
+ListSource = Path | str | Callable[[], Iterable[str]]
+"""A file with a URL per line, a DNS name with a port (``"dns://servers.example:30000"``), or a function."""
+
+_DNS = re.compile(r"dns://(?P<host>[^/:]+|\[[0-9a-fA-F:]+\]):(?P<port>[0-9]{1,5})/?")
+
+
+def reader_of(source: ListSource) -> Callable[[], list[str]]:
+    """A function that reads the list anew each time; URLs come as clients use them, each once.
+
+    Args:
+        source: where the list is.
+
+    Raises:
+        ConfigError: it is none of the known kinds. The reader itself raises :class:`ServerError`.
+
+    Examples:
+        >>> reader_of(lambda: ["a:30000", "http://b:30000/", "http://a:30000"])()
+        ['http://a:30000', 'http://b:30000']
+    """
+    if callable(source):
+        return lambda: _checked(_called(source))
+    if isinstance(source, str) and source.startswith("dns:"):
+        found = _DNS.fullmatch(source)
+        if found is None or not 0 < int(found["port"]) < 65536:
+            raise ConfigError(f"{source!r} is no DNS name with a port: write dns://HOST:PORT")
+        return lambda: _resolve(found["host"].strip("[]"), int(found["port"]))
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise ConfigError(f"{source!r} is one server, not a list: engine.add({source!r})")
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        return lambda: read_server_file(path)
+    raise ConfigError(
+        "a list of servers is a file with a URL per line, dns://HOST:PORT, or a function that returns URLs, got "
+        f"{type(source).__name__}"
+    )
+
+
+def read_server_file(path: Path) -> list[str]:
+    """The URLs in a file, one per line. Empty lines, and what follows a ``#``, are left out.
+
+    Raises:
+        ServerError: the file can't be read, or a line is no URL.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServerError(f"the list of servers {path} can't be read: {error}") from error
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return _checked(line for line in lines if line)
+
+
+def write_server_file(path: Path, urls: Sequence[str]) -> None:
+    """Replace such a file; a reader sees either the old or the new list.
+
+    Raises:
+        StorageError: it can't be written; the old one stays.
+    """
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text("".join(f"{url}\n" for url in urls))
+        new.replace(path)
+    except OSError as error:
+        raise StorageError(f"the list of servers {path} can't be written: {error}", path=str(path)) from error
+
+
+def _called(source: Callable[[], Iterable[str]]) -> list[str]:
+    failure: BaseException
+    try:
+        found = source()
+        if not isinstance(found, str):
+            return list(found)
+        raise TypeError("it returned a string, not a list of URLs")
+    except BaseException as error:  # noqa: BLE001  whatever the user's function raises, the thread that calls it goes on
+        failure = error
+    if not isinstance(failure, Exception):  # Ctrl-C
+        raise failure
+    text = f"{type(failure).__name__}: {failure}"
+    raise ServerError(f"the function that lists the servers failed: {text}") from failure
+
+
+def _checked(urls: Iterable[str]) -> list[str]:
+    try:
+        return list(dict.fromkeys(base_url(url) for url in urls))
+    except ConfigError as error:
+        raise ServerError(f"the list of servers has an entry that is no URL: {error}") from error
+
+
+def _resolve(host: str, port: int) -> list[str]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ServerError(f"the name {host!r} can't be resolved: {error}") from error
+    addresses = sorted({str(address[0]) for *_, address in found})
+    return [f"http://[{each}]:{port}" if ":" in each else f"http://{each}:{port}" for each in addresses]
