@@ -150,6 +150,8 @@ ROWS = {
     "overdue": "longer than their limits allow",
     "syncs": "syncs",
     "failed_syncs": "failed syncs",
+    "left": "servers taken out of the pool",
+    "joined": "servers taken in",
     "lives": "trainers, one after the other",
     "settled_s": "seconds until all serve again at the end",
 }

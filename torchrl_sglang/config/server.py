@@ -66,8 +66,9 @@ class ServerConfig:
     """Folder of the server's log; ``None`` is a temporary folder, removed after a clean stop, kept after a failure."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.model, Path):
-            object.__setattr__(self, "model", str(self.model))
+        given: object = self.model
+        if isinstance(given, Path):
+            object.__setattr__(self, "model", str(given))
         require(
             isinstance(self.model, str) and bool(self.model),
             f"model must be the path or hub name of a checkpoint, got {self.model!r}",

@@ -84,9 +84,9 @@ class StreamRun:
                         has_begun = True
                         yield reply
                     return
-                except _AskAgainError:
+                except _AskAgainError as error:
                     if has_begun:
-                        raise
+                        raise ServerError(f"{error}: ask again", server=client.url) from error
                 except SGLangError as error:
                     self._note_death(client, error, has_begun=has_begun)
 
@@ -99,7 +99,7 @@ class StreamRun:
             if self._checks.is_wrong(reply, before):
                 left = self._state.has_left(client.url)
                 why = "was removed from the pool" if left else "held other weights than expected"
-                raise _AskAgainError(f"{reply.server} {why}: ask again", server=reply.server)
+                raise _AskAgainError(f"{reply.server} {why}", server=reply.server)
             yield reply
         if not sequence.is_finished:
             raise ProtocolError(f"{client.url} ended a stream without a finished sequence", server=client.url)

@@ -33,6 +33,7 @@ from torchrl_sglang.errors import (
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol import control
+from torchrl_sglang.protocol.dialect import MODEL_INFO
 from torchrl_sglang.protocol.messages import HttpRequest
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.group.process_group import WeightGroup
@@ -368,8 +369,8 @@ class UpdateSession:
                     client.send(control.build_end_update(), timeout_s=timeout_s)
                     self._state.session_closed(client.url)
                 if known.weights == "old":
-                    if known.version_before:
-                        client.send(control.build_set_version(known.version_before), timeout_s=timeout_s)
+                    if known.version_before and not self._unmark(client, known.version_before, timeout_s):
+                        return
                     client.send(control.build_continue(), timeout_s=timeout_s)
                     self._state.update_abandoned(client.url)
                 else:
@@ -381,6 +382,17 @@ class UpdateSession:
                 self._state.weights_changed(client.url, "stuck")
 
         return leave
+
+    def _unmark(self, client: SGLangClient, version_before: str, timeout_s: float) -> bool:
+        """Give a server its version back. ``False`` if it is a new process by now, with its checkpoint's weights."""
+        held = str(client.send(MODEL_INFO, timeout_s=timeout_s)["weight_version"])
+        if held == self._dirty:
+            client.send(control.build_set_version(version_before), timeout_s=timeout_s)
+        elif held != version_before:
+            self._state.replaced_elsewhere(client.url, held)
+            self._state.weights_changed(client.url, "mixed")
+            return False
+        return True
 
     # ------------------------------------------------------------------ calls
 
