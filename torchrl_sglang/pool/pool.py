@@ -179,8 +179,9 @@ class SGLangPool:
         if self._connected:
             return
         self._membership.refresh()
-        outcomes = side_by_side({client.url: client.connect for client in self.clients})
-        infos = [outcomes[client.url].unwrap() for client in self.clients]
+        clients = self.clients  # of a copy, more may join meanwhile
+        outcomes = side_by_side({client.url: client.connect for client in clients})
+        infos = [outcomes[client.url].unwrap() for client in clients]
         refuse_different_models(infos)
         for info in infos:
             if info.weight_version.startswith("dirty-"):
