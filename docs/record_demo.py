@@ -1,6 +1,7 @@
 """Record the quick start and draw it as docs/demo.svg, an animation of 20 seconds.
 
-    python docs/record_demo.py run         # runs examples/grpo.py (about 5 minutes), writes docs/demo.json, draws
+    python docs/record_demo.py run         # runs examples/grpo.py (about 5 minutes), writes docs/demo.json, draws;
+                                           # docs/quickstart.png is the run's report.png
     python docs/record_demo.py draw        # draws docs/demo.svg from docs/demo.json
 
 The file is an SVG with CSS alone, so it moves in a README and on the site. Where animations are switched off it shows
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 RECIPE = DOCS.parent / "examples" / "grpo.py"
-RECORD, PICTURE = DOCS / "demo.json", DOCS / "demo.svg"
+RECORD, PICTURE, REPORT = DOCS / "demo.json", DOCS / "demo.svg", DOCS / "quickstart.png"
 PACKAGES = ("torch", "torchrl", "sglang")
 
 SECONDS, HOLD_S = 20.0, 4.5  # of the animation, and of its last frame
@@ -50,7 +52,9 @@ def record() -> dict[str, Any]:
             printed.append({"at_s": round(time.monotonic() - started), "text": line.rstrip()})
         if process.wait() != 0:
             raise SystemExit("the run failed")
-        lines = Path(folder, "outputs/quickstart/samples.jsonl").read_text().splitlines()
+        results = Path(folder, "outputs/quickstart")
+        shutil.copy(results / "report.png", REPORT)
+        lines = (results / "samples.jsonl").read_text().splitlines()
         samples = [json.loads(line) for line in lines]
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in PACKAGES)
     ran_on = f"{os.cpu_count()} CPU cores, no GPU; {versions}"

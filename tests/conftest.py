@@ -10,6 +10,8 @@ Folders, in the order they run::
     tests/loop/         TorchRL collectors, losses and weight syncs against a real server; the README's code
     tests/fuzz/         random requests and adapters against a real server
     tests/matrix/       families of models, kinds of tokenizers and chat templates; also data for tests/quick
+    tests/chaos/        training while servers and trainers die, freeze, are cut off...; `make chaos`, and a short form
+    tests/soak/         does anything grow in an hour?; `make soak`, and a short form
     tests/gpu/          needs CUDA; marked `gpu`, never part of `make test`
 
 ``make test-quick`` runs the architecture checks and the first two. ``make test`` runs all but the tests marked ``slow``

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,11 @@ import torch
 from torchrl_sglang import WeightSync
 from torchrl_sglang.protocol.control import build_update_from_disk, check_success
 from torchrl_sglang.protocol.messages import HttpRequest
+from torchrl_sglang.weights.buckets.layout import Bucket
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 from torchrl_sglang.weights.transports.base import PackedWeights
 from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
-from torchrl_sglang.weights.transports.lora_payload import _ByValue, _Plain
+from torchrl_sglang.weights.transports.tensor_payload import by_value
 
 __all__ = ["keep_old", "put_back_on_one_rank", "reload_on_one_server"]
 
@@ -91,6 +91,4 @@ def reload_on_one_server(sync: WeightSync, url: str, folder: Path) -> None:
 
 
 def _payload(name: str, tensor: torch.Tensor) -> str:
-    buffer = io.BytesIO()
-    _ByValue(buffer, protocol=4).dump([(name, _Plain(tensor))])
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return by_value(Bucket.of([TensorSpec.of(name, tensor)]), tensor.contiguous().view(-1).view(torch.uint8))

@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"pool", "server"}),
     frozenset({"rollout", "weights", "engine", "chat", "scores"}),
     frozenset({"testing"}),
-    frozenset({"doctor", "hydra_configs", "ray_servers"}),
+    frozenset({"agents", "doctor", "hydra_configs", "ray_servers"}),
     frozenset({"cli", "recipes"}),
     frozenset({"__main__"}),
 )
@@ -54,6 +54,8 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
     "weights": (
         *("checkpoint", "source", "buckets", "checksums", "group", "update"),
         *("transports", "planning", "newcomers", "sync", "scheme"),
+        *("checkpoint", "source", "buckets", "checksums", "group", "update", "shared_memory"),
+        *("transports", "planning", "sync", "scheme"),
     ),
 }
 

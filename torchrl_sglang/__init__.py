@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams, ServerConfig, SyncConfig
 from torchrl_sglang.errors import (
+    AgentsFailedError,
     ConfigError,
+    ContextLengthError,
     LethalPromptError,
+    OverloadedError,
     ProtocolError,
     RequestRejectedError,
     ServerError,
@@ -20,14 +23,22 @@ from torchrl_sglang.errors import (
     ServerStartError,
     ServerTimeoutError,
     ServerUnreachableError,
+    SessionError,
+    SessionFinishedError,
+    SessionKeyError,
     SGLangError,
     StorageError,
+    UnknownSessionError,
     WeightCoverageError,
     WeightSyncError,
     WeightUpdateError,
 )
 
 if TYPE_CHECKING:
+    from torchrl_sglang.agents.collector import AgentCollector, RunFailure, group_advantages
+    from torchrl_sglang.agents.gateway import AgentGateway, AgentSession
+    from torchrl_sglang.agents.settings import SessionSettings
+    from torchrl_sglang.agents.types import SessionInfo, Trajectory
     from torchrl_sglang.chat import Response, SGLangChat
     from torchrl_sglang.client import SGLangClient
     from torchrl_sglang.engine import AsyncSGLang
@@ -41,6 +52,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AgentCollector": "torchrl_sglang.agents.collector",
+    "AgentGateway": "torchrl_sglang.agents.gateway",
+    "AgentSession": "torchrl_sglang.agents.gateway",
     "AsyncSGLang": "torchrl_sglang.engine",
     "Generation": "torchrl_sglang.rollout",
     "Response": "torchrl_sglang.chat",
@@ -53,26 +67,38 @@ _LAZY = {
     "SGLangWeightSender": "torchrl_sglang.weights",
     "SGLangWeightSyncScheme": "torchrl_sglang.weights",
     "SGLangWrapper": "torchrl_sglang.rollout",
+    "SessionInfo": "torchrl_sglang.agents.types",
+    "SessionSettings": "torchrl_sglang.agents.settings",
     "SyncReport": "torchrl_sglang.weights",
+    "Trajectory": "torchrl_sglang.agents.types",
     "WeightSync": "torchrl_sglang.weights",
+    "RunFailure": "torchrl_sglang.agents.collector",
     "behaviour_log_probs": "torchrl_sglang.rollout",
+    "group_advantages": "torchrl_sglang.agents.collector",
     "smollm2_checkpoint": "torchrl_sglang.smollm2",
     "temper": "torchrl_sglang.rollout",
     "trainer_log_probs": "torchrl_sglang.rollout",
 }
 
 __all__ = [
+    "AgentCollector",
+    "AgentGateway",
+    "AgentSession",
+    "AgentsFailedError",
     "AsyncSGLang",
     "ClientConfig",
     "ConfigError",
+    "ContextLengthError",
     "Generation",
     "LethalPromptError",
+    "OverloadedError",
     "ProtocolError",
     "RequestRejectedError",
     "Response",
     "RewardModel",
     "RewardModelTransform",
     "RouterConfig",
+    "RunFailure",
     "SGLangChat",
     "SGLangClient",
     "SGLangError",
@@ -88,14 +114,22 @@ __all__ = [
     "ServerStartError",
     "ServerTimeoutError",
     "ServerUnreachableError",
+    "SessionError",
+    "SessionFinishedError",
+    "SessionInfo",
+    "SessionKeyError",
+    "SessionSettings",
     "StorageError",
     "SyncConfig",
     "SyncReport",
+    "Trajectory",
+    "UnknownSessionError",
     "WeightCoverageError",
     "WeightSync",
     "WeightSyncError",
     "WeightUpdateError",
     "behaviour_log_probs",
+    "group_advantages",
     "smollm2_checkpoint",
     "temper",
     "trainer_log_probs",

@@ -244,7 +244,7 @@ class ChatRenderer:
             form, _ = self._render(messages, add_generation_prompt=True)
             found.append(self.render(form[: ends[0]], add_generation_prompt=True))
             for last, end in zip(answers, ends[1:], strict=True):
-                segment = self._segment(form[:end], last)
+                segment = self.after_answer(form[:end], last)
                 if segment is None:
                     return None
                 found.append(segment)
@@ -252,8 +252,19 @@ class ChatRenderer:
             return None
         return found
 
-    def _segment(self, until: list[dict[str, Any]], last: int) -> str | None:
-        """What the template writes behind the answer at ``last``, the last one."""
+    def after_answer(self, until: Sequence[Message], last: int) -> str | None:
+        """What the template writes behind an answer, up to the next one's generation prompt.
+
+        Args:
+            until: the conversation up to the next answer, in a form that the template takes.
+            last: index of the answer.
+
+        Returns:
+            The text; ``None`` if the template hides the answer.
+
+        Raises:
+            ConfigError: the template refuses the conversation.
+        """
         marked = [*until[:last], {"role": "assistant", "content": _MARK}, *until[last + 1 :]]
         try:
             _, mark, after = self.render(marked, add_generation_prompt=True).rpartition(_MARK)

@@ -191,13 +191,14 @@ class SGLangClient:
             request.method,
             self.url + request.path,
             data=None if request.body is None else json.dumps(request.body),
-            headers=self._headers(request),
+            headers=self.headers(request),
             timeout=(self.config.connect_timeout_s, wait_s),
             stream=stream,
             allow_redirects=False,
         )
 
-    def _headers(self, request: HttpRequest) -> dict[str, str]:
+    def headers(self, request: HttpRequest) -> dict[str, str]:
+        """The headers of a request: its content's type, and the key."""
         headers = {"Content-Type": "application/json"} if request.body is not None else {}
         key = self.config.api_key
         # With both keys set, SGLang accepts only the admin key for control calls, and only the other key elsewhere.

@@ -18,11 +18,11 @@ from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.errors import ServerTimeoutError
 from torchrl_sglang.tls import trusted_authorities
 
-__all__ = ["ServerConnections"]
+__all__ = ["IDLE_LIMIT_S", "ServerConnections", "socket_options"]
 
 Purpose = Literal["generate", "control"]
 
-_IDLE_LIMIT_S = 3.0
+IDLE_LIMIT_S = 3.0
 """uvicorn closes a connection that was idle for 5 s (SGLANG_TIMEOUT_KEEP_ALIVE). A connection that was idle for nearly
 as long is not used again: if the server closes it while a request is on its way, nobody knows whether the request
 ran."""
@@ -128,7 +128,7 @@ class _Adapter(HTTPAdapter):
     """Opens connections with TCP keepalive, and never reuses one that was idle for long."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, socket_options=_socket_options(), **kwargs)
+        super().init_poolmanager(*args, socket_options=socket_options(), **kwargs)
         self.poolmanager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
 
     def cut(self) -> None:
@@ -151,7 +151,7 @@ class _AgeingPool(HTTPConnectionPool):
     def _get_conn(self, timeout: float | None = None) -> Any:
         connection = super()._get_conn(timeout)
         last_used = self._last_used.pop(id(connection), None)
-        if last_used is not None and time.monotonic() - last_used > _IDLE_LIMIT_S:
+        if last_used is not None and time.monotonic() - last_used > IDLE_LIMIT_S:
             connection.close()  # the next request on it connects again
         self._in_use.add(connection)
         return connection
@@ -179,7 +179,8 @@ class _HttpsPool(_AgeingPool, HTTPSConnectionPool):
     pass
 
 
-def _socket_options() -> list[tuple[int, int, int]]:
+def socket_options() -> list[tuple[int, int, int]]:
+    """TCP options with which a host that vanished is noticed."""
     options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
     # Names that exist on Linux only.
     options += [

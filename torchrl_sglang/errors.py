@@ -4,6 +4,7 @@
 
     SGLangError
     ├── ConfigError(ValueError)                    an argument can't be honoured
+    │   └── ContextLengthError                     a conversation is longer than the model's context
     ├── StorageError(OSError)                      a file could not be written, most often because the disk is full
     ├── ProtocolError                              the answer is not what this SGLang version promises
     ├── ServerError(RuntimeError)
@@ -13,6 +14,12 @@
     │   ├── ServerTimeoutError(TimeoutError)       no answer in time: the request may still be running
     │   ├── LethalPromptError                      servers died on a prompt; has the other prompts' replies
     │   └── RequestRejectedError                   the server answered with an error status
+    ├── SessionError                               an agent's session does not take the request
+    │   ├── UnknownSessionError(LookupError)       there is no session of this id
+    │   ├── SessionKeyError(PermissionError)       the key is not the session's
+    │   ├── SessionFinishedError                   it has its reward, or has expired
+    │   └── OverloadedError                        too much is under way or kept; says when to try again
+    ├── AgentsFailedError(RuntimeError)            no group of an agent's runs gives anything to train on
     └── WeightSyncError(RuntimeError)              has the state of every server's weights
         ├── WeightCoverageError                    names, shapes, dtypes or values don't match, listed
         └── WeightUpdateError                      refused, timed out, or failed verification
@@ -26,8 +33,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 __all__ = [
+    "AgentsFailedError",
     "ConfigError",
+    "ContextLengthError",
     "LethalPromptError",
+    "OverloadedError",
     "ProtocolError",
     "RequestRejectedError",
     "SGLangError",
@@ -37,7 +47,11 @@ __all__ = [
     "ServerTimeoutError",
     "ServerUnreachableError",
     "ServerWeights",
+    "SessionError",
+    "SessionFinishedError",
+    "SessionKeyError",
     "StorageError",
+    "UnknownSessionError",
     "WeightCoverageError",
     "WeightSyncError",
     "WeightUpdateError",
@@ -57,6 +71,10 @@ class SGLangError(Exception):
 
 class ConfigError(SGLangError, ValueError):
     """An argument can't be honoured. Nothing was sent or started."""
+
+
+class ContextLengthError(ConfigError):
+    """A prompt, or a prompt and the response that was asked for, is longer than the model's context."""
 
 
 class StorageError(SGLangError, OSError):
@@ -167,6 +185,54 @@ class RequestRejectedError(ServerError):
         super().__init__(message, server=server)
         self.status = status
         self.detail = detail
+
+
+class SessionError(SGLangError):
+    """An agent's session does not take a request. What the session has recorded stays as it is.
+
+    Attributes:
+        session: id of the session; empty if there is none.
+    """
+
+    def __init__(self, message: str, *, session: str = "") -> None:
+        super().__init__(message)
+        self.session = session
+
+
+class UnknownSessionError(SessionError, LookupError):
+    """There is no session of this id: it never existed, or was deleted."""
+
+
+class SessionKeyError(SessionError, PermissionError):
+    """The key is missing, or is not that of the session."""
+
+
+class SessionFinishedError(SessionError):
+    """The session has its reward, or has expired: it takes no more requests."""
+
+
+class OverloadedError(SessionError):
+    """The gateway keeps as many sessions, or has as many requests waiting, as it may. Nothing was sent.
+
+    Attributes:
+        retry_after_s: seconds after which trying again makes sense.
+    """
+
+    def __init__(self, message: str, *, session: str = "", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, session=session)
+        self.retry_after_s = retry_after_s
+
+
+class AgentsFailedError(SGLangError, RuntimeError):
+    """Collecting ended: one group of an agent's runs after the other failed, or had equal rewards.
+
+    Attributes:
+        failures: the latest runs that failed, one text each.
+    """
+
+    def __init__(self, message: str, *, failures: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.failures = tuple(failures)
 
 
 class WeightSyncError(SGLangError, RuntimeError):

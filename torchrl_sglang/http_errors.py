@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import socket
 from urllib.parse import urlsplit
 
@@ -21,7 +22,7 @@ from torchrl_sglang.protocol.messages import HttpRequest
 from torchrl_sglang.server_url import unresolvable_host
 from torchrl_sglang.tls import explain_tls
 
-__all__ = ["may_retry", "raise_for_status", "stream_cut_short", "translate_error"]
+__all__ = ["may_retry", "raise_for_status", "rejected", "stream_cut_short", "translate_error"]
 
 _EAI_NODATA = getattr(socket, "EAI_NODATA", socket.EAI_NONAME)
 _NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}
@@ -106,19 +107,37 @@ def raise_for_status(response: requests.Response, request: HttpRequest, *, url: 
     """
     if response.ok and not response.is_redirect:
         return
-    detail = _detail(response)
-    advice = _about_keys(response, request) if response.status_code in (401, 403) else ""
-    raise RequestRejectedError(
-        f"{url} answered {response.status_code} to {request.path}: {detail}{advice}",
-        server=url,
+    raise rejected(
+        request,
+        url=url,
         status=response.status_code,
-        detail=detail,
+        body=response.text,
+        reason=response.reason,
+        has_key="Authorization" in response.request.headers,
     )
 
 
-def _about_keys(response: requests.Response, request: HttpRequest) -> str:
+def rejected(
+    request: HttpRequest, *, url: str, status: int, body: str, reason: str, has_key: bool
+) -> RequestRejectedError:
+    """The error for an answer whose status is not a success.
+
+    Args:
+        request: what was sent.
+        url: base URL of the server.
+        status: the HTTP status.
+        body: text of the answer.
+        reason: the words behind the status, for an answer without a text.
+        has_key: whether a key was sent.
+    """
+    detail = _detail(body) or reason
+    advice = _about_keys(has_key, request) if status in (401, 403) else ""
+    message = f"{url} answered {status} to {request.path}: {detail}{advice}"
+    return RequestRejectedError(message, server=url, status=status, detail=detail)
+
+
+def _about_keys(was_sent: bool, request: HttpRequest) -> str:
     """What to do about a refused key, or about one that was not sent."""
-    was_sent = "Authorization" in response.request.headers
     if request.timeout in ("control", "update"):
         what = "The key that was sent is not accepted" if was_sent else "No key was sent"
         return f". {what}: this call needs the server's --admin-api-key as admin_api_key= (or its only key as api_key=)"
@@ -127,12 +146,12 @@ def _about_keys(response: requests.Response, request: HttpRequest) -> str:
     return ". No key was sent: pass the server's --api-key as api_key=, as in AsyncSGLang.connect(url, api_key=...)"
 
 
-def _detail(response: requests.Response) -> str:
+def _detail(body: str) -> str:
     """The server's message, from ``{"error": {"message"}}``, ``{"message"}``, ``{"detail"}`` or plain text."""
     try:
-        value = response.json()
+        value = json.loads(body)
     except ValueError:
-        return response.text[:500] or response.reason
+        return body[:500]
     for _ in range(3):
         if not isinstance(value, dict):
             break

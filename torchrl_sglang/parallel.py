@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from torchrl_sglang.errors import SGLangError
 
-__all__ = ["Outcome", "Task", "side_by_side", "work_through"]
+__all__ = ["Outcome", "Task", "failure_of", "side_by_side", "work_through"]
 
 Result = TypeVar("Result")
 
@@ -83,6 +83,21 @@ class Task(Generic[Result]):
 
 def _nothing() -> Any:
     return None
+
+
+def failure_of(call: Callable[[], object]) -> BaseException | None:
+    """Run a call and return what it raised, whatever it is: for threads that must survive every error.
+
+    Examples:
+        >>> failure_of(lambda: 1 / 0)
+        ZeroDivisionError('division by zero')
+    """
+    failure = None
+    try:
+        call()
+    except BaseException as error:  # noqa: BLE001  returned
+        failure = error
+    return failure
 
 
 def side_by_side(calls: Mapping[str, Callable[[], Result]]) -> dict[str, Outcome[Result]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tests.fake_sglang.calls import Call, Reply, bad_request, refusal
 from tests.fake_sglang.fused_tensors import fused_checksums
 from tests.fake_sglang.locks import RequestLocks
 from tests.fake_sglang.model import read_checkpoint
+from tests.fake_sglang.payloads import read_payload
 from tests.fake_sglang.ranks import Announcement, Ranks
 from tests.fake_sglang.scheduler import Scheduler
 from tests.fake_sglang.settings import FakeSettings
@@ -202,6 +204,33 @@ class Control:
             except ValueError as error:
                 return False, _partially_updated(error)
             return self._loaded(call, version, flush, "Succeeded to update parameter online.")
+
+        with self._locks.for_update():
+            ok, message = self._on_scheduler(call, update)
+        return self._result_reply((ok, self._versioned(ok, message, version)))
+
+    def update_from_tensors(self, call: Call) -> Reply:
+        """``/update_weights_from_tensor``: an error while a rank reads or loads its payload ends SGLang."""
+        payloads = call.value("serialized_named_tensors", list)
+        version = call.value("weight_version", str, None)
+        flush = call.value("flush_cache", bool, True)
+        if call.value("load_format", str, None) is not None:
+            raise NotImplementedError("the fake server loads tensors one by one")
+
+        def update() -> tuple[bool, str]:
+            if self._state.has_session and not self._state.session_open:
+                return (
+                    False,
+                    "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()",
+                )
+            try:
+                received = [read_payload(payloads[rank]) for rank in range(len(self._ranks.weights))]
+                call.reach("received")
+                for weights, named in zip(self._ranks.weights, received, strict=True):
+                    weights.load(named)
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, UnpicklingError) as error:
+                call.lifecycle.die(f"Scheduler hit an exception: {error}")
+            return self._loaded(call, version, flush, "Success")
 
         with self._locks.for_update():
             ok, message = self._on_scheduler(call, update)

@@ -6,6 +6,7 @@ client has disconnected.
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 import time
@@ -22,6 +23,7 @@ from tests.fake_sglang.state import ControlState
 __all__ = ["Scheduler", "ServerStopped"]
 
 T = TypeVar("T")
+_PR_SET_NAME = 15
 
 
 class ServerStopped(Exception):
@@ -145,6 +147,8 @@ class Scheduler:
     # ------------------------------------------------------------------ the loop
 
     def _run(self) -> None:
+        if self._settings.is_found:
+            ctypes.CDLL(None).prctl(_PR_SET_NAME, b"sglang::scheduler")
         try:
             self._loop()
         finally:

@@ -176,6 +176,7 @@ class FakeServer:
             "/init_weights_update_group": ("POST", control.join, True),
             "/destroy_weights_update_group": ("POST", control.leave, True),
             "/update_weights_from_distributed": ("POST", control.update, True),
+            "/update_weights_from_tensor": ("POST", control.update_from_tensors, True),
             "/update_weights_from_disk": ("POST", control.update_from_disk, True),
             "/update_weight_version": ("POST", control.set_version, True),
             "/weights_checker": ("GET POST", control.check, True),

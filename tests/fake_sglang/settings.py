@@ -38,6 +38,7 @@ class FakeSettings:
         stream_interval: tokens between two events of a stream.
         lethal_id: the server ends on a prompt with this token id, as SGLang does on requests that it can't decode.
         lethal_new_tokens: but only if at least this many new tokens are requested.
+        is_found: whether a trainer on this host finds the server's scheduler, as it finds SGLang's.
         faults: faults armed from the start.
     """
 
@@ -63,6 +64,7 @@ class FakeSettings:
     stream_interval: int = 1
     lethal_id: int = -1
     lethal_new_tokens: int = 0
+    is_found: bool = False
     faults: tuple[Fault, ...] = ()
 
     @property

@@ -153,7 +153,7 @@ class MatrixRunner:
     def _arm(self, row: Row, server: ForkedServer) -> None:
         if not row.path:
             return
-        waits = {"slow": 0.5, "stop": 1.0, "trainer": 0.5, "late": 10.0}
+        waits = {"slow": 0.5, "stop": 1.0, "trainer": 2.0, "late": 10.0}
         fault = Fault(
             path=row.path,
             action="slow" if row.how in waits else row.how,  # type: ignore[arg-type]

@@ -83,10 +83,6 @@ class Forked:
     def is_running(self) -> bool:
         return Path(f"/proc/{self.pid}").exists()
 
-    @property
-    def has_reported(self) -> bool:
-        return self._report.exists()
-
 
 class ForkedServer(Forked):
     """A fake server. A second one can replace it at the port in ``url``, with the same ``settings``."""
@@ -222,7 +218,8 @@ def _stall(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
         report("half of the tensors sent")
         threading.Event().wait()
 
-    WeightSync(SGLangPool([SGLangClient(settings["url"])]), SyncConfig(bucket_bytes=10_000)).push(half())
+    config = SyncConfig(bucket_bytes=10_000, stage="off")
+    WeightSync(SGLangPool([SGLangClient(settings["url"])]), config).push(half())
 
 
 def _announce(settings: dict[str, Any], report: Callable[[Any], None]) -> None:

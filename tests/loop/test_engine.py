@@ -194,8 +194,7 @@ def kill(server: SGLangServer) -> None:
 def await_restarts(engine: AsyncSGLang, count: int) -> None:
     url = engine.pool.clients[0].url
     wait_until(lambda: engine.pool.state.server(url).restarts == count, "it did not come back", 150)
-    with engine.pool.update_lock:  # the monitor has finished with it
-        pass
+    wait_until(lambda: "being restarted" not in engine.pool.quarantined.get(url, ""), "it is not admitted", 60)
 
 
 def loads(client: Any) -> int:

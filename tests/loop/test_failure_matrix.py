@@ -33,7 +33,7 @@ from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_update_from_disk
 
 NUM_BUCKETS = 10
-PER_SERVER = replace(SYNC, groups="per_server")
+SHARED = replace(SYNC, groups="shared")  # by default gloo has a group per server
 
 # In the order of an update: name, path, which request to it, which one a whole trainer's life makes it.
 PHASES: dict[str, tuple[str, int, int]] = {
@@ -72,7 +72,7 @@ def expected_states(phase: str, how: str, servers: int, failing_server: int, gro
 def failing(phase: str, how: str, *, servers: int = 1, failing_server: int = 0, sync: Any = SYNC, **more: Any) -> Row:
     path, nth, _ = PHASES[phase]
     number = "" if servers == 1 else f", server {failing_server + 1} of {servers}"
-    groups = "" if sync.groups == "shared" else ", a group per server"
+    groups = ", one group" if sync.groups == "shared" else ""
     return Row(
         name=f"{how} at {phase}{number}{groups}",
         path=path,
@@ -87,9 +87,10 @@ def failing(phase: str, how: str, *, servers: int = 1, failing_server: int = 0, 
     )
 
 
-def orphaned(phase: str, *, servers: int = 1, failing_server: int = 0) -> Row:
+def orphaned(phase: str, *, servers: int = 1, failing_server: int = 0, sync: Any = SYNC) -> Row:
     path, _, nth = PHASES[phase]
     number = "" if servers == 1 else f", server {failing_server + 1} of {servers} behind"
+    number += ", one group" if sync.groups == "shared" else ""
     half_way = PHASE_NAMES.index("the dirty mark") <= PHASE_NAMES.index(phase) < PHASE_NAMES.index("the new version")
     return Row(
         name=f"trainer killed at {phase}{number}",
@@ -99,7 +100,8 @@ def orphaned(phase: str, *, servers: int = 1, failing_server: int = 0) -> Row:
         servers=servers,
         failing_server=failing_server,
         dirty=half_way,
-        # It retries the dead trainer's store until torch's time-out of 30 minutes.
+        sync=sync,
+        # It retries the dead trainer's store until its time-out: torch's 30 minutes, or in a launched server ours.
         repair="restart" if phase == "joining the group" else "",
     )
 
@@ -107,7 +109,7 @@ def orphaned(phase: str, *, servers: int = 1, failing_server: int = 0) -> Row:
 def make_rows() -> Iterator[Row]:
     yield Row(name="nothing goes wrong")
     yield Row(name="nothing goes wrong, three servers", servers=3)
-    yield Row(name="nothing goes wrong, three groups", servers=3, sync=PER_SERVER)
+    yield Row(name="nothing goes wrong, three servers, one group", servers=3, sync=SHARED)
     yield Row(name="nothing goes wrong, before there were sessions", version="0.5.20")
     for phase in PHASES:
         for how in ("refuse", "die", "stop"):
@@ -117,16 +119,20 @@ def make_rows() -> Iterator[Row]:
         yield orphaned(phase)
     for phase in ("begin", "a bucket in the middle", "end", "continue", "the checksums"):
         for how in ("refuse", "die", "stop"):
-            for sync in (SYNC, PER_SERVER):
+            for sync in (SHARED, SYNC):
                 yield failing(phase, how, servers=3, failing_server=1, sync=sync)
     for how in ("refuse", "die", "stop"):
-        yield failing("joining the group", how, servers=3, failing_server=1)
+        for sync in (SHARED, SYNC):
+            yield failing("joining the group", how, servers=3, failing_server=1, sync=sync)
     for phase in ("the first bucket", "a bucket in the middle"):
-        yield failing(phase, "refuse", servers=3, failing_server=2)  # no child of the trainer in gloo's tree
+        yield failing(phase, "refuse", servers=3, failing_server=2, sync=SHARED)  # no child of the trainer in the tree
         # Server 1 hands the bytes on to server 3 in gloo's tree: it waits with it.
-        yield replace(failing(phase, "stop", servers=3, failing_server=2), states=("stuck", "mixed", "stuck"))
-        yield orphaned(phase, servers=3, failing_server=1)
-        yield orphaned(phase, servers=3, failing_server=2)
+        stopped = failing(phase, "stop", servers=3, failing_server=2, sync=SHARED)
+        yield replace(stopped, states=("stuck", "mixed", "stuck"))
+        yield failing(phase, "stop", servers=3, failing_server=2)
+        for sync in (SHARED, SYNC):
+            yield orphaned(phase, servers=3, failing_server=1, sync=sync)
+            yield orphaned(phase, servers=3, failing_server=2, sync=sync)
     yield from particular_rows()
 
 
@@ -183,19 +189,19 @@ def particular_rows() -> Iterator[Row]:
         **middle,
     )
     yield Row(
-        name="one of three dies and never comes back",
+        name="one of three dies and never comes back, one group",
         how="die",
         servers=3,
         failing_server=0,
+        sync=SHARED,
         states=("stuck", "mixed", "mixed"),
         **middle,
     )
     yield Row(
-        name="one of three dies and never comes back, a group per server",
+        name="one of three dies and never comes back",
         how="die",
         servers=3,
         failing_server=0,
-        sync=PER_SERVER,
         states=("stuck", "new", "new"),
         **middle,
     )

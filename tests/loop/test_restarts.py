@@ -62,8 +62,14 @@ def await_new_process(server: SGLangServer, old_pid: int) -> None:
 def await_answer(engine: AsyncSGLang, index: int, count: int = 1) -> None:
     client = engine.pool.clients[index]
     wait_until(lambda: engine.pool.state.server(client.url).restarts >= count, "it did not come up again", PATIENCE_S)
-    with engine.pool.update_lock:  # the monitor has finished with it
-        pass
+    await_admission(engine, client.url)
+
+
+def await_admission(engine: AsyncSGLang, url: str) -> None:
+    def is_decided() -> bool:
+        return "being restarted" not in engine.pool.quarantined.get(url, "")
+
+    wait_until(is_decided, "nobody decides what it holds", PATIENCE_S)
 
 
 def outputs(engine: AsyncSGLang, index: int) -> list[list[int]]:

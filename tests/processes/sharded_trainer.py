@@ -1,6 +1,8 @@
 """One rank of a small FSDP2 trainer that opens its weights in every form. Run by test_source_fsdp.py.
 
 python sharded_trainer.py RANK WORLD_SIZE FOLDER  # reads checkpoints FOLDER/<arch>, writes FOLDER/rank<RANK>.pt
+
+FOLDER/url names a server that serves FOLDER/qwen2.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import peft
 import torch
 import torch.distributed as dist
 import transformers
+from failing_ranks import failing_ranks
 from tensordict import TensorDict
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -142,6 +145,10 @@ class Trainer:
             return {"refused": error.mismatched}
         return {"refused": ()}
 
+    def failing_ranks(self) -> Any:
+        model, _ = self.make("qwen2")
+        return failing_ranks(model, (self.folder / "url").read_text(), self.folder)
+
     def whole(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) or {}
 
@@ -165,6 +172,7 @@ SCENARIOS: tuple[Callable[[Trainer], Any], ...] = (
     Trainer.chosen_names,
     Trainer.stopped_early,
     Trainer.infinity_on_the_last_rank,
+    Trainer.failing_ranks,
 )
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.fake_sglang import FakeServer, FakeSettings
+
 pytest.importorskip("peft")
 
 WORLD_SIZE = 2
@@ -30,6 +32,8 @@ def ranks(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Results:
         (folder / name).symlink_to(make_model(**{"arch": "qwen2", **settings}))
     logs = [folder / f"rank{rank}.log" for rank in range(WORLD_SIZE)]
     processes = []
+    server = FakeServer(FakeSettings(model_path=folder / "qwen2")).start()
+    (folder / "url").write_text(server.url)
     try:
         for rank, log in enumerate(logs):
             with log.open("w") as stream:
@@ -44,6 +48,7 @@ def ranks(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Results:
         for process in processes:
             process.kill()
             process.wait()
+        server.stop()
     tails = "\n".join(f"--- rank {rank}\n{log.read_text()[-4000:]}" for rank, log in enumerate(logs))
     assert codes == [0] * WORLD_SIZE, f"exit codes {codes} (None: still running, so a rank hung)\n{tails}"
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD_SIZE)]
@@ -93,3 +98,31 @@ def test_infinity_in_one_ranks_shard_is_refused_by_all_ranks_by_name(ranks: Resu
         assert line.startswith("model.layers.1.mlp.up_proj.weight: ")
     assert "another rank" in ranks[0]["infinity_on_the_last_rank"]["refused"][0]
     assert "1 of " in ranks[-1]["infinity_on_the_last_rank"]["refused"][0]
+
+
+def test_an_error_of_one_rank_reaches_all_before_they_gather(ranks: Results) -> None:
+    """Else the others wait in a gather until the time-out of the trainer's own group."""
+    first, last = (rank["failing_ranks"] for rank in ranks)
+    for case, message in {
+        "the last one reaches no server": "ServerUnreachableError: nothing accepts connections at http://127.0.0.1:9",
+        "the first one reaches no server": "ServerUnreachableError: nothing accepts connections at http://127.0.0.1:9",
+        "the last one has another name_map": "ConfigError: name_map names tensors that the weights don't have",
+        "the first one can't listen": "ConfigError: can't listen on 203.0.113.7",
+    }.items():
+        assert first[case].startswith(message), first[case]
+        assert last[case] == first[case]
+    foreign = (
+        "WeightUpdateError: rank {} failed while reaching the servers and opening its weights: {}. Nothing was sent"
+    )
+    assert last["the last one meets a KeyError"] == "KeyError: 'q_proj'"
+    assert first["the last one meets a KeyError"] == foreign.format(1, "KeyError: 'q_proj'")
+    assert last["the first one meets a KeyError"] == foreign.format(0, "KeyError: 'q_proj'")
+    assert last["the last one is interrupted"].startswith("KeyboardInterrupt")
+    assert first["the last one is interrupted"] == foreign.format(1, "KeyboardInterrupt: ")
+
+
+def test_a_sender_that_fails_before_it_packs_anything_leaves_nobody_gathering(ranks: Results) -> None:
+    first, last = (rank["failing_ranks"] for rank in ranks)
+    assert "no_folder0" in first["the first one can't write"]
+    assert "Error: " in first["the first one can't write"]
+    assert (first["nothing"], last["nothing"]) == ("sent", "nothing to send")

@@ -62,7 +62,7 @@ def test_the_working_directory_is_not_on_a_childs_path_and_the_users_path_is() -
     assert server({})["PYTHONSAFEPATH"] == "1"
     assert router_environment({}, "127.0.0.1")["PYTHONSAFEPATH"] == "1"
     assert inherited_environment({"PYTHONPATH": ":/mine::./lib:"})["PYTHONPATH"] == "/mine:./lib"
-    assert server({"PYTHONPATH": ":/mine"})["PYTHONPATH"].endswith(":/mine")
+    assert "/mine" in server({"PYTHONPATH": ":/mine"})["PYTHONPATH"].split(":")
     assert server({}, env={"PYTHONSAFEPATH": ""})["PYTHONSAFEPATH"] == ""
 
 

@@ -22,6 +22,7 @@ class Process:
     has_crashed = False
 
     def __init__(self, fake: FakeServer) -> None:
+        self.url = fake.url
         self.starts = 0
         self._fake = fake
 

@@ -14,6 +14,12 @@ URL = "http://127.0.0.1:30000"
 EXAMPLES = [
     errors.SGLangError("what"),
     errors.ConfigError("what"),
+    errors.ContextLengthError("what"),
+    errors.SessionError("what", session="s1"),
+    errors.UnknownSessionError("what", session="s1"),
+    errors.SessionKeyError("what", session="s1"),
+    errors.SessionFinishedError("what", session="s1"),
+    errors.OverloadedError("what", session="s1", retry_after_s=2.5),
     errors.StorageError("what", path="/runs/a", needed_bytes=5, free_bytes=3),
     errors.ProtocolError("what", server=URL),
     errors.ServerError("what", server=URL),

@@ -167,3 +167,52 @@ def test_a_trainer_that_merely_connects_ends_nobodys_update(make: Make, tensors:
         with pytest.raises(WeightUpdateError, match="being updated by another trainer"):
             sync.push(tensors)
     assert "/destroy_weights_update_group" not in paths(server)
+
+
+def test_what_is_waited_for_and_how_long_is_said(
+    make: Make, tensors: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    sync = sync_with(make(ELSEWHERE))
+    sync.push(tensors)
+    assert "trainer other, not a process of this host: waiting up to 1 s" in caplog.text
+    sync.close()
+
+
+# ------------------------------------------------------------------------------------------- servers that hang for now
+
+
+def stuck(sync: WeightSync, server: FakeServer) -> None:
+    """An update has failed, and left the server waiting in a collective."""
+    sync.reach()
+    sync._pool.state.weights_changed(server.url, "stuck")
+    sync._pool.quarantine(server.url, "its weights are stuck")
+
+
+def test_a_hanging_server_is_asked_again_until_it_answers(make: Make, tensors: dict[str, torch.Tensor]) -> None:
+    server = make()
+    sync = sync_with(server, config=SyncConfig(verify="off"), probe_timeout_s=0.3)
+    stuck(sync, server)
+    server.arm(Fault(path="/server_info", action="slow", seconds=1.0, times=3))
+    assert sync.push(tensors) is not None
+    assert paths(server).count("/server_info") >= 4
+    sync.close()
+
+
+def test_a_server_that_goes_on_hanging_is_waited_for_once(make: Make, tensors: dict[str, torch.Tensor]) -> None:
+    healthy, hanging = make(), make()
+    sync = sync_with(healthy, hanging, config=SyncConfig(verify="off", fixed_timeout_s=2.0), probe_timeout_s=0.2)
+    stuck(sync, hanging)
+    hanging.arm(Fault(path="/server_info", action="hang", times=0))
+    waited = []
+    for _ in range(2):
+        start = time.monotonic()
+        report = sync.push(tensors)
+        waited.append(time.monotonic() - start)
+        assert report is not None
+        assert list(report.server_weights) == [healthy.url]
+    assert waited[0] >= 2.0 > waited[1]
+    hanging.disarm()
+    report = sync.push(tensors)
+    assert report is not None
+    assert len(report.server_weights) == 2
+    sync.close()

@@ -9,7 +9,7 @@ import pytest
 from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.server.cpu import STAND_INS_PATH, cpu_environment, needs_cpu_engine
-from torchrl_sglang.server.environment import child_environment
+from torchrl_sglang.server.environment import PLUGIN_PATH, child_environment
 from torchrl_sglang.server.fleet import replicate
 from torchrl_sglang.server.gpus import assign_gpus, has_visible_gpu, visible_devices
 
@@ -66,14 +66,17 @@ def test_a_crashed_server_ends_at_once_unless_dumps_are_requested() -> None:
 
 def test_another_python_does_not_inherit_the_module_path() -> None:
     parent = {"PYTHONPATH": "/mine", "PYTHONHOME": "/p", "VIRTUAL_ENV": "/v"}
-    assert environment(ServerConfig(model="m"), parent).items() >= parent.items()
-    assert not environment(ServerConfig(model="m", python="/other/python"), parent).keys() & parent.keys()
+    same = environment(ServerConfig(model="m"), parent)
+    assert [same[name].partition(":")[0] for name in parent] == ["/mine", "/p", "/v"]
+    other = environment(ServerConfig(model="m", python="/other/python"), parent)
+    assert other["PYTHONPATH"] == str(PLUGIN_PATH)
+    assert not other.keys() & {"PYTHONHOME", "VIRTUAL_ENV"}
 
 
 def test_only_a_cpu_server_sees_the_stand_ins_and_sees_them_first() -> None:
-    assert environment(ServerConfig(model="m"), {"PYTHONPATH": "/mine"})["PYTHONPATH"] == "/mine"
+    assert environment(ServerConfig(model="m"), {"PYTHONPATH": "/mine"})["PYTHONPATH"] == f"/mine:{PLUGIN_PATH}"
     assert environment(ServerConfig(model="m"), {"PYTHONPATH": "/mine"}, cpu=True)["PYTHONPATH"] == (
-        f"{STAND_INS_PATH}:/mine"
+        f"{STAND_INS_PATH}:/mine:{PLUGIN_PATH}"
     )
     assert (STAND_INS_PATH / "triton" / "__init__.py").is_file()
     assert str(STAND_INS_PATH) not in os.environ.get("PYTHONPATH", "")

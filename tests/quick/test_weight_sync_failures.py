@@ -20,7 +20,7 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.engine.monitor import restart_server
 from torchrl_sglang.errors import ServerUnreachableError
-from torchrl_sglang.pool import PoolState, SGLangPool
+from torchrl_sglang.pool import PoolState, ServerState, SGLangPool
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.protocol.control import build_set_version
 
@@ -123,7 +123,12 @@ def test_a_dead_server_that_was_quarantined_while_others_were_polled_is_not_rest
             return "default"
 
     restored: list[str] = []
-    tracker = DeadServerTracker(state, lambda before, version: restored.append(before.url))
+
+    def restore(before: ServerState, version: str) -> None:
+        if state.restored(before.url, based_on=before):
+            restored.append(before.url)
+
+    tracker = DeadServerTracker(state, restore)
     servers = [Slow(url) for url in state.servers]
     for server in servers:
         state.died(server.url, "nothing listens")
@@ -142,6 +147,8 @@ def test_a_restarted_server_counts_as_a_new_process_also_if_it_does_not_answer_y
 
     class Server:
         def start(self, **settings: Any) -> None: ...
+
+        def kill(self) -> None: ...
 
     with pytest.raises(ServerUnreachableError):
         restart_server(pool, pool.clients[0], Server())  # type: ignore[arg-type]

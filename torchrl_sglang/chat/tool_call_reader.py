@@ -20,7 +20,7 @@ from torchrl_sglang.errors import ConfigError, ProtocolError, RequestRejectedErr
 from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.protocol.tool_calls import build_parse_tool_calls, parse_tool_calls_answer
 
-__all__ = ["LOCAL", "ToolCallReader", "call_ids"]
+__all__ = ["LOCAL", "ToolCallReader", "asked_calls", "call_ids", "more_faithful"]
 
 LOCAL = "local"
 """Instead of the name of a parser: no server is asked."""
@@ -79,7 +79,7 @@ class ToolCallReader:
             if self._named is not None:
                 raise
             return own
-        return _more_faithful(own, asked, self.parser)
+        return more_faithful(own, asked, self.parser)
 
     def _text(self, reply: GenerateReply) -> str:
         """The response with its special tokens, without the token or string that ended it."""
@@ -100,15 +100,7 @@ class ToolCallReader:
         if parser == "gpt-oss" and answer.startswith("<|channel|>"):
             answer = f"<|start|>assistant{answer}"  # the prompt has the beginning of the message
         reply = client.send(build_parse_tool_calls(answer, tools, parser))
-        content, raw_calls = parse_tool_calls_answer(reply, server=client.url)
-        written = tuple(WrittenCall(name=name, arguments=_arguments(raw)) for name, raw in raw_calls)
-        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
-        return dataclasses.replace(
-            own,
-            content=(own.thinking + content).strip(),
-            calls=tuple(fit_call(call, schemas) for call in written),
-            written=written,
-        )
+        return asked_calls(own, reply, tools, server=client.url)
 
     def _check(self, parser: str) -> None:
         client = self._pick_server()
@@ -121,6 +113,26 @@ class ToolCallReader:
                 f"those of SGLang's --tool-call-parser, such as 'qwen25', 'llama3' or 'mistral'; {LOCAL!r} reads the "
                 "common formats without a server."
             ) from error
+
+
+def asked_calls(own: FoundCalls, reply: Any, tools: Sequence[Mapping[str, Any]], *, server: str) -> FoundCalls:
+    """The calls that a server's parser found after the thinking.
+
+    Args:
+        own: what this package's parser found.
+        reply: the server's answer.
+        tools: the tools' JSON schemas in OpenAI's form.
+        server: its URL, for errors.
+    """
+    content, raw_calls = parse_tool_calls_answer(reply, server=server)
+    written = tuple(WrittenCall(name=name, arguments=_arguments(raw)) for name, raw in raw_calls)
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+    return dataclasses.replace(
+        own,
+        content=(own.thinking + content).strip(),
+        calls=tuple(fit_call(call, schemas) for call in written),
+        written=written,
+    )
 
 
 def _is_degenerate(answer: str) -> bool:
@@ -136,7 +148,7 @@ def _arguments(raw: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _more_faithful(own: FoundCalls, asked: FoundCalls, parser: str) -> FoundCalls:
+def more_faithful(own: FoundCalls, asked: FoundCalls, parser: str) -> FoundCalls:
     """The server's calls, unless it lost some, or took a passage whose meaning is doubtful.
 
     Its parsers lose calls with line breaks in strings, calls of unknown tools, and some spellings of numbers.

@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": ("serve", "launch a server"),
     "generate": ("generate", "generate responses to prompts"),
     "chat": ("chat", "chat with a model in the terminal"),
+    "gateway": ("gateway", "serve agents with OpenAI's API, and record their tokens"),
     "doctor": ("doctor", "check the installation, a server, or a whole weight sync"),
     "servers": ("servers", "show or change the list of servers that a running trainer follows"),
     "install-cpu-server": ("install_cpu_server", "install a server that needs no GPU"),

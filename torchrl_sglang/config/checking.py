@@ -7,12 +7,14 @@ import difflib
 import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torchrl_sglang.errors import ConfigError
 
 __all__ = [
+    "as_path",
     "names_checked",
     "nearest_name",
     "require",
@@ -175,4 +177,17 @@ def require_positive(config: Any, *names: str, zero: bool = False) -> None:
 def words(name: str, value: Sequence[str]) -> tuple[str, ...]:
     """A sequence of strings as a tuple. Refuses a plain string, which Python treats as a sequence of its letters."""
     require(not isinstance(value, str), f"{name} must be a sequence of strings, got the string {value!r}")
+    is_sequence = isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping))
+    require(is_sequence, f"{name} must be a sequence of strings, got {value!r}")
     return tuple(str(word) for word in value)
+
+
+def as_path(name: str, value: object) -> Path:
+    """A path that is given as a string or a path object.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if not isinstance(value, (str, Path)):
+        raise ConfigError(f"{name} must be a path, got {value!r}")
+    return Path(value)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torchrl_sglang.config.checking import names_checked, require, require_numbers, words
+from torchrl_sglang.config.checking import as_path, names_checked, require, require_numbers, words
 
 __all__ = ["RouterConfig"]
 
@@ -48,4 +48,4 @@ class RouterConfig:
                 "request brings its own key",
             )
         if self.log_dir is not None:
-            object.__setattr__(self, "log_dir", Path(self.log_dir))
+            object.__setattr__(self, "log_dir", as_path("log_dir", self.log_dir))

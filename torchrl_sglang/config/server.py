@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from torchrl_sglang.config.api_keys import check_keys
-from torchrl_sglang.config.checking import names_checked, require, require_number, require_numbers, words
+from torchrl_sglang.config.checking import as_path, names_checked, require, require_number, require_numbers, words
 from torchrl_sglang.config.foreign_names import ENGINE_ARGUMENTS, unknown_argument
 
 __all__ = ["ServerConfig"]
@@ -66,10 +66,17 @@ class ServerConfig:
     """Folder of the server's log; ``None`` is a temporary folder, removed after a clean stop, kept after a failure."""
 
     def __post_init__(self) -> None:
-        require(bool(self.model), "model must be the path or hub name of a checkpoint")
+        if isinstance(self.model, Path):
+            object.__setattr__(self, "model", str(self.model))
+        require(
+            isinstance(self.model, str) and bool(self.model),
+            f"model must be the path or hub name of a checkpoint, got {self.model!r}",
+        )
         require_numbers(self, "tp_size", "context_length", "max_total_tokens", at_least=1)
         require(self.device in ("auto", "cuda", "cpu"), f"device must be 'auto', 'cuda' or 'cpu', got {self.device!r}")
         require_numbers(self, "port", at_least=1, at_most=65535)
+        is_sequence = isinstance(self.gpus, Sequence) and not isinstance(self.gpus, (str, bytes))
+        require(self.gpus is None or is_sequence, f"gpus must be a sequence of numbers, got {self.gpus!r}")
         for gpu in self.gpus or ():
             require_number("a GPU's number in gpus", gpu, whole=True, at_least=0)
         require(
@@ -93,7 +100,8 @@ class ServerConfig:
             "admin_api_key without api_key: SGLang then serves everyone, and shows the admin key to everyone. Give an "
             "api_key too",
         )
+        require(isinstance(self.env, Mapping), f"env must map names to values, got a {type(self.env).__name__}")
         for name, value in self.env.items():
             require(isinstance(value, str), f"env[{name!r}] must be a string, got {value!r}")
         if self.log_dir is not None:
-            object.__setattr__(self, "log_dir", Path(self.log_dir))
+            object.__setattr__(self, "log_dir", as_path("log_dir", self.log_dir))

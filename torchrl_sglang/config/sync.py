@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from torchrl_sglang.config.checking import names_checked, require, require_numbers, words
+from torchrl_sglang.config.checking import as_path, names_checked, require, require_numbers, words
 
 __all__ = ["SyncConfig"]
 
@@ -17,15 +17,23 @@ __all__ = ["SyncConfig"]
 class SyncConfig:
     """How weights reach the servers."""
 
-    transport: Literal["auto", "broadcast", "disk", "lora"] = "auto"
-    """``broadcast``: a process group of trainer and servers; ``disk``: a folder that all can read; ``lora``: the
-    adapter only; ``auto``: ``broadcast``, or ``disk`` where a server has replicas inside and ``disk_dir`` is set."""
+    transport: Literal["auto", "broadcast", "ipc", "http", "disk", "lora"] = "auto"
+    """``ipc``: memory shared with servers on this host; ``broadcast``: a process group of trainer and servers;
+    ``http``: in the requests, for servers that nothing else reaches; ``disk``: a folder that all can read; ``lora``:
+    the adapter only; ``auto``: ``ipc`` for servers that share this host's memory and ``broadcast`` for the others, both
+    in one update, or ``disk`` where a server has replicas inside and ``disk_dir`` is set."""
+    stage: Literal["auto", "off", "always"] = "auto"
+    """Whether all weights are packed and checked before generation is paused, which takes memory for one copy of them
+    and keeps it: ``auto`` does it in main memory where at least the same again stays free, never on a GPU."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Collective library: ``auto`` is NCCL when the servers run on GPUs, else gloo."""
-    groups: Literal["shared", "per_server"] = "shared"
-    """One process group for all servers, or one each: isolates faults at N times the trainer's egress."""
-    bucket_bytes: int = 64 * 2**20
-    """Most bytes per bucket; a single larger tensor gets a bucket of its own."""
+    groups: Literal["auto", "shared", "per_server"] = "auto"
+    """``per_server``: a process group with each server, so that none waits for another one; the trainer sends
+    everything once per server. ``shared``: one group, in which servers also send to each other. ``auto`` is
+    ``per_server`` with gloo and ``shared`` with NCCL."""
+    bucket_bytes: int | None = None
+    """Most bytes per bucket; a single larger tensor gets a bucket of its own. ``None`` is a 2,000th of the model, but
+    at least 64 MiB and at most 1 GiB."""
     pause: Literal["auto", "abort", "retract", "in_place"] = "auto"
     """What happens to requests in flight: ``auto`` is ``abort`` when there are none, else ``retract``; SGLang before
     0.5.21 ends when its cache is flushed over retracted requests, so there ``auto`` is always ``abort``."""
@@ -58,9 +66,10 @@ class SyncConfig:
     """Port of the rendezvous store; ``None`` picks a free one. ``groups="per_server"`` uses one port per server, from
     this one on."""
     group_timeout_s: float = 60.0
-    """To form the process group, and for the first bucket (NCCL makes its communicator then)."""
+    """To form the process group, and for the first bucket (NCCL makes its communicator then); 0.25 s more per rank."""
     bucket_timeout_s: float = 60.0
-    """Longest time for one bucket. A gloo collective that hangs can be ended only after this time."""
+    """Longest time for one bucket, or longer for one that takes longer at ``assumed_bytes_per_s``. A gloo collective
+    that hangs can be ended only after this time."""
     fixed_timeout_s: float = 60.0
     """Fixed part of a sync's deadline."""
     assumed_bytes_per_s: float = 100e6
@@ -82,19 +91,57 @@ class SyncConfig:
         require_numbers(self, "verify_share", above=0, at_most=1)
         object.__setattr__(self, "ignore", words("ignore", self.ignore))
         if self.disk_dir is not None:
-            object.__setattr__(self, "disk_dir", Path(self.disk_dir))
+            object.__setattr__(self, "disk_dir", as_path("disk_dir", self.disk_dir))
         if self.transport == "disk":
             require(self.disk_dir is not None, "transport='disk' needs disk_dir, a folder that all machines can read")
 
     def deadline_s(self, num_bytes: int) -> float:
-        """Seconds a sync of ``num_bytes`` may take before it counts as failed."""
+        """Seconds a sync that sends ``num_bytes`` (all copies together) may take before it counts as failed."""
         return self.fixed_timeout_s + num_bytes / self.assumed_bytes_per_s
 
+    def bucket_limit_s(self, num_bytes: int) -> float:
+        """Seconds a bucket of ``num_bytes`` (all copies together) may take.
+
+        Examples:
+            >>> SyncConfig().bucket_limit_s(64 * 2**20), SyncConfig().bucket_limit_s(10 * 10**9)
+            (60.0, 100.0)
+        """
+        return max(self.bucket_timeout_s, num_bytes / self.assumed_bytes_per_s)
+
+    def group_limit_s(self, num_ranks: int) -> float:
+        """Seconds a group of ``num_ranks`` may take to form.
+
+        Examples:
+            >>> SyncConfig().group_limit_s(2), SyncConfig().group_limit_s(1 + 64 * 8)
+            (60.5, 188.25)
+        """
+        return self.group_timeout_s + _SECONDS_PER_RANK * num_ranks
+
+    def bucket_size(self, num_bytes: int) -> int:
+        """Most bytes per bucket for a model of ``num_bytes``.
+
+        Examples:
+            >>> [SyncConfig().bucket_size(size) // 2**20 for size in (538 * 10**6, 140 * 10**9, 10**12, 2 * 10**12)]
+            [64, 66, 476, 953]
+            >>> SyncConfig(bucket_bytes=1000).bucket_size(2 * 10**12)
+            1000
+        """
+        if self.bucket_bytes is not None:
+            return self.bucket_bytes
+        return min(max(num_bytes // _MOST_BUCKETS, _SMALLEST_BUCKET), _LARGEST_BUCKET)
+
+
+# A bucket costs each server an announcement, some milliseconds of the trainer's time; and memory on every rank.
+_MOST_BUCKETS = 2000
+_SMALLEST_BUCKET, _LARGEST_BUCKET = 64 * 2**20, 2**30
+_SECONDS_PER_RANK = 0.25
+"""A rank connects to all others, and NCCL measures the paths between them."""
 
 _SYNC_CHOICES: dict[str, tuple[str, ...]] = {
-    "transport": ("auto", "broadcast", "disk", "lora"),
+    "transport": ("auto", "broadcast", "ipc", "http", "disk", "lora"),
+    "stage": ("auto", "off", "always"),
     "backend": ("auto", "gloo", "nccl"),
-    "groups": ("shared", "per_server"),
+    "groups": ("auto", "shared", "per_server"),
     "pause": ("auto", "abort", "retract", "in_place"),
     "cache": ("flush", "salt"),
     "verify": ("off", "probe", "full"),

@@ -1,4 +1,8 @@
-"""Restarts crashed servers: within a second of the crash, and back in routing once their weights are right."""
+"""Restarts crashed servers: within a second of the crash, and back in routing once their weights are right.
+
+Servers start in parallel and beside weight updates. Only the last step, which decides what a new process holds and puts
+it back into routing, holds the pool's update lock.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,21 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import ServerStartError, SGLangError
-from torchrl_sglang.parallel import side_by_side
+from torchrl_sglang.parallel import Task, failure_of, side_by_side
 from torchrl_sglang.pool import SGLangPool
-from torchrl_sglang.protocol.control import build_pause, build_update_from_disk, check_success
+from torchrl_sglang.protocol.control import build_pause, build_set_version, build_update_from_disk, check_success
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.server import SGLangRouter, SGLangServer
 
-__all__ = ["CrashMonitor", "restart_server"]
+__all__ = ["CrashMonitor", "admit", "restart_server"]
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +35,21 @@ _MAX_RESTARTS = 3
 _WINDOW_S = 600.0
 """A server that crashes a fourth time within this time has a lasting fault: it is not restarted."""
 _JOIN_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Restarts:
+    """What the monitor's threads share.
+
+    Attributes:
+        ending: nothing is started any more.
+        crashes: per URL when its process crashed (``time.monotonic()``).
+        tasks: restarts under way, and some that have ended.
+    """
+
+    ending: threading.Event = field(default_factory=threading.Event)
+    crashes: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    tasks: list[Task[None]] = field(default_factory=list)
 
 
 class Watched(Protocol):
@@ -43,41 +64,49 @@ class Watched(Protocol):
 
 
 class CrashMonitor:
-    """A thread that restarts crashed servers until the engine ends.
+    """A thread that restarts crashed servers until the engine ends. No error ends it.
 
     Args:
         engine: owns the servers. A server that was stopped on purpose is not restarted.
     """
 
     def __init__(self, engine: Watched) -> None:
-        self._ending = threading.Event()
-        arguments = (weakref.ref(engine), self._ending)
+        self._restarts = _Restarts()
+        arguments = (weakref.ref(engine), self._restarts)
         self._thread = threading.Thread(target=_watch, args=arguments, name="sglang-monitor", daemon=True)
         self._thread.start()
         # At exit the servers' finalizers, registered earlier, kill the servers: no restart may follow.
-        atexit.register(self._ending.set)
+        atexit.register(self._restarts.ending.set)
+
+    def look(self, engine: Watched) -> None:
+        """Begin to restart what has crashed now, instead of within a second."""
+        _begin_restarts(engine, self._restarts)
 
     def announce_end(self) -> None:
         """Start nothing from now on; a start under way is abandoned within about a second."""
-        self._ending.set()
-        atexit.unregister(self._ending.set)
+        self._restarts.ending.set()
+        atexit.unregister(self._restarts.ending.set)
 
     def join(self) -> None:
-        """Wait until the thread has ended."""
+        """Wait until its threads have ended."""
+        deadline = time.monotonic() + _JOIN_TIMEOUT_S
         if self._thread is not threading.current_thread():
             self._thread.join(_JOIN_TIMEOUT_S)
+        for task in self._restarts.tasks:
+            task.wait(max(0.0, deadline - time.monotonic()))
 
 
 def restart_server(
     pool: SGLangPool, client: SGLangClient, server: SGLangServer, *, ending: threading.Event | None = None
 ) -> bool:
-    """Start a server that has ended, at its address, with the checkpoint that it was launched from.
+    """Kill a server if it runs, and start it at its address, with the checkpoint that it was launched from.
 
-    Where synced weights have replaced the checkpoint's, the new process starts with a dirty weight version: replies of
-    it are refused, in whatever process they arrive, until it has been updated.
+    It ends the restart that :meth:`PoolState.restart_begun` has announced. Where synced weights have replaced the
+    checkpoint's, the new process starts with a dirty weight version: replies of it are refused, in whatever process
+    they arrive, until it has been updated.
 
     Returns:
-        Whether the checkpoint's weights are the current ones (below an adapter, if there is one).
+        Whether the checkpoint's weights were the current ones when it was started (below an adapter, if there is one).
 
     Raises:
         ServerStartError: it did not become ready, or ``ending`` was set.
@@ -87,16 +116,54 @@ def restart_server(
         if ending is not None and ending.is_set():
             raise ServerStartError("the engine was shut down while this server was starting", server=client.url)
 
+    try:
+        server.kill()
+        mark = _mark_of_outdated(pool, client)
+        server.start(progress=abort_when_ending, weight_version=mark)
+        version = mark or "default"
+        try:
+            version = client.connect().weight_version
+        finally:
+            pool.state.restarted(client.url, version)  # also if it does not answer yet: the old process is gone
+    finally:
+        pool.state.restart_ended(client.url)
+    return mark is None
+
+
+def admit(pool: SGLangPool, client: SGLangClient, *, is_current: bool, load_saved: bool) -> bool:
+    """Put a server that was restarted back into routing, if it holds the current weights. The update lock is held.
+
+    Args:
+        pool: the servers.
+        client: the restarted one.
+        is_current: whether the checkpoint's weights were the current ones when it was started.
+        load_saved: make it load the current weights from a shared folder, if they are in one.
+
+    Returns:
+        Whether it gets requests now. Otherwise it waits for the next weight update, paused and marked dirty.
+
+    Raises:
+        ServerError: it does not answer.
+    """
+    mark = _mark_of_outdated(pool, client)
+    is_labelled = not is_current
+    is_current = mark is None or (load_saved and _load_saved(pool, client))
+    if not is_current:
+        # Requests from processes that don't know of the restart wait in the paused server for the weights.
+        check_success(client.send(build_pause("abort")), server=client.url, what="pausing")
+        if not is_labelled and mark is not None:  # weights were synced while it was starting
+            check_success(client.send(build_set_version(mark)), server=client.url, what="marking its weights dirty")
+    if is_current and pool.state.weights.adapter is None:
+        return pool.restore(client.url, based_on=pool.state.server(client.url))
+    pool.quarantine(client.url, "it was restarted; the next weight update puts it to use")
+    return False
+
+
+def _mark_of_outdated(pool: SGLangPool, client: SGLangClient) -> str | None:
+    """The dirty version for a server that holds the checkpoint's weights; ``None`` if these are the current ones."""
     current = _current_version(pool, client)
     # An unfinished update counts as one to the next number, see SGLangPool.connect.
-    mark = str(WeightVersion(number=current + 1, dirty=True)) if current > 0 else None
-    server.start(progress=abort_when_ending, weight_version=mark)
-    version = mark or "default"
-    try:
-        version = client.connect().weight_version
-    finally:
-        pool.state.restarted(client.url, version)  # also if it does not answer yet: the old process is gone
-    return mark is None
+    return str(WeightVersion(number=current + 1, dirty=True)) if current > 0 else None
 
 
 def _current_version(pool: SGLangPool, but: SGLangClient) -> int:
@@ -114,48 +181,63 @@ def _current_version(pool: SGLangPool, but: SGLangClient) -> int:
 # ---------------------------------------------------------------------------------------------------- in the thread
 
 
-def _watch(engine_ref: weakref.ref[Watched], ending: threading.Event) -> None:
-    crashes: defaultdict[str, list[float]] = defaultdict(list)
-    while not ending.wait(_POLL_S):
+def _watch(engine_ref: weakref.ref[Watched], restarts: _Restarts) -> None:
+    failure: str | None = None
+    while not restarts.ending.wait(_POLL_S):
         engine = engine_ref()
         if engine is None:
             return
-        for client, server in engine.launched:
-            if server.has_crashed:
-                _restart_crashed(engine.pool, client, server, crashes[client.url], ending)
-        if engine.router is not None and engine.router.has_crashed and not ending.is_set():
-            _restart_router(engine.pool, engine.router, crashes[engine.router.url])
+        error = failure_of(partial(_begin_restarts, engine, restarts))
+        if error is not None and repr(error) != failure:  # once, not twice a second
+            _log.error("watching the servers failed, and goes on: %r", error, exc_info=error)
+        failure = None if error is None else repr(error)
         del engine
+
+
+def _begin_restarts(engine: Watched, restarts: _Restarts) -> None:
+    """Restart what has crashed, each in a thread of its own, and return at once."""
+    pool, ending, crashes = engine.pool, restarts.ending, restarts.crashes
+    restarts.tasks[:] = [task for task in restarts.tasks if not task.done]
+    for client, server in engine.launched:
+        if server.has_crashed and not ending.is_set() and pool.state.restart_begun(client.url):
+            call = partial(_restart_crashed, pool, client, server, crashes[client.url], ending)
+            recorded = partial(_log_failure, pool, client.url, call, ending)
+            restarts.tasks.append(Task(recorded, name=f"restart-{client.url}"))
+    if engine.router is not None and engine.router.has_crashed and not ending.is_set():
+        _restart_router(pool, engine.router, crashes[engine.router.url])
+
+
+def _log_failure(pool: SGLangPool, url: str, restart: Callable[[], None], ending: threading.Event) -> None:
+    error = failure_of(restart)
+    pool.state.restart_ended(url)
+    if error is not None and not ending.is_set():
+        is_ours = isinstance(error, (SGLangError, OSError))
+        _log.error("the server at %s could not be restarted: %s", url, error, exc_info=None if is_ours else error)
+        pool.quarantine(url, f"it crashed and could not be restarted ({error})")
 
 
 def _restart_crashed(
     pool: SGLangPool, client: SGLangClient, server: SGLangServer, crashes: list[float], ending: threading.Event
 ) -> None:
-    with _no_update_under_way(pool, ending) as may_start:
-        crash_report = server.reap() if may_start else None
-        if crash_report is None:  # an update or the user has restarted it already
+    crash_report = server.reap()
+    if crash_report is None:  # the user has restarted it already
+        return
+    if not _may_restart(crashes):
+        reason = f"it crashed {len(crashes)} times in {_WINDOW_S / 60:.0f} minutes and is not restarted"
+        _log.error("the server at %s %s\n%s", client.url, crash_report, reason)
+        pool.quarantine(client.url, f"{reason}; the next weight update, or restart(), tries once more")
+        return
+    pool.quarantine(client.url, "it crashed and is being restarted")
+    _log.warning("the server at %s %s\nIt is being restarted", client.url, crash_report)
+    is_current = restart_server(pool, client, server, ending=ending)
+    started = pool.state.server(client.url).restarts
+    with _no_update_under_way(pool, ending) as may_admit:
+        known = pool.state.server(client.url)
+        is_same = known.restarts == started and not known.is_restarting
+        if not may_admit or not is_same or known.weights == "new":  # an update has reached it meanwhile
             return
-        if not _may_restart(crashes):
-            reason = f"it crashed {len(crashes)} times in {_WINDOW_S / 60:.0f} minutes and is not restarted"
-            _log.error("the server at %s %s\n%s", client.url, crash_report, reason)
-            pool.quarantine(client.url, f"{reason}; the next weight update, or restart(), tries once more")
-            return
-        pool.quarantine(client.url, "it crashed and is being restarted")
-        _log.warning("the server at %s %s\nIt is being restarted", client.url, crash_report)
-        try:
-            is_current = restart_server(pool, client, server, ending=ending) or _load_saved(pool, client)
-            if not is_current:
-                # Requests from processes that don't know of the crash wait in the paused server for the weights.
-                check_success(client.send(build_pause("abort")), server=client.url, what="pausing")
-            if is_current and pool.state.weights.adapter is None:
-                pool.restore(client.url, based_on=pool.state.server(client.url))
-                _log.warning("the server at %s is back, with the weights that the others hold", client.url)
-            else:
-                pool.quarantine(client.url, "it crashed and was restarted; the next weight update puts it to use")
-        except (SGLangError, OSError) as error:
-            if not ending.is_set():
-                _log.error("the server at %s could not be restarted: %s", client.url, error)
-                pool.quarantine(client.url, f"it crashed and could not be restarted ({error})")
+        if admit(pool, client, is_current=is_current, load_saved=True):
+            _log.warning("the server at %s is back, with the weights that the others hold", client.url)
 
 
 def _restart_router(pool: SGLangPool, router: SGLangRouter, crashes: list[float]) -> None:
@@ -196,7 +278,7 @@ def _no_update_under_way(pool: SGLangPool, ending: threading.Event) -> Iterator[
     """Hold the pool's update lock and yield ``True``, or ``False`` if the engine ends first."""
     held = False
     while not held and not ending.is_set():
-        held = pool.update_lock.acquire(timeout=_POLL_S)
+        held = pool.update_lock.acquire(timeout=_POLL_S, purpose="a restarted server's return into routing")
     try:
         yield held and not ending.is_set()
     finally:

@@ -17,9 +17,9 @@ from torchrl_sglang.config.checking import require
 from torchrl_sglang.engine.fleet import Fleet, Launcher
 from torchrl_sglang.engine.launching import LocalLauncher, client_config, refuse_unknown, server_configs
 from torchrl_sglang.engine.memory import ALL_TAGS, EngineMemory, MemoryTag
-from torchrl_sglang.engine.monitor import CrashMonitor, restart_server
+from torchrl_sglang.engine.monitor import CrashMonitor, admit, restart_server
 from torchrl_sglang.engine.weights import EngineWeights
-from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.errors import ConfigError, ServerStartError, SGLangError
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import RouterClient, ServerListFollower, SGLangPool
@@ -460,18 +460,28 @@ class AsyncSGLang:
             ``False`` if this engine did not launch it, or was told never to restart: then nothing is done.
 
         Raises:
-            ServerStartError: it did not become ready again.
+            ServerStartError: it did not become ready again, or is being restarted by somebody else.
         """
-        with self.pool.update_lock:  # a push that finds a dead server calls this from threads of its own
-            for client, server in self.launched:
-                if client.url == url and self._restart != "never":
-                    server.kill()
-                    if restart_server(self.pool, client, server) and self.pool.state.weights.adapter is None:
-                        self.pool.restore(url, based_on=self.pool.state.server(url))
-                    else:
-                        self.pool.quarantine(url, "it was restarted; the next weight update puts it to use")
-                    return True
+        server = next((server for client, server in self.launched if client.url == url), None)
+        client = next((each for each in self.pool.clients if each.url == url), None)
+        if client is None or server is None or self._restart == "never":
             return False
+        lock, state = self.pool.update_lock, self.pool.state
+        if lock.is_helper and self._monitor is not None and server.has_crashed:
+            self._monitor.look(self)  # the update does not wait for the start
+        with lock.held_for(f"a restart of {url}"):  # an update that finds a dead server calls this in its threads
+            if not state.restart_begun(url):
+                raise ServerStartError(f"{url} is being restarted already", server=url)
+            self.pool.quarantine(url, "it is being restarted")
+        try:
+            is_current = restart_server(self.pool, client, server)
+        except SGLangError as error:
+            self.pool.quarantine(url, f"it could not be restarted ({error})")
+            raise
+        with lock.held_for(f"a restart of {url}"):
+            if state.server(url).weights != "new":
+                admit(self.pool, client, is_current=is_current, load_saved=False)
+        return True
 
     def shutdown(self) -> None:
         """Close connections and end the servers this engine launched. Safe to call twice."""

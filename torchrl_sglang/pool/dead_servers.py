@@ -9,10 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import SGLangError
-from torchrl_sglang.parallel import Task
+from torchrl_sglang.parallel import Task, side_by_side
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.protocol.version import WeightVersion
 
@@ -69,16 +70,18 @@ class DeadServerTracker:
             running.wait()
 
     def _ask(self, dead: Sequence[SGLangClient]) -> None:
-        for client in dead:
-            before = self._state.server(client.url)
-            if before.phase not in _POLLED:  # something has happened to it while the servers before it were polled
-                continue
-            try:
-                held = client.weight_version()
-                if self._is_current(held, before):
-                    self._on_return(before, held)
-            except SGLangError:  # still dead, or the router does not admit it yet
-                continue
+        side_by_side({client.url: partial(self._ask_one, client) for client in dead})
+
+    def _ask_one(self, client: SGLangClient) -> None:
+        before = self._state.server(client.url)
+        if before.phase not in _POLLED:  # something has happened to it since
+            return
+        try:
+            held = client.weight_version()
+            if self._is_current(held, before):
+                self._on_return(before, held)
+        except SGLangError:  # still dead, or the router does not admit it yet
+            return
 
     def _is_current(self, held: str, server: ServerState) -> bool:
         if server.phase == "joining":  # of a server that this pool has never used, the number alone says nothing

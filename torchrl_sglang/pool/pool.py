@@ -61,6 +61,7 @@ class SGLangPool:
         router: as given.
         state: the records of the servers and of the weights on them (:class:`~torchrl_sglang.pool.PoolState`), which
             rollout and weight sync share.
+        reply_checks: tells whether a reply was made with the weights that its server was known to hold.
         balancer: chooses servers; :meth:`LoadTracker.pick` does it for requests that are sent past :meth:`generate`.
         update_lock: held while weights are synced and while a crashed server is restarted, so that no update goes to a
             server that is still loading.
@@ -85,7 +86,7 @@ class SGLangPool:
         self._end_tokens = EndTokens()
         self._dead_servers = DeadServerTracker(self.state, self._server_returned, self._membership.current_versions)
         update_timeout_s = max(client.config.update_timeout_s for client in self.clients)
-        self._reply_checks = ReplyChecks(self.state, self.leave_router, timeout_s=update_timeout_s)
+        self.reply_checks = ReplyChecks(self.state, self.leave_router, timeout_s=update_timeout_s)
         renew_in_forked_children(self)
 
     def renew_after_fork(self) -> None:
@@ -424,8 +425,8 @@ class SGLangPool:
         """
         before = self.state.servers
         replies = self._dispatch(batch)
-        self._reply_checks.await_verification(replies)
-        wrong = [index for index, reply in enumerate(replies) if self._reply_checks.is_wrong(reply, before)]
+        self.reply_checks.await_verification(replies)
+        wrong = [index for index, reply in enumerate(replies) if self.reply_checks.is_wrong(reply, before)]
         if not wrong:
             return replies
         n = batch.sampling.n
@@ -529,7 +530,7 @@ class SGLangPool:
             return_logprobs=return_logprobs,
             state=self.state,
             load=self.balancer,
-            checks=self._reply_checks,
+            checks=self.reply_checks,
             servers=self._targets(through_router=self._router_forwards(request)),
             find_dead=self._find_dead,
             on_death=self._on_death,

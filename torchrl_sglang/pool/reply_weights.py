@@ -54,11 +54,13 @@ class ReplyChecks:
     def await_verification(self, replies: Sequence[GenerateReply]) -> None:
         """Wait until it is known whether servers that have just been updated hold what was sent."""
         deadline = time.monotonic() + self._timeout_s
-        versions = {reply.weight_version for reply in replies}
-        while time.monotonic() < deadline and any(
-            not server.is_verified and server.version in versions for server in self._state.servers.values()
-        ):
+        while time.monotonic() < deadline and self.is_unverified(replies):
             time.sleep(_POLL_S)
+
+    def is_unverified(self, replies: Sequence[GenerateReply]) -> bool:
+        """Whether the verification of weights that made these replies is still under way."""
+        versions = {reply.weight_version for reply in replies}
+        return any(not server.is_verified and server.version in versions for server in self._state.servers.values())
 
     def is_wrong(self, reply: GenerateReply, before: Mapping[str, ServerState]) -> bool:
         """Whether a reply must be made again.

@@ -74,6 +74,7 @@ class ServerState:
         rejected_version: version string of an update of ours that failed its verification here; empty if none did.
         newest_seen: highest version number among its replies, for pools whose weights another process updates.
         restarts: how often its process was replaced. A new process is in no process group and has no adapter loaded.
+        is_restarting: its process has ended and is being started again.
         offloaded_tags: what of its GPU memory is released.
         is_leaving: it gets no new requests, and is removed from the pool when it has answered those that it has.
         revision: number of changes to this record.
@@ -91,6 +92,7 @@ class ServerState:
     rejected_version: str = ""
     newest_seen: int = 0
     restarts: int = 0
+    is_restarting: bool = False
     offloaded_tags: frozenset[str] = frozenset()
     is_leaving: bool = False
     revision: int = 0
@@ -265,6 +267,25 @@ class PoolState:
             )
             _log.warning("%s is taken out of routing: %s", url, reason)
             return self._new_process(replace(known, phase="quarantined", reason=reason), version)
+
+    def restart_begun(self, url: str) -> bool:
+        """Somebody is about to start a server's process again.
+
+        Returns:
+            ``False`` if somebody else is doing so already, or the server is leaving.
+        """
+        with self._lock:
+            known = self.server(url)
+            if known.is_restarting or self.has_left(url):
+                return False
+            # Not a change of what the server holds: a finding about it from before stays up to date.
+            self._put(replace(known, is_restarting=True))
+            return True
+
+    def restart_ended(self, url: str) -> None:
+        """The restart that :meth:`restart_begun` has announced is over, one way or the other."""
+        with self._lock:
+            self._put(replace(self.server(url), is_restarting=False))
 
     def restarted(self, url: str, version: str) -> ServerState:
         """A server's process was replaced by a new one, which holds ``version``."""
@@ -444,6 +465,7 @@ class PoolState:
                 version=version,
                 weights=_weights_under(version),
                 restarts=known.restarts + 1,
+                is_restarting=known.is_restarting,
                 is_leaving=known.is_leaving,
                 revision=known.revision + 1,
             )

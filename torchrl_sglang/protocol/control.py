@@ -26,6 +26,7 @@ __all__ = [
     "build_unload_lora",
     "build_update_bucket",
     "build_update_from_disk",
+    "build_update_from_tensors",
     "check_success",
     "parse_loads",
 ]
@@ -151,6 +152,17 @@ def build_update_from_disk(path: str, *, version: str, flush_cache: bool = True)
     """Load a checkpoint folder that the server can read. Needs no weight-update session."""
     body = {"model_path": path, "weight_version": version, "flush_cache": flush_cache}
     return _post("/update_weights_from_disk", body, timeout="update")
+
+
+def build_update_from_tensors(payloads: Sequence[str], *, flush_cache: bool = False) -> HttpRequest:
+    """Load one bucket, of which the request holds the tensors or says where they lie. Needs a weight-update session.
+
+    Args:
+        payloads: one base64 pickle per tensor-parallel rank.
+        flush_cache: empty the prefix cache after loading. SGLang's default is true on *every* call.
+    """
+    body = {"serialized_named_tensors": list(payloads), "flush_cache": flush_cache}
+    return _post("/update_weights_from_tensor", body, timeout="update")
 
 
 def build_load_lora_from_tensors(name: str, config: Mapping[str, Any], payloads: Sequence[str]) -> HttpRequest:

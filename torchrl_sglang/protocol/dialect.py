@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torchrl_sglang.errors import ProtocolError
+from torchrl_sglang.errors import ConfigError, ProtocolError
 from torchrl_sglang.protocol.launch_flags import preferred_sampling, refuse_launch_flags
 from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
 
@@ -55,6 +55,17 @@ def parse_info(model_info: Any, server_info: Any, *, url: str, vocab_size: int |
             f"{url} answers, but not like an SGLang server: /model_info has no model_path. Is the port right?",
             server=url,
         )
+    try:
+        return _read_info(model_info, server_info, url, vocab_size)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ProtocolError(f"{url} describes itself in another form than SGLang: {error}", server=url) from error
+
+
+def _read_info(
+    model_info: Mapping[str, Any], server_info: Mapping[str, Any], url: str, vocab_size: int | None
+) -> ServerInfo:
     refuse_launch_flags(server_info, url=url)
     # SGLang 0.5.23 reports max_req_input_len = context - 6, and refuses prompts of that length too ("exceeds the
     # maximum"). It cuts max_new_tokens down, without a word, so that prompt and response have at most two tokens less

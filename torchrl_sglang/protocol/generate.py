@@ -13,8 +13,9 @@ from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ProtocolError
 from torchrl_sglang.protocol.media import Media, media_fields
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest, WeightSpan
+from torchrl_sglang.protocol.version import version_number
 
-__all__ = ["build_generate", "parse_generate", "parse_one"]
+__all__ = ["build_generate", "parse_generate", "parse_one", "token_versions"]
 
 
 def build_generate(
@@ -95,48 +96,81 @@ def parse_one(item: Any, *, server: str, return_logprobs: bool = True, prompt_lo
     """Read one sequence of an answer, or one (cumulative) event of a stream.
 
     Raises:
-        ProtocolError: a field is missing, or there are not as many log-probs as token ids.
+        ProtocolError: a field is missing or of another type, there are not as many log-probs as token ids, or the
+            weight versions do not cover the tokens.
     """
     try:
-        ids_T: list[int] = item["output_ids"]
-        meta: Mapping[str, Any] = item["meta_info"]
-        finish = meta["finish_reason"] or {}
-        logprobs_T = _logprobs(entry[0] for entry in meta["output_token_logprobs"]) if return_logprobs else None
-        prompt_T = _prompt_logprobs(meta["input_token_logprobs"]) if prompt_logprobs else None
-        support_R_K = meta.get("output_token_sampling_mask")
-        support_logprobs_R = None if support_R_K is None else _logprobs(meta["output_token_sampling_logprobs"])
-        spans = _weight_spans(meta, len(ids_T))
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+        reply = _parse(item, server, return_logprobs, prompt_logprobs)
+    except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
         raise ProtocolError(
             f"{server} answered /generate without the field {error}: not the reply SGLang promises", server=server
         ) from error
+    num_tokens = len(reply.output_ids)
+    if reply.output_logprobs is not None and len(reply.output_logprobs) != num_tokens:
+        raise ProtocolError(
+            f"{server} answered {len(reply.output_logprobs)} log-probs for {num_tokens} tokens", server=server
+        )
+    if reply.support_ids is not None and not (
+        len(reply.support_ids) == len(reply.support_logprobs or ()) == num_tokens
+    ):
+        raise ProtocolError(
+            f"{server} answered {len(reply.support_ids)} sampling masks for {num_tokens} tokens", server=server
+        )
+    return reply
+
+
+def _parse(item: Any, server: str, return_logprobs: bool, prompt_logprobs: bool) -> GenerateReply:
+    ids_T = _ids(item["output_ids"])
+    meta = _mapping("meta_info", item["meta_info"])
+    finish = _mapping("finish_reason", meta["finish_reason"] or {})
+    kind = finish.get("type", "length")
+    if kind not in ("stop", "length", "abort"):
+        raise ValueError("finish_reason.type")
+    logprobs_T = _logprobs(entry[0] for entry in meta["output_token_logprobs"]) if return_logprobs else None
     if logprobs_T is not None and not ids_T:
         # For max_new_tokens=0 beside running requests, SGLang (0.5.23) may return the log-prob of a discarded token.
         logprobs_T = []
-    if logprobs_T is not None and len(logprobs_T) != len(ids_T):
-        raise ProtocolError(f"{server} answered {len(logprobs_T)} log-probs for {len(ids_T)} tokens", server=server)
-    if support_R_K is not None and not len(support_R_K) == len(support_logprobs_R or ()) == len(ids_T):
-        what = f"{len(support_R_K)} sampling masks for {len(ids_T)} tokens"
-        raise ProtocolError(f"{server} answered {what}", server=server)
+    support_R_K = meta.get("output_token_sampling_mask")
     return GenerateReply(
         output_ids=ids_T,
         output_logprobs=logprobs_T,
-        support_ids=support_R_K,
-        support_logprobs=support_logprobs_R,
-        prompt_logprobs=prompt_T,
-        text=item.get("text") or "",
-        finish_reason=finish.get("type", "length"),
+        support_ids=None if support_R_K is None else [_ids(support_K) for support_K in support_R_K],
+        support_logprobs=None if support_R_K is None else _logprobs(meta["output_token_sampling_logprobs"]),
+        prompt_logprobs=_prompt_logprobs(meta["input_token_logprobs"]) if prompt_logprobs else None,
+        text=_text(item.get("text")),
+        finish_reason=kind,
         matched=finish.get("matched"),
-        abort_message=str(finish.get("message", "")) if finish.get("type") == "abort" else "",
-        prompt_tokens=meta.get("prompt_tokens", 0),
-        completion_tokens=meta.get("completion_tokens", len(ids_T)),
-        cached_tokens=meta.get("cached_tokens", 0),
+        abort_message=str(finish.get("message", "")) if kind == "abort" else "",
+        prompt_tokens=int(meta.get("prompt_tokens") or 0),
+        completion_tokens=int(meta.get("completion_tokens", len(ids_T))),
+        cached_tokens=int(meta.get("cached_tokens") or 0),
         weight_version=_weight_version(meta),
-        weight_spans=spans,
+        weight_spans=_weight_spans(meta, len(ids_T)),
         request_id=str(meta.get("id", "")),
         latency_s=float(meta.get("e2e_latency") or 0.0),
         server=server,
     )
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(name)
+    return value
+
+
+def _ids(values: Any) -> list[int]:
+    """Token ids, which a tensor can hold."""
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise TypeError("output_ids")
+    if values and (min(values) < 0 or max(values) >= 2**31):
+        raise ValueError("output_ids")
+    return values
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str | None):
+        raise TypeError("text")
+    return value or ""
 
 
 def _logprobs(values: Iterable[float | None]) -> list[float]:
@@ -159,11 +193,32 @@ def _weight_version(meta: Mapping[str, Any]) -> str:
 def _weight_spans(meta: Mapping[str, Any], num_tokens: int) -> tuple[WeightSpan, ...]:
     """Which weights generated which tokens; empty for all events of a stream but the last."""
     spans = tuple(
-        WeightSpan(version=str(span["version"]), start=span["start"], end=span["end"])
+        WeightSpan(version=str(span["version"]), start=int(span["start"]), end=int(span["end"]))
         for span in meta.get("weight_versions") or ()
     )
+    bounds = [0, *(span.end for span in spans)]
+    if spans and (bounds != sorted(bounds) or [*(span.start for span in spans), num_tokens] != bounds):
+        raise ValueError(f"weight_versions for {num_tokens} tokens (it has {spans})")
     # The version in an earlier event of a stream is the server's version at that moment, which may be the dirty mark of
     # an update that began after the tokens were generated.
     if spans or meta["finish_reason"] is None:
         return spans
     return (WeightSpan(version=_weight_version(meta), start=0, end=num_tokens),)
+
+
+def token_versions(reply: GenerateReply) -> list[int]:
+    """The weight version of every response token, from the server's spans.
+
+    A token that no span covers has the version at the end of the response.
+
+    Examples:
+        >>> spans = (WeightSpan(version="3@a", start=0, end=2), WeightSpan(version="4@a", start=2, end=3))
+        >>> token_versions(GenerateReply(output_ids=[5, 6, 7], weight_version="4@a", weight_spans=spans))
+        [3, 3, 4]
+    """
+    versions_R = [version_number(reply.weight_version)] * len(reply.output_ids)
+    for span in reply.weight_spans:
+        stop = min(span.end, len(versions_R))
+        if span.start < stop:
+            versions_R[span.start : stop] = [version_number(span.version)] * (stop - span.start)
+    return versions_R

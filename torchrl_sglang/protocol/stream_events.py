@@ -89,6 +89,8 @@ class StreamedReply:
 
     def _refuse_errors(self, event: Mapping[str, Any]) -> None:
         """An error in the middle of a stream comes as an event: the status 200 was sent before."""
+        if not isinstance(event, Mapping):
+            raise ProtocolError(f"{self._server} streamed an event that is no object", server=self._server)
         error = event.get("error") if "meta_info" not in event else None
         if "meta_info" not in event:
             detail = str(error.get("message", error) if isinstance(error, Mapping) else error or dict(event))

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from tensordict import TensorClass
 
-from torchrl_sglang.protocol.messages import GenerateReply, WeightSpan
-from torchrl_sglang.protocol.version import version_number
+from torchrl_sglang.protocol.generate import token_versions
+from torchrl_sglang.protocol.messages import WeightSpan
 
 __all__ = ["NO_ID", "NO_TOKEN", "Generation", "token_versions"]
 
@@ -75,24 +75,6 @@ class Generation(TensorClass["nocast"]):  # type: ignore[name-defined]
     latency_s: torch.Tensor
     error: str
     support: torch.Tensor | None = None
-
-
-def token_versions(reply: GenerateReply) -> list[int]:
-    """The weight version of every response token, from the server's spans.
-
-    A token that no span covers has the version at the end of the response.
-
-    Examples:
-        >>> spans = (WeightSpan(version="3@a", start=0, end=2), WeightSpan(version="4@a", start=2, end=3))
-        >>> token_versions(GenerateReply(output_ids=[5, 6, 7], weight_version="4@a", weight_spans=spans))
-        [3, 3, 4]
-    """
-    versions_R = [version_number(reply.weight_version)] * len(reply.output_ids)
-    for span in reply.weight_spans:
-        stop = min(span.end, len(versions_R))
-        if span.start < stop:
-            versions_R[span.start : stop] = [version_number(span.version)] * (stop - span.start)
-    return versions_R
 
 
 def join_spans(first: Sequence[WeightSpan], second: Sequence[WeightSpan], offset: int) -> tuple[WeightSpan, ...]:

@@ -22,7 +22,17 @@ from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.protocol.version import version_number
 from torchrl_sglang.rollout.generation import NO_ID, NO_TOKEN, Generation, token_versions
 
-__all__ = ["Padding", "chat_rows", "first_zero", "generation_rows", "stack_rows", "text_rows", "to_rows", "token_rows"]
+__all__ = [
+    "Padding",
+    "chat_rows",
+    "first_zero",
+    "generation_rows",
+    "sampled_row",
+    "stack_rows",
+    "text_rows",
+    "to_rows",
+    "token_rows",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,6 +257,70 @@ def _non_tensors(values_S: Sequence[Any]) -> list[NonTensorData]:
     """Non-tensor entries; equal values share one object, since few differ."""
     shared = {value: NonTensorData(value) for value in set(values_S)}
     return [shared[value] for value in values_S]
+
+
+def sampled_row(
+    ids_T: Sequence[int],
+    *,
+    prompt_length: int,
+    trained_T: Sequence[bool],
+    log_probs_T: Sequence[float],
+    versions_T: Sequence[int],
+    temperature: float,
+    exact: bool,
+    finish_reason: str,
+    texts: tuple[str, str],
+) -> dict[str, Any]:
+    """One ragged row of a sequence in which sampled tokens alternate with others: a conversation of several turns.
+
+    Args:
+        ids_T: all tokens.
+        prompt_length: number of tokens before the first one that is trained on.
+        trained_T: which tokens were sampled and are trained on.
+        log_probs_T: natural-log probability of those, NaN for the others.
+        versions_T: the weights that sampled those, -1 for the others.
+        temperature: the temperature at which they were sampled; NaN if it was not the same for all, or is unknown.
+        exact: whether the log-probs are those of the distribution that the tokens were drawn from.
+        finish_reason: ``"stop"`` or ``"length"``.
+        texts: texts of prompt and response.
+
+    Returns:
+        ``tokens``, ``masks``, ``log_probs``, ``text`` and ``generation``.
+    """
+    mark, full = MetaData(False), torch.tensor(ids_T, dtype=torch.long)
+    trained, scores = torch.tensor(trained_T), torch.tensor(log_probs_T, dtype=torch.float32)
+    versions = torch.tensor(versions_T, dtype=torch.long)
+    prompt, response = slice(0, prompt_length), slice(prompt_length, None)
+    unknown = torch.tensor(math.nan)
+    generation = {
+        "finish_reason": NonTensorData(finish_reason),
+        "matched": NonTensorData(None),
+        "truncated": torch.tensor(finish_reason == "length"),
+        "prompt_tokens": torch.tensor(prompt_length),
+        "completion_tokens": trained.sum(),
+        "cached_tokens": torch.tensor(0),
+        "dropped_tokens": torch.tensor(0),
+        "resumes": torch.tensor(0),
+        "weight_version": versions[response].clone(),
+        "policy_version": versions[trained].min(),
+        "temperature": torch.tensor(temperature),
+        "top_p": torch.tensor(1.0) if exact else unknown,
+        "top_k": torch.tensor(-1),
+        "min_p": torch.tensor(0.0) if exact else unknown.clone(),
+        "exact_log_probs": torch.tensor(exact),
+        "server": NonTensorData(""),
+        "latency_s": torch.tensor(0.0),
+        "error": NonTensorData(""),
+    }
+    return {
+        "tokens": _made(Tokens, prompt=full[prompt].clone(), response=full[response].clone(), full=full, padded=mark),
+        "masks": _made(Masks, all_attention_mask=torch.ones_like(trained), all_assistant_mask=trained, padded=mark),
+        "log_probs": _made(
+            LogProbs, prompt=scores[prompt].clone(), response=scores[response].clone(), full=scores, padded=mark
+        ),
+        "text": text_rows(texts[:1], texts[1:], ["".join(texts)])[0],
+        "generation": _made(Generation, **generation),
+    }
 
 
 def stack_rows(rows: Sequence[TensorDictBase], shape: Sequence[int]) -> TensorDictBase:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.server.command import WILDCARD_HOSTS, outward_address, probe_host
 from torchrl_sglang.server.cpu import cpu_environment
 from torchrl_sglang.server.gpus import visible_devices
 
-__all__ = ["child_environment", "inherited_environment", "router_environment"]
+__all__ = ["PLUGIN_PATH", "child_environment", "inherited_environment", "router_environment"]
+
+PLUGIN_PATH = Path(__file__).with_name("sglang_plugin")
+"""Folder with a plugin for SGLang, only for the server's ``PYTHONPATH``. It holds an installed distribution's metadata,
+by which SGLang finds the plugin, and imports nothing of this package."""
+_PLUGIN_NAME = "torchrl_sglang_group_timeout"
 
 # What torchrun (torch.distributed.elastic) and Ray tell their workers. A server that inherited it would act as a rank
 # of the trainer's process group and join the trainer's rendezvous.
@@ -32,6 +38,10 @@ _PYTHON_NAMES = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
 # it looks alive but answers nothing, and a trainer waits. To get the dumps, set these to 1.
 _CRASH_DUMP_NAMES = ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH")
 
+
+# uvicorn closes a connection that was idle for 5 s: under load it may do so while a request is on its way. This
+# package's client reuses no connection that was idle for 3 s, so with this time nothing is on its way by then.
+_KEEP_ALIVE_S = "75"
 
 _HTTP_PROXIES = ("HTTP_PROXY", "http_proxy")
 _HTTPS_PROXIES = ("HTTPS_PROXY", "https_proxy")
@@ -119,12 +129,14 @@ def child_environment(
     variables["PYTHONUNBUFFERED"] = "1"  # the last lines before a crash must reach the log
     for name in _CRASH_DUMP_NAMES:
         variables.setdefault(name, "0")
+    variables.setdefault("SGLANG_TIMEOUT_KEEP_ALIVE", _KEEP_ALIVE_S)
     if cpu:
         cpu_variables = cpu_environment(config)
         inherited_path = variables.get("PYTHONPATH")
         if inherited_path:
             cpu_variables["PYTHONPATH"] += f":{inherited_path}"
         variables.update(cpu_variables)
+    _add_plugin(variables)
     variables.update(config.env)
     variables = _reach_directly(variables, [config.host, *_own_addresses(config.host)])
     if not cpu:
@@ -132,6 +144,13 @@ def child_environment(
         if devices is not None:
             variables["CUDA_VISIBLE_DEVICES"] = devices
     return variables
+
+
+def _add_plugin(variables: dict[str, str]) -> None:
+    """Let SGLang find the plugin that bounds the waits of its ranks in a weight group."""
+    variables["PYTHONPATH"] = ":".join(filter(None, (variables.get("PYTHONPATH"), str(PLUGIN_PATH))))
+    if variables.get("SGLANG_PLUGINS"):  # the names of the plugins that are loaded; if it is empty, all are
+        variables["SGLANG_PLUGINS"] += f",{_PLUGIN_NAME}"
 
 
 def _own_addresses(host: str) -> list[str]:

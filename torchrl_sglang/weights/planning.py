@@ -12,13 +12,16 @@ from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.weights.buckets.layout import Bucket, plan_buckets, trainable_specs
 from torchrl_sglang.weights.buckets.packing import BucketPacker
+from torchrl_sglang.weights.buckets.value_check import ValueCheck
 from torchrl_sglang.weights.checkpoint.coverage import check_coverage
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 from torchrl_sglang.weights.checkpoint.wire_dtype import wire_dtype
 from torchrl_sglang.weights.source.adapter import AdapterSource
 from torchrl_sglang.weights.source.architecture import architecture_of, naming_architectures
 from torchrl_sglang.weights.source.factory import open_source
 from torchrl_sglang.weights.source.interface import WeightSource
+from torchrl_sglang.weights.source.shards import together
 from torchrl_sglang.weights.transports.base import PackedWeights
 from torchrl_sglang.weights.update.report import SyncReport
 
@@ -51,6 +54,11 @@ class PushPlanner:
         if self._checkpoint is None:
             self._checkpoint = Checkpoint.read(self._pool.info.model_path, revision=self._pool.info.revision)
         return self._checkpoint
+
+    @property
+    def known_nbytes(self) -> int:
+        """Bytes of the checkpoint; 0 before it was read."""
+        return 0 if self._checkpoint is None else self._checkpoint.nbytes
 
     @property
     def served_dtype(self) -> torch.dtype | None:
@@ -88,28 +96,56 @@ class PushPlanner:
             The buckets; none for a source that can be read only once, whose tensors are checked while they are packed.
 
         Raises:
-            WeightCoverageError: names, shapes or values don't match.
+            WeightCoverageError: names or shapes don't match.
         """
         config, checkpoint = self._config, self.checkpoint
         if source.one_shot:
-            if config.check_values:
-                source.check_values(target=self.served_dtype)
             return []
-        specs = source.specs()
         if isinstance(source, AdapterSource):
-            source.check_values(target=self.served_dtype)
+            specs = source.specs()
             return [Bucket.of(specs.values())]
-        ignore = (*config.ignore, *source.omitted_names)
+        with together(source.ranks, "comparing its tensors with the checkpoint's"):
+            wire = self._wire_specs(source, partial)
+        if transport != "disk" and self._may_skip_frozen(source):
+            wire = trainable_specs(wire)
+        return plan_buckets(wire, bucket_bytes=config.bucket_size(checkpoint.nbytes))
+
+    def _wire_specs(self, source: WeightSource, partial: bool) -> list[TensorSpec]:
+        """The tensors in the dtypes in which they are sent; not collective."""
+        checkpoint, specs = self.checkpoint, source.specs()
+        ignore = (*self._config.ignore, *source.omitted_names)
         if partial:
             ignore += tuple(name for name in checkpoint.specs if name not in specs)
         with naming_architectures(source.architecture, self._served_architectures):
             check_coverage(specs, checkpoint, ignore=ignore, server=self._pool.clients[0].url)
-        wire = [replace(spec, dtype=wire_dtype(spec, checkpoint, self.served_dtype)) for spec in specs.values()]
-        if transport != "disk" and self._may_skip_frozen(source):
-            wire = trainable_specs(wire)
-        if config.check_values:
-            source.check_values([spec.name for spec in wire], self.served_dtype)
-        return plan_buckets(wire, bucket_bytes=config.bucket_bytes)
+        return [replace(spec, dtype=wire_dtype(spec, checkpoint, self.served_dtype)) for spec in specs.values()]
+
+    def check_values(self, source: WeightSource, plan: Sequence[Bucket], *, while_packing: bool) -> ValueCheck | None:
+        """Refuse NaN and infinity before anything is sent.
+
+        Args:
+            source: the trainer's weights.
+            plan: from :meth:`plan`.
+            while_packing: everything is packed before anything is sent, so the values can be checked then, in the same
+                pass over memory. Not those of a sharded source, about which all ranks must agree.
+
+        Returns:
+            What checks them while they are packed, if that is so.
+
+        Raises:
+            WeightCoverageError: a tensor has such values.
+        """
+        if isinstance(source, AdapterSource) or (source.one_shot and self._config.check_values):
+            source.check_values(target=self.served_dtype)
+        elif self._config.check_values:
+            if while_packing and not source.is_sharded:
+                return ValueCheck(self.served_dtype)
+            source.check_values([name for bucket in plan for name in bucket.names], self.served_dtype)
+        return None
+
+    def num_bytes(self, plan: Sequence[Bucket]) -> int:
+        """Bytes that will be sent; those of the checkpoint for a source that can be read only once."""
+        return sum(bucket.nbytes for bucket in plan) or self.checkpoint.nbytes
 
     def pack(
         self,
@@ -118,8 +154,11 @@ class PushPlanner:
         packer: BucketPacker,
         report: SyncReport,
         on_packed: Callable[[Bucket, torch.Tensor], None] | None = None,
+        *,
+        is_staged: bool = False,
+        values: ValueCheck | None = None,
     ) -> PackedWeights:
-        """Buckets with their bytes, each packed when the transport asks for it.
+        """Buckets with their bytes, packed when the transport asks for them or when it stages them.
 
         Args:
             source: the trainer's weights.
@@ -127,19 +166,28 @@ class PushPlanner:
             packer: packs where the transport needs the bytes.
             report: counts what is packed.
             on_packed: called with every packed bucket and its bytes.
+            is_staged: all are packed before the first is sent.
+            values: from :meth:`check_values`.
         """
+        packer.is_staged = is_staged
         if not source.one_shot:
-            packed = packer.packed(plan, source.tensors)
             return PackedWeights(
-                packed, report, num_buckets=len(plan), peft_config=source.peft_config, on_packed=on_packed
+                packer.packed(plan, source.tensors, values),
+                report,
+                num_buckets=len(plan),
+                peft_config=source.peft_config,
+                on_packed=on_packed,
+                is_sharded=source.is_sharded,
+                is_staged=is_staged,
+                values=values,
             )
         stream = packer.packed_stream(
             source.tensors(),
-            bucket_bytes=self._config.bucket_bytes,
+            bucket_bytes=self._config.bucket_size(self.checkpoint.nbytes),
             dtype_of=lambda spec: wire_dtype(spec, self.checkpoint, self.served_dtype),
             expected=self.checkpoint.specs,
         )
-        return PackedWeights(stream, report, num_buckets=None, on_packed=on_packed)
+        return PackedWeights(stream, report, num_buckets=None, on_packed=on_packed, is_staged=is_staged)
 
     def expected_plan(self, source: WeightSource, plan: Sequence[Bucket]) -> Sequence[Bucket]:
         """:meth:`plan`'s buckets. A source that can be read only once is taken to have the checkpoint's tensors."""
@@ -147,11 +195,10 @@ class PushPlanner:
             return plan
         specs = self.checkpoint.specs.values()
         wire = [replace(spec, dtype=wire_dtype(spec, self.checkpoint, self.served_dtype)) for spec in specs]
-        return plan_buckets(wire, bucket_bytes=self._config.bucket_bytes)
+        return plan_buckets(wire, bucket_bytes=self._config.bucket_size(self.checkpoint.nbytes))
 
-    def gather_only(self, source: WeightSource, *, partial: bool, transport: str) -> None:
+    def gather_only(self, source: WeightSource, plan: Sequence[Bucket]) -> None:
         """Gather, with the sending rank and in its order, the tensors that it sends: those of :meth:`plan`."""
-        plan = self.plan(source, partial=partial, transport=transport)
         for _ in source.tensors([name for bucket in plan for name in bucket.names]):
             pass
 

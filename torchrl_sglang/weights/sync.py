@@ -6,15 +6,17 @@ import logging
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial as bind
 from typing import Any
 
 from torch import nn
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
-from torchrl_sglang.errors import ConfigError, ServerTimeoutError, SGLangError, WeightSyncError, WeightUpdateError
-from torchrl_sglang.parallel import Task
+from torchrl_sglang.errors import ConfigError, ServerTimeoutError, WeightSyncError, WeightUpdateError
+from torchrl_sglang.parallel import Task, side_by_side
 from torchrl_sglang.pool import ServerState, SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.layout import Bucket
@@ -23,9 +25,10 @@ from torchrl_sglang.weights.checksums.verifier import ChecksumVerifier, PushChec
 from torchrl_sglang.weights.newcomers import NewcomerUpdates
 from torchrl_sglang.weights.planning import PushPlanner
 from torchrl_sglang.weights.source.interface import WeightSource
-from torchrl_sglang.weights.source.shards import is_sharded, ranks_of
+from torchrl_sglang.weights.source.shards import is_sharded, ranks_of_weights, together
 from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
-from torchrl_sglang.weights.transports.choice import make_transport
+from torchrl_sglang.weights.transports.choice import make_transport, num_copies
+from torchrl_sglang.weights.transports.staging import is_staged
 from torchrl_sglang.weights.update.liveness import LivenessCheck
 from torchrl_sglang.weights.update.other_trainers import OtherTrainers
 from torchrl_sglang.weights.update.report import SyncReport
@@ -110,7 +113,7 @@ class WeightSync:
         self._pool = pool
         self._planner = PushPlanner(pool, self.config, self.owner, checkpoint)
         self._checksums = ChecksumVerifier(pool.state, self.config)
-        self._liveness = LivenessCheck(pool, restart)
+        self._liveness = LivenessCheck(pool, restart, patience_s=self.config.fixed_timeout_s)
         self._others = OtherTrainers(pool, self.owner, takeover=self.config.takeover)
         self._transport: WeightTransport[Any] | None = None
         self._last_weights: Any = None
@@ -176,7 +179,7 @@ class WeightSync:
             ConfigError: the servers can't take weights by this transport.
             WeightUpdateError: a server did not join.
         """
-        with self._pool.update_lock:
+        with self._update_lock("making the process group"):
             self.reach()
             self._others.end_dead_updates(self._answering(), None)
             self._choose_transport().connect(self._liveness.reachable())
@@ -309,34 +312,69 @@ class WeightSync:
     # ------------------------------------------------------------------ one push
 
     def _push(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
-        with self._pool.update_lock:  # waits for a server that is being restarted
+        with self._update_lock("a weight update"):
             try:
                 return self._push_now(weights, version, partial)
             finally:
                 if partial:  # a shared folder does not hold all of the newest version
                     self._pool.state.weights_saved(None)
 
+    @contextmanager
+    def _update_lock(self, purpose: str) -> Iterator[None]:
+        """Hold the pool's update lock. It is waited for as long as another update may take.
+
+        Raises:
+            WeightUpdateError: it stays held; says by whom.
+        """
+        step_s = max(client.config.update_timeout_s for client in self._pool.clients)
+        timeout_s = self.config.deadline_s(self._planner.known_nbytes * len(self._pool.clients)) + step_s
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._pool.update_lock.held_for(purpose, timeout_s))
+            except TimeoutError as error:
+                raise WeightUpdateError(
+                    f"{purpose} waited {timeout_s:.0f} s for another thread, which holds the servers for {error}. "
+                    "Nothing was sent. End what that thread does, or update from one thread only"
+                ) from error
+            yield
+
     def _push_now(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
         start = time.monotonic()
-        self._reach_on_all_ranks(weights)
-        transport = self._choose_transport()
-        source = self._planner.open_source(weights)
+        ranks = ranks_of_weights(weights)
+        with together(ranks, "reaching the servers and opening its weights"):
+            self.reach(self.config.fixed_timeout_s)
+            self._pool.refuse_while_offloaded()
+            transport = self._choose_transport()
+            source = self._planner.open_source(weights)
         if not source.is_sender:
-            self._planner.gather_only(source, partial=partial, transport=transport.name)
+            with together(ranks, "preparing the servers"):
+                pass
+            plan = self._planner.plan(source, partial=partial, transport=transport.name)
+            self._planner.check_values(source, plan, while_packing=False)
+            with together(ranks, "reading the servers' checksums"):
+                pass
+            self._planner.gather_only(source, plan)
             return None
         number = self._pool.state.weights.next_version if version is None else version
         target = WeightVersion(number=number, owner=self.owner)
         report = SyncReport(version=number, transport=transport.name)
         with report.phase("prepare"):
-            clients = self._prepare(transport, source, partial)
+            with together(ranks, "preparing the servers"):
+                clients = self._prepare(transport, partial)
             plan = self._planner.plan(source, partial=partial, transport=transport.name)
-            checksums = self._begin_checksums(clients, source, plan)
+            report.transport = transport.name  # "auto" has chosen
+            num_bytes = self._planner.num_bytes(plan)
+            report.is_staged = is_staged(self.config, transport, num_bytes)
+            values = self._planner.check_values(source, plan, while_packing=report.is_staged)
+            with together(ranks, "reading the servers' checksums"):
+                checksums = self._begin_checksums(clients, source, plan)
         self._last_weights = None if source.one_shot else weights
         self._newcomers.forget()
         on_packed = None if checksums is None else checksums.take
-        packed = self._planner.pack(source, plan, transport.packer, report, on_packed)
-        num_bytes = sum(bucket.nbytes for bucket in plan) or self._planner.checkpoint.nbytes
-        deadline = time.monotonic() + self.config.deadline_s(num_bytes)
+        packed = self._planner.pack(
+            source, plan, transport.packer, report, on_packed, is_staged=report.is_staged, values=values
+        )
+        deadline = time.monotonic() + self.config.deadline_s(num_bytes * num_copies(transport))
         servers = self._pool.state.servers
         incomplete = [client for client in clients if partial and servers[client.url].complete_from != self.owner]
         updated: dict[str, ServerState] = {}
@@ -363,28 +401,7 @@ class WeightSync:
         _log.info("weights %d on %d servers in %.3f s", number, len(clients), report.total_s)
         return report
 
-    def _reach_on_all_ranks(self, weights: Any) -> None:
-        """Reach the servers and choose the transport. Ranks of a sharded model fail together: none is left gathering.
-
-        Raises:
-            ConfigError: the servers can't take weights, or their checkpoint can't be read.
-            ServerError: a server can't be reached.
-            WeightUpdateError: another rank has failed.
-        """
-        ranks = ranks_of(weights.parameters()) if isinstance(weights, nn.Module) else None
-        try:
-            patience_s = self.config.fixed_timeout_s
-            self.reach(patience_s)
-            self._pool.refuse_while_offloaded()
-            self._choose_transport()
-        except SGLangError:
-            if ranks is not None:
-                ranks.any([True])
-            raise
-        if ranks is not None and ranks.any([False])[0]:
-            raise WeightUpdateError("another rank could not reach the servers or read their checkpoint; it says why")
-
-    def _prepare(self, transport: WeightTransport[Any], source: WeightSource, partial: bool) -> list[SGLangClient]:
+    def _prepare(self, transport: WeightTransport[Any], partial: bool) -> list[SGLangClient]:
         """The servers that this push goes to, connected by the transport."""
         try:
             patience_s = self.config.deadline_s(self._planner.checkpoint.nbytes)
@@ -396,11 +413,8 @@ class WeightSync:
             if partial or self.config.only_trainable:
                 self._require_own_weights(clients, partial)
             transport.connect(clients)
-        except SGLangError as error:
-            if isinstance(error, WeightSyncError):
-                self._liveness.record_failure(error)
-            if source.is_sharded:  # the other ranks wait for this one to gather with them
-                self._planner.gather_only(source, partial=partial, transport=transport.name)
+        except WeightSyncError as error:
+            self._liveness.record_failure(error)
             raise
         return clients
 
@@ -415,8 +429,9 @@ class WeightSync:
             ConfigError: a server does not, and the caller has no other tensors to send.
         """
         state = self._pool.state
+        versions = side_by_side({client.url: client.weight_version for client in clients})
         for client in clients:
-            held = client.weight_version()
+            held = versions[client.url].unwrap()
             version = WeightVersion.parse(held)
             if held != state.server(client.url).version or version.dirty:
                 if partial:
@@ -434,9 +449,10 @@ class WeightSync:
         self, clients: Sequence[SGLangClient], number: int, found: Mapping[str, ServerState] | None = None
     ) -> None:
         """Route requests to servers that hold all of version ``number``."""
-        for client in clients:
-            based_on = (found or self._pool.state.servers)[client.url]
-            self._pool.restore(client.url, based_on=based_on)
+        known = found or self._pool.state.servers
+        calls = {each.url: bind(self._pool.restore, each.url, based_on=known[each.url]) for each in clients}
+        for outcome in side_by_side(calls).values():  # a router checks each server before it admits it
+            outcome.unwrap()
         if clients:
             self._pool.state.weights_served(number)
 

@@ -1,8 +1,7 @@
-"""Copy the tensors of a bucket into one of two reused buffers, while the other buffer is being sent."""
+"""Copy the tensors of a bucket into a reused buffer: one of two, while the other is sent, or one for each bucket."""
 
 from __future__ import annotations
 
-import ctypes
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ import torch
 
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.weights.buckets.layout import Bucket, unit_key
+from torchrl_sglang.weights.buckets.value_check import ValueCheck, copy_tensor
 from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 
 __all__ = ["BucketPacker", "PackedBuckets"]
@@ -33,6 +33,12 @@ class BucketPacker:
     Args:
         device: the buffers' device. ``None`` takes the device of each bucket's first tensor. A device type without an
             index (``"cuda"``) gets the first tensor's index, once: see :func:`resolve_device`.
+        allocate: makes a buffer (uint8) of a number of bytes, for buffers in memory of a certain kind, into which
+            everything has to be copied; ``None`` takes torch's memory.
+        discard: told of each such buffer that is given up.
+
+    Attributes:
+        is_staged: whether each bucket of a plan gets a buffer of its own, so that all can be packed in advance.
 
     Examples:
         >>> specs = [TensorSpec(name="w", shape=(2,), dtype=torch.bfloat16)]
@@ -42,10 +48,24 @@ class BucketPacker:
         (torch.uint8, torch.Size([4]), [1.0, 2.0])
     """
 
-    def __init__(self, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        *,
+        allocate: Callable[[int], torch.Tensor] | None = None,
+        discard: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        self.is_staged = False
         self._device = torch.device(device) if device is not None else None
+        self._allocate = allocate
+        self._discard = discard
         self._buffers: list[torch.Tensor | None] = [None] * _NUM_BUFFERS
         self._next_buffer = 0
+
+    @property
+    def is_in_main_memory(self) -> bool:
+        """Whether the buffers are known to be in main memory."""
+        return self._device is not None and self._device.type == "cpu"
 
     @property
     def nbytes(self) -> int:
@@ -54,15 +74,17 @@ class BucketPacker:
 
     def release(self) -> None:
         """Free the buffers; the next bucket allocates new ones."""
+        self._shrink(0)
         self._buffers = [None] * _NUM_BUFFERS
 
-    def pack(self, bucket: Bucket, tensors: Iterable[Pair]) -> torch.Tensor:
+    def pack(self, bucket: Bucket, tensors: Iterable[Pair], values: ValueCheck | None = None) -> torch.Tensor:
         """Copy the tensors of one bucket into the next buffer.
 
         Args:
             bucket: the layout.
             tensors: the bucket's tensors in any order. A longer iterator must give them first; no further tensor is
                 taken from it.
+            values: checks the values of each tensor while it is copied.
 
         Returns:
             The bucket's bytes: uint8, ``(bucket.nbytes,)``, contiguous. The second call from now overwrites them.
@@ -85,26 +107,39 @@ class BucketPacker:
                 if self._device is not None:
                     self._device = resolve_device(self._device, tensor.device)
                 if self._needs_no_copy(bucket, tensor):
+                    if values is not None:
+                        values.check(name, tensor.detach())
                     return _synchronised(tensor.detach().view(-1).view(torch.uint8))
                 flat = self._take_buffer(bucket.nbytes, tensor.device)
-            _copy(tensor.detach(), slot.view(flat))
+            if values is not None:
+                values.copy(name, tensor.detach(), slot.view(flat))
+            else:
+                copy_tensor(tensor.detach(), slot.view(flat))
             del tensor  # before the next one is gathered
         return _synchronised(flat) if flat is not None else torch.empty(0, dtype=torch.uint8)
 
-    def packed(self, plan: Sequence[Bucket], tensors: Callable[[Sequence[str]], Iterable[Pair]]) -> PackedBuckets:
+    def packed(
+        self,
+        plan: Sequence[Bucket],
+        tensors: Callable[[Sequence[str]], Iterable[Pair]],
+        values: ValueCheck | None = None,
+    ) -> PackedBuckets:
         """Pack the buckets of a plan, each when the caller takes it.
 
         Args:
             plan: from :func:`~torchrl_sglang.weights.buckets.layout.plan_buckets`.
             tensors: reads tensors by name in the given order (:meth:`WeightSource.tensors`).
+            values: checks the values of each tensor while it is copied.
 
         Yields:
-            A bucket and its bytes (uint8, ``(bucket.nbytes,)``), valid until the second bucket after it is taken.
+            A bucket and its bytes (uint8, ``(bucket.nbytes,)``), valid until the second bucket after it is taken, or,
+            if :attr:`is_staged`, until the next plan is packed.
         """
+        self._begin(len(plan))
         pairs = iter(tensors([name for bucket in plan for name in bucket.names]))
         try:
             for bucket in plan:
-                yield bucket, self.pack(bucket, pairs)
+                yield bucket, self.pack(bucket, pairs, values)
             for name, _ in pairs:
                 raise ConfigError(f"got {name!r}, which is in no bucket")
         finally:
@@ -130,6 +165,7 @@ class BucketPacker:
             dtype_of: the dtype in which a tensor is sent.
             expected: names that will come; they tell which tensors must be in one request.
         """
+        self._begin(None)
         unit_sizes = Counter(unit_key(name) for name in expected)
         incomplete: dict[str, list[tuple[TensorSpec, torch.Tensor]]] = {}
         ready: list[tuple[TensorSpec, torch.Tensor]] = []
@@ -158,7 +194,24 @@ class BucketPacker:
         ready.clear()
         return bucket, flat
 
+    def _begin(self, num_buckets: int | None) -> None:
+        """Free the buffers that the next plan does not need: all beyond two, if it is not staged."""
+        self._next_buffer = 0 if self.is_staged else self._next_buffer % _NUM_BUFFERS
+        if not self.is_staged or num_buckets is not None:
+            self._shrink(max(_NUM_BUFFERS, num_buckets or 0) if self.is_staged else _NUM_BUFFERS)
+
+    def _shrink(self, num_buffers: int) -> None:
+        for buffer in self._buffers[num_buffers:]:
+            self._give_up(buffer)
+        del self._buffers[num_buffers:]
+
+    def _give_up(self, buffer: torch.Tensor | None) -> None:
+        if buffer is not None and self._discard is not None:
+            self._discard(buffer)
+
     def _needs_no_copy(self, bucket: Bucket, tensor: torch.Tensor) -> bool:
+        if self._allocate is not None:
+            return False
         is_on_device = self._device is None or tensor.device == self._device
         is_whole_bucket = len(bucket.slots) == 1 and tensor.dtype == bucket.dtypes[0]
         return is_whole_bucket and is_on_device and tensor.is_contiguous()
@@ -166,11 +219,17 @@ class BucketPacker:
     def _take_buffer(self, nbytes: int, device: torch.device) -> torch.Tensor:
         device = self._device or device
         index = self._next_buffer
-        self._next_buffer = (index + 1) % _NUM_BUFFERS
+        self._next_buffer = index + 1 if self.is_staged else (index + 1) % _NUM_BUFFERS
+        if index == len(self._buffers):
+            self._buffers.append(None)
         buffer = self._buffers[index]
         if buffer is None or buffer.nbytes < nbytes or buffer.device != device:
+            self._give_up(buffer)
             self._buffers[index] = buffer = None  # free the old buffer before the larger one is allocated
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            if self._allocate is not None:
+                buffer = self._allocate(nbytes)
+            else:
+                buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
             self._buffers[index] = buffer
         return buffer[:nbytes]
 
@@ -204,19 +263,6 @@ def _synchronised(flat: torch.Tensor) -> torch.Tensor:
     if flat.is_cuda:
         torch.cuda.current_stream(flat.device).synchronize()
     return flat
-
-
-def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy and cast. Plain copies in main memory use memmove, because torch's OpenMP threads spin on all cores.
-
-    The broadcast needs these cores: with SmolLM2-135M on 2 cores a whole sync took 0.50 s with ``copy_`` and 0.41 s
-    with one thread.
-    """
-    is_plain = source.dtype == target.dtype and source.is_contiguous() and source.device == target.device
-    if is_plain and source.device.type == "cpu" and source.numel() > 0:
-        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
-    else:
-        target.copy_(source)
 
 
 def _nbytes(pairs: Sequence[tuple[TensorSpec, torch.Tensor]]) -> int:

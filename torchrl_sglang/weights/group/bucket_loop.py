@@ -120,7 +120,10 @@ class BucketLoop:
 
     def _broadcast(self, flat: torch.Tensor) -> set[Task[Any]]:
         """Start the broadcast of a bucket's bytes in every group."""
-        limit_s = self._config.bucket_timeout_s if self._first_arrived else self._config.group_timeout_s
+        # All groups share the trainer's network.
+        limit_s = self._config.bucket_limit_s(flat.nbytes * len(self._groups))
+        if not self._first_arrived:
+            limit_s = max(limit_s, self._config.group_limit_s(max(group.world_size for group in self._groups)))
         timeout_s = min(limit_s, self._remaining())
         started = set()
         for group in self._groups:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +30,11 @@ import torch.distributed as dist
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError, SGLangError, WeightUpdateError
-from torchrl_sglang.parallel import Task
+from torchrl_sglang.parallel import Task, side_by_side
 from torchrl_sglang.protocol.control import build_destroy_group
 from torchrl_sglang.weights.group.rendezvous import Rendezvous, ask_to_join, await_ranks, check_join, reachable_address
 
-__all__ = ["WeightGroup", "reachable_address"]
+__all__ = ["WeightGroup", "choose_backend", "close_groups", "reachable_address"]
 
 _POLL_S = 0.005
 _CLOSE_PATIENCE_S = 2.0
@@ -69,15 +70,16 @@ class WeightGroup:
             ConfigError: the address can't be listened on, or the servers could not reach it.
             WeightUpdateError: a server refused, died or did not join in time; no server's weights were touched.
         """
-        backend = _choose_backend(config, clients)
+        backend = choose_backend(config, clients)
         address = config.master_address or reachable_address([client.url for client in clients])
         world_size = 1 + sum(client.info.tp_size for client in clients)
-        rendezvous = Rendezvous(name, address, config.master_port, timeout_s=config.group_timeout_s)
-        deadline = time.monotonic() + config.group_timeout_s
+        timeout_s = config.group_limit_s(world_size)
+        rendezvous = Rendezvous(name, address, config.master_port, timeout_s=timeout_s)
+        deadline = time.monotonic() + timeout_s
         joins = ask_to_join(clients, rendezvous, world_size, backend, config)
         try:
-            await_ranks(rendezvous, joins, world_size, backend, deadline)
-            group = cls(name, clients, backend, world_size, _join(rendezvous, world_size, backend, config))
+            await_ranks(rendezvous, joins, backend, deadline)
+            group = cls(name, clients, backend, world_size, _join(rendezvous, world_size, backend, timeout_s))
         except BaseException:
             rendezvous.abandon(joins, backend, deadline)
             raise
@@ -159,18 +161,8 @@ class WeightGroup:
             raise WeightUpdateError(f"the NCCL broadcast failed: {error}")
 
     def close(self) -> None:
-        """Destroy the group on both sides. A server that does not answer keeps it until its own time-out.
-
-        Runs in this thread, one server after the other: it is also called at exit, when no thread can be started.
-        """
-        deadline = time.monotonic() + _CLOSE_PATIENCE_S
-        for client in self.clients:
-            with suppress(SGLangError):
-                self.leave(client, timeout_s=max(0.1, deadline - time.monotonic()))
-        if self._group is not None:
-            release = _Release(self._group, self.backend)
-            self._group = None
-            release()  # quick, since nothing is under way; at exit a thread could be stopped in the middle of it
+        """Destroy the group on both sides. A server that does not answer keeps it until its own time-out."""
+        close_groups([self])
 
     def leave(self, client: SGLangClient, timeout_s: float = _CLOSE_PATIENCE_S) -> None:
         """Make one server leave the group. Its connections close, which ends every wait of a peer for it.
@@ -179,6 +171,13 @@ class WeightGroup:
             ServerError: it did not answer in time, or is not in the group.
         """
         client.send(build_destroy_group(self.name), timeout_s=timeout_s)
+
+    def release(self) -> None:
+        """Destroy the trainer's side in this thread: quick, if nothing is under way. Safe to call twice."""
+        if self._group is not None:
+            release = _Release(self._group, self.backend)
+            self._group = None
+            release()  # in this thread: at exit another one could be stopped in the middle of it
 
     def drop(self) -> None:
         """Destroy the trainer's side only, without blocking. Safe to call twice.
@@ -194,6 +193,34 @@ class WeightGroup:
                 Task(release, name="drop-weight-group")
 
 
+def close_groups(groups: Sequence[WeightGroup]) -> None:
+    """Destroy groups on both sides: all servers are told at the same time, or one by one where no thread starts.
+
+    It is also called at exit, when Python (3.12) refuses to start threads.
+    """
+    deadline = time.monotonic() + _CLOSE_PATIENCE_S
+
+    def leave(group: WeightGroup, client: SGLangClient) -> None:
+        with suppress(SGLangError):
+            group.leave(client, timeout_s=max(0.1, deadline - time.monotonic()))
+
+    calls = {
+        f"{index}-{client.url}": partial(leave, group, client)
+        for index, group in enumerate(groups)
+        for client in group.clients
+    }
+    try:
+        if calls and not sys.is_finalizing():
+            side_by_side(calls)
+            calls = {}
+    except RuntimeError:
+        pass
+    for call in calls.values():
+        call()
+    for group in groups:
+        group.release()
+
+
 class _Release:
     """Holds the last reference to a group, and deletes it when called."""
 
@@ -207,7 +234,12 @@ class _Release:
         self._group = None
 
 
-def _choose_backend(config: SyncConfig, clients: Sequence[SGLangClient]) -> str:
+def choose_backend(config: SyncConfig, clients: Sequence[SGLangClient]) -> str:
+    """``"gloo"`` or ``"nccl"``: what the servers' devices need, unless ``config`` names it.
+
+    Raises:
+        ConfigError: the servers run on different devices.
+    """
     if config.backend != "auto":
         return config.backend
     devices = {client.info.device for client in clients}
@@ -218,17 +250,17 @@ def _choose_backend(config: SyncConfig, clients: Sequence[SGLangClient]) -> str:
     return "nccl"
 
 
-def _join(rendezvous: Rendezvous, world_size: int, backend: str, config: SyncConfig) -> Any:
+def _join(rendezvous: Rendezvous, world_size: int, backend: str, timeout_s: float) -> Any:
     store: Any = rendezvous.prefixed(backend)
     try:
         if backend == "gloo":
             options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=rendezvous.address)]
-            options._timeout = timedelta(seconds=config.group_timeout_s)
+            options._timeout = timedelta(seconds=timeout_s)
             return dist.ProcessGroupGloo(store, 0, world_size, options)
         nccl = dist.ProcessGroupNCCL.Options()
         # Above every deadline of ours: on its own time-out NCCL's watchdog ends the whole process.
-        nccl._timeout = timedelta(seconds=10 * (config.fixed_timeout_s + config.group_timeout_s) + 3600)
+        nccl._timeout = timedelta(seconds=10 * timeout_s + 36_000)
         return dist.ProcessGroupNCCL(store, 0, world_size, nccl)
     except RuntimeError as error:
         raise WeightUpdateError(f"the trainer could not join the weight group: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import math
 import socket
 import time
 from collections.abc import Sequence
@@ -22,11 +23,35 @@ from torchrl_sglang.errors import ConfigError, RequestRejectedError, ServerWeigh
 from torchrl_sglang.parallel import Outcome, Task
 from torchrl_sglang.protocol.control import build_init_group, check_success
 
-__all__ = ["JoinCall", "Rendezvous", "ask_to_join", "await_ranks", "check_join", "group_name", "reachable_address"]
+__all__ = [
+    "JoinCall",
+    "Rendezvous",
+    "ask_to_join",
+    "await_ranks",
+    "check_join",
+    "group_mark",
+    "group_name",
+    "reachable_address",
+]
 
 _POLL_S = 0.005
 _MARGIN_S = 2.0
 _PORT_TIMEOUT_S = 5.0
+_LONGER_THAN_OURS_S = 30
+"""A rank that waits for the trainer gives up this much later than the trainer: by then the trainer has said why."""
+
+
+def group_mark(owner: str, count: int, limit_s: float) -> str:
+    """Names the groups of an update: whose they are, the how many-th, and the seconds after which a rank gives up.
+
+    SGLang's requests have no field for that time, and its ranks wait for torch's 30 minutes. In launched servers
+    (``server/sglang_plugin``) they wait for the time in the group's name.
+
+    Examples:
+        >>> group_name(group_mark("a1b2c3d4", 2, 60.5))
+        'torchrl-sglang-a1b2c3d4.2.91'
+    """
+    return f"{owner}.{count}.{math.ceil(limit_s) + _LONGER_THAN_OURS_S}"
 
 
 def group_name(mark: str) -> str:
@@ -84,16 +109,19 @@ class Rendezvous:
         def wait_and_end() -> None:
             end = deadline if backend == "gloo" else time.monotonic() + _MARGIN_S
             while time.monotonic() < end:
-                if backend == "gloo" and all(join.task.done or self.has(join) for join in joins):
+                if backend == "gloo" and all(join.task.done or self.has([join]) for join in joins):
                     break
                 time.sleep(_POLL_S)
             self.end()
 
         Task(wait_and_end, name=f"end-rendezvous-{self.name}")
 
-    def has(self, join: JoinCall) -> bool:
-        """Whether all ranks of a server have written their keys (gloo only)."""
-        return bool(self.prefixed("gloo").check([f"0/{rank}" for rank in join.ranks]))
+    def has(self, joins: Sequence[JoinCall]) -> bool:
+        """Whether all ranks of these servers have written their keys of this group (gloo only).
+
+        The store may hold others: a server that was told to join an earlier group on this port may arrive late.
+        """
+        return bool(self.prefixed("gloo").check([f"0/{rank}" for join in joins for rank in join.ranks]))
 
 
 def _listen(address: str, port: int | None) -> socket.socket:
@@ -142,27 +170,24 @@ def ask_to_join(
             backend=backend,
         )
         # Longer than await_ranks: its error names the missing servers, a time-out of one call does not.
-        call = partial(client.send, request, timeout_s=config.group_timeout_s + _MARGIN_S)
+        call = partial(client.send, request, timeout_s=config.group_limit_s(world_size) + _MARGIN_S)
         ranks = range(first, first + client.info.tp_size)
         joins.append(JoinCall(client, ranks, Task(call, name=f"join-{client.url}")))
         first = ranks.stop
     return joins
 
 
-def await_ranks(
-    rendezvous: Rendezvous, joins: Sequence[JoinCall], world_size: int, backend: str, deadline: float
-) -> None:
+def await_ranks(rendezvous: Rendezvous, joins: Sequence[JoinCall], backend: str, deadline: float) -> None:
     """Wait until every rank has arrived at the store, so that joining can't block on one that never arrives.
 
-    Each gloo rank writes one key, and all ranks together the store's own counter of clients: ``world_size`` keys. NCCL
-    ranks write none; they answer the HTTP call instead.
+    Each gloo rank writes one key. NCCL ranks write none; they answer the HTTP call instead.
 
     Raises:
         WeightUpdateError: a server refused, died, or did not arrive by ``deadline`` (``time.monotonic()``).
     """
     while True:
         if backend == "gloo":
-            arrived = rendezvous.store.num_keys() >= world_size
+            arrived = rendezvous.has(joins)
         else:
             arrived = all(join.task.done for join in joins)
         for join in joins:
@@ -178,7 +203,7 @@ def await_ranks(
 def _not_arrived(rendezvous: Rendezvous, joins: Sequence[JoinCall], backend: str) -> WeightUpdateError:
     absent = [join.client.url for join in joins if not join.task.done]
     if backend == "gloo":
-        absent = [join.client.url for join in joins if not rendezvous.has(join)]
+        absent = [join.client.url for join in joins if not rendezvous.has([join])]
     return WeightUpdateError(
         f"the weight group did not form within its time: {', '.join(absent) or 'nobody'} did not arrive at "
         f"{rendezvous}. Can the servers reach that address? Set SyncConfig.master_address to an address of the "

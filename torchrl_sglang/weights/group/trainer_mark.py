@@ -52,6 +52,11 @@ class TrainerMark:
         return cls(group, _host(), pid, _started(pid) or 0)
 
     @classmethod
+    def of_process(cls, pid: int, group: str = "") -> TrainerMark:
+        """The mark of another process of this host."""
+        return cls(group, _host(), pid, _started(pid) or 0)
+
+    @classmethod
     def parse(cls, text: str) -> TrainerMark:
         """Read the owner part of a dirty version."""
         group, *rest = text.split("-")
@@ -60,7 +65,12 @@ class TrainerMark:
         return cls(group, rest[0], int(rest[1]), int(rest[2]))
 
     def __str__(self) -> str:
-        return f"{self.group}-{self.host}-{self.pid}-{self.started}" if self.host else self.group
+        return f"{self.group}-{self.place}" if self.host else self.group
+
+    @property
+    def place(self) -> str:
+        """Host and process, without the group."""
+        return f"{self.host}-{self.pid}-{self.started}"
 
     @property
     def owner(self) -> str:

@@ -8,7 +8,8 @@
     for name, tensor in source.tensors():               # gathers or merges one tensor at a time
         ...
 
-Under FSDP2 every rank makes these calls; only the rank with ``source.is_sender`` sends the tensors.
+Under FSDP2 every rank makes these calls; only the rank with ``source.is_sender`` sends the tensors. ``open_source`` and
+``check_coverage`` are not collective, and may fail on one rank only: see :meth:`Ranks.together`.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def open_source(
             "update_policy_weights_()"
         )
     ranks = ranks_of(part for tensor in tensors for part in tensor.parts)
-    mappings = map_to_checkpoint(tensors, module, checkpoint, name_map=name_map, ignore=ignore, ranks=ranks)
+    mappings = map_to_checkpoint(tensors, module, checkpoint, name_map=name_map, ignore=ignore)
     model = find_transformers_model(module)
     sent = {spec.name for mapping in mappings for spec in mapping.specs}
     return InMemorySource(

@@ -14,7 +14,7 @@ from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 from torchrl_sglang.weights.checkpoint.values import find_non_finite, raise_if_non_finite
 from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.mapping import TensorMapping
-from torchrl_sglang.weights.source.shards import Ranks
+from torchrl_sglang.weights.source.shards import Ranks, together
 
 __all__ = ["InMemorySource"]
 
@@ -39,11 +39,10 @@ class InMemorySource(WeightSource):
     ) -> None:
         self._specs = {spec.name: spec for mapping in mappings for spec in mapping.specs}
         self._mapping_of = {spec.name: mapping for mapping in mappings for spec in mapping.specs}
-        self._ranks = ranks
+        self.ranks = ranks
         self.module = module
         self.omitted_names = omitted_names
         self.is_sender = ranks is None or ranks.is_first
-        self.is_sharded = ranks is not None
 
     def specs(self) -> dict[str, TensorSpec]:
         """The tensors to be sent, in the trainer's order."""
@@ -63,7 +62,7 @@ class InMemorySource(WeightSource):
                 yield pair
                 del pair
         except GeneratorExit:
-            if self._ranks is not None:
+            if self.ranks is not None:
                 for _ in self._read(names[position:]):
                     pass
             raise
@@ -78,9 +77,10 @@ class InMemorySource(WeightSource):
             for tensor in mapping.inputs
             for part in tensor.local_parts
         )
-        problems = find_non_finite(parts, target)
-        if self._ranks is not None:
-            is_bad = self._ranks.any([label in problems for label in labels])
+        with together(self.ranks, "checking the values of its tensors"):
+            problems = find_non_finite(parts, target)
+        if self.ranks is not None:
+            is_bad = self.ranks.any([label in problems for label in labels])
             problems = {
                 label: problems.get(label, "on another rank") for label, bad in zip(labels, is_bad, strict=True) if bad
             }

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
+from torchrl_sglang.weights.source.shards import Ranks
 
 __all__ = ["WeightSource"]
 
@@ -20,7 +21,8 @@ class WeightSource(ABC):
     Attributes:
         is_sender: whether this rank sends. The other ranks make the same calls, because gathering is collective, and
             send nothing.
-        is_sharded: whether the tensors are sharded over several ranks; reading one is then collective.
+        ranks: the ranks over which the tensors are sharded, so that reading one is collective; ``None`` if they are
+            not.
         module: the trainer's transformers model, if the weights contain exactly one; else ``None``.
         one_shot: whether the tensors can be read only once, so that no value is known before it is sent.
         omitted_names: checkpoint names that the trainer's model class does not load (layers for speculative decoding).
@@ -30,12 +32,17 @@ class WeightSource(ABC):
     """
 
     is_sender: bool = True
-    is_sharded: bool = False
+    ranks: Ranks | None = None
     module: nn.Module | None = None
     one_shot: bool = False
     omitted_names: tuple[str, ...] = ()
     architecture: str | None = None
     peft_config: Any = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the tensors are sharded over several ranks."""
+        return self.ranks is not None
 
     @abstractmethod
     def specs(self) -> dict[str, TensorSpec]:

@@ -19,7 +19,6 @@ from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 from torchrl_sglang.weights.source.conversion import ConversionGroup, convert, plan_conversion
 from torchrl_sglang.weights.source.lazy_tensors import LazyTensor
 from torchrl_sglang.weights.source.names import resolve_names, without_wrappers
-from torchrl_sglang.weights.source.shards import Ranks
 from torchrl_sglang.weights.source.transformers_models import model_from_config, transformers_models
 
 __all__ = ["TensorMapping", "map_to_checkpoint"]
@@ -64,7 +63,6 @@ def map_to_checkpoint(
     *,
     name_map: Mapping[str, str],
     ignore: Sequence[str],
-    ranks: Ranks | None = None,
 ) -> list[TensorMapping]:
     """Find the checkpoint name of each tensor.
 
@@ -76,12 +74,11 @@ def map_to_checkpoint(
         checkpoint: what the servers were started from.
         name_map: trainer's name to checkpoint name.
         ignore: ``fnmatch`` patterns of names (trainer's or checkpoint's) that are not mapped.
-        ranks: the ranks that share the tensors' shards; ``None`` if nothing is sharded.
 
     Raises:
         ConfigError: the name map names tensors that don't exist, or two tensors map to the same name.
         WeightCoverageError: the checkpoint ties the output embedding to the input embedding, and the trainer's two
-            have different values.
+            have different values. If they are sharded, only a rank whose shards differ raises it.
     """
     tensors = [t for t in tensors if not (is_ignored(t.name, ignore) or is_ignored(without_wrappers(t.name), ignore))]
     models = transformers_models(module) if module is not None else {}
@@ -99,7 +96,7 @@ def map_to_checkpoint(
     mappings += [TensorMapping.renaming(tensor, name) for tensor, name in renamed.items()]
     mappings = [mapping for mapping in mappings if not all(is_ignored(spec.name, ignore) for spec in mapping.specs)]
     buffers = {name for name, _ in model.named_buffers()} if model is not None else set()
-    return _drop_duplicates(_drop_redundant(mappings, checkpoint, buffers, ranks))
+    return _drop_duplicates(_drop_redundant(mappings, checkpoint, buffers))
 
 
 def _name_in_model(name: str, path: str) -> str:
@@ -186,7 +183,7 @@ def _has_unmatched(renamings: Sequence[TensorMapping], checkpoint: Checkpoint) -
 
 
 def _drop_redundant(
-    mappings: Sequence[TensorMapping], checkpoint: Checkpoint, buffers: set[str], ranks: Ranks | None
+    mappings: Sequence[TensorMapping], checkpoint: Checkpoint, buffers: set[str]
 ) -> list[TensorMapping]:
     """Drop tensors that the checkpoint need not have.
 
@@ -205,16 +202,14 @@ def _drop_redundant(
             if len(mapping.inputs) == 1 and mapping.inputs[0].memory in sent_memory:
                 continue
             if checkpoint.tied and is_output_embedding(name):
-                _require_tied(mapping, mappings, checkpoint, ranks)
+                _require_tied(mapping, mappings, checkpoint)
                 continue
         kept.append(mapping)
     return kept
 
 
-def _require_tied(
-    output: TensorMapping, mappings: Sequence[TensorMapping], checkpoint: Checkpoint, ranks: Ranks | None
-) -> None:
-    """Refuse an output embedding whose values differ from the input embedding's. Collective if it is sharded."""
+def _require_tied(output: TensorMapping, mappings: Sequence[TensorMapping], checkpoint: Checkpoint) -> None:
+    """Refuse an output embedding whose values differ from the input embedding's; of a sharded one, on this rank."""
     name, tensor = output.specs[0].name, output.inputs[0]
     candidates = [
         other.inputs[0]
@@ -225,8 +220,6 @@ def _require_tied(
         and _matches(other.specs[0], checkpoint)
     ]
     is_equal = len(candidates) == 1 and _have_equal_values(tensor, candidates[0])
-    if ranks is not None:
-        is_equal = not ranks.any([not is_equal])[0]
     if not is_equal:
         raise WeightCoverageError(
             f"the served checkpoint ties {name} to its input embedding, but the trainer's {tensor.name} is a separate "

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tensordict import TensorDictBase
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Ranks", "full_tensor", "is_sharded", "local_tensor", "ranks_of"]
+from torchrl_sglang.errors import SGLangError, WeightUpdateError
+
+__all__ = ["Ranks", "full_tensor", "is_sharded", "local_tensor", "ranks_of", "ranks_of_weights", "together"]
 
 
 class Ranks:
@@ -28,11 +33,87 @@ class Ranks:
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag, whether any rank has set it. Collective: every rank passes the same number of flags."""
-        counts = torch.tensor(flags, dtype=torch.int32, device=self._mesh.device_type)
+        return [bool(count) for count in self._largest([int(flag) for flag in flags])]
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """Leave the block on all ranks, or raise on all of them: no rank then waits in a gather for one that failed.
+
+        Collective, and the block itself must not be: a rank that fails would miss its collectives. Whatever is raised
+        counts, ``KeyboardInterrupt`` included. A rank that has not failed raises the error of one that has: the same,
+        if it is one of this package's, else a :class:`WeightUpdateError` that describes it.
+
+        Args:
+            doing: what the block does, for that error.
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            other = self._exchange(failure, doing)
+            if failure is None and other is not None:
+                raise other
+
+    def _exchange(self, failure: BaseException | None, doing: str) -> SGLangError | None:
+        """The error of one of the ranks that have failed, ``None`` if there is none. Collective."""
+        rank = dist.get_rank()
+        message = b"" if failure is None else _pickled(failure, f"rank {rank} failed while {doing}")
+        # The highest rank that has failed, and the size of its error.
+        (failed,) = self._largest([rank if failure is not None else -1])
+        if failed < 0:
+            return None
+        (size,) = self._largest([len(message) if failed == rank else 0])
+        values = self._largest(list(message) if failed == rank else [0] * size)
+        error: SGLangError = pickle.loads(bytes(values))
+        return error
+
+    def _largest(self, values: Sequence[int]) -> list[int]:
+        """Per position the largest value over all ranks."""
+        largest = torch.tensor(values, dtype=torch.int32, device=self._mesh.device_type)
         for dimension in range(self._mesh.ndim):
             # A reduction along each dimension in turn covers the whole mesh.
-            dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self._mesh.get_group(dimension))
-        return [bool(count) for count in counts.tolist()]
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._mesh.get_group(dimension))
+        return [int(value) for value in largest.tolist()]
+
+
+def _pickled(failure: BaseException, where: str) -> bytes:
+    """An error as the other ranks are to raise it."""
+    if isinstance(failure, SGLangError):
+        with suppress(pickle.PicklingError, TypeError, AttributeError):
+            message = pickle.dumps(failure)
+            pickle.loads(message)
+            return message
+    return pickle.dumps(WeightUpdateError(f"{where}: {type(failure).__name__}: {failure}. Nothing was sent"))
+
+
+@contextmanager
+def together(ranks: Ranks | None, doing: str) -> Iterator[None]:
+    """:meth:`Ranks.together`, or nothing where no other rank takes part."""
+    with nullcontext() if ranks is None else ranks.together(doing):
+        yield
+
+
+def ranks_of_weights(weights: Any) -> Ranks | None:
+    """The ranks of what a trainer sends, a module, TensorDict or dict; ``None`` if it is not sharded.
+
+    Of an iterator it can't be told before it is read.
+    """
+    if isinstance(weights, nn.Module):
+        return ranks_of(weights.parameters())
+    if isinstance(weights, TensorDictBase):
+        return ranks_of(weights.values(include_nested=True, leaves_only=True))
+    return ranks_of(_tensors_in(weights)) if isinstance(weights, Mapping) else None
+
+
+def _tensors_in(weights: Mapping[Any, Any]) -> Iterator[torch.Tensor]:
+    for value in weights.values():
+        if isinstance(value, Mapping):
+            yield from _tensors_in(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -13,6 +14,7 @@ from torchrl_sglang.errors import WeightUpdateError
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.buckets.packing import BucketPacker, PackedBuckets
+from torchrl_sglang.weights.buckets.value_check import ValueCheck
 from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["PackedWeights", "TransportSession", "WeightTransport"]
@@ -22,9 +24,9 @@ PackedBucket = tuple[Bucket, torch.Tensor]
 
 
 class PackedWeights(Iterator[PackedBucket]):
-    """Buckets with their bytes. Each is packed on demand and counted in the report.
+    """Buckets with their bytes. Each is packed on demand, or all are in advance, and counted in the report.
 
-    The bytes of a bucket stay valid until the bucket after the next is asked for.
+    The bytes of a bucket that is packed on demand stay valid until the bucket after the next is asked for.
 
     Args:
         buckets: packs the buckets (:meth:`BucketPacker.packed`).
@@ -32,6 +34,9 @@ class PackedWeights(Iterator[PackedBucket]):
         num_buckets: how many will come, if that is known.
         peft_config: the adapter's configuration, when the weights are an adapter.
         on_packed: called with every bucket and its bytes, as soon as they are packed.
+        is_sharded: other ranks gather every tensor with this one, also if nothing is taken.
+        is_staged: pack all buckets in advance (:meth:`stage`); each has a buffer of its own.
+        values: collects what is wrong with the values that are packed; ``None`` if they are not checked then.
     """
 
     def __init__(
@@ -42,20 +47,35 @@ class PackedWeights(Iterator[PackedBucket]):
         num_buckets: int | None,
         peft_config: Any = None,
         on_packed: Callable[[Bucket, torch.Tensor], None] | None = None,
+        is_sharded: bool = False,
+        is_staged: bool = False,
+        values: ValueCheck | None = None,
     ) -> None:
         self.num_buckets = num_buckets
         self.peft_config = peft_config
         self._buckets = buckets
         self._report = report
         self._on_packed = on_packed
-        self._first: PackedBucket | None = None
+        self._is_staged = is_staged
+        self._values = values
+        self._ready: deque[PackedBucket] = deque()
+        self._others_wait = is_sharded
 
-    def pack_first(self) -> None:
-        """Pack the first bucket now, while the servers still generate."""
-        self._first = self._first or self._pack_next()
+    def stage(self) -> None:
+        """Pack, while the servers still generate, what can be: all buckets, or the first.
+
+        Raises:
+            WeightCoverageError: a tensor holds values that no server should get.
+        """
+        while (self._is_staged or not self._ready) and (packed := self._pack_next()) is not None:
+            self._ready.append(packed)
+        if self._is_staged:
+            self.num_buckets = len(self._ready)
+        if self._values is not None:
+            self._values.raise_if_any()
 
     def __next__(self) -> PackedBucket:
-        packed, self._first = self._first or self._pack_next(), None
+        packed = self._ready.popleft() if self._ready else self._pack_next()
         if packed is None:
             raise StopIteration
         self._report.num_buckets += 1
@@ -64,6 +84,7 @@ class PackedWeights(Iterator[PackedBucket]):
         return packed
 
     def _pack_next(self) -> PackedBucket | None:
+        self._others_wait = False
         packed = next(self._buckets, None)
         if packed is not None and self._on_packed is not None:
             self._on_packed(*packed)
@@ -71,6 +92,8 @@ class PackedWeights(Iterator[PackedBucket]):
 
     def close(self) -> None:
         """Pack no more buckets; releases the other ranks of a sharded source."""
+        if self._others_wait:  # a generator that has not begun would end without its gathers
+            self._pack_next()
         self._buckets.close()
 
 
@@ -106,7 +129,9 @@ class WeightTransport(Protocol[Session]):
             transport.send(session, packed, deadline)
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """``"broadcast"`` and so on."""
 
     @property
     def packer(self) -> BucketPacker:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
-from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.packing import BucketPacker
 from torchrl_sglang.weights.group.bucket_loop import BucketLoop
-from torchrl_sglang.weights.group.process_group import WeightGroup
-from torchrl_sglang.weights.group.rendezvous import group_name
+from torchrl_sglang.weights.group.process_group import WeightGroup, choose_backend, close_groups
+from torchrl_sglang.weights.group.rendezvous import group_mark, group_name
 from torchrl_sglang.weights.transports.base import PackedWeights
+from torchrl_sglang.weights.transports.replicas import require_one_replica
 from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.session import UpdateSession
 
@@ -32,14 +34,17 @@ class BroadcastTransport:
         config: address, backend, groups and time-outs.
         owner: id of this trainer. Groups are named after it and counted, and a server with mixed weights is marked with
             that name, so that the next trainer can destroy groups in which a dead trainer left servers waiting.
+        largest_bytes: size of the largest bucket.
     """
 
     name = "broadcast"
 
-    def __init__(self, pool: SGLangPool, config: SyncConfig, owner: str) -> None:
+    def __init__(self, pool: SGLangPool, config: SyncConfig, owner: str, *, largest_bytes: int = 0) -> None:
         self._pool = pool
         self._config = config
         self._owner = owner
+        self._largest_bytes = largest_bytes
+        self._mark = owner
         self._count = 0
         self._members: list[tuple[str, int]] = []
         self._groups: list[WeightGroup] = []
@@ -59,7 +64,7 @@ class BroadcastTransport:
             ConfigError: a server can't take part in a weight group.
             WeightUpdateError: a server did not join.
         """
-        _require_one_replica(clients)
+        require_one_replica(clients)
         members = [(client.url, self._pool.state.server(client.url).restarts) for client in clients]
         if self._groups and members == self._members:
             return
@@ -69,22 +74,28 @@ class BroadcastTransport:
             self.close()
         self._members = []  # if one group can't be formed, the next call forms all
         self._count += 1
-        if self._config.groups == "shared":
-            self._groups = [WeightGroup.form(clients, self._config, group_name(self._mark))]
-        else:
-            for index, client in enumerate(clients):
-                port = self._config.master_port
-                config = self._config if port is None else replace(self._config, master_port=port + index)
-                self._groups.append(WeightGroup.form([client], config, group_name(self._mark)))
+        divided = divide(clients, self._config)
+        self._mark = group_mark(self._owner, self._count, _rank_limit_s(self._config, divided, self._largest_bytes))
+        forming = {group[0].url: partial(self._form, index, group) for index, group in enumerate(divided)}
+        outcomes = side_by_side(forming).values()
+        self._groups = [outcome.value for outcome in outcomes if outcome.value is not None]
+        for outcome in outcomes:
+            outcome.unwrap()
         self._members = members
 
+    def _form(self, index: int, clients: Sequence[SGLangClient]) -> WeightGroup:
+        port = self._config.master_port
+        config = self._config if port is None else replace(self._config, master_port=port + index)
+        return WeightGroup.form(clients, config, group_name(self._mark))
+
     @property
-    def _mark(self) -> str:
-        return f"{self._owner}.{self._count}"
+    def num_copies(self) -> int:
+        """How often the trainer sends every byte."""
+        return len(self._groups)
 
     def stage(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> None:
-        """Gather, check and pack the first bucket."""
-        packed.pack_first()
+        """Gather, check and pack all buckets, or the first."""
+        packed.stage()
 
     def open_session(
         self, clients: Sequence[SGLangClient], version: WeightVersion, deadline: float, report: SyncReport
@@ -104,17 +115,20 @@ class BroadcastTransport:
     def send(self, session: UpdateSession, packed: PackedWeights, deadline: float) -> None:
         """Broadcast the buckets. See :meth:`WeightTransport.send`."""
         session.begin()
-        loop = BucketLoop(self._groups, self._pool.state, self._config, deadline)
+        loop = self.bucket_loop(deadline)
         flush = session.flushes and packed.num_buckets is not None
         with session.report.phase("transfer"):
             failed = loop.run(packed, num_buckets=packed.num_buckets, flush_cache=flush)
         session.received(flushed=flush and session.report.num_buckets > 0, failed=failed)
 
+    def bucket_loop(self, deadline: float) -> BucketLoop:
+        """What sends the buckets of one update over the groups."""
+        return BucketLoop(self._groups, self._pool.state, self._config, deadline)
+
     def close(self) -> None:
         """Destroy the groups on both sides."""
-        for group in self._groups:
-            group.close()
-        self._groups = []
+        groups, self._groups = self._groups, []
+        close_groups(groups)
 
     def _drop(self) -> None:
         """Destroy the trainer's side of the groups only."""
@@ -123,16 +137,17 @@ class BroadcastTransport:
         self._groups = []
 
 
-def _require_one_replica(clients: Sequence[SGLangClient]) -> None:
-    for client in clients:
-        info = client.info
-        if info.dp_size > 1:
-            raise ConfigError(
-                f"{client.url} runs dp_size={info.dp_size} replicas inside one server, and SGLang's weight updates "
-                "reach only one of them: use several servers instead (AsyncSGLang.from_pretrained(..., dp_size=N))"
-            )
-        if info.pp_size > 1:
-            raise ConfigError(
-                f"{client.url} runs pp_size={info.pp_size} pipeline stages, whose ranks collide in a weight group: "
-                "use tensor parallelism, or SyncConfig(transport='disk')"
-            )
+def divide(clients: Sequence[SGLangClient], config: SyncConfig) -> list[list[SGLangClient]]:
+    """Which servers share a process group (:attr:`SyncConfig.groups`).
+
+    gloo's broadcast is a tree in which servers send to each other: where one hangs, healthy ones wait for it, and no
+    trainer's death frees them. With a group of its own, a server of at most two ranks waits for the trainer alone.
+    """
+    shared = config.groups == "shared" or (config.groups == "auto" and choose_backend(config, clients) == "nccl")
+    return [list(clients)] if shared else [[client] for client in clients]
+
+
+def _rank_limit_s(config: SyncConfig, divided: Sequence[Sequence[SGLangClient]], largest_bytes: int) -> float:
+    """How long a rank may have to wait in a group, in seconds: for the others to join, or for a bucket."""
+    num_ranks = 1 + max(sum(client.info.tp_size for client in group) for group in divided)
+    return max(config.group_limit_s(num_ranks), config.bucket_limit_s(largest_bytes * len(divided)))

@@ -8,16 +8,19 @@ from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.transports.auto import AutoTransport
 from torchrl_sglang.weights.transports.base import WeightTransport
 from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
 from torchrl_sglang.weights.transports.disk import DiskTransport
+from torchrl_sglang.weights.transports.http import HttpTransport
+from torchrl_sglang.weights.transports.ipc import IpcTransport
 from torchrl_sglang.weights.transports.lora import LoraTransport
 
-__all__ = ["make_transport"]
+__all__ = ["make_transport", "num_copies"]
 
 
 def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint: Checkpoint) -> WeightTransport[Any]:
-    """Make the transport that ``config`` names; ``auto`` is ``broadcast`` wherever a broadcast reaches all replicas.
+    """Make the transport that ``config`` names; ``auto`` chooses between ``ipc`` and ``broadcast`` for each server.
 
     Args:
         pool: the servers, connected.
@@ -40,4 +43,16 @@ def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint:
     auto_disk = config.transport == "auto" and has_replicas_inside and config.disk_dir is not None
     if config.transport == "disk" or auto_disk:
         return DiskTransport(pool, config, owner, checkpoint.path)
-    return BroadcastTransport(pool, config, owner)
+    if config.transport == "ipc":
+        return IpcTransport(pool, config)
+    if config.transport == "http":
+        return HttpTransport(pool, config)
+    largest_bytes = max(config.bucket_size(checkpoint.nbytes), *(spec.nbytes for spec in checkpoint.specs.values()))
+    if config.transport == "auto":
+        return AutoTransport(pool, config, owner, largest_bytes=largest_bytes)
+    return BroadcastTransport(pool, config, owner, largest_bytes=largest_bytes)
+
+
+def num_copies(transport: WeightTransport[Any]) -> int:
+    """How often the trainer sends every byte by this transport, once it is connected."""
+    return transport.num_copies if isinstance(transport, (AutoTransport, BroadcastTransport, HttpTransport)) else 1

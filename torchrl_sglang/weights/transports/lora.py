@@ -23,7 +23,7 @@ from torchrl_sglang.weights.buckets.packing import BucketPacker
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.transports.base import PackedWeights
 from torchrl_sglang.weights.transports.lora_limits import require_fitting_servers, require_lora
-from torchrl_sglang.weights.transports.lora_payload import encode_tensors
+from torchrl_sglang.weights.transports.tensor_payload import encode_tensors
 from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["AdapterSession", "LoraTransport"]
@@ -75,7 +75,7 @@ class LoraTransport:
             ConfigError: its rank or its modules are more than a server takes.
         """
         require_fitting_servers(packed.peft_config, self._infos)
-        packed.pack_first()
+        packed.stage()
 
     def open_session(
         self, clients: Sequence[SGLangClient], version: WeightVersion, deadline: float, report: SyncReport

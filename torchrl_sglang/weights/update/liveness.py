@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
 from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.errors import RequestRejectedError, ServerError, WeightSyncError, WeightUpdateError
+from torchrl_sglang.errors import (
+    RequestRejectedError,
+    ServerError,
+    ServerStartError,
+    ServerTimeoutError,
+    SGLangError,
+    WeightSyncError,
+    WeightUpdateError,
+)
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.pool.reply_weights import is_outdated
@@ -17,7 +26,8 @@ from torchrl_sglang.protocol.dialect import SERVER_INFO
 __all__ = ["LivenessCheck"]
 
 _STUCK_TIMEOUT_S = 5.0
-"""How long a server that was stuck has to show that it is free again or was restarted."""
+"""How long a scheduler may take to answer; it answers between two steps, unless it is stuck in a collective."""
+_POLL_S = 0.2
 
 
 class LivenessCheck:
@@ -26,33 +36,75 @@ class LivenessCheck:
     Args:
         pool: the servers; those that don't answer are quarantined.
         restart: restarts the server at a URL and returns whether its engine launched it.
+        patience_s: how long a server that hangs has to show that it is free again; see :meth:`reachable`.
     """
 
-    def __init__(self, pool: SGLangPool, restart: Callable[[str], bool] | None) -> None:
+    def __init__(self, pool: SGLangPool, restart: Callable[[str], bool] | None, *, patience_s: float) -> None:
         self._pool = pool
         self.restart = restart
+        self._patience_s = patience_s
+        self._waited_for: set[tuple[str, int]] = set()
 
     def reachable(self) -> list[SGLangClient]:
         """The servers that answer. A server that does not is left out with a warning, and needs a sync when it is back.
 
+        A server that hangs may be waiting in a collective for another server, which is just leaving it: it is asked
+        again until it answers, or ``patience_s`` is over. A process that was waited for in vain is waited for once.
+        A server that is being restarted is waited for only if no other one is left.
+
         Raises:
             WeightUpdateError: none answers.
         """
-        outcomes = side_by_side({client.url: partial(self._check, client) for client in self._pool.clients})
+        deadline = time.monotonic() + self._patience_s
+        errors = self._errors(self._pool.clients)
+        while hanging := [client for client in self._pool.clients if self._may_recover(client, errors, deadline)]:
+            time.sleep(_POLL_S)
+            errors = {**errors, **self._errors(hanging)}
         for client in self._pool.clients:
-            error = outcomes[client.url].error
-            if error is not None:
-                self._pool.quarantine(client.url, f"it could not be reached for a weight update ({error})")
-        alive = [client for client in self._pool.clients if outcomes[client.url].error is None]
+            if isinstance(errors[client.url], ServerTimeoutError):
+                self._waited_for.add(self._process(client))
+        self._leave_out({url: error for url, error in errors.items() if error is not None})
+        alive = [client for client in self._pool.clients if errors[client.url] is None]
         if not alive:
             raise WeightUpdateError(
-                f"no server can be reached: {outcomes[self._pool.clients[0].url].error}",
+                f"no server can be reached: {errors[self._pool.clients[0].url]}",
                 server_weights={client.url: "stuck" for client in self._pool.clients},
             )
         for client in alive:
+            self._waited_for.discard(self._process(client))
             if self._is_stuck(client):
                 self._pool.state.weights_changed(client.url, "mixed")
         return alive
+
+    def _leave_out(self, errors: Mapping[str, SGLangError]) -> None:
+        reasons = {
+            url: f"it could not be reached for a weight update ({error})"
+            for url, error in errors.items()
+            if not isinstance(error, _BeingRestarted)
+        }
+        calls = {url: partial(self._pool.quarantine, url, reason) for url, reason in reasons.items()}
+        for outcome in side_by_side(calls).values():  # a router is told of all of them at the same time
+            outcome.unwrap()
+
+    def _errors(self, clients: Sequence[SGLangClient]) -> dict[str, SGLangError | None]:
+        outcomes = side_by_side({client.url: partial(self._check, client) for client in clients})
+        return {url: outcome.error for url, outcome in outcomes.items()}
+
+    def _may_recover(self, client: SGLangClient, errors: dict[str, SGLangError | None], deadline: float) -> bool:
+        """Whether to ask a server again."""
+        error = errors[client.url]
+        if isinstance(error, _BeingRestarted):
+            return all(errors.values())  # the start has a time-out of its own
+        if not isinstance(error, ServerTimeoutError) or self._process(client) in self._waited_for:
+            return False
+        is_marked = self._is_stuck(client) or not self._is_routed(client)
+        return is_marked and time.monotonic() < deadline
+
+    def _process(self, client: SGLangClient) -> tuple[str, int]:
+        return client.url, self._pool.state.server(client.url).restarts
+
+    def _is_restarting(self, client: SGLangClient) -> bool:
+        return self._pool.state.server(client.url).is_restarting
 
     def record_failure(self, error: WeightSyncError) -> None:
         """An update failed before it reached the servers.
@@ -75,6 +127,8 @@ class LivenessCheck:
         return self._pool.state.server(client.url).weights == "stuck"
 
     def _check(self, client: SGLangClient) -> None:
+        if self._is_restarting(client):
+            raise _BeingRestarted(f"{client.url} is being restarted", server=client.url)
         try:
             with suppress(RequestRejectedError):  # a paused server answers 503, which is an answer
                 client.send(build_ready())
@@ -85,12 +139,24 @@ class LivenessCheck:
                 self._pool.state.replaced_elsewhere(client.url, held)
         except ServerError:
             restarts = self._pool.state.server(client.url).restarts
-            with self._pool.update_lock.as_helper():
-                if self.restart is None or not self.restart(client.url):
-                    raise
+            if not self._restarted(client):
+                raise
             info = client.connect()
             if self._pool.state.server(client.url).restarts == restarts:
                 self._pool.state.restarted(client.url, info.weight_version)
+
+    def _restarted(self, client: SGLangClient) -> bool:
+        try:
+            with self._pool.update_lock.as_helper():
+                return self.restart is not None and self.restart(client.url)
+        except ServerStartError as error:
+            if self._is_restarting(client):
+                raise _BeingRestarted(str(error), server=client.url) from error
+            raise
+
+
+class _BeingRestarted(ServerStartError):
+    """Somebody else restarts the server: this update goes to the others."""
 
 
 def _require_scheduler(client: SGLangClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -15,6 +16,8 @@ from torchrl_sglang.weights.group.rendezvous import group_name
 from torchrl_sglang.weights.group.trainer_mark import TrainerMark
 
 __all__ = ["OtherTrainers"]
+
+_log = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 _DESTROY_TIMEOUT_S = 5.0
@@ -55,6 +58,12 @@ class OtherTrainers:
         running = {url: mark for url, mark in marks.items() if not self._may_end(mark)}
         changed = False
         if patience_s is not None:
+            for url, mark in running.items():
+                _log.warning(
+                    "%s carries the mark of an update by trainer %s, %s: waiting up to %.0f s for its end. "
+                    "SyncConfig(takeover=True) ends it at once",
+                    *(url, mark.owner, "which runs" if mark.is_alive() else "not a process of this host", patience_s),
+                )
             deadline = time.monotonic() + patience_s
             while running and time.monotonic() < deadline:
                 time.sleep(_POLL_S)

@@ -18,7 +18,9 @@ class SyncReport:
 
     Attributes:
         version: version number of the weights sent.
-        transport: how the weights went: ``"broadcast"``, ``"disk"`` or ``"lora"``.
+        transport: how the weights went: ``"broadcast"``, ``"ipc"``, ``"ipc+broadcast"``, ``"http"``, ``"disk"`` or
+            ``"lora"``.
+        is_staged: whether everything was packed and checked before generation was paused.
         num_bytes: bytes of all tensors sent, counted once however many servers received them.
         num_tensors: number of tensors sent.
         num_buckets: number of buckets they travelled in.
@@ -37,6 +39,7 @@ class SyncReport:
 
     version: int
     transport: str
+    is_staged: bool = False
     num_bytes: int = 0
     num_tensors: int = 0
     num_buckets: int = 0

@@ -103,6 +103,7 @@ class UpdateSession:
         self._deadline = deadline
         self._groups = tuple(groups)
         self._failed: dict[str, SGLangError] = {}
+        self._processes = {client.url: pool.state.server(client.url).restarts for client in clients}
         self._pause_mode: Literal["abort", "retract", "in_place"] = "abort"
         self._paused_at = 0.0
         self._flushed = False
@@ -112,6 +113,11 @@ class UpdateSession:
                 "SGLang before 0.5.21 can't flush its prefix cache while retracted requests are queued (it ends): "
                 "use SyncConfig(pause='abort')"
             )
+
+    @property
+    def clients(self) -> tuple[SGLangClient, ...]:
+        """The servers that this update goes to."""
+        return self._clients
 
     @property
     def server_weights(self) -> dict[str, ServerWeights]:
@@ -204,9 +210,12 @@ class UpdateSession:
             return "abort"
         if self._config.pause != "auto":
             return self._config.pause
-        for client in self._clients:
-            if not self._legacy and control.parse_loads(client.send(control.build_loads())) > 0:
-                return "retract"
+        if self._legacy:
+            return "abort"
+        request = control.build_loads()
+        loads = self._each("telling its load", request)
+        if any(control.parse_loads(load) > 0 for load in loads):
+            return "retract"
         return "abort"  # immediate when nothing runs, and unlike the other modes it lets an idle scheduler sleep
 
     def _recording_version(self, client: SGLangClient) -> Callable[[], None]:
@@ -279,14 +288,18 @@ class UpdateSession:
 
     def reject(self, error: WeightUpdateError) -> None:
         """Verification failed after the update: pause the servers named by ``error`` and mark them dirty again."""
-        for client in self._clients:
-            if client.url in error.server_weights:
-                self._pool.quarantine(client.url, f"its verification failed ({error})")
-                self._state.weights_changed(client.url, self._withdraw(client))
-                self._state.update_rejected(client.url, str(self._version))
+        rejected = [client for client in self._clients if client.url in error.server_weights]
+        reason = f"its verification failed ({error})"
+        self._take_out({client.url: reason for client in rejected})
+        side_by_side({client.url: partial(self._withdraw, client) for client in rejected})
+        for client in rejected:
+            self._state.update_rejected(client.url, str(self._version))
         error.server_weights.update(self.server_weights)
 
-    def _withdraw(self, client: SGLangClient) -> ServerWeights:
+    def _withdraw(self, client: SGLangClient) -> None:
+        self._state.weights_changed(client.url, self._mark_dirty(client))
+
+    def _mark_dirty(self, client: SGLangClient) -> ServerWeights:
         timeout_s = min(_CLEANUP_TIMEOUT_S, client.config.control_timeout_s)
         try:
             client.send(control.build_pause("abort"), timeout_s=timeout_s)
@@ -307,10 +320,24 @@ class UpdateSession:
         self._quarantine("mixed", "stuck", error=error)
 
     def _quarantine(self, *states: ServerWeights, error: BaseException) -> None:
-        for url, weights in self.server_weights.items():
-            reason = f"its weights are {weights} after a failed update ({str(error) or type(error).__name__})"
-            if weights in states and self._state.server(url).reason != reason:
-                self._pool.quarantine(url, reason)
+        what = str(error) or type(error).__name__
+        reasons = {
+            url: f"its weights are {weights} after a failed update ({what})"
+            for url, weights in self.server_weights.items()
+            if weights in states
+        }
+        self._take_out({url: reason for url, reason in reasons.items() if self._state.server(url).reason != reason})
+
+    def _take_out(self, reasons: Mapping[str, str]) -> None:
+        """Quarantine servers; a router is told of all of them at the same time."""
+        calls = {url: partial(self._pool.quarantine, url, reason) for url, reason in reasons.items()}
+        for outcome in side_by_side(calls).values():
+            outcome.unwrap()
+
+    def _is_replaced(self, client: SGLangClient) -> bool:
+        """Whether a server's process has ended since this update began: nothing of it may reach the next one."""
+        known = self._state.server(client.url)
+        return known.is_restarting or known.restarts != self._processes[client.url]
 
     def _raise(self, error: BaseException) -> NoReturn:
         """Raise an error of this package with what each server holds now and what to do; any other error as it is."""
@@ -325,6 +352,10 @@ class UpdateSession:
         def leave() -> None:
             known = self._state.server(client.url)
             if known.weights == "new":
+                return
+            if self._is_replaced(client):
+                if known.is_restarting:
+                    self._state.weights_changed(client.url, "stuck")
                 return
             timeout_s = min(_CLEANUP_TIMEOUT_S, client.config.control_timeout_s)
             try:
@@ -353,22 +384,25 @@ class UpdateSession:
 
     # ------------------------------------------------------------------ calls
 
-    def _each(self, what: str, request: HttpRequest) -> None:
-        self._run({client.url: partial(self._call, client, request, what) for client in self._clients})
+    def _each(self, what: str, request: HttpRequest) -> list[Any]:
+        return self._run({client.url: partial(self._call, client, request, what) for client in self._clients})
 
     def _call(self, client: SGLangClient, request: HttpRequest, what: str) -> Any:
+        if self._is_replaced(client):
+            raise WeightUpdateError(f"{client.url} has ended and is restarted")
         limit_s: float = getattr(client.config, f"{request.timeout}_timeout_s")
         answer = client.send(request, timeout_s=min(limit_s, self._remaining()))
         control.check_success(answer, server=client.url, what=what)
         return answer
 
-    def _run(self, calls: dict[str, Callable[[], Any]]) -> None:
+    def _run(self, calls: dict[str, Callable[[], Any]]) -> list[Any]:
         outcomes = side_by_side(calls) if calls else {}
         failed = {url: outcome.error for url, outcome in outcomes.items() if outcome.error is not None}
         if failed:
             url, error = next(iter(failed.items()))
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             raise WeightUpdateError(f"{url}{others} failed during a weight update: {error}") from error
+        return [outcome.value for outcome in outcomes.values()]
 
     def _remaining(self) -> float:
         return max(0.05, self._deadline - time.monotonic())

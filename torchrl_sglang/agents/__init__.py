@@ -1,0 +1,4 @@
+"""Agents written with any OpenAI client, recorded token by token.
+
+Needs the extra ``agents`` (an ASGI framework and server, and an async HTTP client), which is imported on first use.
+"""

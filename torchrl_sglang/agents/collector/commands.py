@@ -1,0 +1,159 @@
+"""Agents that are programs: a command line per run, without a shell, and no process left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchrl_sglang.agents.collector import process_keeper
+from torchrl_sglang.agents.collector.failures import RunFailedError
+from torchrl_sglang.agents.collector.rewards import Reward, read_last_line
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.server.supervisor import kill_tree
+
+__all__ = ["CommandAgent"]
+
+_FIELD = re.compile(r"\{(base_url|api_key|task)\}")
+_MOST_OUTPUT_BYTES = 1 << 20
+_SHOWN_ERRORS = 2000
+_END_S = 10.0
+"""Until a keeper has killed its processes: milliseconds, unless the machine swaps."""
+_LONGEST_ARGUMENT = 128 * 1024 - 1
+"""Linux's limit for one argument, in bytes."""
+
+
+class CommandAgent:
+    """Runs a command line once per call.
+
+    ``{base_url}``, ``{api_key}`` and ``{task}`` are replaced in every argument; a task that is no string is written as
+    JSON. No shell takes part: what a task contains is never interpreted. The program also finds the first two in
+    ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``, where OpenAI's clients look for them, and the rest of this process's
+    environment. When it ends, and when the run is cancelled, all processes that it started are killed.
+
+    Args:
+        command: a command line, split as a shell would, or a list of arguments.
+
+    Raises:
+        ConfigError: there is no such program.
+    """
+
+    def __init__(self, command: str | Sequence[str]) -> None:
+        try:
+            words = shlex.split(command) if isinstance(command, str) else list(command)
+        except ValueError as error:
+            raise ConfigError(f"run_agent={command!r:.200} can't be split into arguments: {error}") from error
+        if not words or not all(isinstance(word, str) for word in words):
+            raise ConfigError(f"run_agent must be a function or a command line, got {command!r:.200}")
+        if not _FIELD.search(words[0]) and shutil.which(words[0]) is None:
+            raise ConfigError(
+                f"run_agent: there is no program {words[0]!r}. It is started without a shell: for a "
+                "shell's features use bash -c '...' with \"$OPENAI_BASE_URL\""
+            )
+        unknown = [name for word in words for name in re.findall(r"\{(\w+)\}", word) if name in _LIKELY_MISTAKES]
+        if unknown:
+            raise ConfigError(
+                f"run_agent has {{{unknown[0]}}}: what is replaced are {{base_url}}, {{api_key}} and {{task}}"
+            )
+        self.words = tuple(words)
+
+    def __str__(self) -> str:
+        return shlex.join(self.words)
+
+    def arguments(self, task: Any, base_url: str, api_key: str) -> list[str]:
+        """The arguments of one run.
+
+        Raises:
+            RunFailedError: a task that no argument can hold.
+
+        Examples:
+            >>> CommandAgent("python agent.py {task} --url={base_url}").arguments({"a": 1}, "http://host/v1", "key")
+            ['python', 'agent.py', '{"a": 1}', '--url=http://host/v1']
+        """
+        values = {"base_url": base_url, "api_key": api_key, "task": _as_text(task)}
+        # In one pass: a task that contains {api_key} stays as it is.
+        arguments = [_FIELD.sub(lambda field: values[field[1]], word) for word in self.words]
+        for argument in arguments:
+            if "\0" in argument:
+                raise RunFailedError("error", "the task contains a NUL character, which an argument can't hold")
+            if len(argument.encode(errors="surrogateescape")) > _LONGEST_ARGUMENT:
+                raise RunFailedError(
+                    "error",
+                    f"an argument of {len(argument)} characters with the task is longer than the system's 128 KiB: "
+                    "give the agent a name or number of the task, under which it finds the rest",
+                )
+        return arguments
+
+    async def __call__(self, task: Any, base_url: str, api_key: str) -> Reward | None:
+        """Run the program once.
+
+        Returns:
+            The reward in the last line of its output; ``None`` if it has none there.
+
+        Raises:
+            RunFailedError: it can't be started, or exits with an error.
+        """
+        order = {
+            "owner_pid": os.getpid(),
+            "command": self.arguments(task, base_url, api_key),
+            "environment": {**os.environ, "OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": api_key},
+        }
+        keeper = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", str(Path(process_keeper.__file__))),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in the trainer's terminal is the trainer's to handle
+        )
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        assert keeper.stderr is not None
+        try:
+            keeper.stdin.write(json.dumps(order).encode() + b"\n")
+            output, errors = await asyncio.gather(_last(keeper.stdout), _last(keeper.stderr))
+            code = await keeper.wait()
+        finally:
+            await _end(keeper)
+        if code != 0:
+            shown = errors.decode(errors="replace").strip()[-_SHOWN_ERRORS:].replace(api_key, "***")
+            raise RunFailedError("error", f"the program exited with code {code}: {shown or 'it wrote no error'}")
+        return read_last_line(output.decode(errors="replace"))
+
+
+_LIKELY_MISTAKES = {"url", "baseurl", "key", "apikey", "prompt", "question", "token"}
+
+
+def _as_text(task: Any) -> str:
+    return task if isinstance(task, str) else json.dumps(task, ensure_ascii=False, default=str)
+
+
+async def _last(stream: asyncio.StreamReader) -> bytes:
+    """The end of what a stream had, read until it is closed."""
+    kept = b""
+    while chunk := await stream.read(1 << 16):
+        kept = (kept + chunk)[-_MOST_OUTPUT_BYTES:]
+    return kept
+
+
+async def _end(keeper: asyncio.subprocess.Process) -> None:
+    """Let the keeper kill its processes; kill them from here if it doesn't."""
+    if keeper.returncode is not None:
+        return
+    assert keeper.stdin is not None
+    keeper.stdin.close()
+    waiting = asyncio.ensure_future(keeper.wait())
+    try:
+        await asyncio.wait({asyncio.shield(waiting)}, timeout=_END_S)
+    finally:
+        if not waiting.done():
+            kill_tree(keeper.pid)
+            with contextlib.suppress(ProcessLookupError):
+                keeper.kill()

@@ -1,0 +1,166 @@
+"""Runs an agent once in a session of its own, and reads what the session has recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from torchrl_sglang.agents.collector.failures import RunFailedError, RunFailure
+from torchrl_sglang.agents.collector.rewards import Reward
+from torchrl_sglang.agents.collector.rows import Run, trained_trajectories
+from torchrl_sglang.agents.collector.runners import Runner
+from torchrl_sglang.agents.collector.task_stream import NumberedTask
+from torchrl_sglang.agents.gateway import AgentGateway, AgentSession
+from torchrl_sglang.agents.types import SessionInfo
+from torchrl_sglang.errors import OverloadedError, SGLangError, UnknownSessionError
+
+__all__ = ["SessionRuns"]
+
+_log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+_SILENCE_BEYOND_S = 60.0
+"""A session outlives the run's time-out by this, so that the time-out is what ends a silent run."""
+_SHOWN_ERROR = 2000
+
+
+class SessionRuns:
+    """Runs one agent, each time in a new session, which is deleted afterwards. Belongs to one event loop.
+
+    Args:
+        gateway: makes the sessions.
+        runner: runs the agent.
+        timeout_s: longest time of a run.
+    """
+
+    def __init__(self, gateway: AgentGateway, runner: Runner, *, timeout_s: float) -> None:
+        self._gateway = gateway
+        self._runner = runner
+        self._timeout_s = timeout_s
+        self._has_warned = False
+
+    async def run(self, task: NumberedTask, member: int) -> Run | RunFailure:
+        """Run the agent once for a task, as the member of this number of its group."""
+        session = await self._session(task, member)
+        try:
+            returned = await self._within_time(self._runner(task.task, session.base_url, session.api_key))
+            return await self._recorded(session, returned)
+        except RunFailedError as error:
+            message = str(error).replace(session.api_key, "***")
+            return RunFailure(kind=error.kind, message=message, group_id=task.number, member=member, session=session.id)
+        finally:
+            await self._delete(session)
+
+    async def _session(self, task: NumberedTask, member: int) -> AgentSession:
+        """A new session; waits while the gateway keeps as many as it may."""
+        tags = {"group_id": task.number, "member": member}
+        ttl_s = self._timeout_s + _SILENCE_BEYOND_S
+        while True:
+            making = asyncio.ensure_future(_called(lambda: self._gateway.create_session(tags=tags, ttl_s=ttl_s)))
+            try:
+                return await asyncio.shield(making)
+            except OverloadedError as error:
+                await asyncio.sleep(error.retry_after_s)
+            except asyncio.CancelledError:  # the thread makes it nevertheless
+                with contextlib.suppress(SGLangError):
+                    await self._delete(await making)
+                raise
+
+    async def _within_time(self, work: Awaitable[Reward | None]) -> Reward | None:
+        """What the agent returned.
+
+        Raises:
+            RunFailedError: it raised, or took too long.
+        """
+        running = asyncio.ensure_future(work)
+        try:
+            done, _ = await asyncio.wait({running}, timeout=self._timeout_s)
+            if not done:
+                raise RunFailedError("timeout", f"the agent had not ended after timeout_s={self._timeout_s:g} s")
+            if running.cancelled():
+                raise RunFailedError("error", "the agent's task was cancelled by the agent itself")
+            error = running.exception()
+            if error is None:
+                return running.result()
+            if isinstance(error, RunFailedError):
+                raise error
+            raise RunFailedError("error", _described(error)) from error
+        finally:
+            if not running.done():
+                running.cancel()
+                # an agent may clean up, but not hold up the others
+                await asyncio.wait({running}, timeout=_CLEAN_UP_S)
+
+    async def _recorded(self, session: AgentSession, returned: Reward | None) -> Run:
+        """The finished session.
+
+        Raises:
+            RunFailedError: it has no reward or two, has expired, or has sampled nothing.
+        """
+        info = await _called(lambda: self._gateway.get(session.id))
+        reward = _reward(info, returned)
+        if info.status == "active":
+            await _called(lambda: self._gateway.reward(session.id, reward.value, reward.info))
+        trajectories = await _called(lambda: self._gateway.trajectories(session.id))
+        trained = trained_trajectories(trajectories)
+        if not trained:
+            raise RunFailedError(
+                "no requests",
+                "the agent got no answer through the gateway, so there is nothing to train on: its client must use the "
+                "base_url and the api_key of its run",
+            )
+        if not self._has_warned and not all(trajectory.exact_log_probs for trajectory in trained):
+            self._has_warned = True
+            _log.warning(
+                "the agent asks for top_p, top_k or min_p: tokens are drawn from a truncated distribution, and the "
+                "recorded log-probs are those before truncation (generation.exact_log_probs is False)"
+            )
+        return Run(session=session.id, reward=reward, trajectories=trained)
+
+    async def _delete(self, session: AgentSession) -> None:
+        """Forget the session, which aborts what it still generates; also while this run is given up."""
+        deleting = asyncio.ensure_future(_called(lambda: self._gateway.delete(session.id)))
+        # RuntimeError: the gateway is closed, and has forgotten all sessions
+        with contextlib.suppress(UnknownSessionError, RuntimeError):
+            await asyncio.shield(deleting)
+
+
+_CLEAN_UP_S = 5.0
+
+
+async def _called(work: Callable[[], _Result]) -> _Result:
+    """A call of the gateway, which waits for the gateway's event loop, in a thread."""
+    return await asyncio.to_thread(work)
+
+
+def _reward(info: SessionInfo, returned: Reward | None) -> Reward:
+    if info.status == "expired":
+        raise RunFailedError("expired", "its session expired: nothing was heard of the agent for too long")
+    if info.status == "finished":
+        assert info.reward is not None
+        if returned is not None and returned.value != info.reward:
+            raise RunFailedError(
+                "bad reward",
+                f"the agent returned {returned.value:g} after {info.reward:g} was posted: give a run one reward",
+            )
+        return Reward(value=info.reward, info=info.info)
+    if returned is None:
+        raise RunFailedError(
+            "no reward",
+            "the agent ended without a reward: return it, print it in the last line, or POST it to .../reward",
+        )
+    return returned
+
+
+def _described(error: BaseException) -> str:
+    """The error and where the agent raised it."""
+    if isinstance(error, SGLangError):
+        return f"{type(error).__name__}: {error}"
+    where = traceback.extract_tb(error.__traceback__)
+    last = f" (line {where[-1].lineno} of {where[-1].name})" if where else ""
+    return f"{type(error).__name__}: {error}"[:_SHOWN_ERROR] + last

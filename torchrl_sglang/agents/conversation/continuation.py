@@ -1,0 +1,202 @@
+"""The prompt of a request: the tokens that are kept, and the text that is rendered and tokenized behind them.
+
+The rendered conversation decides. The sampled tokens of an answer are kept if everything that the template writes
+before it is what it wrote when the answer was generated, and if it writes the same answer: the same thinking, content
+and calls, however they are spelled. From the first answer on that the template writes otherwise, for example without
+its thinking, the rendered text is tokenized, as it is for a conversation in which nothing was generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torchrl_sglang.agents.conversation.messages import Call, split_thinking
+from torchrl_sglang.agents.conversation.template import AgentTemplate, Form
+from torchrl_sglang.agents.conversation.tree import Match, Node
+from torchrl_sglang.chat.quoted_text import open_thinking
+from torchrl_sglang.chat.tool_calls import read_tool_calls
+from torchrl_sglang.chat_templates import ChatRenderer
+from torchrl_sglang.errors import ConfigError
+
+__all__ = ["OnRewrite", "Prompt", "build_prompt"]
+
+OnRewrite = Literal["branch", "keep"]
+"""What becomes of an answer that the template writes otherwise later on: ``branch`` renders the conversation from there
+on, so that prompts are what the template makes of them; ``keep`` continues the sampled tokens."""
+
+_TAIL = 32  # last characters of an answer, which a tokenizer may join with what follows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A prompt.
+
+    Attributes:
+        base: the answer whose tokens it continues; ``None`` if all of it is rendered.
+        ids: tokens behind the base's.
+        text: their text, as rendered.
+    """
+
+    base: Node | None
+    ids: list[int]
+    text: str
+
+    def token_ids(self) -> list[int]:
+        """All tokens of the prompt."""
+        return [*(self.base.token_ids() if self.base is not None else ()), *self.ids]
+
+
+def build_prompt(
+    match: Match,
+    template: AgentTemplate,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    variables: Mapping[str, Any] | None = None,
+    on_rewrite: OnRewrite = "branch",
+) -> Prompt:
+    """The prompt for the next answer of a conversation.
+
+    Args:
+        match: the conversation, and what the session knows of it.
+        template: the chat template.
+        tools: the tools that the model may call.
+        variables: variables of the template.
+        on_rewrite: what becomes of answers that the template writes otherwise than they were generated.
+
+    Raises:
+        ConfigError: the template refuses the conversation.
+    """
+    renderer = template.renderer(tools, variables or {})
+    form = template.form(match.messages, tools)
+    text = renderer.render(form.messages, add_generation_prompt=True)
+    found: tuple[Node, str] | None = None
+    if match.node is not None:
+        walk = _Walk(text, form, renderer, template, tools)
+        found = walk.last_kept(match.node.chain())
+        if on_rewrite == "keep" and (found is None or found[0] is not match.node):
+            behind = _after(renderer, form, match.node)
+            found = found if behind is None else (match.node, behind)
+    if found is None:
+        return Prompt(base=None, ids=renderer.encode(text), text=text)
+    base, behind = found
+    return Prompt(base=base, ids=_encode_behind(base, behind, renderer, template), text=behind)
+
+
+class _Walk:
+    """Follows the rendered conversation from answer to answer."""
+
+    def __init__(
+        self,
+        text: str,
+        form: Form,
+        renderer: ChatRenderer,
+        template: AgentTemplate,
+        tools: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self.text, self.form, self.renderer, self.template, self.tools = text, form, renderer, template, tools
+
+    def last_kept(self, chain: Sequence[Node]) -> tuple[Node, str] | None:
+        """The last answer whose tokens can be kept, and the text behind it."""
+        kept: tuple[Node, int] | None = None
+        cursor = 0
+        for node, following in zip(chain, [*chain[1:], None], strict=True):
+            if not self.text.startswith(node.prompt_text, cursor):
+                break
+            cursor += len(node.prompt_text)
+            end = None if following is None else self._end_before(node, cursor, following.prompt_text)
+            if end is None:  # the last one, or the template has written something else behind it
+                end = self._end_of_last(node, cursor)
+                kept = kept if end is None else (node, end)
+                break
+            kept, cursor = (node, end), end
+        return None if kept is None else (kept[0], self.text[kept[1] :])
+
+    def _end_before(self, node: Node, cursor: int, segment: str) -> int | None:
+        """Where the answer ends, behind which a known segment follows."""
+        end = self._exact_end(node, cursor)
+        if end is not None:
+            while not self.text.startswith(segment, end) and self.text[end : end + 1].isspace():
+                end += 1
+            if self.text.startswith(segment, end):
+                return end
+        at = self.text.find(segment, cursor) if segment else -1
+        while at >= 0:
+            if self._is_written(node, self.text[cursor:at]):
+                return at
+            at = self.text.find(segment, at + 1)
+        return None
+
+    def _end_of_last(self, node: Node, cursor: int) -> int | None:
+        """Where the answer ends, behind which the text is new."""
+        end = self._exact_end(node, cursor)
+        if end is not None and self.text[end:].lstrip().startswith(self.template.end_texts):
+            return end
+        behind = _after(self.renderer, self.form, node)
+        if not behind or not self.text.endswith(behind) or len(self.text) - len(behind) < cursor:
+            return None
+        end = len(self.text) - len(behind)
+        return end if self._is_written(node, self.text[cursor:end]) else None
+
+    def _exact_end(self, node: Node, cursor: int) -> int | None:
+        """Where the answer ends if the text has it as it was generated, but for white space around it."""
+        if self.text.startswith(node.text, cursor):
+            return cursor + len(node.text)
+        answer = node.text.strip()
+        while not self.text.startswith(answer, cursor) and self.text[cursor : cursor + 1].isspace():
+            cursor += 1
+        return cursor + len(answer) if self.text.startswith(answer, cursor) else None
+
+    def _is_written(self, node: Node, rendered: str) -> bool:
+        """Whether a passage of the text is the answer, however it is spelled."""
+        if rendered.strip() == node.text.strip() or self._tokens_are_same(node.text, rendered):
+            return True
+        answer = node.answer
+        is_open = open_thinking(node.prompt_text) is not None
+        thinking, rest, _ = split_thinking(self.template.without_marks(rendered), is_open=is_open)
+        if thinking != (answer.reasoning or "").strip():
+            return False
+        if not answer.calls:
+            return rest.strip() == answer.content.strip()
+        found = read_tool_calls(split_thinking(rendered, is_open=is_open)[1], self.tools)
+        if found.calls:
+            same_calls = [Call.of(call).key for call in found.calls] == [call.key for call in answer.calls]
+            return same_calls and self._said(found.content) == answer.content.strip()
+        # a family's own format: the server reads it, and it can't be read here
+        at = rest.find(answer.content.strip())
+        for call in answer.calls:
+            at = rest.find(call.name, at) if at >= 0 else -1
+        return at >= 0
+
+    def _said(self, content: str) -> str:
+        return self.template.without_marks(content).strip()
+
+    def _tokens_are_same(self, generated: str, rendered: str) -> bool:
+        """Whether two texts are the same to a tokenizer that changes text (lower-cases it, for example)."""
+        if len(generated.strip()) != len(rendered.strip()):
+            return False
+        encode, decode = self.renderer.encode, self.template.decode
+        return decode(encode(generated.strip())).strip() == decode(encode(rendered.strip())).strip()
+
+
+def _after(renderer: ChatRenderer, form: Form, node: Node) -> str | None:
+    try:
+        return renderer.after_answer(form.messages, form.places[node.position])
+    except ConfigError:
+        return None
+
+
+def _encode_behind(base: Node, behind: str, renderer: ChatRenderer, template: AgentTemplate) -> list[int]:
+    """Tokens of the text behind an answer; what ended the answer is not written again."""
+    last = base.output_ids[-1] if base.output_ids else None
+    said = base.text.rstrip()
+    if last in template.special and not (said and said.endswith(template.decode([last]).strip() or "\0")):
+        ids = renderer.encode_after(base.text.strip()[-_TAIL:], behind)
+        end = next((index for index, token in enumerate(ids) if token in template.special), None)
+        if end is not None and not template.decode(ids[:end]).strip():
+            return ids[end + 1 :]
+        return ids
+    if base.beyond and behind.startswith(base.beyond):  # a stop string that is also the beginning of what follows
+        return renderer.encode_after(base.beyond, behind[len(base.beyond) :])
+    return renderer.encode_after(base.text.strip()[-_TAIL:], behind)

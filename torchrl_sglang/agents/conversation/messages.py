@@ -1,0 +1,274 @@
+"""A client's messages in one form, so that they can be compared with what the session produced.
+
+Clients differ in how they write the same message: a content as a string, as parts or ``null``, arguments as JSON with
+other spaces or another order of keys, missing ids, fields of their own, thinking left out or put into the content.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torchrl_sglang.chat.quoted_text import THINKING
+from torchrl_sglang.chat.response import ToolCall
+from torchrl_sglang.chat.tool_json import plain
+from torchrl_sglang.errors import ConfigError
+
+__all__ = ["Call", "Message", "read_messages", "same_answer", "split_thinking"]
+
+_ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_MEDIA_PARTS = ("image_url", "image", "input_image", "input_audio", "audio", "video", "video_url", "file")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A tool call.
+
+    Attributes:
+        name: the tool's name.
+        arguments: the arguments by name; the text as it came where it is no JSON object.
+        id: names the call in the conversation; empty if the client dropped it.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] | str
+    id: str = ""
+
+    @classmethod
+    def of(cls, call: ToolCall) -> Call:
+        """A call that was found in an answer."""
+        return cls(name=call.name, arguments=plain(dict(call.arguments)), id=call.id)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Equal for calls that are the same, whatever their ids and the spelling of their arguments."""
+        if isinstance(self.arguments, str):
+            return self.name, self.arguments.strip()
+        return self.name, json.dumps(_plain_numbers(self.arguments), sort_keys=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message.
+
+    Attributes:
+        role: ``system``, ``developer``, ``user``, ``assistant`` or ``tool``.
+        content: its text; parts of a content are joined.
+        calls: the assistant's tool calls.
+        reasoning: the assistant's thinking; ``None`` if the client did not send any.
+        call_id: of a tool's result, the id of its call.
+        name: the name of whoever speaks.
+        raw: of an answer that was sampled here, all its text, with thinking and calls as they were written.
+    """
+
+    role: str
+    content: str
+    calls: tuple[Call, ...] = ()
+    reasoning: str | None = None
+    call_id: str = ""
+    name: str = ""
+    raw: str = ""
+
+    def as_openai(self) -> dict[str, Any]:
+        """The message in OpenAI's form."""
+        made: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.name:
+            made["name"] = self.name
+        if self.reasoning:
+            made["reasoning_content"] = self.reasoning
+        if self.calls:
+            made["content"] = self.content or None
+            made["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": call.arguments
+                        if isinstance(call.arguments, str)
+                        else json.dumps(call.arguments, ensure_ascii=False),
+                    },
+                }
+                for call in self.calls
+            ]
+        if self.role == "tool" and self.call_id:
+            made["tool_call_id"] = self.call_id
+        return made
+
+
+def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Read the messages of a request.
+
+    A tool's result without an id gets that of the call that it answers, in the order of the calls.
+
+    Raises:
+        ConfigError: a message in another form; says which.
+
+    Examples:
+        >>> call = {"id": "c1", "function": {"name": "add", "arguments": '{"b": 2,  "a": 1}'}}
+        >>> talk = read_messages([
+        ...     {"role": "assistant", "content": None, "tool_calls": [call]},
+        ...     {"role": "tool", "content": [{"type": "text", "text": "3"}]},
+        ... ])
+        >>> talk[0].calls[0].key, talk[1].content, talk[1].call_id
+        (('add', '{"a": 1, "b": 2}'), '3', 'c1')
+    """
+    if not messages:
+        raise ConfigError("messages is empty: give at least one message")
+    read = [_read_message(index, message) for index, message in enumerate(messages)]
+    return list(_with_call_ids(read))
+
+
+def _read_message(index: int, message: Any) -> Message:
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ConfigError(f"{where} must be an object with 'role' and 'content', got {message!r:.100}")
+    role = message["role"]
+    if role not in _ROLES:
+        raise ConfigError(f"{where} has the role {role!r}; known roles are {', '.join(sorted(_ROLES))}")
+    calls = message.get("tool_calls") or ()
+    if not isinstance(calls, (list, tuple)):
+        raise ConfigError(f"{where}.tool_calls must be a list, got {type(calls).__name__}")
+    if calls and role != "assistant":
+        raise ConfigError(f"{where} has tool_calls, but the role {role!r}: only the assistant calls tools")
+    reasoning = message.get("reasoning_content")
+    reasoning = message.get("reasoning") if reasoning is None else reasoning
+    name = message.get("name")
+    return Message(
+        role="tool" if role == "function" else role,
+        content=_text(where, role, message.get("content"), bool(calls)),
+        calls=tuple(_read_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls)),
+        reasoning=reasoning if isinstance(reasoning, str) and role == "assistant" else None,
+        call_id=str(message.get("tool_call_id") or "") if role == "tool" else "",
+        name=name if isinstance(name, str) else "",
+    )
+
+
+def _text(where: str, role: str, content: Any, has_calls: bool) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None:
+        if role in ("assistant", "tool", "function") or has_calls:
+            return ""
+        raise ConfigError(f"{where} has no content: a message of the role {role!r} needs a string or a list of parts")
+    if not isinstance(content, (list, tuple)):
+        raise ConfigError(f"{where}.content must be a string or a list of parts, got {type(content).__name__}")
+    return "".join(_part(f"{where}.content[{i}]", part) for i, part in enumerate(content))
+
+
+def _part(where: str, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in _MEDIA_PARTS:
+        raise ConfigError(
+            f"{where} is of type {kind!r}: the gateway records tokens of text, and takes text parts alone"
+        )
+    text = part.get(_TEXT_PARTS[kind]) if isinstance(part, Mapping) and kind in _TEXT_PARTS else None
+    if not isinstance(text, str):
+        raise ConfigError(f"{where} must be a part {{'type': 'text', 'text': ...}}, got {part!r:.100}")
+    return text
+
+
+def _read_call(where: str, call: Any) -> Call:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ConfigError(f"{where} must be {{'function': {{'name': ..., 'arguments': ...}}}}, got {call!r:.100}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        try:
+            read = json.loads(arguments, strict=False)
+        except ValueError:
+            read = arguments
+        arguments = read if isinstance(read, Mapping) else arguments
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}
+    if not isinstance(arguments, (str, Mapping)):
+        raise ConfigError(f"{where}.function.arguments must be JSON text, got {type(arguments).__name__}")
+    call_id = call.get("id")
+    return Call(name=function["name"], arguments=arguments, id=call_id if isinstance(call_id, str) else "")
+
+
+def _with_call_ids(messages: Sequence[Message]) -> Iterator[Message]:
+    waiting: list[str] = []
+    for message in messages:
+        if message.calls:
+            waiting = [call.id for call in message.calls]
+        elif message.role == "tool" and waiting:
+            if message.call_id in waiting:
+                waiting.remove(message.call_id)
+            elif not message.call_id:
+                message = replace(message, call_id=waiting.pop(0))
+        yield message
+
+
+def _plain_numbers(value: Any) -> Any:
+    """The value with 1 for 1.0, as JavaScript writes it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain_numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_numbers(item) for item in value]
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else float(value)
+    return value
+
+
+def split_thinking(text: str, *, is_open: bool = False) -> tuple[str, str, str]:
+    r"""Divide an answer into its thinking and the rest.
+
+    Args:
+        text: the answer.
+        is_open: the prompt has opened the thinking, so that the answer begins inside it.
+
+    Returns:
+        The thinking without its tags, what follows it, and the thinking as it was written, with its tags.
+
+    Examples:
+        >>> split_thinking("<think>\nHm.\n</think>\n\nYes.")
+        ('Hm.', 'Yes.', '<think>\nHm.\n</think>\n\n')
+        >>> split_thinking("Hm.</think>Yes.", is_open=True)
+        ('Hm.', 'Yes.', 'Hm.</think>')
+        >>> split_thinking("Yes.")
+        ('', 'Yes.', '')
+    """
+    begin = len(text) - len(text.lstrip())
+    for opening, closing in THINKING:
+        if text.startswith(opening, begin):
+            start = begin + len(opening)
+        elif is_open and closing in text:
+            start = begin
+        else:
+            continue
+        end = text.find(closing, start)
+        if end < 0:
+            return text[start:].strip(), "", text
+        rest = text[end + len(closing) :].lstrip()
+        return text[start:end].strip(), rest, text[: len(text) - len(rest)]
+    return (text.strip(), "", text) if is_open else ("", text, "")
+
+
+def same_answer(client: Message, recorded: Message) -> bool:
+    """Whether a client's message is the answer that it got.
+
+    White space at the ends of the content doesn't count, nor do ids, nor thinking that the client left out. Thinking
+    may also be in the content. Thinking that was changed makes another message of it.
+
+    Examples:
+        >>> ours = Message(role="assistant", content="Yes.", reasoning="Hm.")
+        >>> same_answer(Message(role="assistant", content="Yes. "), ours)
+        True
+        >>> same_answer(Message(role="assistant", content="<think>Hm.</think>Yes."), ours)
+        True
+        >>> same_answer(Message(role="assistant", content="Yes.", reasoning="No."), ours)
+        False
+    """
+    if client.role != "assistant" or [call.key for call in client.calls] != [call.key for call in recorded.calls]:
+        return False
+    content, reasoning = client.content.strip(), (client.reasoning or "").strip()
+    if content != recorded.content.strip():
+        inside, content, _ = split_thinking(client.content)
+        reasoning = reasoning or inside
+    return content.strip() == recorded.content.strip() and reasoning in ("", (recorded.reasoning or "").strip())

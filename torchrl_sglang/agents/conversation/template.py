@@ -1,0 +1,223 @@
+"""A model's chat template, and messages in the form that it takes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchrl_sglang.agents.conversation.messages import Call, Message
+from torchrl_sglang.chat.tool_parsers import template_text
+from torchrl_sglang.chat_templates import ChatRenderer
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.text_tokens import special_ids
+
+__all__ = ["AgentTemplate", "Form"]
+
+_KEPT_RENDERERS = 32
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_TOOL_PROMPT = """\
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """Messages as a template takes them.
+
+    Attributes:
+        messages: the messages.
+        places: per message of the conversation, its index in ``messages``.
+    """
+
+    messages: list[dict[str, Any]]
+    places: list[int]
+
+
+class AgentTemplate:
+    """Renders conversations by the model's own chat template.
+
+    A template that doesn't know tools, tool calls or thinking gets them as text: tools in the system message, calls as
+    they were written, results in a user's message. One that refuses system messages gets their text at the front of the
+    next user's message.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        chat_template: a Jinja template instead of the tokenizer's own.
+
+    Raises:
+        ConfigError: there is no chat template.
+
+    Attributes:
+        special: ids of tokens that mark places in a conversation, and of those that end an answer.
+        end_texts: texts of the tokens that end an answer.
+        knows_tools: whether the template writes tools.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat_template: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self._chat_template = chat_template
+        plain = ChatRenderer(tokenizer, chat_template=chat_template)
+        source = chat_template or template_text(tokenizer)
+        # mistral-common's tokenizers have no template, and know all of it
+        self.knows_tools = not source or "tools" in source
+        self._knows_calls = not source or "tool_calls" in source
+        self._knows_reasoning = "reasoning_content" in source
+        self._knows_developer = "developer" in source
+        self.turn_end_ids = tuple(sorted(plain.turn_end_ids()))
+        self.special = special_ids(tokenizer) | frozenset(self.turn_end_ids)
+        self.end_texts = tuple(text for text in (self.decode([token]) for token in self.turn_end_ids) if text.strip())
+        self._marks = _pattern(tokenizer)
+        self._renderers: dict[str, ChatRenderer] = {}
+        self._takes_system = _renders(plain, [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special tokens included."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def is_byte(self, token: int) -> bool:
+        """Whether a token is a single byte, whose text depends on the bytes that follow it."""
+        return _BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(token))) is not None
+
+    def without_marks(self, text: str) -> str:
+        """The text without special tokens."""
+        return text if self._marks is None else self._marks.sub("", text)
+
+    def renderer(self, tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> ChatRenderer:
+        """The renderer for these tools and variables of the template.
+
+        Raises:
+            ConfigError: a variable's name is taken.
+        """
+        key = json.dumps([tools, variables], sort_keys=True, default=repr)
+        if key not in self._renderers:
+            if len(self._renderers) >= _KEPT_RENDERERS:
+                self._renderers.clear()
+            given = {"tools": [dict(tool) for tool in tools]} if tools and self.knows_tools else {}
+            self._renderers[key] = ChatRenderer(
+                self.tokenizer, chat_template=self._chat_template, variables={**variables, **given}
+            )
+        return self._renderers[key]
+
+    def form(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Form:
+        """The messages as the template takes them.
+
+        Args:
+            messages: the conversation.
+            tools: the tools that the model may call.
+        """
+        made: list[dict[str, Any]] = []
+        places: list[int] = []
+        if tools and not self.knows_tools:
+            made.append({"role": "system", "content": _tool_prompt(tools)})
+        for message in messages:
+            one = self._one(message)
+            if one["role"] == "system" and made and made[0]["role"] == "system" == made[-1]["role"]:
+                one = {**one, "content": f"{one['content']}\n\n{made.pop()['content']}"}
+            elif message.role == "tool" != one["role"] and places and messages[len(places) - 1].role == "tool":
+                one = {**one, "content": f"{made.pop()['content']}\n{one['content']}"}
+            made.append(one)
+            places.append(len(made) - 1)
+        return Form(messages=made, places=places) if self._takes_system else _without_system(made, places)
+
+    def _one(self, message: Message) -> dict[str, Any]:
+        role = message.role
+        if role == "developer" and not self._knows_developer:
+            role = "system"
+        if role == "tool" and not (self._knows_calls and self.knows_tools):
+            return {"role": "user", "content": f"<tool_response>\n{message.content}\n</tool_response>"}
+        made: dict[str, Any] = {"role": role, "content": message.content}
+        if message.name:
+            made["name"] = message.name
+        if role == "tool" and message.call_id:
+            made["tool_call_id"] = message.call_id
+        if role == "assistant":
+            made.update(self._answer(message))
+        return made
+
+    def _answer(self, message: Message) -> dict[str, Any]:
+        if message.calls and not self._knows_calls:
+            return {"content": message.raw or f"{_inline(message)}{_as_text(message.calls)}".strip()}
+        made: dict[str, Any] = {}
+        if message.reasoning and self._knows_reasoning:
+            made["reasoning_content"] = message.reasoning
+        elif message.reasoning:
+            made["content"] = _inline(message) if message.calls or not message.raw else message.raw
+        if message.calls:
+            made["tool_calls"] = [
+                {
+                    **({"id": call.id} if call.id else {}),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in message.calls
+            ]
+        return made
+
+
+def _pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    """Matches special tokens in text; ``None`` if there are none. Byte tokens count as special in some tokenizers."""
+    ids = sorted(special_ids(tokenizer))
+    tokens = [str(token).strip() for token in tokenizer.convert_ids_to_tokens(ids)]
+    texts = [str(tokenizer.decode([token], skip_special_tokens=False)).strip() for token in ids]
+    marks = [token for token, text in zip(tokens, texts, strict=True) if token == text and len(token) > 1]
+    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True)))) if marks else None
+
+
+def _inline(message: Message) -> str:
+    thinking = f"<think>\n{message.reasoning}\n</think>\n\n" if message.reasoning else ""
+    return thinking + message.content
+
+
+def _as_text(calls: Sequence[Call]) -> str:
+    written = ({"name": call.name, "arguments": call.arguments} for call in calls)
+    return "".join(f"\n<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in written)
+
+
+def _tool_prompt(tools: Sequence[Mapping[str, Any]]) -> str:
+    return _TOOL_PROMPT.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+
+
+def _renders(renderer: ChatRenderer, messages: Sequence[Mapping[str, Any]]) -> bool:
+    try:
+        renderer.render(messages, add_generation_prompt=True)
+    except ConfigError:
+        return False
+    return True
+
+
+def _without_system(messages: Sequence[dict[str, Any]], places: Sequence[int]) -> Form:
+    r"""System messages put at the front of the user's message that follows, or in a user's message of their own.
+
+    Examples:
+        >>> talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        >>> _without_system(talk, [0, 1])
+        Form(messages=[{'role': 'user', 'content': 'Be brief.\n\nHi'}], places=[0, 0])
+    """
+    made: list[dict[str, Any]] = []
+    moved: list[int] = []
+    waiting = ""
+    for index, message in enumerate(messages):
+        moved.append(len(made))
+        if message["role"] == "system":
+            waiting += f"{message['content']}\n\n"
+            if index + 1 < len(messages) and messages[index + 1]["role"] in ("user", "system"):
+                continue
+            message = {"role": "user", "content": ""}
+        if waiting:
+            message, waiting = {**message, "content": f"{waiting}{message['content']}".rstrip("\n")}, ""
+        made.append(message)
+    return Form(messages=made, places=[moved[place] for place in places])

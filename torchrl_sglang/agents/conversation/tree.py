@@ -1,0 +1,195 @@
+"""The tree of what a session sampled. Each node is one answer, with the prompt tokens that led to it.
+
+Two relations connect nodes. ``parent`` is the answer before in the conversation. ``base`` is the answer whose tokens
+this node's tokens continue; it is the parent, an earlier answer where the template writes the parent otherwise than it
+was generated, or ``None`` where no answer's tokens are kept. Tokens of a node are those of its base, its prompt tokens
+and its sampled tokens. A node that is no other's base is a leaf: one trajectory.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torchrl_sglang.agents.conversation.messages import Message, same_answer
+from torchrl_sglang.agents.types import FinishReason, TokenLogProb
+
+__all__ = ["Match", "Node", "Tree"]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Node:
+    """One answer.
+
+    Attributes:
+        turn: id of the turn in which it was sampled.
+        index: its number among the turn's choices.
+        parent: the answer before it in the conversation.
+        base: the answer whose tokens its tokens continue.
+        new: the messages between the parent's answer and this one.
+        answer: the answer.
+        prompt_text: the text that its prompt adds to the base's tokens; all of the prompt's without a base.
+        prompt_ids: the tokens of this text.
+        text: the answer as it was generated, without the token or string that ended it.
+        beyond: text of sampled tokens behind ``text``: the stop string that ended it.
+        output_ids: the sampled tokens.
+        log_probs: natural-log probability of each of them.
+        versions: the weights that generated each of them.
+        finish_reason: why it ended.
+        position: number of messages before the answer.
+        temperature: the temperature at which its tokens were drawn; 0 is greedy.
+        exact_log_probs: whether the log-probs are those of the distribution that the tokens were drawn from.
+        stop: the stop string that ended it.
+        top_log_probs: per token the most likely ones, if they were requested.
+        children: the answers that follow it in conversations.
+        is_base: whether another node's tokens continue its tokens.
+    """
+
+    turn: str
+    index: int
+    parent: Node | None
+    base: Node | None
+    new: tuple[Message, ...]
+    answer: Message
+    prompt_text: str
+    prompt_ids: array[int]
+    text: str
+    beyond: str
+    output_ids: array[int]
+    log_probs: array[float]
+    versions: array[int]
+    finish_reason: FinishReason
+    position: int
+    temperature: float = 1.0
+    exact_log_probs: bool = True
+    stop: str | None = None
+    top_log_probs: tuple[tuple[TokenLogProb, ...], ...] = ()
+    children: list[Node] = field(default_factory=list)
+    is_base: bool = False
+
+    def path(self) -> list[Node]:
+        """The answers of the conversation up to this one."""
+        return list(_upwards(self, "parent"))[::-1]
+
+    def chain(self) -> list[Node]:
+        """The answers whose tokens this node's sequence has, this one included."""
+        return list(_upwards(self, "base"))[::-1]
+
+    def token_ids(self) -> list[int]:
+        """All tokens of the sequence, up to the end of the answer."""
+        ids: list[int] = []
+        for node in self.chain():
+            ids += node.prompt_ids
+            ids += node.output_ids
+        return ids
+
+    def num_tokens(self) -> int:
+        """Length of :meth:`token_ids`."""
+        return sum(len(node.prompt_ids) + len(node.output_ids) for node in self.chain())
+
+    def messages(self) -> list[Message]:
+        """The conversation up to and with the answer."""
+        return [message for node in self.path() for message in (*node.new, node.answer)]
+
+
+def _upwards(node: Node | None, relation: str) -> Iterator[Node]:
+    while node is not None:
+        yield node
+        node = getattr(node, relation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """What of a request's messages the session knows.
+
+    Attributes:
+        node: the last answer of the session's that the messages have; ``None`` if they have none.
+        messages: all messages; what the session knows is as it has recorded it.
+        new: the messages after the node's answer.
+    """
+
+    node: Node | None
+    messages: tuple[Message, ...]
+    new: tuple[Message, ...]
+
+
+class Tree:
+    """The answers of one session.
+
+    Attributes:
+        nodes: all of them, in the order in which they were recorded.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self._roots: list[Node] = []
+
+    def leaves(self) -> list[Node]:
+        """The ends of all token sequences, in the order in which they were recorded."""
+        return [node for node in self.nodes if not node.is_base]
+
+    def add(self, node: Node) -> Node:
+        """Record an answer.
+
+        Returns:
+            The node; or an equal one that is there already: the same tokens, sampled with the same weights, are the
+            same segment.
+        """
+        siblings = self._roots if node.parent is None else node.parent.children
+        for known in siblings:
+            same_prompt = known.base is node.base and known.prompt_ids == node.prompt_ids and known.new == node.new
+            if same_prompt and known.output_ids == node.output_ids and known.versions == node.versions:
+                return known
+        siblings.append(node)
+        self.nodes.append(node)
+        if node.base is not None:
+            node.base.is_base = True
+        return node
+
+    def match(self, messages: Sequence[Message]) -> Match:
+        """Find the longest conversation of the session that the messages continue.
+
+        Answers are compared by :func:`~.messages.same_answer`, all other messages must be equal. Ids of tool calls
+        don't count, as long as the results answer the same calls.
+        """
+        best: tuple[Node | None, int, Mapping[str, str]] = (None, 0, {})
+        waiting = [best]
+        while waiting:
+            node, end, names = waiting.pop()
+            if end > best[1]:
+                best = (node, end, names)
+            children = self._roots if node is None else node.children
+            # Of equal answers the one of the latest turn, and of its choices the first: it is what the client saw last.
+            order = {turn: number for number, turn in enumerate(dict.fromkeys(child.turn for child in children))}
+            for child in sorted(children, key=lambda each: (order[each.turn], -each.index)):
+                at = end + len(child.new)
+                if _continues(child, messages, end, names):
+                    calls = zip(messages[at].calls, child.answer.calls, strict=True)
+                    waiting.append((child, at + 1, {**names, **{c.id: k.id for c, k in calls if c.id}}))
+        node, end, names = best
+        known = node.messages() if node is not None else []
+        rest = tuple(_renamed(message, names) for message in messages[end:])
+        return Match(node=node, messages=(*known, *rest), new=rest)
+
+
+def _continues(child: Node, messages: Sequence[Message], start: int, names: Mapping[str, str]) -> bool:
+    """Whether the messages from ``start`` on begin with those before an answer, and the answer."""
+    at = start + len(child.new)
+    if at >= len(messages) or not same_answer(messages[at], child.answer):
+        return False
+    return all(_is_same(m, known, names) for m, known in zip(messages[start:at], child.new, strict=True))
+
+
+def _renamed(message: Message, names: Mapping[str, str]) -> Message:
+    """The message with the ids that the session gave to the calls."""
+    return replace(message, call_id=names[message.call_id]) if message.call_id in names else message
+
+
+def _is_same(client: Message, known: Message, names: Mapping[str, str]) -> bool:
+    if (client.role, client.name) != (known.role, known.name):
+        return False
+    if client.role == "assistant":  # one that the client brought along, such as an example
+        return same_answer(client, known)
+    same_call = not client.call_id or names.get(client.call_id, client.call_id) == known.call_id
+    return client.content == known.content and same_call

@@ -1,0 +1,173 @@
+"""Anthropic's ``/v1/messages``: the body of a request as what the session is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torchrl_sglang.agents.http.api_errors import bad_request
+from torchrl_sglang.agents.http.chat_messages import check_messages, check_tools, read_tool_choice
+from torchrl_sglang.agents.http.chat_request import Call, Sending
+from torchrl_sglang.agents.http.fields import Fields
+from torchrl_sglang.agents.types import ChatRequest
+
+__all__ = ["read_anthropic"]
+
+_WITHOUT_EFFECT = ("metadata", "service_tier", "cache_control", "inference_geo", "anthropic_beta", "betas")
+
+
+def read_anthropic(body: Any, sending: Sending) -> Call:
+    """The body of ``/v1/messages``.
+
+    Raises:
+        ApiError: a field that is wrong, unknown, or can't be honoured.
+    """
+    fields = Fields(body)
+    fields.ignore(*_WITHOUT_EFFECT)
+    model = fields.required_text("model")
+    limit = fields.integer("max_tokens", at_least=1)
+    if limit is None:
+        raise bad_request("max_tokens is missing", "max_tokens", "missing_required_parameter")
+    messages = [*_system(fields), *_messages(fields.list("messages", required=True) or [])]
+    tools = check_tools([_tool(Fields(tool, f"tools[{i}]")) for i, tool in enumerate(fields.list("tools") or ())])
+    choice, parallel = _tool_choice(fields.object("tool_choice"))
+    choice = read_tool_choice(choice, [tool["function"]["name"] for tool in tools])
+    sampling: dict[str, Any] = {"max_new_tokens": limit}
+    for name in ("temperature", "top_p"):
+        sampling[name] = fields.number(name)
+    sampling["top_k"] = fields.integer("top_k", at_least=0)
+    stops = fields.list("stop_sequences") or []
+    if not all(isinstance(stop, str) and stop for stop in stops):
+        raise bad_request(f"stop_sequences must be non-empty strings, got {stops!r:.100}", "stop_sequences")
+    sampling["stop"] = stops or None
+    _refuse_what_messages_cannot(fields)
+    stream = bool(fields.flag("stream"))
+    fields.refuse_unread()
+    return Call(
+        request=ChatRequest(
+            messages=check_messages(messages),
+            tools=tools,
+            tool_choice=choice,
+            parallel_tool_calls=parallel,
+            sampling={name: value for name, value in sampling.items() if value is not None},
+            idempotency_key=sending.idempotency_key,
+            is_retry=sending.is_retry,
+        ),
+        model=model,
+        stream=stream,
+    )
+
+
+def _refuse_what_messages_cannot(fields: Fields) -> None:
+    thinking = fields.object("thinking")
+    if thinking is not None and thinking.get("type") != "disabled":
+        raise bad_request(
+            "thinking can't be switched on by a request: the model's chat template decides (chat_template_kwargs of "
+            "/chat/completions, or the gateway's template_kwargs)",
+            "thinking",
+            "unsupported_parameter",
+        )
+    for name in ("container", "mcp_servers", "context_management", "output_config", "output_format"):
+        fields.refuse(name, "there is nothing like it here")
+
+
+def _system(fields: Fields) -> Iterator[dict[str, Any]]:
+    system = fields.any("system")
+    if system is None:
+        return
+    if isinstance(system, list):
+        system = "".join(Fields(part, f"system[{i}]").required_text("text") for i, part in enumerate(system))
+    if not isinstance(system, str):
+        raise bad_request(f"system must be a string or a list of text blocks, got {system!r:.80}", "system")
+    yield {"role": "system", "content": system}
+
+
+def _messages(messages: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    if not messages:
+        raise bad_request("messages is empty: give at least one message", "messages")
+    for index, message in enumerate(messages):
+        fields = Fields(message, f"messages[{index}]")
+        role = fields.text("role", choices=("user", "assistant"), required=True)
+        content = fields.any("content")
+        if isinstance(content, str):
+            yield {"role": role, "content": content}
+        elif isinstance(content, list):
+            blocks = [Fields(block, f"{fields.path('content')}[{i}]") for i, block in enumerate(content)]
+            yield from _assistant(blocks) if role == "assistant" else _user(blocks)
+        else:
+            raise bad_request(f"{fields.path('content')} must be a string or a list of blocks", fields.path("content"))
+
+
+def _assistant(blocks: Sequence[Fields]) -> Iterator[dict[str, Any]]:
+    text, thinking, calls = "", "", []
+    for block in blocks:
+        kind = block.text("type", choices=("text", "thinking", "redacted_thinking", "tool_use"), required=True)
+        if kind == "text":
+            text += block.required_text("text")
+        elif kind == "thinking":
+            thinking += block.required_text("thinking")
+        elif kind == "tool_use":
+            arguments = json.dumps(block.object("input", required=True), ensure_ascii=False)
+            function = {"name": block.required_text("name"), "arguments": arguments}
+            calls.append({"id": block.required_text("id"), "type": "function", "function": function})
+    message: dict[str, Any] = {"role": "assistant", "content": text or None}
+    if thinking:
+        message["reasoning_content"] = thinking
+    if calls:
+        message["tool_calls"] = calls
+    yield message
+
+
+def _user(blocks: Sequence[Fields]) -> Iterator[dict[str, Any]]:
+    """A user's message; the results of tools that it holds become messages of their own, before it."""
+    parts: list[dict[str, Any]] = []
+    for block in blocks:
+        kind = block.text("type", choices=("text", "image", "tool_result"), required=True)
+        if kind == "tool_result":
+            content = block.any("content")
+            if isinstance(content, list):
+                content = [_part(Fields(part, f"{block.path('content')}[{i}]")) for i, part in enumerate(content)]
+            elif content is None:
+                content = ""
+            block.flag("is_error")
+            yield {"role": "tool", "tool_call_id": block.required_text("tool_use_id"), "content": content}
+        else:
+            parts.append(_part(block))
+    if parts:
+        yield {"role": "user", "content": parts}
+
+
+def _part(block: Fields) -> dict[str, Any]:
+    if block.text("type", choices=("text", "image"), required=True) == "text":
+        return {"type": "text", "text": block.required_text("text")}
+    source = Fields(block.object("source", required=True), block.path("source"))
+    if source.text("type", choices=("base64", "url"), required=True) == "url":
+        return {"type": "image_url", "image_url": {"url": source.required_text("url")}}
+    url = f"data:{source.required_text('media_type')};base64,{source.required_text('data')}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _tool(fields: Fields) -> dict[str, Any]:
+    kind = fields.text("type")
+    if kind not in (None, "custom"):
+        raise bad_request(
+            f"{fields.path('type')}={kind!r}: Anthropic's own tools don't exist here; give tools with an input_schema",
+            fields.path("type"),
+            "unsupported_parameter",
+        )
+    function = {"name": fields.required_text("name"), "parameters": fields.object("input_schema", required=True)}
+    description = fields.text("description")
+    return {"type": "function", "function": function | ({"description": description} if description else {})}
+
+
+def _tool_choice(choice: Mapping[str, Any] | None) -> tuple[Any, bool | None]:
+    """The choice in OpenAI's form, and whether several calls are allowed."""
+    if choice is None:
+        return "auto", None
+    fields = Fields(choice, "tool_choice")
+    kind = fields.text("type", choices=("auto", "any", "tool", "none"), required=True)
+    parallel = False if fields.flag("disable_parallel_tool_use") else None
+    if kind == "tool":
+        return {"type": "function", "function": {"name": fields.required_text("name")}}, parallel
+    return {"auto": "auto", "any": "required", "none": "none"}[str(kind)], parallel

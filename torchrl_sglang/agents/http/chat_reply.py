@@ -1,0 +1,114 @@
+"""Turns and pieces of turns in the form of ``/chat/completions``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchrl_sglang.agents.http.reply_deltas import Delta
+from torchrl_sglang.agents.http.token_texts import TokenTexts
+from torchrl_sglang.agents.types import Choice, TokenLogProb, Turn
+
+__all__ = ["ChatReply", "usage"]
+
+
+def usage(turn: Turn) -> dict[str, Any]:
+    """The numbers of tokens of a turn."""
+    return {
+        "prompt_tokens": turn.prompt_tokens,
+        "completion_tokens": turn.completion_tokens,
+        "total_tokens": turn.prompt_tokens + turn.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": turn.cached_tokens},
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatReply:
+    """Writes the answer to one request.
+
+    Attributes:
+        id: of the answer.
+        created: Unix time.
+        model: the served model's name.
+        texts: the texts of tokens; ``None`` without ``logprobs``.
+    """
+
+    id: str
+    created: int
+    model: str
+    texts: TokenTexts | None
+
+    def whole(self, turn: Turn) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices = [
+            {
+                "index": choice.index,
+                "message": {"refusal": None, **choice.message},
+                "logprobs": self._log_probs(choice.token_ids, choice.log_probs, choice.top_log_probs),
+                "finish_reason": choice.finish_reason,
+            }
+            for choice in turn.choices
+        ]
+        return {
+            **self._head("chat.completion"),
+            "choices": choices,
+            "usage": usage(turn),
+            "system_fingerprint": fingerprint(turn.choices),
+        }
+
+    def begin(self, index: int) -> dict[str, Any]:
+        """The piece of a choice that comes first."""
+        return self._chunk(index, {"role": "assistant", "content": ""})
+
+    def piece(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        """Pieces with what a choice has gained."""
+        log_probs = self._log_probs(delta.token_ids, delta.log_probs, delta.top_log_probs)
+        gained = {"reasoning_content": delta.reasoning_content, "content": delta.content}
+        fields = {name: text for name, text in gained.items() if text}
+        if fields or (log_probs and delta.token_ids):
+            yield self._chunk(delta.index, fields or {"content": ""}, log_probs)
+
+    def end(self, choice: Choice) -> Iterator[dict[str, Any]]:
+        """The pieces that come last: the tool calls, and why the choice ended."""
+        calls = choice.message.get("tool_calls") or ()
+        if calls:
+            yield self._chunk(choice.index, {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})
+        yield self._chunk(choice.index, {}, finish_reason=choice.finish_reason)
+
+    def usage_piece(self, turn: Turn) -> dict[str, Any]:
+        """The piece that ends a stream with ``stream_options.include_usage``."""
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(turn)}
+
+    def _chunk(
+        self, index: int, delta: Mapping[str, Any], log_probs: Any = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": finish_reason}
+        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _log_probs(
+        self, ids: Sequence[int], log_probs: Sequence[float], top: Sequence[Sequence[TokenLogProb]]
+    ) -> dict[str, Any] | None:
+        """``logprobs`` in OpenAI's form: every sampled token, also that which ended the answer."""
+        if self.texts is None:
+            return None
+        tops: Sequence[Sequence[TokenLogProb]] = top or [()] * len(ids)
+        content = [
+            {**self._token(i, value), "top_logprobs": [self._token(each.token_id, each.log_prob) for each in likely]}
+            for i, value, likely in zip(ids, log_probs, tops, strict=True)
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, log_prob: float) -> dict[str, Any]:
+        assert self.texts is not None
+        text, data = self.texts.text_and_bytes(token_id)
+        return {"token": text, "logprob": log_prob, "bytes": list(data)}
+
+
+def fingerprint(choices: Sequence[Choice]) -> str | None:
+    """Names the weights that generated the last token."""
+    versions = [choice.weight_versions[-1] for choice in choices if choice.weight_versions]
+    return f"weights-{max(versions)}" if versions else None

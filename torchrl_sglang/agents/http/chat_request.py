@@ -1,0 +1,190 @@
+"""``/chat/completions`` and ``/completions``: the body of a request as what the session is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchrl_sglang.agents.http.api_errors import bad_request
+from torchrl_sglang.agents.http.chat_messages import check_messages, check_tools, read_tool_choice
+from torchrl_sglang.agents.http.fields import Fields
+from torchrl_sglang.agents.http.sampling_fields import MOST_TOP_LOGPROBS, read_grammar, read_sampling
+from torchrl_sglang.agents.types import ChatRequest, TextRequest
+
+__all__ = ["Call", "Sending", "read_chat", "read_text"]
+
+# They tell OpenAI's platform something, and change no token.
+_WITHOUT_EFFECT = (
+    *("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sending:
+    """How the client sent a request.
+
+    Attributes:
+        idempotency_key: its ``Idempotency-Key``, if it has one.
+        is_retry: it says that it has sent the request before (``x-stainless-retry-count`` of OpenAI's clients).
+    """
+
+    idempotency_key: str | None = None
+    is_retry: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A request that was read.
+
+    Attributes:
+        request: what the session is asked for.
+        model: the name that the client gave the model; a session has one model, so any name is taken.
+        stream: answer in pieces.
+        include_usage: end the stream with the numbers of tokens.
+        log_probs: report the log-prob of every sampled token.
+        effort: the effort of reasoning, if one was given; it is among the template's variables.
+    """
+
+    request: ChatRequest | TextRequest
+    model: str
+    stream: bool = False
+    include_usage: bool = False
+    log_probs: bool = False
+    effort: str | None = None
+
+
+def read_chat(body: Any, sending: Sending) -> Call:
+    """The body of ``/chat/completions``.
+
+    Raises:
+        ApiError: a field that is wrong, unknown, or can't be honoured; ``param`` names it.
+    """
+    fields = Fields(body)
+    model, stream, include_usage = _read_common(fields)
+    messages = check_messages(fields.list("messages", required=True) or [])
+    tools = check_tools(fields.list("tools"))
+    choice = fields.any("tool_choice")
+    choice = read_tool_choice(choice, [tool["function"]["name"] for tool in tools])
+    log_probs = bool(fields.flag("logprobs"))
+    top = fields.integer("top_logprobs", at_least=0, at_most=MOST_TOP_LOGPROBS) or 0
+    if top and not log_probs:
+        raise bad_request("top_logprobs needs logprobs=true", "top_logprobs")
+    sampling = read_sampling(fields)
+    _add_limit(sampling, fields, "max_completion_tokens", "max_tokens")
+    response_format = fields.object("response_format")
+    if response_format is not None:
+        _add_grammar(sampling, read_grammar(Fields(response_format, "response_format")))
+    variables = dict(fields.object("chat_template_kwargs") or {})
+    effort = fields.text("reasoning_effort")
+    if effort is not None:
+        variables["reasoning_effort"] = effort
+    _refuse_what_chat_cannot(fields)
+    parallel = fields.flag("parallel_tool_calls")
+    fields.refuse_unread()
+    return Call(
+        request=ChatRequest(
+            messages=messages,
+            tools=tools,
+            tool_choice=choice,
+            parallel_tool_calls=parallel,
+            template_kwargs=variables,
+            sampling=sampling,
+            top_logprobs=top,
+            idempotency_key=sending.idempotency_key,
+            is_retry=sending.is_retry,
+        ),
+        model=model,
+        stream=stream,
+        include_usage=include_usage,
+        log_probs=log_probs,
+        effort=effort,
+    )
+
+
+def _refuse_what_chat_cannot(fields: Fields) -> None:
+    for name in ("functions", "function_call"):
+        fields.refuse(name, "it is OpenAI's old form; send tools and tool_choice")
+    fields.refuse("modalities", "the model writes text only", neutral=(["text"],))
+    fields.refuse("audio", "the model writes text only")
+    fields.refuse("prediction", "SGLang takes no predicted text")
+    fields.refuse("web_search_options", "there is no web search; give the model a tool")
+    fields.refuse("verbosity", "say it in the system message", neutral=("medium",))
+
+
+def read_text(body: Any, sending: Sending) -> Call:
+    """The body of ``/completions``.
+
+    Raises:
+        ApiError: as :func:`read_chat`.
+    """
+    fields = Fields(body)
+    model, stream, include_usage = _read_common(fields)
+    prompt = _read_prompt(fields.any("prompt"))
+    top = fields.integer("logprobs", at_least=0, at_most=MOST_TOP_LOGPROBS)
+    sampling = read_sampling(fields)
+    _add_limit(sampling, fields, "max_tokens")
+    sampling.setdefault("max_new_tokens", 16)  # OpenAI's default of this endpoint
+    fields.refuse("best_of", "send n=, and choose yourself", neutral=(1, sampling.get("n", 1)))
+    fields.refuse("echo", "the prompt is what was sent", neutral=(False,))
+    fields.refuse("suffix", "the model only continues texts", neutral=("",))
+    fields.refuse_unread()
+    return Call(
+        request=TextRequest(
+            prompt=prompt,
+            sampling=sampling,
+            top_logprobs=top or 0,
+            idempotency_key=sending.idempotency_key,
+            is_retry=sending.is_retry,
+        ),
+        model=model,
+        stream=stream,
+        include_usage=include_usage,
+        log_probs=top is not None,
+    )
+
+
+def _read_common(fields: Fields) -> tuple[str, bool, bool]:
+    """The model's name, whether to stream, and whether to end a stream with its usage."""
+    fields.ignore(*_WITHOUT_EFFECT)
+    model = fields.required_text("model")
+    stream = bool(fields.flag("stream"))
+    options = fields.object("stream_options")
+    if options is None:
+        return model, stream, False
+    if not stream:
+        raise bad_request("stream_options needs stream=true", "stream_options")
+    inner = Fields(options, "stream_options")
+    inner.ignore("include_obfuscation")
+    include_usage = bool(inner.flag("include_usage"))
+    inner.refuse_unread()
+    return model, stream, include_usage
+
+
+def _read_prompt(prompt: Any) -> str | tuple[int, ...]:
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and prompt and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+        return tuple(prompt)
+    if isinstance(prompt, list) and len(prompt) > 1:
+        raise bad_request("prompt holds several prompts: send one per request", "prompt", "unsupported_parameter")
+    raise bad_request(f"prompt must be a text or a list of token ids, got {prompt!r:.100}", "prompt")
+
+
+def _add_limit(sampling: dict[str, Any], fields: Fields, *names: str) -> None:
+    """Put the most tokens of an answer, which has two names, into ``sampling``."""
+    given = {name: fields.integer(name, at_least=1) for name in names}
+    limits = {value for value in given.values() if value is not None}
+    if len(limits) > 1:
+        raise bad_request(f"{' and '.join(names)} are two names of one limit, but differ: send one", names[0])
+    if limits:
+        sampling["max_new_tokens"] = limits.pop()
+
+
+def _add_grammar(sampling: dict[str, Any], grammar: Mapping[str, Any]) -> None:
+    for name in ("regex", "ebnf"):
+        if grammar and name in sampling:
+            raise bad_request(f"response_format and {name} both constrain the answer: send one", "response_format")
+    sampling.update(grammar)

@@ -1,0 +1,166 @@
+"""Routes of agents: the model, in OpenAI's and Anthropic's forms."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from torchrl_sglang.agents.http.anthropic_reply import AnthropicReply, AnthropicWriter
+from torchrl_sglang.agents.http.anthropic_request import read_anthropic
+from torchrl_sglang.agents.http.api_errors import ApiError
+from torchrl_sglang.agents.http.chat_reply import ChatReply
+from torchrl_sglang.agents.http.chat_request import Call, Sending, read_chat, read_text
+from torchrl_sglang.agents.http.chunk_writer import ChunkWriter
+from torchrl_sglang.agents.http.earlier_responses import EarlierResponses
+from torchrl_sglang.agents.http.event_stream import EventWriter, event_stream
+from torchrl_sglang.agents.http.responses_reply import ResponsesReply, ResponsesWriter
+from torchrl_sglang.agents.http.responses_request import read_responses
+from torchrl_sglang.agents.http.running_turn import RunningTurn, until_disconnect
+from torchrl_sglang.agents.http.serving import Serving
+from torchrl_sglang.agents.http.text_reply import TextReply
+from torchrl_sglang.agents.http.token_texts import TokenTexts
+from torchrl_sglang.agents.session import Session
+from torchrl_sglang.agents.types import ChatRequest, OnProgress, Turn
+
+__all__ = ["ModelRoutes"]
+
+Reply = ChatReply | TextReply | ResponsesReply | AnthropicReply
+
+
+class ModelRoutes:
+    """Answers requests to the model.
+
+    Args:
+        serving: the sessions.
+    """
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._created = int(time.time())
+        self._earlier = EarlierResponses()
+
+    async def models(self, request: Request) -> Response:
+        """``GET .../models``: the one model."""
+        self._serving.session(request)
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """``GET .../models/NAME``."""
+        self._serving.session(request)
+        name = request.path_params["name"]
+        if name != self._serving.model:
+            raise ApiError(404, f"the model here is {self._serving.model!r}", param="model", code="model_not_found")
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self._serving.model, "object": "model", "created": self._created, "owned_by": "torchrl-sglang"}
+
+    async def chat(self, request: Request) -> Response:
+        """``POST .../chat/completions``."""
+        session = self._serving.session(request)
+        call = read_chat(await self._serving.body(request), sending_of(request))
+        reply = ChatReply(
+            id=_new_id("chatcmpl-"), created=int(time.time()), model=self._model_name, texts=self._texts(call)
+        )
+        return await self._answer(request, session, call, reply)
+
+    async def completions(self, request: Request) -> Response:
+        """``POST .../completions``."""
+        session = self._serving.session(request)
+        call = read_text(await self._serving.body(request), sending_of(request))
+        reply = TextReply(
+            id=_new_id("cmpl-"), created=int(time.time()), model=self._model_name, texts=self._texts(call)
+        )
+        return await self._answer(request, session, call, reply)
+
+    async def responses(self, request: Request) -> Response:
+        """``POST .../responses``."""
+        session = self._serving.session(request)
+        body = await self._serving.body(request)
+        call = read_responses(body, sending_of(request), self._earlier.messages(session, body))
+        reply = ResponsesReply(
+            id=_new_id("resp_"),
+            created=int(time.time()),
+            model=self._model_name,
+            body=body,
+            texts=self._texts(call),
+        )
+
+        def keep(turn: Turn) -> None:
+            self._earlier.add(session, reply.id, _conversation(call, body, turn))
+
+        return await self._answer(request, session, call, reply, keep=keep)
+
+    async def messages(self, request: Request) -> Response:
+        """``POST .../messages``, Anthropic's."""
+        session = self._serving.session(request)
+        call = read_anthropic(await self._serving.body(request), sending_of(request))
+        return await self._answer(request, session, call, AnthropicReply(id=_new_id("msg_"), model=self._model_name))
+
+    @property
+    def _model_name(self) -> str:
+        return self._serving.model
+
+    def _texts(self, call: Call) -> TokenTexts | None:
+        return self._serving.token_texts if call.log_probs else None
+
+    async def _answer(
+        self,
+        request: Request,
+        session: Session,
+        call: Call,
+        reply: Reply,
+        *,
+        keep: Callable[[Turn], None] | None = None,
+    ) -> Response:
+        """Run a turn, and answer with it, whole or in pieces."""
+        self._serving.check_effort(call.effort)
+
+        async def run(report: OnProgress | None) -> Turn:
+            asked = call.request
+            work = session.chat(asked, report) if isinstance(asked, ChatRequest) else session.complete(asked, report)
+            turn = await work
+            if keep is not None:
+                keep(turn)
+            return turn
+
+        if call.stream:
+            writer = _writer(reply, include_usage=call.include_usage)
+            return await event_stream(request, RunningTurn(run), writer, undelivered=session.undelivered)
+        turn = await until_disconnect(request, run(None))
+        if await request.is_disconnected():
+            session.undelivered(turn)
+        return JSONResponse(reply.whole(turn))
+
+
+def _writer(reply: Reply, *, include_usage: bool) -> EventWriter:
+    if isinstance(reply, ResponsesReply):
+        return ResponsesWriter(reply)
+    if isinstance(reply, AnthropicReply):
+        return AnthropicWriter(reply)
+    return ChunkWriter(reply, include_usage=include_usage)
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}{uuid.uuid4().hex}"
+
+
+def _conversation(call: Call, body: Any, turn: Turn) -> list[Mapping[str, Any]]:
+    """The messages that a later request continues. As in OpenAI's API, the instructions are of one request only."""
+    assert isinstance(call.request, ChatRequest)
+    messages = call.request.messages
+    return [*messages[body.get("instructions") is not None :], turn.choices[0].message]
+
+
+def sending_of(request: Request) -> Sending:
+    """How the client sent a request, by its headers."""
+    count = request.headers.get("x-stainless-retry-count", "0")
+    return Sending(
+        idempotency_key=request.headers.get("idempotency-key") or None,
+        is_retry=count.isdigit() and int(count) > 0,
+    )

@@ -1,0 +1,112 @@
+"""Turns under way: reports of their progress, and their end when the client disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from torchrl_sglang.agents.types import OnProgress, Progress, Turn
+
+__all__ = ["RunningTurn", "until_disconnect"]
+
+T = TypeVar("T")
+
+
+class RunningTurn:
+    """A turn in a task of its own. Reports that nobody has read are merged, so a slow reader delays nothing.
+
+    Args:
+        start: starts the turn, with the function to which it reports.
+    """
+
+    def __init__(self, start: Callable[[OnProgress], Coroutine[Any, Any, Turn]]) -> None:
+        self._latest: dict[int, Progress] = {}
+        self._changed = asyncio.Event()
+        self._task = asyncio.ensure_future(start(self._report))
+        self._task.add_done_callback(lambda _task: self._changed.set())
+
+    def _report(self, progress: Progress) -> None:
+        self._latest[progress.index] = progress
+        self._changed.set()
+
+    async def begun(self) -> None:
+        """Wait for the first report, or for the end.
+
+        Raises:
+            SGLangError: the turn failed before anything was generated.
+        """
+        await self._changed.wait()
+        if self._task.done():
+            self._task.result()
+
+    async def reports(self, *, at_least_every_s: float) -> AsyncIterator[Progress | None]:
+        """The reports; ``None`` after a time without one. Ends with the turn."""
+        loop = asyncio.get_running_loop()
+        while True:
+            timer = loop.call_later(at_least_every_s, self._changed.set)
+            await self._changed.wait()
+            timer.cancel()
+            self._changed.clear()
+            ended = self._task.done()
+            latest, self._latest = self._latest, {}
+            for progress in latest.values():
+                yield progress
+            if not latest and not ended:
+                yield None
+            if ended:
+                return
+            if self._task.done():  # it ended while a report was sent
+                self._changed.set()
+
+    @property
+    def finished(self) -> Turn | None:
+        """The whole turn, if it has been generated."""
+        if not self._task.done() or self._task.cancelled() or self._task.exception() is not None:
+            return None
+        return self._task.result()
+
+    async def result(self) -> Turn:
+        """The whole turn.
+
+        Raises:
+            SGLangError: the turn failed.
+        """
+        return await self._task
+
+    async def cancel(self) -> None:
+        """End the turn, unless it has ended."""
+        await _cancel(self._task)
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled when the client closes the connection.
+
+    Raises:
+        ClientDisconnect: the client is gone.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        await _cancel(task)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(task: asyncio.Future[Any]) -> None:
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # marks it as seen: nobody is there to be told

@@ -1,0 +1,131 @@
+"""The served model as all sessions of a gateway use it: template, servers, sampling settings, and its tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torchrl_sglang.agents.conversation.answers import find_calls
+from torchrl_sglang.agents.conversation.template import AgentTemplate
+from torchrl_sglang.agents.generation import Generator
+from torchrl_sglang.agents.settings import SessionSettings
+from torchrl_sglang.chat.defaults import GenerationDefaults
+from torchrl_sglang.chat.tool_call_reader import LOCAL, asked_calls, more_faithful
+from torchrl_sglang.chat.tool_calls import FoundCalls
+from torchrl_sglang.chat.tool_parsers import NEVER_ASKED, READ_HERE_TOO, parser_for, template_text
+from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.errors import ConfigError, ContextLengthError, ProtocolError, ServerError
+from torchrl_sglang.model_files import load_tokenizer, read_model_json
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.tool_calls import build_parse_tool_calls
+
+__all__ = ["ServedModel"]
+
+_PARSE_TIMEOUT_S = 60.0
+
+
+class ServedModel:
+    """One model, its servers and the settings of all sessions. Belongs to one event loop.
+
+    Args:
+        pool: the servers, which are connected if they are not yet.
+        tokenizer: the model's tokenizer; by default loaded from the server's ``tokenizer_path``.
+        settings: settings of all sessions.
+
+    Raises:
+        ConfigError: a bad setting, or a model without a chat template.
+        ServerError: a server can't be reached.
+    """
+
+    def __init__(self, pool: SGLangPool, tokenizer: Any = None, settings: SessionSettings | None = None) -> None:
+        pool.connect()
+        self.pool = pool
+        self.settings = settings or SessionSettings()
+        info = pool.info
+        if info.skips_tokenizer:
+            raise ConfigError(
+                f"{info.url} was launched with --skip-tokenizer-init: it can't stop at strings, as agents ask it to. "
+                "Launch it without"
+            )
+        if self.settings.adapter is not None and not info.lora_enabled:
+            raise ConfigError(f"adapter={self.settings.adapter!r}: {info.url} was launched without --enable-lora")
+        self.tokenizer = tokenizer or load_tokenizer(info.tokenizer_path, info.revision)
+        self.template = AgentTemplate(self.tokenizer, chat_template=self.settings.chat_template)
+        self.generator = Generator(
+            pool,
+            max_in_flight=self.settings.max_in_flight,
+            max_waiting=self.settings.max_waiting,
+            no_server_wait_s=self.settings.no_server_wait_s,
+            adapter=self.settings.adapter,
+        )
+        vocab_size = pool.vocab_size
+        stops = (token for token in self.template.turn_end_ids if vocab_size is None or token < vocab_size)
+        self._defaults = GenerationDefaults(given=self.settings.generation, checkpoint={}, stop_ids=tuple(stops))
+        self._defaults.sampling({}, prompt_length=0, context_length=pool.context_length)  # raises if one is bad
+        known = parser_for(
+            template=self.settings.chat_template or template_text(self.tokenizer),
+            config=read_model_json(info.model_path, "config.json", info.revision),
+            model=info.model_path,
+            server_flag=info.raw.get("tool_call_parser"),
+        )
+        named = self.settings.tool_call_parser
+        family = None if named == LOCAL else named or known
+        # A template without tools gets them in the system message, which asks for this form.
+        self.family = family if self.template.knows_tools or named else "hermes"
+
+    @property
+    def reads_calls_here(self) -> bool:
+        """Whether calls are read without asking a server."""
+        return self.family is None or self.family in NEVER_ASKED or self.family in READ_HERE_TOO
+
+    async def close(self) -> None:
+        """Close all connections of this event loop. The pool stays open."""
+        await self.generator.close()
+
+    def sampling(self, given: Mapping[str, Any], prompt_length: int) -> SamplingParams:
+        """The settings of a request over those of all requests.
+
+        Raises:
+            ConfigError: an unknown name or a bad value.
+        """
+        return self._defaults.sampling(given, prompt_length=prompt_length, context_length=self.pool.context_length)
+
+    def check(self, ids_P: Sequence[int], sampling: SamplingParams) -> None:
+        """Refuse a prompt or settings that the servers can't serve.
+
+        Raises:
+            ContextLengthError: prompt and response don't fit into the context.
+            ConfigError: another reason.
+        """
+        longest, context = self.pool.max_prompt_tokens, self.pool.context_length
+        limit = min((length for length in (longest, context) if length is not None), default=None)
+        if limit is not None and len(ids_P) > limit:
+            raise ContextLengthError(
+                f"the conversation has {len(ids_P)} tokens, and the servers take prompts of at most {limit}: shorten "
+                "it, or launch the servers with a larger context_length"
+            )
+        if context is not None and len(ids_P) + sampling.max_new_tokens > context:
+            raise ContextLengthError(
+                f"the conversation has {len(ids_P)} tokens, and a response of up to {sampling.max_new_tokens} is asked "
+                f"for: together more than the context of {context}. Shorten the conversation, or ask for fewer tokens"
+            )
+        self.pool.check([ids_P], sampling)
+
+    async def find_calls(
+        self, text: str, tools: Sequence[Mapping[str, Any]], *, prompt_text: str, is_cut: bool
+    ) -> FoundCalls:
+        """The calls of an answer: read here where the format is known, else by the server's parser."""
+        own = find_calls(text, tools, prompt_text=prompt_text, is_cut=is_cut)
+        parser = self.family
+        if parser is None or self.reads_calls_here or not own.answer.strip():
+            return own
+        try:
+            answer = await self.generator.ask(
+                build_parse_tool_calls(own.answer, tools, parser), timeout_s=_PARSE_TIMEOUT_S
+            )
+            asked = asked_calls(own, answer, tools, server=self.pool.info.url)
+        except (ServerError, ProtocolError):
+            if self.settings.tool_call_parser is not None:
+                raise
+            return own
+        return more_faithful(own, asked, parser)

@@ -1,0 +1,171 @@
+"""Requests to one server from an event loop: keys, TLS and errors as in :class:`~torchrl_sglang.SGLangClient`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import ssl
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import httpx
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.connections import IDLE_LIMIT_S, socket_options
+from torchrl_sglang.errors import (
+    ProtocolError,
+    ServerLostError,
+    ServerTimeoutError,
+    ServerUnreachableError,
+    SGLangError,
+)
+from torchrl_sglang.http_errors import rejected, stream_cut_short
+from torchrl_sglang.protocol.messages import HttpRequest
+from torchrl_sglang.tls import explain_tls, trusted_authorities
+
+__all__ = ["ServerCalls"]
+
+_LOCAL_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.ENETUNREACH}
+
+
+class ServerCalls:
+    """Sends requests to one server. Belongs to one event loop. Nothing is sent twice.
+
+    Args:
+        client: the server, its keys, time-outs and certificates.
+    """
+
+    def __init__(self, client: SGLangClient) -> None:
+        self.client = client
+        is_tls = client.url.startswith("https:")
+        authorities = trusted_authorities(client.config.ca_certificate)
+        verify = ssl.create_default_context(cafile=authorities if isinstance(authorities, str) else None)
+        transport = httpx.AsyncHTTPTransport(
+            verify=verify if is_tls else False,
+            trust_env=False,  # no proxy and no .netrc: the servers are the trainer's own
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_LIMIT_S),
+            socket_options=socket_options(),
+        )
+        # The caller sets the deadline: an answer may take as long as the slowest sequence.
+        timeout = httpx.Timeout(None, connect=client.config.connect_timeout_s)
+        self._http = httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False)
+
+    async def send(self, request: HttpRequest, *, timeout_s: float | None = None) -> Any:
+        """Send a request and return the parsed JSON of the answer, or its text if it is not JSON.
+
+        Args:
+            request: what to send.
+            timeout_s: seconds to wait for the answer; ``None`` waits until the task is cancelled.
+
+        Raises:
+            SGLangError: as :meth:`SGLangClient.send`.
+        """
+        try:
+            response = await self._http.send(self._built(request, timeout_s))
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise self._translated(error, request) from error
+        self._refuse(response, request)
+        if "json" not in response.headers.get("content-type", ""):
+            return response.text
+        try:
+            return response.json()
+        except ValueError as error:
+            raise ProtocolError(
+                f"{self.client.url} answered {request.path} with something that is not JSON: {response.text[:200]!r}",
+                server=self.client.url,
+            ) from error
+
+    async def stream(self, request: HttpRequest) -> AsyncGenerator[dict[str, Any], None]:
+        """Send a request and yield its server-sent events; closing the iterator closes the connection.
+
+        Raises:
+            SGLangError: the same errors as :meth:`send`, also in the middle of the stream.
+        """
+        url = self.client.url
+        try:
+            response = await self._http.send(self._built(request, None), stream=True)
+            try:
+                if not response.is_success:
+                    await response.aread()
+                    self._refuse(response, request)
+                async for line in response.aiter_lines():
+                    if not line.startswith("data:"):
+                        continue
+                    data = line[5:].strip()
+                    if data == "[DONE]":
+                        return
+                    yield json.loads(data)
+            finally:
+                await response.aclose()
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise self._translated(error, request) from error
+        except json.JSONDecodeError as error:
+            raise ProtocolError(f"{url} streamed an event that is not JSON", server=url) from error
+        raise stream_cut_short(request, url=url)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    def _built(self, request: HttpRequest, timeout_s: float | None) -> httpx.Request:
+        return self._http.build_request(
+            request.method,
+            self.client.url + request.path,
+            content=None if request.body is None else json.dumps(request.body),
+            headers=self.client.headers(request),
+            timeout=httpx.Timeout(timeout_s, connect=self.client.config.connect_timeout_s),
+        )
+
+    def _refuse(self, response: httpx.Response, request: HttpRequest) -> None:
+        if not response.is_success:
+            raise rejected(
+                request,
+                url=self.client.url,
+                status=response.status_code,
+                body=response.text,
+                reason=response.reason_phrase,
+                has_key="Authorization" in response.request.headers,
+            )
+
+    def _translated(self, error: Exception, request: HttpRequest) -> SGLangError:
+        """This package's error for a request that got no answer."""
+        url = self.client.url
+        where = f"{url}{request.path}"
+        if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+            if refusal := explain_tls(_with_causes(error), url):
+                return refusal
+            local = next((each for each in _causes(error) if _is_local(each)), None)
+            if local is not None:
+                return ServerUnreachableError(
+                    f"this machine could not open a connection to {url}: {local}", server=url, is_local=True
+                )
+            return ServerUnreachableError(
+                f"nothing accepts connections at {url}; is the server running and the address right?", server=url
+            )
+        if isinstance(error, httpx.TimeoutException):
+            return ServerTimeoutError(f"{where} did not answer in time; the request may still be running", server=url)
+        if isinstance(error, httpx.DecodingError):
+            return ProtocolError(f"{where} sent something that can't be decoded: {error}", server=url)
+        return ServerLostError(
+            f"the connection to {where} broke after the request was sent ({error or type(error).__name__}); it may "
+            "have run. If the server died, its log has the reason",
+            server=url,
+        )
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _with_causes(error: BaseException) -> BaseException:
+    """The error with its causes where :func:`~torchrl_sglang.tls.explain_tls` looks for them."""
+    inner = next((each for each in _causes(error) if isinstance(each, ssl.SSLError)), None)
+    return inner or error
+
+
+def _is_local(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _LOCAL_ERRNOS

@@ -1,0 +1,218 @@
+"""One agent's session: its turns, what they recorded, and its reward."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torchrl_sglang.agents.conversation.trajectories import make_trajectories, sampled_tokens
+from torchrl_sglang.agents.conversation.tree import Tree
+from torchrl_sglang.agents.served_model import ServedModel
+from torchrl_sglang.agents.sharing import PendingTurn, TurnRecord, TurnRecords
+from torchrl_sglang.agents.turns import sample_chat, sample_text
+from torchrl_sglang.agents.types import (
+    ChatRequest,
+    OnProgress,
+    SessionInfo,
+    SessionStatus,
+    TextRequest,
+    Trajectory,
+    Turn,
+)
+from torchrl_sglang.errors import ConfigError, SessionFinishedError
+
+__all__ = ["Session"]
+
+Sampler = Callable[[OnProgress | None], Coroutine[Any, Any, TurnRecord]]
+
+
+class Session:
+    """The conversations of one run of an agent. Belongs to one event loop.
+
+    A request that is repeated is not generated twice:
+
+    * two requests with the same ``idempotency_key`` are one, whenever they come;
+    * a request that says that it is a retry (``is_retry``) gets the answer to the last equal request, if that is under
+      way, or is recorded and no conversation has gone on from it;
+    * so does a request that equals one whose answer could not be delivered (:meth:`undelivered`).
+
+    Any other request is sampled anew, also an equal one: an agent may want several answers to one prompt. Answers with
+    the same tokens from the same weights are one segment.
+
+    Args:
+        model: the served model.
+        tags: what the one who made the session wants to find again in its trajectories.
+        timeout_s: silence after which it expires; ``None`` is that of the settings.
+
+    Attributes:
+        id: names it.
+        key: who has it may use the session.
+        status: whether it takes requests.
+    """
+
+    def __init__(
+        self, model: ServedModel, *, tags: Mapping[str, Any] | None = None, timeout_s: float | None = None
+    ) -> None:
+        self.id = f"ses_{secrets.token_hex(12)}"
+        self.key = f"sk-{secrets.token_urlsafe(32)}"
+        self.status: SessionStatus = "active"
+        self._model = model
+        self._tags = dict(tags or {})
+        self._timeout_s = model.settings.session_timeout_s if timeout_s is None else timeout_s
+        self._created_at = self._heard_at = time.monotonic()
+        self._chats, self._texts = Tree(), Tree()
+        self._records = TurnRecords()
+        self._server: str | None = None
+        self._reward: float | None = None
+        self._info: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------ turns
+
+    async def chat(self, request: ChatRequest, on_progress: OnProgress | None = None) -> Turn:
+        """The next message of a conversation.
+
+        If the task is cancelled, and no retry waits for the same answer, the server's request is aborted and nothing is
+        recorded.
+
+        Args:
+            request: the conversation and the settings.
+            on_progress: called with what is generated, for streaming. A retry that joins a turn under way may get only
+                its end; the returned turn has everything.
+
+        Raises:
+            ConfigError: something in the request can't be honoured; the session stays usable.
+            ContextLengthError: the conversation is too long.
+            SessionFinishedError: the session takes no more requests.
+            OverloadedError: too many requests wait.
+            ServerError: no server generated the answer.
+        """
+        return await self._turn(
+            request,
+            lambda report: sample_chat(request, self._model, self._chats, preferred=self._server, on_progress=report),
+            on_progress,
+        )
+
+    async def complete(self, request: TextRequest, on_progress: OnProgress | None = None) -> Turn:
+        """The continuation of a text or of token ids. Arguments and errors are those of :meth:`chat`."""
+        return await self._turn(
+            request,
+            lambda report: sample_text(request, self._model, self._texts, preferred=self._server, on_progress=report),
+            on_progress,
+        )
+
+    def undelivered(self, turn: Turn) -> None:
+        """A turn's answer did not reach the client: an equal request will get it."""
+        self._records.undelivered(turn.id)
+
+    async def _turn(self, request: ChatRequest | TextRequest, sample: Sampler, on_progress: OnProgress | None) -> Turn:
+        self._require_active()
+        self._heard_at = time.monotonic()
+        known = self._records.find(_signature(request), request.idempotency_key, is_retry=request.is_retry)
+        if isinstance(known, TurnRecord):
+            return known.as_turn(is_repeated=True)
+        joined = known is not None
+        if known is None:
+            known = PendingTurn(sample, streams=on_progress is not None)
+            self._records.begin(known, _signature(request), request.idempotency_key)
+        try:
+            record = await known.result(on_progress)
+        except asyncio.CancelledError:
+            if known.is_withdrawn:
+                self._require_active()
+            raise
+        finally:
+            self._heard_at = time.monotonic()
+        self._server = record.server or self._server
+        return record.as_turn(is_repeated=joined)
+
+    def _require_active(self) -> None:
+        if self.status == "active":
+            return
+        why = "it has its reward" if self.status == "finished" else f"nothing was heard of it for {self._timeout_s:g} s"
+        raise SessionFinishedError(
+            f"session {self.id} is {self.status}: {why}. It takes no more requests; make a new session", session=self.id
+        )
+
+    # ------------------------------------------------------------------ results
+
+    def reward(self, value: float, info: Mapping[str, Any] | None = None) -> None:
+        """Finish the session with a reward. Turns under way are aborted. Giving the same reward again does nothing.
+
+        Args:
+            value: the reward, a finite number.
+            info: anything else to know, as JSON.
+
+        Raises:
+            ConfigError: the reward is no finite number.
+            SessionFinishedError: the session has another reward, or has expired.
+        """
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ConfigError(f"reward must be a finite number, got {value!r:.100}")
+        if self.status == "finished" and (self._reward, self._info) == (float(value), dict(info or {})):
+            return
+        self._require_active()
+        self._reward, self._info = float(value), dict(info or {})
+        self._end("finished")
+
+    def trajectories(self) -> list[Trajectory]:
+        """One trajectory per leaf: conversations first, then continued texts, each in the order of their recording."""
+        about: dict[str, Any] = {
+            "session": self.id,
+            "reward": self._reward,
+            "info": dict(self._info),
+            "tags": dict(self._tags),
+            "status": self.status,
+        }
+        chats = make_trajectories(self._chats, **about)
+        return chats + make_trajectories(self._texts, first_index=len(chats), **about)
+
+    def info(self) -> SessionInfo:
+        """What it has done so far."""
+        now = time.monotonic()
+        return SessionInfo(
+            id=self.id,
+            status=self.status,
+            turns=self._records.num_turns,
+            trajectories=len(self._chats.leaves()) + len(self._texts.leaves()),
+            sampled_tokens=sampled_tokens(self._chats) + sampled_tokens(self._texts),
+            in_flight=self._records.num_pending,
+            age_s=now - self._created_at,
+            idle_s=self.idle_s,
+            reward=self._reward,
+            info=dict(self._info),
+            tags=dict(self._tags),
+        )
+
+    # ------------------------------------------------------------------ its end
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the agent was last heard of; 0 while something is generated for it."""
+        return 0.0 if self._records.num_pending else time.monotonic() - self._heard_at
+
+    def expire_if_silent(self) -> bool:
+        """Expire if the agent has been silent for too long; whether it did so now."""
+        if self.status != "active" or self.idle_s <= self._timeout_s:
+            return False
+        self._end("expired")
+        return True
+
+    def close(self) -> None:
+        """Abort what is under way, because the session is deleted."""
+        self._end("finished" if self.status == "active" else self.status)
+
+    def _end(self, status: SessionStatus) -> None:
+        self.status = status
+        self._records.withdraw_all()
+
+
+def _signature(request: ChatRequest | TextRequest) -> str:
+    """Equal for requests that ask for the same, apart from what says that they are repeated."""
+    fields = {**asdict(request), "idempotency_key": None, "is_retry": False}
+    return json.dumps([type(request).__name__, fields], sort_keys=True, default=repr)

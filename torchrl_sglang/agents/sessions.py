@@ -1,0 +1,118 @@
+"""The sessions of a gateway: made, found by id and key, expired when silent, bounded in number."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torchrl_sglang.agents.served_model import ServedModel
+from torchrl_sglang.agents.session import Session
+from torchrl_sglang.config.checking import require_number
+from torchrl_sglang.errors import ConfigError, OverloadedError, SessionKeyError, UnknownSessionError
+
+__all__ = ["Sessions"]
+
+_log = logging.getLogger(__name__)
+
+
+class Sessions:
+    """The sessions of one gateway. Belongs to one event loop.
+
+    Args:
+        model: the served model.
+        on_expired: called with each session that expires, besides the warning in the log.
+    """
+
+    def __init__(self, model: ServedModel, *, on_expired: Callable[[Session], None] | None = None) -> None:
+        self.model = model
+        self._on_expired = on_expired
+        self._sessions: dict[str, Session] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions.values()))
+
+    def create(self, *, tags: Mapping[str, Any] | None = None, ttl_s: float | None = None) -> Session:
+        """Make a session.
+
+        Args:
+            tags: anything to find again in its trajectories, as JSON.
+            ttl_s: seconds of silence after which it expires; ``None`` is ``SessionSettings.session_timeout_s``.
+
+        Raises:
+            ConfigError: a bad argument.
+            OverloadedError: there are as many sessions as may be.
+        """
+        require_number("ttl_s", ttl_s, optional=True, above=0)
+        if tags is not None and not isinstance(tags, Mapping):
+            raise ConfigError(f"tags must be an object, got {type(tags).__name__}")
+        self.expire()
+        most = self.model.settings.max_sessions
+        if len(self._sessions) >= most:
+            old = next((session for session in self._sessions.values() if session.status == "expired"), None)
+            if old is None:
+                raise OverloadedError(
+                    f"there are {most} sessions, as many as may be (max_sessions): delete sessions whose trajectories "
+                    "have been read"
+                )
+            _log.warning("the expired session %s is deleted to make room", old.id)
+            del self._sessions[old.id]
+        session = Session(self.model, tags=tags, timeout_s=ttl_s)
+        self._sessions[session.id] = session
+        return session
+
+    def get(self, session_id: str, *, key: str | None = None) -> Session:
+        """A session by its id.
+
+        Args:
+            session_id: its id.
+            key: the key that came with a request; ``None`` is for callers who need none.
+
+        Raises:
+            UnknownSessionError: there is none.
+            SessionKeyError: the key is missing or wrong.
+        """
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise UnknownSessionError(
+                f"there is no session {session_id!r:.100}: it was deleted, or never made", session=session_id[:100]
+            )
+        if key is not None and not hmac.compare_digest(key.encode(errors="replace"), session.key.encode()):
+            what = "no key was sent" if not key else "the key that was sent is another one"
+            raise SessionKeyError(
+                f"{what}: session {session_id} needs the api_key that it was made with, as 'Authorization: Bearer KEY'",
+                session=session_id,
+            )
+        self._expire(session)
+        return session
+
+    async def delete(self, session_id: str) -> None:
+        """Abort what a session has under way, and forget it.
+
+        Raises:
+            UnknownSessionError: there is none.
+        """
+        self.get(session_id).close()
+        del self._sessions[session_id]
+
+    def expire(self) -> list[Session]:
+        """Expire the sessions that have been silent for too long; those that expired now. To be called regularly."""
+        return [session for session in self._sessions.values() if self._expire(session)]
+
+    def _expire(self, session: Session) -> bool:
+        if not session.expire_if_silent():
+            return False
+        _log.warning("session %s expired: its agent was silent for %.0f s", session.id, session.idle_s)
+        if self._on_expired is not None:
+            self._on_expired(session)
+        return True
+
+    async def close(self) -> None:
+        """Abort everything under way, and close the connections to the servers."""
+        for session in self:
+            session.close()
+        await self.model.close()

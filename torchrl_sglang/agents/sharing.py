@@ -1,0 +1,198 @@
+"""Turns that several requests may wait for: a request and its retries."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchrl_sglang.agents.conversation.tree import Node
+from torchrl_sglang.agents.types import Choice, OnProgress, Progress, Turn
+from torchrl_sglang.errors import ConfigError
+
+__all__ = ["PendingTurn", "TurnRecord", "TurnRecords"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRecord:
+    """A finished turn.
+
+    Attributes:
+        id: names it.
+        nodes: its answers, one per choice.
+        prompt_tokens: number of tokens of the prompt.
+        cached_tokens: as in :class:`Turn`.
+        server: URL of the server that generated its first choice.
+    """
+
+    id: str
+    nodes: Sequence[Node]
+    prompt_tokens: int
+    cached_tokens: int
+    server: str
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether a conversation has gone on from one of its answers."""
+        return any(node.children for node in self.nodes)
+
+    def as_turn(self, *, is_repeated: bool = False) -> Turn:
+        """The turn as the client gets it."""
+        return Turn(
+            id=self.id,
+            choices=tuple(_choice(index, node) for index, node in enumerate(self.nodes)),
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=sum(len(node.output_ids) for node in self.nodes),
+            cached_tokens=self.cached_tokens,
+            is_repeated=is_repeated,
+        )
+
+
+def _choice(index: int, node: Node) -> Choice:
+    return Choice(
+        index=index,
+        message=node.answer.as_openai(),
+        text=node.text,
+        token_ids=tuple(node.output_ids),
+        log_probs=tuple(node.log_probs),
+        weight_versions=tuple(node.versions),
+        finish_reason=node.finish_reason,
+        top_log_probs=node.top_log_probs,
+        stop=node.stop,
+    )
+
+
+class PendingTurn:
+    """A turn under way. It goes on as long as somebody waits for it.
+
+    Args:
+        sample: generates and records it; called with the function to report progress to.
+        streams: whether somebody wants reports of its progress.
+
+    Attributes:
+        is_withdrawn: the session has ended it.
+        is_ending: it is being aborted, or is over.
+    """
+
+    def __init__(
+        self, sample: Callable[[OnProgress | None], Coroutine[Any, Any, TurnRecord]], *, streams: bool
+    ) -> None:
+        self.is_withdrawn = False
+        self.is_ending = False
+        self._listeners: list[OnProgress] = []
+        self._latest: dict[int, Progress] = {}
+        self._waiting = 0
+        self.task = asyncio.get_running_loop().create_task(sample(self._report if streams else None))
+
+    def _report(self, progress: Progress) -> None:
+        self._latest[progress.index] = progress
+        for listener in self._listeners:
+            listener(progress)
+
+    async def result(self, on_progress: OnProgress | None) -> TurnRecord:
+        """Wait for it. If everybody who waits is cancelled, so is the turn."""
+        if on_progress is not None:
+            self._listeners.append(on_progress)
+            for progress in self._latest.values():
+                on_progress(progress)
+        self._waiting += 1
+        try:
+            return await asyncio.shield(self.task)
+        finally:
+            self._waiting -= 1
+            if on_progress is not None:
+                self._listeners.remove(on_progress)
+            if not self._waiting:
+                self._end()
+
+    def withdraw(self) -> None:
+        """End it: the session takes no more answers."""
+        self.is_withdrawn = True
+        self._end()
+
+    def _end(self) -> None:
+        self.is_ending = True
+        self.task.cancel()  # does nothing if it is done
+
+
+@dataclass(slots=True)
+class _Entry:
+    signature: bytes
+    key: str | None
+    turn: PendingTurn | TurnRecord
+    is_undelivered: bool = False
+
+
+class TurnRecords:
+    """The turns of one session, by what was requested."""
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+
+    @property
+    def num_turns(self) -> int:
+        """Number of finished turns."""
+        return sum(isinstance(entry.turn, TurnRecord) for entry in self._entries)
+
+    @property
+    def num_pending(self) -> int:
+        """Number of turns under way."""
+        return len(self._entries) - self.num_turns
+
+    def find(self, signature: str, key: str | None, *, is_retry: bool) -> PendingTurn | TurnRecord | None:
+        """The turn that a request repeats; ``None`` if it has to be generated.
+
+        Raises:
+            ConfigError: the key belongs to another request.
+        """
+        digest = _digest(signature)
+        alive = [e for e in self._entries if isinstance(e.turn, TurnRecord) or not e.turn.is_ending]
+        if key is not None:
+            same_key = next((entry for entry in alive if entry.key == key), None)
+            if same_key is None:
+                return None
+            if same_key.signature != digest:
+                raise ConfigError(
+                    f"the idempotency key {key!r:.100} was sent with another request before: use a new key for each"
+                )
+            return same_key.turn
+        for entry in reversed(alive):
+            if entry.signature != digest:
+                continue
+            if is_retry and (isinstance(entry.turn, PendingTurn) or not entry.turn.is_continued):
+                return entry.turn
+            if entry.is_undelivered:
+                entry.is_undelivered = False
+                return entry.turn
+        return None
+
+    def begin(self, turn: PendingTurn, signature: str, key: str | None) -> None:
+        """A turn has begun. It is forgotten if it fails."""
+        entry = _Entry(_digest(signature), key, turn)
+        self._entries.append(entry)
+
+        def ended(task: asyncio.Task[TurnRecord]) -> None:
+            if task.cancelled() or task.exception() is not None:
+                self._entries.remove(entry)
+            else:
+                entry.turn = task.result()
+
+        turn.task.add_done_callback(ended)
+
+    def undelivered(self, turn_id: str) -> None:
+        """A finished turn did not reach the client."""
+        for entry in self._entries:
+            if isinstance(entry.turn, TurnRecord) and entry.turn.id == turn_id and not entry.turn.is_continued:
+                entry.is_undelivered = True
+
+    def withdraw_all(self) -> None:
+        """End all turns under way."""
+        for entry in list(self._entries):
+            if isinstance(entry.turn, PendingTurn):
+                entry.turn.withdraw()
+
+
+def _digest(signature: str) -> bytes:
+    return hashlib.sha256(signature.encode(errors="surrogatepass")).digest()

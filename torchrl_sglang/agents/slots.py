@@ -1,0 +1,124 @@
+"""Which server a request goes to, and how many each has under way; further requests wait their turn."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.errors import OverloadedError, ServerError
+from torchrl_sglang.pool import SGLangPool
+
+__all__ = ["ServerSlots"]
+
+_LOOK_AGAIN_S = 0.25
+_SLACK = 8
+"""Sequences that a server may have more than twice the least loaded one, before a conversation leaves it: its prefix
+cache holds the conversation, and another server computes all of it again."""
+
+
+class ServerSlots:
+    """Divides requests over the healthy servers of a pool. Belongs to one event loop.
+
+    Args:
+        pool: the servers.
+        max_in_flight: most sequences under way on each server.
+        max_waiting: most sequences that wait for a server.
+        no_server_wait_s: how long a sequence waits while no server is healthy, for example until a crashed one is back.
+    """
+
+    def __init__(self, pool: SGLangPool, *, max_in_flight: int, max_waiting: int, no_server_wait_s: float) -> None:
+        self._pool = pool
+        self._max_in_flight = max_in_flight
+        self._max_waiting = max_waiting
+        self._no_server_wait_s = no_server_wait_s
+        self._load = {client.url: 0 for client in pool.clients}
+        self._waiting: deque[asyncio.Event] = deque()
+
+    @property
+    def in_flight(self) -> int:
+        """Sequences under way on all servers."""
+        return sum(self._load.values())
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a server."""
+        return len(self._waiting)
+
+    @asynccontextmanager
+    async def take(self, preferred: str | None) -> AsyncIterator[SGLangClient]:
+        """Hold a place on a server.
+
+        Args:
+            preferred: URL of the server that has the conversation in its prefix cache.
+
+        Raises:
+            OverloadedError: too many wait already.
+            ServerError: no server has been healthy for a while.
+        """
+        client = self._choose(preferred) if not self._waiting else None
+        if client is None:
+            client = await self._wait(preferred)
+        self._load[client.url] += 1
+        try:
+            yield client
+        finally:
+            self._load[client.url] -= 1
+            self._wake_first()
+
+    async def _wait(self, preferred: str | None) -> SGLangClient:
+        if len(self._waiting) >= self._max_waiting:
+            raise OverloadedError(
+                f"{len(self._waiting)} requests wait for {len(self._pool.clients)} servers, each of which has "
+                f"{self._max_in_flight} under way; try again later, or run fewer agents at once"
+            )
+        mine = asyncio.Event()
+        self._waiting.append(mine)
+        healthy_at = time.monotonic()
+        try:
+            while True:
+                if self._waiting[0] is mine:
+                    client = self._choose(preferred)
+                    if client is not None:
+                        return client
+                    await self._poll_dead_servers()
+                if self._pool.healthy:
+                    healthy_at = time.monotonic()
+                elif time.monotonic() - healthy_at > self._no_server_wait_s:
+                    self._pool.require_healthy("the turn was not generated")
+                mine.clear()
+                try:
+                    await asyncio.wait_for(mine.wait(), _LOOK_AGAIN_S)
+                except asyncio.TimeoutError:  # another class up to Python 3.10
+                    continue
+        finally:
+            self._waiting.remove(mine)
+            self._wake_first()
+
+    def _wake_first(self) -> None:
+        if self._waiting:
+            self._waiting[0].set()
+
+    def _choose(self, preferred: str | None) -> SGLangClient | None:
+        """The server for the next sequence; ``None`` if all are full or none is healthy."""
+        healthy = self._pool.healthy
+        if len(healthy) < len(self._pool.clients) and healthy:
+            self._pool.poll_dead_servers()  # in the background, at most every few seconds
+        free = [client for client in healthy if self._load[client.url] < self._max_in_flight]
+        if not free:
+            return None
+        least = min(free, key=lambda client: self._load[client.url])
+        known = next((client for client in free if client.url == preferred), None)
+        if known is not None and self._load[known.url] <= 2 * self._load[least.url] + _SLACK:
+            return known
+        return least
+
+    async def _poll_dead_servers(self) -> None:
+        if not self._pool.healthy:
+            try:
+                await asyncio.to_thread(self._pool.poll_dead_servers)
+            except ServerError:  # none is back: said by require_healthy
+                return

@@ -1,0 +1,267 @@
+"""Generates and records one turn: prompt, choices, answers."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from array import array
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torchrl_sglang.agents.conversation.answers import decode_answer, finish_reason, read_answer
+from torchrl_sglang.agents.conversation.continuation import Prompt, build_prompt
+from torchrl_sglang.agents.conversation.messages import Message, read_messages
+from torchrl_sglang.agents.conversation.progress import ProgressText
+from torchrl_sglang.agents.conversation.texts import build_text_prompt
+from torchrl_sglang.agents.conversation.tree import Node, Tree
+from torchrl_sglang.agents.generation import Generated
+from torchrl_sglang.agents.served_model import ServedModel
+from torchrl_sglang.agents.sharing import TurnRecord
+from torchrl_sglang.agents.tool_choice import constrain, reads_calls
+from torchrl_sglang.agents.types import ChatRequest, OnProgress, Progress, TextRequest, TokenLogProb
+from torchrl_sglang.chat.quoted_text import open_thinking
+from torchrl_sglang.chat.tool_schemas import read_tools
+from torchrl_sglang.chat_templates import check_template_kwargs
+from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.errors import ConfigError
+
+__all__ = ["sample_chat", "sample_text"]
+
+_MOST_TOP_LOGPROBS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A turn to generate.
+
+    Attributes:
+        prompt: its prompt.
+        ids_P: all tokens of it.
+        sampling: how tokens are drawn, ``n`` choices.
+        top_logprobs: number of the most likely tokens to report.
+        tools: the tools whose calls are read from the answers; none for a text.
+        is_chat: whether thinking is separated from the content.
+        parallel: whether a message may have several calls.
+        earlier_calls: number of calls in the conversation.
+    """
+
+    prompt: Prompt
+    ids_P: list[int]
+    sampling: SamplingParams
+    top_logprobs: int
+    tools: Sequence[Mapping[str, Any]] = ()
+    is_chat: bool = True
+    parallel: bool = True
+    earlier_calls: int = 0
+
+
+async def sample_chat(
+    request: ChatRequest, model: ServedModel, tree: Tree, *, preferred: str | None, on_progress: OnProgress | None
+) -> TurnRecord:
+    """Generate the next message of a conversation, and record it.
+
+    Args:
+        request: the conversation.
+        model: the served model.
+        tree: what the session has recorded.
+        preferred: URL of the server that generated the session's last turn.
+        on_progress: called with what is generated.
+
+    Raises:
+        ConfigError: something in the request can't be honoured.
+        ServerError: no server generated the answer.
+    """
+    match = tree.match(read_messages(request.messages))
+    tools = read_tools(list(request.tools)) if request.tools else []
+    variables = {**model.settings.template_kwargs, **check_template_kwargs(request.template_kwargs)}
+    prompt = build_prompt(
+        match,
+        model.template,
+        tools=tools,
+        variables=variables,
+        on_rewrite=model.settings.on_rewrite,
+    )
+    ids_P = prompt.token_ids()
+    thinks = open_thinking(prompt.text)
+    sampling = constrain(
+        model.sampling(request.sampling, len(ids_P)),
+        tools=tools,
+        tool_choice=request.tool_choice,
+        parallel=request.parallel_tool_calls is not False,
+        family=model.family,
+        thinking_end=None if thinks is None else thinks[1],
+    )
+    job = _Job(
+        prompt=prompt,
+        ids_P=ids_P,
+        sampling=sampling,
+        top_logprobs=request.top_logprobs,
+        tools=tools if reads_calls(tools, request.tool_choice) else (),
+        parallel=request.parallel_tool_calls is not False,
+        earlier_calls=sum(len(message.calls) for message in match.messages),
+    )
+    make = _maker(model, job, parent=match.node, new=match.new, position=len(match.messages))
+    return await _run(job, model, tree, make, preferred, on_progress)
+
+
+async def sample_text(
+    request: TextRequest, model: ServedModel, tree: Tree, *, preferred: str | None, on_progress: OnProgress | None
+) -> TurnRecord:
+    """Generate the continuation of a text or of tokens, and record it. Arguments and errors as :func:`sample_chat`."""
+    prompt = build_text_prompt(request.prompt, tree, model.template)
+    ids_P = prompt.token_ids()
+    job = _Job(
+        prompt=prompt,
+        ids_P=ids_P,
+        sampling=model.sampling(request.sampling, len(ids_P)),
+        top_logprobs=request.top_logprobs,
+        is_chat=False,
+    )
+    asked = Message(role="user", content=prompt.text)
+    position = 1 if prompt.base is None else prompt.base.position + 2
+    make = _maker(model, job, parent=prompt.base, new=(asked,), position=position)
+    return await _run(job, model, tree, make, preferred, on_progress)
+
+
+MakeNode = Callable[[Generated, str, int], Coroutine[Any, Any, Node]]
+
+
+def _maker(model: ServedModel, job: _Job, *, parent: Node | None, new: tuple[Message, ...], position: int) -> MakeNode:
+    """The function that makes a node of a sequence, for the turn and the choice that it names."""
+
+    async def make(made: Generated, turn: str, index: int) -> Node:
+        written = decode_answer(
+            made.output_ids, finish_reason=made.finish_reason, matched=made.matched, template=model.template
+        )
+        if job.sampling.no_stop_trim and isinstance(made.matched, str):
+            written = replace(written, text=written.text + written.beyond, beyond="")
+        prompt_text = job.prompt.text
+        found = None
+        if job.tools:
+            is_cut = made.finish_reason == "length"
+            found = await model.find_calls(written.text, job.tools, prompt_text=prompt_text, is_cut=is_cut)
+        answer = Message(role="assistant", content=model.template.without_marks(written.text), raw=written.text)
+        if job.is_chat:
+            answer = read_answer(
+                written,
+                found,
+                prompt_text=prompt_text,
+                prompt_ids=job.ids_P,
+                output_ids=made.output_ids,
+                template=model.template,
+                parser=model.family,
+                earlier_calls=job.earlier_calls,
+                most_calls=None if job.parallel else 1,
+            )
+        return Node(
+            turn=turn,
+            index=index,
+            parent=parent,
+            base=job.prompt.base,
+            new=new,
+            answer=answer,
+            prompt_text=prompt_text,
+            prompt_ids=array("q", job.prompt.ids),
+            text=written.text,
+            beyond=written.beyond,
+            output_ids=array("q", made.output_ids),
+            log_probs=array("d", made.log_probs),
+            versions=array("q", made.versions),
+            finish_reason=finish_reason(made.finish_reason, answer),
+            position=position,
+            temperature=0.0 if job.sampling.is_greedy else job.sampling.temperature,
+            exact_log_probs=not job.sampling.truncates,
+            stop=made.matched if isinstance(made.matched, str) else None,
+            top_log_probs=_top(made, model),
+        )
+
+    return make
+
+
+async def _run(
+    job: _Job,
+    model: ServedModel,
+    tree: Tree,
+    make: MakeNode,
+    preferred: str | None,
+    on_progress: OnProgress | None,
+) -> TurnRecord:
+    """Generate all choices side by side, and record them together: a turn that fails leaves nothing."""
+    if not 0 <= job.top_logprobs <= _MOST_TOP_LOGPROBS:
+        raise ConfigError(f"top_logprobs must be between 0 and {_MOST_TOP_LOGPROBS}, got {job.top_logprobs}")
+    model.check(job.ids_P, job.sampling)
+    single = replace(job.sampling, n=1)
+
+    async def one(index: int) -> Generated:
+        report = None if on_progress is None else _reporter(index, job, model, on_progress)
+        return await model.generator.generate(
+            job.ids_P,
+            single,
+            top_logprobs=job.top_logprobs,
+            preferred=preferred,
+            timeout_s=model.settings.turn_timeout_s,
+            on_tokens=report,
+        )
+
+    made = await _all_or_none([one(index) for index in range(job.sampling.n)])
+    turn = f"turn_{secrets.token_hex(8)}"
+    nodes = [await make(each, turn, index) for index, each in enumerate(made)]
+    return TurnRecord(
+        id=turn,
+        nodes=[tree.add(node) for node in nodes],
+        prompt_tokens=len(job.ids_P),
+        cached_tokens=max(each.cached_tokens for each in made),
+        server=made[0].server,
+    )
+
+
+async def _all_or_none(work: Sequence[Coroutine[Any, Any, Generated]]) -> list[Generated]:
+    """The results of all; if one fails, or this is cancelled, the others are cancelled."""
+    if len(work) == 1:
+        return [await work[0]]
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _reporter(index: int, job: _Job, model: ServedModel, on_progress: OnProgress) -> Callable[[Generated], None]:
+    text = ProgressText(
+        model.template,
+        stops=job.sampling.stop,
+        has_tools=bool(job.tools),
+        reads_here=model.reads_calls_here,
+        thinks=open_thinking(job.prompt.text) if job.is_chat else None,
+        is_chat=job.is_chat,
+        holds_all=bool(job.sampling.stop_regex),
+    )
+
+    def report(so_far: Generated) -> None:
+        text.push(so_far.output_ids)
+        on_progress(
+            Progress(
+                index=index,
+                text=text.text,
+                content=text.content,
+                reasoning_content=text.reasoning,
+                token_ids=tuple(so_far.output_ids),
+                log_probs=tuple(so_far.log_probs),
+                top_log_probs=_top(so_far, model),
+            )
+        )
+
+    return report
+
+
+def _top(made: Generated, model: ServedModel) -> tuple[tuple[TokenLogProb, ...], ...]:
+    return tuple(
+        tuple(
+            TokenLogProb(token_id=token, text=model.template.decode([token]), log_prob=log_prob)
+            for log_prob, token, _ in entries or ()
+        )
+        for entries in made.top_log_probs
+    )

@@ -1,0 +1,181 @@
+"""Transport ``auto``: ``ipc`` for the servers that share this host's memory, ``broadcast`` for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.errors import SGLangError, WeightUpdateError
+from torchrl_sglang.parallel import Task
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.version import WeightVersion
+from torchrl_sglang.weights.buckets.packing import BucketPacker
+from torchrl_sglang.weights.transports.base import PackedWeights
+from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
+from torchrl_sglang.weights.transports.bucket_tee import BucketTee
+from torchrl_sglang.weights.transports.ipc import HostChecks, IpcTransport
+from torchrl_sglang.weights.transports.replicas import require_one_replica
+from torchrl_sglang.weights.transports.tensor_loop import TensorLoop
+from torchrl_sglang.weights.update.report import SyncReport
+from torchrl_sglang.weights.update.session import UpdateSession
+
+__all__ = ["AutoTransport", "TransportChoice"]
+
+
+@dataclass(frozen=True, slots=True)
+class TransportChoice:
+    """The transport of one server.
+
+    Attributes:
+        transport: ``"ipc"`` or ``"broadcast"``.
+        reason: why.
+    """
+
+    transport: str
+    reason: str
+
+
+class AutoTransport:
+    """Sends weights to each server by the transport that suits it, in one update of all servers.
+
+    The choice is made for each update, since servers come and go.
+
+    Args:
+        pool: the servers.
+        config: settings of both transports.
+        owner: id of this trainer.
+        largest_bytes: size of the largest bucket.
+
+    Attributes:
+        choices: per server URL its transport and the reason; filled by :meth:`connect`.
+    """
+
+    def __init__(self, pool: SGLangPool, config: SyncConfig, owner: str, *, largest_bytes: int = 0) -> None:
+        self.choices: dict[str, TransportChoice] = {}
+        self._pool = pool
+        self._config = config
+        self._checks = HostChecks()
+        self._ipc = IpcTransport(pool, config, self._checks)
+        self._broadcast = BroadcastTransport(pool, config, owner, largest_bytes=largest_bytes)
+
+    @property
+    def name(self) -> str:
+        """``"ipc"``, ``"broadcast"``, or ``"ipc+broadcast"`` where the servers differ; ``"auto"`` until it is known."""
+        return "+".join(name for name in ("ipc", "broadcast") if self._has(name)) or "auto"
+
+    @property
+    def packer(self) -> BucketPacker:
+        """The packer of ``ipc``, whose buffers can be broadcast too, unless nothing goes that way."""
+        return self._ipc.packer if self._has("ipc") else self._broadcast.packer
+
+    @property
+    def num_copies(self) -> int:
+        """How often the trainer sends every byte."""
+        return self._has("ipc") + (self._broadcast.num_copies if self._has("broadcast") else 0)
+
+    def connect(self, clients: Sequence[SGLangClient]) -> None:
+        """Choose, and prepare what was chosen.
+
+        Raises:
+            ConfigError: a server can take weights by neither transport.
+            WeightUpdateError: a server did not join the process group.
+        """
+        require_one_replica(clients)
+        self.choices = self._choose(clients)
+        near = [client for client in clients if self.choices[client.url].transport == "ipc"]
+        far = [client for client in clients if client not in near]
+        for transport, its_clients in ((self._ipc, near), (self._broadcast, far)):
+            if its_clients:
+                transport.connect(its_clients)
+            else:
+                transport.close()
+
+    def _choose(self, clients: Sequence[SGLangClient]) -> dict[str, TransportChoice]:
+        checks = self._checks.check(clients)
+        choices = {
+            url: TransportChoice("ipc", "it shares this host's memory")
+            if check.is_shared
+            else TransportChoice("broadcast", check.reason)
+            for url, check in checks.items()
+        }
+        is_mixed = len({choice.transport for choice in choices.values()}) > 1
+        on_gpu = any(client.info.device != "cpu" for client in clients)
+        if is_mixed and on_gpu and self._config.backend != "gloo":
+            # An NCCL broadcast needs the buckets on a GPU, and not every server here can open this process's GPU.
+            reason = "other servers need an NCCL broadcast, and one set of buckets serves all"
+            choices = {
+                url: TransportChoice("broadcast", reason) if choice.transport == "ipc" else choice
+                for url, choice in choices.items()
+            }
+        return choices
+
+    def stage(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> None:
+        """Gather, check and pack all buckets, or the first."""
+        packed.stage()
+
+    def open_session(
+        self, clients: Sequence[SGLangClient], version: WeightVersion, deadline: float, report: SyncReport
+    ) -> UpdateSession:
+        """Pauses the servers. See :meth:`WeightTransport.open_session`."""
+        transport = self._broadcast if self._has("broadcast") else self._ipc
+        return transport.open_session(clients, version, deadline, report)
+
+    def send(self, session: UpdateSession, packed: PackedWeights, deadline: float) -> None:
+        """Send the buckets by the chosen transports. See :meth:`WeightTransport.send`."""
+        if self.name != "ipc+broadcast":
+            (self._ipc if self._has("ipc") else self._broadcast).send(session, packed, deadline)
+            return
+        session.begin()
+        flush = session.flushes and packed.num_buckets is not None
+        with session.report.phase("transfer"):
+            failed = self._send_both(session, packed, deadline, flush=flush)
+        session.received(flushed=flush and session.report.num_buckets > 0, failed=failed)
+
+    def _send_both(
+        self, session: UpdateSession, packed: PackedWeights, deadline: float, *, flush: bool
+    ) -> Mapping[str, SGLangError]:
+        """Run both senders side by side; a failure of one leaves the other's servers with the new weights.
+
+        Raises:
+            WeightUpdateError: every server has failed.
+        """
+        near = [client for client in session.clients if self.choices[client.url].transport == "ipc"]
+        far = [client for client in session.clients if client not in near]
+        tee = BucketTee(packed, 2)
+        to_near, to_far = tee.reader(), tee.reader()
+        tensors = TensorLoop(near, self._pool.state, self._ipc, self._config, deadline)
+        buckets = self._broadcast.bucket_loop(deadline)
+        num_buckets = packed.num_buckets
+
+        def send_near() -> None:
+            try:
+                tensors.run(to_near, num_buckets=num_buckets, flush_cache=flush)
+            finally:
+                tee.leave(0)
+
+        sending = Task(send_near, name="sglang-ipc")
+        failed: dict[str, SGLangError] = {}
+        try:
+            failed |= buckets.run(to_far, num_buckets=num_buckets, flush_cache=flush)
+        except WeightUpdateError as error:
+            failed |= {client.url: error for client in far}
+        except BaseException as error:
+            tee.stop(error)
+            raise
+        finally:
+            tee.leave(1)
+        error = sending.outcome().error
+        failed |= tensors.failed
+        if len(failed) == len(session.clients):
+            raise error or next(iter(failed.values()))
+        return failed
+
+    def close(self) -> None:
+        """Destroy the groups and remove the segments."""
+        self._ipc.close()
+        self._broadcast.close()
+
+    def _has(self, transport: str) -> bool:
+        return any(choice.transport == transport for choice in self.choices.values())
