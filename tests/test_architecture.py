@@ -48,7 +48,7 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
     "pool": (
         *("state", "update_lock", "checks", "reply_weights", "router_client", "affinity", "balancing", "streaming"),
         *("dispatch", "batch", "dead_servers", "end_tokens", "batch_run", "stream_run", "member_file", "membership"),
-        *("pool", "resolve", "earlier_weights", "server_list", "following"),
+        *("servers", "pool", "resolve", "earlier_weights", "server_list", "following"),
     ),
     "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": (

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.fake_sglang import FakeServer, FakeSettings, Fault, logprobs, signature
 from tests.fake_sglang.model import read_checkpoint
@@ -169,6 +171,46 @@ def test_through_a_shared_folder_a_newcomer_gets_them_whatever_the_trainer_has_d
     assert not pool.quarantined
     assert holds(second, changed(tensors, 1.0))
     assert pool.clients[1].weight_version() == f"1@{sync.owner}"
+    sync.close()
+
+
+def test_a_newcomer_waits_for_a_push_of_all_tensors_while_parts_are_sent_to_the_others(
+    make: Make, tensors: dict[str, torch.Tensor]
+) -> None:
+    first, second = make(), make()
+    pool = pool_of(first)
+    sync = WeightSync(pool, PLAIN)
+    sync.push(iter(changed(tensors, 1.0).items()))
+    pool.add(second.url)
+    name = "lm_head.weight"
+    sync.push({name: tensors[name] + 5}, partial=True)
+    assert first.weights[0][name].equal(tensors[name] + 5)
+    assert list(pool.quarantined) == [second.url]
+    sync.push(changed(tensors, 2.0))
+    assert not pool.quarantined
+    sync.close()
+
+
+def test_a_newcomer_gets_the_adapter_of_the_last_push(make: Make, tiny_llama: Path) -> None:
+    first, second, third = make(enable_lora=True), make(enable_lora=True), make(enable_lora=True, weight_version="7@x")
+    pool = pool_of(first)
+    sync = WeightSync(pool, SyncConfig(verify="off", transport="lora"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    sync.push(model)
+    sync.push(model)
+    before = pool.generate(PROMPTS, SHORT)
+    pool.add(second.url)
+    assert not pool.quarantined
+    assert "/pause_generation" not in paths(first) + paths(second)
+    replies = pool.generate(PROMPTS, SHORT)
+    assert {reply.server for reply in replies} == {first.url, second.url}
+    assert [reply.output_ids for reply in replies] == [reply.output_ids for reply in before]
+    assert {reply.weight_version for reply in replies} == {f"2@{sync.owner}"}
+    with pytest.raises(ConfigError, match="an adapter needs the same base model everywhere"):
+        pool.add(third.url)
+    sync.push(model)
+    assert len(pool.generate(PROMPTS, SHORT)) == len(PROMPTS)
     sync.close()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams
@@ -378,11 +378,11 @@ class AsyncSGLang:
             ServerStartError: one did not become ready; nothing is left running.
             ServerError: one can't be reached.
         """
-        if isinstance(servers, int):
-            with shown_progress(progress) as show:
-                return self._fleet.add(servers, gpus=gpus, progress=show)
-        require(gpus is None, "gpus are those of servers to launch: a running server has its own")
-        return self.pool.add(servers)
+        if isinstance(servers, (str, list, tuple)):
+            require(gpus is None, "gpus are those of servers to launch: a running server has its own")
+            return self.pool.add(servers)
+        with shown_progress(progress) as show:
+            return self._fleet.add(cast("int", servers), gpus=gpus, progress=show)
 
     def remove(self, urls: str | Sequence[str], *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take servers out, while the others generate. Those that this engine has launched are ended.

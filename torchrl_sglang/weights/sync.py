@@ -407,6 +407,9 @@ class WeightSync:
             patience_s = self.config.deadline_s(self._planner.checkpoint.nbytes)
             self._others.end_dead_updates(self._answering(), patience_s)
             clients = self._liveness.reachable()
+            if partial:  # a newcomer needs all tensors: it waits for a push of all
+                servers = self._pool.state.servers
+                clients = [client for client in clients if servers[client.url].phase != "joining"]
             if partial or self.config.only_trainable:
                 self._require_own_weights(clients, partial)
             transport.connect(clients)
