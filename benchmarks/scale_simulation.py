@@ -212,12 +212,13 @@ def main() -> None:
     parser.add_argument("--groups", choices=("per_server", "shared"), default="per_server")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    processes, urls = [], []
+    processes, urls, pipes = [], [], []
     for first in range(0, args.servers, SERVERS_PER_PROCESS):
         ours, theirs = context.Pipe()
         number = min(SERVERS_PER_PROCESS, args.servers - first)
         processes.append(context.Process(target=serve_many, args=(number, theirs), daemon=True))
         processes[-1].start()
+        pipes.append(ours)  # a server ends when its pipe is closed
         urls += ours.recv()
     print(f"{len(urls)} servers, {args.buckets} buckets, {args.rollouts} rollouts, groups={args.groups!r}", flush=True)
     try:

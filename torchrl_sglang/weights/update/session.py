@@ -181,7 +181,9 @@ class UpdateSession:
             for client in self._clients:
                 self._state.weights_changed(client.url, "mixed")
             request = control.build_update_from_disk(path, version=self._dirty, flush_cache=self.flushes)
-            self._each("loading a checkpoint", request)
+            # All servers read from one disk.
+            load_s = self._config.bucket_limit_s(self.report.num_bytes * len(self._clients))
+            self._each("loading a checkpoint", request, at_least_s=load_s)
         self.received(flushed=self.flushes)
 
     # ------------------------------------------------------------------ opening
@@ -374,13 +376,14 @@ class UpdateSession:
 
     # ------------------------------------------------------------------ calls
 
-    def _each(self, what: str, request: HttpRequest) -> list[Any]:
-        return self._run({client.url: partial(self._call, client, request, what) for client in self._clients})
+    def _each(self, what: str, request: HttpRequest, *, at_least_s: float = 0.0) -> list[Any]:
+        calls = {each.url: partial(self._call, each, request, what, at_least_s) for each in self._clients}
+        return self._run(calls)
 
-    def _call(self, client: SGLangClient, request: HttpRequest, what: str) -> Any:
+    def _call(self, client: SGLangClient, request: HttpRequest, what: str, at_least_s: float = 0.0) -> Any:
         if self._is_replaced(client):
             raise WeightUpdateError(f"{client.url} has ended and is restarted")
-        limit_s: float = getattr(client.config, f"{request.timeout}_timeout_s")
+        limit_s = max(getattr(client.config, f"{request.timeout}_timeout_s"), at_least_s)
         answer = client.send(request, timeout_s=min(limit_s, self._remaining()))
         control.check_success(answer, server=client.url, what=what)
         return answer
