@@ -335,7 +335,8 @@ class WeightSync:
         on_packed = None if checksums is None else checksums.take
         packed = self._planner.pack(source, plan, transport.packer, report, on_packed)
         num_bytes = sum(bucket.nbytes for bucket in plan) or self._planner.checkpoint.nbytes
-        deadline = time.monotonic() + self.config.deadline_s(num_bytes * num_copies(transport, len(clients)))
+        num_copied = num_bytes * num_copies(transport, len(clients))
+        deadline = time.monotonic() + self.config.deadline_s(num_copied, len(plan) * len(clients))
         servers = self._pool.state.servers
         incomplete = [client for client in clients if partial and servers[client.url].complete_from != self.owner]
         updated: dict[str, ServerState] = {}

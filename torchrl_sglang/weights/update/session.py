@@ -44,6 +44,9 @@ __all__ = ["UpdateSession"]
 _CLEANUP_TIMEOUT_S = 5.0
 """For control calls after a failure: a server that needs longer is waiting inside a collective."""
 
+_MOST_NAMED = 8
+"""Servers that an error's message names; ``server_weights`` has all."""
+
 _WEIGHTS_IN_WORDS: dict[ServerWeights, str] = {
     "old": "serves its old weights",
     "new": "serves the new weights",
@@ -337,7 +340,7 @@ class UpdateSession:
             error.server_weights.update(self.server_weights)
         if isinstance(error, WeightCoverageError) or not isinstance(error, SGLangError):
             raise error
-        states = "; ".join(f"{url} {_WEIGHTS_IN_WORDS[weights]}" for url, weights in self.server_weights.items())
+        states = _in_words(self.server_weights)
         raise WeightUpdateError(f"{error}.\nNow {states}", server_weights=self.server_weights) from error
 
     def _leaving(self, client: SGLangClient) -> Callable[[], None]:
@@ -399,3 +402,17 @@ class UpdateSession:
 
     def _remaining(self) -> float:
         return max(0.05, self._deadline - time.monotonic())
+
+
+def _in_words(server_weights: Mapping[str, ServerWeights]) -> str:
+    """What the servers hold; of many that hold the same, the first ones are named."""
+    by_weights: dict[ServerWeights, list[str]] = {}
+    for url, weights in server_weights.items():
+        by_weights.setdefault(weights, []).append(url)
+    parts = []
+    for weights, urls in by_weights.items():
+        words = _WEIGHTS_IN_WORDS[weights]
+        parts += [f"{url} {words}" for url in urls[:_MOST_NAMED]]
+        if len(urls) > _MOST_NAMED:
+            parts[-1] += f", and so does each of {len(urls) - _MOST_NAMED} more"
+    return "; ".join(parts)
