@@ -68,8 +68,8 @@ class SyncConfig:
     fixed_timeout_s: float = 60.0
     """Fixed part of a sync's deadline."""
     assumed_bytes_per_s: float = 100e6
-    """Slowest expected transfer; a sync's deadline is ``fixed_timeout_s + bytes / assumed_bytes_per_s``, and 0.01 s more
-    per bucket and server."""
+    """Slowest expected transfer; a sync's deadline is ``fixed_timeout_s + bytes / assumed_bytes_per_s``, and 0.01 s
+    more per bucket and server."""
     takeover: bool = False
     """End another trainer's unfinished update at once. Otherwise a sync waits until that trainer's process has ended,
     or, if it is on another host, until its update must have failed; if it runs, the sync is refused."""

@@ -336,7 +336,8 @@ class WeightSync:
         packed = self._planner.pack(source, plan, transport.packer, report, on_packed)
         num_bytes = sum(bucket.nbytes for bucket in plan) or self._planner.checkpoint.nbytes
         num_copied = num_bytes * num_copies(transport, len(clients))
-        deadline = time.monotonic() + self.config.deadline_s(num_copied, len(plan) * len(clients))
+        num_buckets = len(plan) or 1 + num_bytes // self.config.bucket_size(num_bytes)
+        deadline = time.monotonic() + self.config.deadline_s(num_copied, num_buckets * len(clients))
         servers = self._pool.state.servers
         incomplete = [client for client in clients if partial and servers[client.url].complete_from != self.owner]
         updated: dict[str, ServerState] = {}
