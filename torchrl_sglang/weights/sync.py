@@ -24,7 +24,7 @@ from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.checksums.verifier import ChecksumVerifier, PushChecksums
 from torchrl_sglang.weights.planning import PushPlanner
 from torchrl_sglang.weights.source.interface import WeightSource
-from torchrl_sglang.weights.source.shards import is_sharded, ranks_of_weights, together
+from torchrl_sglang.weights.source.shards import Ranks, is_sharded, ranks_of_weights, together
 from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
 from torchrl_sglang.weights.transports.choice import make_transport, num_copies
 from torchrl_sglang.weights.update.liveness import LivenessCheck
@@ -35,6 +35,9 @@ from torchrl_sglang.weights.update.verification import verify_servers
 __all__ = ["PendingSync", "WeightSync"]
 
 _log = logging.getLogger(__name__)
+
+_PREPARING, _READING_CHECKSUMS = "preparing the servers", "reading the servers' checksums"
+"""What the sending rank does between two agreements of all ranks."""
 
 
 class PendingSync:
@@ -315,29 +318,21 @@ class WeightSync:
             transport = self._choose_transport()
             source = self._planner.open_source(weights)
         if not source.is_sender:
-            with together(ranks, "preparing the servers"):
-                pass
-            plan = self._planner.plan(source, partial=partial, transport=transport.name)
-            with together(ranks, "reading the servers' checksums"):
-                pass
-            self._planner.gather_only(source, plan)
+            self._help(ranks, source, transport.name, partial)
             return None
         number = self._pool.state.weights.next_version if version is None else version
         target = WeightVersion(number=number, owner=self.owner)
         report = SyncReport(version=number, transport=transport.name)
         with report.phase("prepare"):
-            with together(ranks, "preparing the servers"):
+            with together(ranks, _PREPARING):
                 clients = self._prepare(transport, partial)
             plan = self._planner.plan(source, partial=partial, transport=transport.name)
-            with together(ranks, "reading the servers' checksums"):
+            with together(ranks, _READING_CHECKSUMS):
                 checksums = self._begin_checksums(clients, source, plan)
         self._last_weights = None if source.one_shot else weights
         on_packed = None if checksums is None else checksums.take
         packed = self._planner.pack(source, plan, transport.packer, report, on_packed)
-        num_bytes = sum(bucket.nbytes for bucket in plan) or self._planner.checkpoint.nbytes
-        num_copied = num_bytes * num_copies(transport, len(clients))
-        num_buckets = len(plan) or 1 + num_bytes // self.config.bucket_size(num_bytes)
-        deadline = time.monotonic() + self.config.deadline_s(num_copied, num_buckets * len(clients))
+        deadline = time.monotonic() + self._limit_s(plan, num_copies(transport, len(clients)), len(clients))
         servers = self._pool.state.servers
         incomplete = [client for client in clients if partial and servers[client.url].complete_from != self.owner]
         updated: dict[str, ServerState] = {}
@@ -361,6 +356,21 @@ class WeightSync:
         self.last_report = report
         _log.info("weights %d on %d servers in %.3f s", number, len(clients), report.total_s)
         return report
+
+    def _help(self, ranks: Ranks | None, source: WeightSource, transport: str, partial: bool) -> None:
+        """Gather with the sending rank, which goes through the same collectives in :meth:`_push_now`."""
+        with together(ranks, _PREPARING):
+            pass
+        plan = self._planner.plan(source, partial=partial, transport=transport)
+        with together(ranks, _READING_CHECKSUMS):
+            pass
+        self._planner.gather_only(source, plan)
+
+    def _limit_s(self, plan: Sequence[Bucket], num_copies: int, num_servers: int) -> float:
+        """How long a push may take, in seconds; ``plan`` is empty for a source that can be read only once."""
+        num_bytes = sum(bucket.nbytes for bucket in plan) or self._planner.checkpoint.nbytes
+        num_buckets = len(plan) or 1 + num_bytes // self.config.bucket_size(num_bytes)
+        return self.config.deadline_s(num_bytes * num_copies, num_buckets * num_servers)
 
     def _prepare(self, transport: WeightTransport[Any], partial: bool) -> list[SGLangClient]:
         """The servers that this push goes to, connected by the transport."""

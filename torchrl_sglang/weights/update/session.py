@@ -391,7 +391,7 @@ class UpdateSession:
         control.check_success(answer, server=client.url, what=what)
         return answer
 
-    def _run(self, calls: dict[str, Callable[[], Any]]) -> list[Any]:
+    def _run(self, calls: Mapping[str, Callable[[], Any]]) -> list[Any]:
         outcomes = side_by_side(calls) if calls else {}
         failed = {url: outcome.error for url, outcome in outcomes.items() if outcome.error is not None}
         if failed:
