@@ -40,7 +40,7 @@ from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 SERVERS_PER_PROCESS = 16
 TENSOR_SIZE = 256  # floats: a bucket of one tensor
 NEW_TOKENS = 64
-GENERATE_S = 1.0  # how long a server takes for a request
+GENERATE_S = 10.0  # how long a server takes for a request: longer than it takes to send all of them
 VOCAB_SIZE = 32_000
 
 # ------------------------------------------------------------------------------------------------------- the servers
