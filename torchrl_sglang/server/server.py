@@ -27,6 +27,7 @@ from torchrl_sglang.server.start_phases import start_phase
 
 __all__ = ["SGLangServer"]
 
+_SLOWEST_DISK_BYTES_PER_S = 200e6
 _PROBE_TIMEOUT_S = 5.0  # an old server's /health generates a token, about a second
 
 
@@ -203,10 +204,16 @@ def _lifecycle(config: ServerConfig, *, port: int | None, attached: bool = False
         port=port,
         url=partial(command.build_url, config),
         probe=partial(_probe_ready, config),
-        start_timeout_s=config.start_timeout_s,
+        start_timeout_s=config.start_timeout_s + _load_time_s(config),
         phase=start_phase,
         attached=attached,
     )
+
+
+def _load_time_s(config: ServerConfig) -> float:
+    """What reading a checkpoint's weights from a slow disk takes; 0 for one that is not a folder here."""
+    folder = Path(config.model).expanduser()
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / _SLOWEST_DISK_BYTES_PER_S
 
 
 def _launch_spec(config: ServerConfig, weight_version: str | None) -> LaunchSpec:

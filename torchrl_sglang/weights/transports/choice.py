@@ -53,6 +53,11 @@ def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint:
     return BroadcastTransport(pool, config, owner, largest_bytes=largest_bytes)
 
 
-def num_copies(transport: WeightTransport[Any]) -> int:
-    """How often the trainer sends every byte by this transport, once it is connected."""
-    return transport.num_copies if isinstance(transport, (AutoTransport, BroadcastTransport, HttpTransport)) else 1
+def num_copies(transport: WeightTransport[Any], num_servers: int) -> int:
+    """How often every byte crosses the slowest part of this transport, once it is connected.
+
+    That is the trainer's network or memory; with the disk transport, the disk from which every server reads.
+    """
+    if isinstance(transport, (AutoTransport, BroadcastTransport)):
+        return transport.num_copies
+    return num_servers
