@@ -55,7 +55,7 @@ class AutoTransport:
         self.choices: dict[str, TransportChoice] = {}
         self._pool = pool
         self._config = config
-        self._checks = HostChecks()
+        self._checks = HostChecks(pool.state)
         self._ipc = IpcTransport(pool, config, self._checks)
         self._broadcast = BroadcastTransport(pool, config, owner)
 
