@@ -23,8 +23,9 @@ from torchrl_sglang.weights.checksums.verifier import ChecksumVerifier, PushChec
 from torchrl_sglang.weights.planning import PushPlanner
 from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import is_sharded, ranks_of
+from torchrl_sglang.weights.transports.auto import TransportChoice
 from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
-from torchrl_sglang.weights.transports.choice import make_transport
+from torchrl_sglang.weights.transports.choice import choices_of, make_transport
 from torchrl_sglang.weights.transports.staging import is_staged
 from torchrl_sglang.weights.update.liveness import LivenessCheck
 from torchrl_sglang.weights.update.other_trainers import OtherTrainers
@@ -179,6 +180,11 @@ class WeightSync:
             self.reach()
             self._others.end_dead_updates(self._answering(), None)
             self._choose_transport().connect(self._liveness.reachable())
+
+    @property
+    def transport_choices(self) -> dict[str, TransportChoice]:
+        """How weights reach each server, and why, by URL; empty before the first :meth:`connect` or :meth:`push`."""
+        return {} if self._transport is None else choices_of(self._transport, self._pool)
 
     def reach(self, patience_s: float | None = None) -> None:
         """Connect the pool, if it is not connected yet. Servers that hang in a dead trainer's update are freed first.

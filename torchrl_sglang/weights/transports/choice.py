@@ -8,7 +8,7 @@ from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.transports.auto import AutoTransport
+from torchrl_sglang.weights.transports.auto import AutoTransport, TransportChoice
 from torchrl_sglang.weights.transports.base import WeightTransport
 from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
 from torchrl_sglang.weights.transports.disk import DiskTransport
@@ -16,7 +16,14 @@ from torchrl_sglang.weights.transports.http import HttpTransport
 from torchrl_sglang.weights.transports.ipc import IpcTransport
 from torchrl_sglang.weights.transports.lora import LoraTransport
 
-__all__ = ["make_transport"]
+__all__ = ["choices_of", "make_transport"]
+
+
+def choices_of(transport: WeightTransport[Any], pool: SGLangPool) -> dict[str, TransportChoice]:
+    """The transport of each server that it was last connected to, and why, by URL."""
+    if isinstance(transport, AutoTransport):
+        return dict(transport.choices)
+    return {client.url: TransportChoice(transport.name, "SyncConfig.transport says so") for client in pool.clients}
 
 
 def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint: Checkpoint) -> WeightTransport[Any]:
