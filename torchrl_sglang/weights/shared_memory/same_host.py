@@ -1,6 +1,6 @@
 """Finds out whether a server's processes can open this process's shared memory: tested, never assumed from an address.
 
-A server that is told to open a segment which it can't see ends. An address proves nothing: ``127.0.0.1`` may be a
+A server that is told to open a segment which it can't see ends. An address shows nothing: ``127.0.0.1`` may be a
 forwarded port, and a server in a container has another ``/dev/shm``. So the kernel is asked:
 
 1. Whose socket is at the other end of a connection to the server? Only a process in this network namespace, of this
