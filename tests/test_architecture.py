@@ -62,7 +62,7 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
     "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": (
         *("checkpoint", "source", "buckets", "checksums", "group", "update", "shared_memory"),
-        *("transports", "planning", "sync", "scheme"),
+        *("transports", "planning", "pending_sync", "sync", "scheme"),
     ),
 }
 

@@ -494,3 +494,21 @@ def test_a_folder_for_temporary_files_with_a_long_path_is_refused(monkeypatch: p
     monkeypatch.setattr(segments.tempfile, "gettempdir", lambda: "/tmp/" + "x" * 100)
     with pytest.raises(ConfigError, match="too long for a socket in it"):
         SegmentPool().open()
+
+
+def test_auto_falls_back_to_a_broadcast_where_two_buckets_do_not_fit_into_shared_memory(
+    make: Callable[..., FakeServer], tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container has 64 MB of it by default."""
+    from torchrl_sglang.weights.transports import ipc
+
+    monkeypatch.setattr(ipc, "available_bytes", lambda folders: 99_000)
+    server = make()
+    sync = sync_of(server, config=config_of("auto", stage="off"))
+    report = sync.push(tensors)
+    assert report is not None
+    assert report.transport == "broadcast"
+    (choice,) = sync.transport_choices.values()
+    assert choice.reason == "/dev/shm has room for 0.1 MB, and two buckets need 0.1 MB"
+    assert holds(server, tensors)
+    sync.close()

@@ -20,6 +20,7 @@ from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.checksums.verifier import ChecksumVerifier, PushChecksums
+from torchrl_sglang.weights.pending_sync import PendingSync
 from torchrl_sglang.weights.planning import PushPlanner
 from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import is_sharded, ranks_of
@@ -32,48 +33,9 @@ from torchrl_sglang.weights.update.other_trainers import OtherTrainers
 from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.verification import verify_servers
 
-__all__ = ["PendingSync", "WeightSync"]
+__all__ = ["WeightSync"]
 
 _log = logging.getLogger(__name__)
-
-
-class PendingSync:
-    """Handle of a push that runs in the background (:meth:`WeightSync.push_in_background`).
-
-    Attributes:
-        retrieved: :meth:`result` was called and has returned or raised, so a failure was not missed.
-    """
-
-    def __init__(self, task: Task[SyncReport | None]) -> None:
-        self.retrieved = False
-        self._task = task
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended, with success or not."""
-        return self._task.done
-
-    def join(self) -> None:
-        """Wait until it has ended; a failure is not raised."""
-        self._task.wait()
-
-    def result(self, timeout_s: float | None = None) -> SyncReport | None:
-        """Wait for the push.
-
-        Args:
-            timeout_s: seconds to wait; ``None`` waits as long as the push's own deadline lets it run.
-
-        Returns:
-            What it did.
-
-        Raises:
-            ServerTimeoutError: it is still running.
-            SGLangError: it failed; the error that :meth:`WeightSync.push` would have raised.
-        """
-        if not self._task.wait(timeout_s):
-            raise ServerTimeoutError(f"the weight sync is still under way after {timeout_s} s: call result() again")
-        self.retrieved = True
-        return self._task.outcome().unwrap()
 
 
 class WeightSync:

@@ -55,5 +55,5 @@ def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint:
     if config.transport == "http":
         return HttpTransport(pool, config)
     if config.transport == "auto":
-        return AutoTransport(pool, config, owner)
+        return AutoTransport(pool, config, owner, checkpoint)
     return BroadcastTransport(pool, config, owner)

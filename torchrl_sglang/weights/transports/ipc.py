@@ -23,7 +23,10 @@ from torchrl_sglang.pool import PoolState, SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.buckets.packing import BucketPacker
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.shared_memory.gpus import can_open_gpu_memory
+from torchrl_sglang.weights.shared_memory.keeper import SHARED_MEMORY
+from torchrl_sglang.weights.shared_memory.room import available_bytes
 from torchrl_sglang.weights.shared_memory.same_host import HostCheck, check_same_host
 from torchrl_sglang.weights.shared_memory.segments import SegmentPool
 from torchrl_sglang.weights.transports.base import PackedWeights
@@ -100,6 +103,17 @@ class IpcTransport:
             device = None if self._shares_gpus else "cpu"
             self._packer = BucketPacker(device, allocate=self._segments.make, discard=self._give_up)
         return self._packer
+
+    def why_no_room(self, checkpoint: Checkpoint) -> str:
+        """Why ``/dev/shm`` can't hold two buckets; empty if it can. A container has 64 MB of it by default."""
+        if self._segments.names:
+            return ""
+        largest = max((spec.nbytes for spec in checkpoint.specs.values()), default=0)
+        needed = min(2 * max(self._config.bucket_bytes, largest), checkpoint.nbytes)
+        room = available_bytes([SHARED_MEMORY])
+        if needed <= room:
+            return ""
+        return f"{SHARED_MEMORY} has room for {room / 1e6:.1f} MB, and two buckets need {needed / 1e6:.1f} MB"
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
         """Check that the servers can open this process's memory, and start the process that removes its segments.
