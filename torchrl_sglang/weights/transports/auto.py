@@ -164,10 +164,11 @@ class AutoTransport:
             raise
         finally:
             tee.leave(1)
-        error = sending.outcome().error
-        failed |= tensors.failed
+        refused = sending.outcome().error
+        failed |= {client.url: refused for client in near} if refused is not None else {}
+        failed |= tensors.failed  # names each server's own error
         if len(failed) == len(session.clients):
-            raise error or next(iter(failed.values()))
+            raise next(iter(failed.values()))
         return failed
 
     def close(self) -> None:

@@ -123,7 +123,9 @@ class WeightTransport(Protocol[Session]):
             transport.send(session, packed, deadline)
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the report calls it; ``auto`` is called after what it has chosen."""
 
     @property
     def packer(self) -> BucketPacker:
