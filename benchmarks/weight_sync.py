@@ -3,6 +3,7 @@
     python benchmarks/weight_sync.py                      # SmolLM2-135M, 1 and 3 servers, about 5 minutes, 8 GB
     python benchmarks/weight_sync.py --servers 1 --pairs 9
     python benchmarks/weight_sync.py --model /path/to/checkpoint --bucket-mb 256
+    python benchmarks/weight_sync.py --transports ipc --stage always
 
 The two run alternately, so that other programs on the machine slow both alike:
 
@@ -181,18 +182,18 @@ def resident(field: str) -> int:
     raise LookupError(field)
 
 
-def make_cases(num_servers: list[int], bucket_bytes: int) -> list[Case]:
+def make_cases(args: argparse.Namespace, bucket_bytes: int) -> list[Case]:
     cases = []
-    for count in num_servers:
-        servers = f"{count} server{'s' if count > 1 else ''}"
-        cases.append(Case(name=servers, num_servers=count, config=SyncConfig(bucket_bytes=bucket_bytes)))
-        if count == num_servers[0]:
-            for label, settings in (
-                ("not verified", {"verify": "off"}),
-                ("not verified, values unchecked", {"verify": "off", "check_values": False}),
-            ):
-                config = SyncConfig(bucket_bytes=bucket_bytes, **settings)  # type: ignore[arg-type]
-                cases.append(Case(name=f"{servers}, {label}", num_servers=count, config=config))
+    for transport in args.transports:
+        settings = {"transport": transport, "stage": args.stage, "bucket_bytes": bucket_bytes}
+        for count in args.servers:
+            servers = f"{transport}, {count} server{'s' if count > 1 else ''}"
+            cases.append(Case(name=servers, num_servers=count, config=SyncConfig(**settings)))
+            if count == args.servers[0]:
+                bare = {"verify": "off", "check_values": False}
+                for label, more in (("not verified", {"verify": "off"}), ("not verified or checked", bare)):
+                    config = SyncConfig(**settings, **more)
+                    cases.append(Case(name=f"{servers}, {label}", num_servers=count, config=config))
     return cases
 
 
@@ -202,6 +203,8 @@ def main() -> None:
     )
     parser.add_argument("--model", help="checkpoint to serve and to send (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 3], help="numbers of servers to measure")
+    parser.add_argument("--transports", nargs="+", default=["ipc", "broadcast"], help="transports to measure")
+    parser.add_argument("--stage", choices=["auto", "off", "always"], default="auto", help="see SyncConfig.stage")
     parser.add_argument("--pairs", type=int, default=9, help="raw broadcasts and syncs per line")
     parser.add_argument("--bucket-mb", type=float, default=64, help="largest bucket, in MB (2**20 bytes)")
     args = parser.parse_args()
@@ -227,7 +230,8 @@ def main() -> None:
 
 
 def run(urls: list[str], args: argparse.Namespace, model: torch.nn.Module, bucket_bytes: int) -> None:
-    peak = extra_memory(urls[0], model, SyncConfig(bucket_bytes=bucket_bytes))
+    config = SyncConfig(transport=args.transports[0], stage=args.stage, bucket_bytes=bucket_bytes)
+    peak = extra_memory(urls[0], model, config)
     largest = max(parameter.nbytes for parameter in model.parameters())
     limit = 2 * bucket_bytes + largest
     print(f"trainer's peak extra memory {peak / 1e6:.0f} MB (2 buckets + largest tensor: {limit / 1e6:.0f} MB)\n")
@@ -236,14 +240,17 @@ def run(urls: list[str], args: argparse.Namespace, model: torch.nn.Module, bucke
     print(f"{title:34} whole  spread          paused  pause  buckets  repeats  phases")
     results: dict[str, dict[str, float]] = {}
     try:
-        for case in make_cases(args.servers, bucket_bytes):
+        for case in make_cases(args, bucket_bytes):
             results[case.name] = measure(case, urls, model, raw, args.pairs)
     finally:
         raw.close()
-    first, *others = (results[case.name] for case in make_cases(args.servers, bucket_bytes) if "," not in case.name)
-    print(f"\nraw broadcast {first['raw']:.3f} s; load now {os.getloadavg()[0]:.1f}")
-    for count, other in zip(args.servers[1:], others, strict=True):
-        print(f"{args.servers[0]} -> {count} servers: {other['sync'] / first['sync']:.2f} times as long")
+    print(f"\nraw broadcast {next(iter(results.values()))['raw']:.3f} s; load now {os.getloadavg()[0]:.1f}")
+    for transport in args.transports:
+        plain = [case for case in make_cases(args, bucket_bytes) if case.name.startswith(f"{transport},")]
+        first, *others = (results[case.name] for case in plain if case.name.count(",") == 1)
+        for count, other in zip(args.servers[1:], others, strict=True):
+            times = other["sync"] / first["sync"]
+            print(f"{transport}, {args.servers[0]} -> {count} servers: {times:.2f} times as long")
 
 
 if __name__ == "__main__":

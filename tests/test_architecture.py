@@ -55,7 +55,7 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
         *("checkpoint", "source", "buckets", "checksums", "group", "update"),
         *("transports", "planning", "newcomers", "sync", "scheme"),
         *("checkpoint", "source", "buckets", "checksums", "group", "update", "shared_memory"),
-        *("transports", "planning", "sync", "scheme"),
+        *("transports", "planning", "pending_sync", "sync", "scheme"),
     ),
 }
 

@@ -23,62 +23,25 @@ from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.checksums.verifier import ChecksumVerifier, PushChecksums
 from torchrl_sglang.weights.newcomers import NewcomerUpdates
+from torchrl_sglang.weights.pending_sync import PendingSync
 from torchrl_sglang.weights.planning import PushPlanner
 from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.shards import Ranks, is_sharded, ranks_of_weights, together
+from torchrl_sglang.weights.transports.auto import TransportChoice
 from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
-from torchrl_sglang.weights.transports.choice import make_transport, num_copies
+from torchrl_sglang.weights.transports.choice import choices_of, make_transport, num_copies
 from torchrl_sglang.weights.transports.staging import is_staged
 from torchrl_sglang.weights.update.liveness import LivenessCheck
 from torchrl_sglang.weights.update.other_trainers import OtherTrainers
 from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.verification import verify_servers
 
-__all__ = ["PendingSync", "WeightSync"]
+__all__ = ["WeightSync"]
 
 _log = logging.getLogger(__name__)
 
 _PREPARING, _READING_CHECKSUMS = "preparing the servers", "reading the servers' checksums"
 """What the sending rank does between two agreements of all ranks."""
-
-
-class PendingSync:
-    """Handle of a push that runs in the background (:meth:`WeightSync.push_in_background`).
-
-    Attributes:
-        retrieved: :meth:`result` was called and has returned or raised, so a failure was not missed.
-    """
-
-    def __init__(self, task: Task[SyncReport | None]) -> None:
-        self.retrieved = False
-        self._task = task
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended, with success or not."""
-        return self._task.done
-
-    def join(self) -> None:
-        """Wait until it has ended; a failure is not raised."""
-        self._task.wait()
-
-    def result(self, timeout_s: float | None = None) -> SyncReport | None:
-        """Wait for the push.
-
-        Args:
-            timeout_s: seconds to wait; ``None`` waits as long as the push's own deadline lets it run.
-
-        Returns:
-            What it did.
-
-        Raises:
-            ServerTimeoutError: it is still running.
-            SGLangError: it failed; the error that :meth:`WeightSync.push` would have raised.
-        """
-        if not self._task.wait(timeout_s):
-            raise ServerTimeoutError(f"the weight sync is still under way after {timeout_s} s: call result() again")
-        self.retrieved = True
-        return self._task.outcome().unwrap()
 
 
 class WeightSync:
@@ -186,6 +149,11 @@ class WeightSync:
             self.reach()
             self._others.end_dead_updates(self._answering(), None)
             self._choose_transport().connect(self._liveness.reachable())
+
+    @property
+    def transport_choices(self) -> dict[str, TransportChoice]:
+        """How weights reach each server, and why, by URL; empty before the first :meth:`connect` or :meth:`push`."""
+        return {} if self._transport is None else choices_of(self._transport, self._pool)
 
     def reach(self, patience_s: float | None = None) -> None:
         """Connect the pool, if it is not connected yet. Servers that hang in a dead trainer's update are freed first.
