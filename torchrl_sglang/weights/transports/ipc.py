@@ -109,7 +109,7 @@ class IpcTransport:
         if self._segments.names:
             return ""
         largest = max((spec.nbytes for spec in checkpoint.specs.values()), default=0)
-        needed = min(2 * max(self._config.bucket_bytes, largest), checkpoint.nbytes)
+        needed = min(2 * max(self._config.bucket_size(checkpoint.nbytes), largest), checkpoint.nbytes)
         room = available_bytes([SHARED_MEMORY])
         if needed <= room:
             return ""
