@@ -165,19 +165,16 @@ def test_an_error_of_one_restart_is_logged_and_the_watching_goes_on(
 
 
 def test_an_error_of_the_watching_itself_is_logged_once_and_the_watching_goes_on(
-    fleet: Fleet, caplog: pytest.LogCaptureFixture
+    fleet: Fleet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Odd(Process):
-        @property
-        def has_crashed(self) -> bool:
-            raise OSError("too many open files")
+    def fail(process: Process) -> bool:
+        raise OSError("too many open files")
 
-    engine, servers = fleet.engine, fleet.engine.servers
-    engine.servers = (Odd(fleet.fakes[0]), *servers[1:])  # type: ignore[assignment]
+    monkeypatch.setattr(Process, "has_crashed", property(fail))
     wait_until(lambda: "too many open files" in caplog.text, "it was not looked at")
     time.sleep(1.2)
     assert caplog.text.count("watching the servers failed") == 1
-    engine.servers = servers
+    monkeypatch.undo()
     fleet.processes[0].crash()
     wait_until(lambda: fleet.state.server(fleet.processes[0].url).restarts == 1, "nobody watches any more")
 
