@@ -74,7 +74,7 @@ class Conversations:
         """
         tokens = Sequences.from_tensordict(td)
         masks_B_T = td.get(("masks", "all_assistant_mask"), as_list=True)
-        written_B_R = [mask_T[len(ids):] for mask_T, ids in zip(masks_B_T, tokens.prompt_B_T, strict=True)]
+        written_B_R = [mask_T[len(ids) :] for mask_T, ids in zip(masks_B_T, tokens.prompt_B_T, strict=True)]
         # An answer begins at each sampled token that follows another one.
         turns_B = [int(written[0]) + int((written[1:] & ~written[:-1]).sum()) for written in written_B_R]
         written_N = torch.cat(written_B_R)
