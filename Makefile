@@ -1,4 +1,4 @@
-# make env | quickstart | test-quick | test | test-install | test-full | check      Needs Python 3.11 or 3.12, pip and make; no GPU.
+# make env | quickstart | test-quick | test | test-install | test-agents | test-full | check      Needs Python 3.11 or 3.12, pip and make; no GPU.
 #
 # The environment is .venv; it is updated when a file with pins changes. Another Python: make env PYTHON=/path/to/python3.12
 
@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help env quickstart test-quick test test-install test-full test-torchrl-nightly check format clean
+.PHONY: help env quickstart test-quick test test-install test-agents test-full test-torchrl-nightly check format clean
 
 help:
 	@echo "make quickstart  environment, then a language model trained with GRPO against a real SGLang server (no GPU);"
@@ -23,7 +23,8 @@ help:
 	@echo "make test-quick  the tests to run while editing: no server, no Ray (about a minute on 2 cores)"
 	@echo "make test        environment, checks, tests (about 14 minutes on 2 cores)"
 	@echo "make test-install  the first hour of a new user: the wheel, each extra, the CPU server, the examples (about 20 minutes)"
-	@echo "make test-full   make test, test-install, TorchRL 0.13 and its nightly build (reported only), the slow tests (another 45)"
+	@echo "make test-agents  agent frameworks from the registry, through the gateway (about 15 minutes, mostly downloads)"
+	@echo "make test-full   make test, test-install, test-agents, TorchRL 0.13 and its nightly build (reported only), the slow tests (another 45)"
 	@echo "make check       lint, format, types, architecture"
 	@echo "make docs        the documentation site, in site/index.html (under a minute)"
 	@echo "make tutorials   run the tutorials and render their pages again (about seven minutes)"
@@ -81,7 +82,11 @@ test: env
 test-install:
 	@"$(PYTHON)" tests/install/first_hour.py
 
-test-full: test test-torchrl-0.13 test-torchrl-nightly test-install
+# Unmodified agent frameworks from the registry, each in an environment of its own, against a real server.
+test-agents: env
+	@$(BIN)/python -m pytest -m agents tests/agents
+
+test-full: test test-torchrl-0.13 test-torchrl-nightly test-install test-agents
 	@$(BIN)/python -m pytest -m slow
 
 # The tests that call TorchRL, with an older release of it first on the import path.

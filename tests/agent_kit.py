@@ -10,6 +10,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hypothesis import strategies as st
+
 from torchrl_sglang.agents.generation import Generated, OnTokens
 from torchrl_sglang.agents.served_model import ServedModel
 from torchrl_sglang.agents.session import Session
@@ -173,6 +175,64 @@ def round_trip(message: Mapping[str, Any], rng: random.Random) -> dict[str, Any]
     if rng.random() < 0.5:
         made.update(refusal=None, annotations=[], audio=None, function_call=None)
     return made
+
+
+# ------------------------------------------------------------------ an agent
+
+
+ACTIONS = st.lists(
+    st.sampled_from(["ask", "ask", "ask", "edit", "back", "again", "choices", "retry", "compact", "sub-agent"]),
+    min_size=1,
+    max_size=6,
+)
+
+
+class Agent:
+    """Does at random what agents do: asks, answers calls, edits, branches, samples, retries, forgets."""
+
+    def __init__(self, session: Any, rng: random.Random, tools: list[Any], **sampling: Any) -> None:
+        self.session, self.rng, self.tools, self.sampling = session, rng, tools, sampling
+        self.messages: list[dict[str, Any]] = [user("dog")]
+        self.kept: list[list[dict[str, Any]]] = []
+
+    def act(self, action: str) -> None:
+        rng = self.rng
+        if action == "edit" and len(self.messages) > 1:
+            at = rng.randrange(len(self.messages))
+            self.messages = [*self.messages[:at], {**self.messages[at], "content": f"edited {rng.random()}"}]
+            if self.messages[-1]["role"] != "user":
+                self.messages.append(user("go on"))
+        elif action == "back" and self.kept:
+            self.messages = [*rng.choice(self.kept)]
+        elif action == "compact":
+            self.messages = [user(f"summary of {len(self.messages)} messages")]
+        elif action == "sub-agent":
+            self.ask([user("a sub-task"), {"role": "assistant", "content": "An example."}, user(f"do {rng.random()}")])
+        self.kept.append([*self.messages])
+        turn = self.ask(self.messages, retry=action == "retry", n=2 if action == "choices" else 1)
+        chosen = dict(rng.choice(turn.choices).message)
+        self.messages = [*self.messages, chosen]
+        for call in chosen.get("tool_calls") or ():
+            self.messages.append({"role": "tool", "tool_call_id": call["id"], "content": "5"})
+        if not chosen.get("tool_calls") or rng.random() < 0.3:
+            self.messages.append(user(rng.choice(["and the dog?", "why?", ""])))
+
+    def ask(self, messages: list[dict[str, Any]], *, retry: bool = False, n: int = 1) -> Turn:
+        sent = [round_trip(message, self.rng) for message in messages]
+        reports: list[Any] = []
+        request = {"tools": tuple(self.tools), "sampling": {**self.sampling, "n": n}}
+        turn = chat(self.session, sent, reports.append if self.rng.random() < 0.5 else None, **request)
+        for report in reports:
+            choice = turn.choices[report.index]
+            assert (choice.message["content"] or "").startswith(report.content)
+            assert (choice.message.get("reasoning_content") or "").startswith(report.reasoning_content)
+        if retry:
+            leaves = len(self.session.trajectories())
+            again = chat(self.session, sent, is_retry=True, **request)
+            assert again.is_repeated
+            assert again.choices == turn.choices
+            assert len(self.session.trajectories()) == leaves
+        return turn
 
 
 # ------------------------------------------------------------------ the check

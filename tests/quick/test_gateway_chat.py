@@ -160,6 +160,14 @@ def test_log_probs_name_every_sampled_token_with_its_bytes(gateway: StandInGatew
     ]
 
 
+def test_an_effort_of_reasoning_goes_to_a_template_that_knows_it_and_is_refused_otherwise() -> None:
+    knows = StandInGateway(template="{{ reasoning_effort }}")
+    assert knows.chat(reasoning_effort="low", chat_template_kwargs={"a": 1}).status_code == 200
+    assert asked(knows).template_kwargs == {"reasoning_effort": "low", "a": 1}
+    answer = StandInGateway().chat(reasoning_effort="low")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "reasoning_effort")
+
+
 # ------------------------------------------------------------------------------------------------------------ streams
 
 

@@ -21,6 +21,7 @@ from torchrl_sglang.agents.session import Session
 from torchrl_sglang.agents.sessions import Sessions
 from torchrl_sglang.agents.settings import SessionSettings
 from torchrl_sglang.agents.types import SessionInfo, Trajectory
+from torchrl_sglang.chat.tool_parsers import template_text
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.errors import ConfigError
@@ -113,11 +114,12 @@ class AgentGateway:
         self.sessions = Sessions(self._model)
         serving = Serving(
             sessions=self.sessions,
-            model=self._model.pool.info.model_path,
+            model=str(self._model.pool.info.raw.get("served_model_name") or self._model.pool.info.model_path),
             token_texts=TokenTexts(self._model.tokenizer),
             admin_key=admin_key,
             public_url=self._public_url,
             max_body_bytes=max_body_bytes,
+            template=self._model.settings.chat_template or template_text(self._model.tokenizer),
         )
         self._server = ServerThread(_application(serving, self.sessions), host=host, port=port)
         self._stop_at_exit: Callable[[], Any] = weakref.finalize(self, self._server.stop)

@@ -43,6 +43,7 @@ class Call:
         stream: answer in pieces.
         include_usage: end the stream with the numbers of tokens.
         log_probs: report the log-prob of every sampled token.
+        effort: the effort of reasoning, if one was given; it is among the template's variables.
     """
 
     request: ChatRequest | TextRequest
@@ -50,6 +51,7 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     log_probs: bool = False
+    effort: str | None = None
 
 
 def read_chat(body: Any, sending: Sending) -> Call:
@@ -76,7 +78,7 @@ def read_chat(body: Any, sending: Sending) -> Call:
     variables = dict(fields.object("chat_template_kwargs") or {})
     effort = fields.text("reasoning_effort")
     if effort is not None:
-        variables.setdefault("reasoning_effort", effort)
+        variables["reasoning_effort"] = effort
     _refuse_what_chat_cannot(fields)
     parallel = fields.flag("parallel_tool_calls")
     fields.refuse_unread()
@@ -96,6 +98,7 @@ def read_chat(body: Any, sending: Sending) -> Call:
         stream=stream,
         include_usage=include_usage,
         log_probs=log_probs,
+        effort=effort,
     )
 
 

@@ -119,6 +119,7 @@ class ModelRoutes:
         keep: Callable[[Turn], None] | None = None,
     ) -> Response:
         """Run a turn, and answer with it, whole or in pieces."""
+        self._serving.check_effort(call.effort)
 
         async def run(report: OnProgress | None) -> Turn:
             asked = call.request

@@ -52,7 +52,9 @@ def read_responses(body: Any, sending: Sending, earlier: Sequence[Mapping[str, A
         sampling.update(_read_text(Fields(text, "text")))
     top = fields.integer("top_logprobs", at_least=0, at_most=MOST_TOP_LOGPROBS) or 0
     variables = dict(fields.object("chat_template_kwargs") or {})
-    variables.update(_read_reasoning(fields))
+    effort = _read_reasoning(fields)
+    if effort is not None:
+        variables["reasoning_effort"] = effort
     stream = bool(fields.flag("stream"))
     parallel = fields.flag("parallel_tool_calls")
     fields.refuse("truncation", "shorten the input", neutral=("disabled",))
@@ -75,6 +77,7 @@ def read_responses(body: Any, sending: Sending, earlier: Sequence[Mapping[str, A
         ),
         model=model,
         stream=stream,
+        effort=effort,
         log_probs=top > 0 or _LOG_PROBS in (fields.list("include") or ()),
     )
 
@@ -86,16 +89,16 @@ def _read_text(fields: Fields) -> dict[str, Any]:
     return {} if form is None else read_grammar(Fields(form, "text.format"))
 
 
-def _read_reasoning(fields: Fields) -> dict[str, Any]:
-    """``reasoning.effort`` as a variable of the chat template."""
+def _read_reasoning(fields: Fields) -> str | None:
+    """``reasoning.effort``."""
     reasoning = fields.object("reasoning")
     if reasoning is None:
-        return {}
+        return None
     inner = Fields(reasoning, "reasoning")
     inner.ignore("summary", "generate_summary")  # the reasoning itself is returned
     effort = inner.text("effort")
     inner.refuse_unread()
-    return {} if effort is None else {"reasoning_effort": effort}
+    return effort
 
 
 def _tool(tool: Any, index: int) -> dict[str, Any]:

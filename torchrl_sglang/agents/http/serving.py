@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 
 from torchrl_sglang.agents.http.access import key_of
+from torchrl_sglang.agents.http.api_errors import bad_request
 from torchrl_sglang.agents.http.json_body import read_json_body
 from torchrl_sglang.agents.http.token_texts import TokenTexts
 from torchrl_sglang.agents.session import Session
@@ -27,6 +28,7 @@ class Serving:
         admin_key: the key with which sessions are made; ``None`` on a loopback address.
         public_url: the gateway's address as agents see it; ``None`` takes that of the request.
         max_body_bytes: largest body of a request.
+        template: the text of the model's chat template.
     """
 
     sessions: Sessions
@@ -35,6 +37,7 @@ class Serving:
     admin_key: str | None = None
     public_url: str | None = None
     max_body_bytes: int
+    template: str = ""
 
     def session(self, request: Request) -> Session:
         """The session that a request names, if it has the session's key.
@@ -44,6 +47,20 @@ class Serving:
             SessionKeyError: the key is missing or wrong.
         """
         return self.sessions.get(request.path_params["session"], key=key_of(request))
+
+    def check_effort(self, effort: str | None) -> None:
+        """Refuse an effort of reasoning that the chat template would ignore.
+
+        Raises:
+            ApiError: the template has no such variable.
+        """
+        if effort is not None and "reasoning_effort" not in self.template:
+            raise bad_request(
+                f"reasoning effort {effort!r:.40} would have no effect: this model's chat template has no variable "
+                "reasoning_effort; chat_template_kwargs sets those that it has",
+                "reasoning_effort",
+                "unsupported_parameter",
+            )
 
     async def body(self, request: Request) -> Any:
         """The parsed body of a request; see :func:`read_json_body`."""
