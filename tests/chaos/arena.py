@@ -15,7 +15,7 @@ from tests.loop.forked_processes import Forked, ProcessFactory, wait_until
 
 __all__ = ["Arena"]
 
-TRANSPORTS = ("shared", "disk", "ipc", "per_server", "http")
+TRANSPORTS = ("shared", "disk", "auto", "per_server", "http")
 UPDATE_PATHS = (
     *("/init_weights_update_group", "/pause_generation", "/begin_weight_update", "/update_weights_from_distributed"),
     *(

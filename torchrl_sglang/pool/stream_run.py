@@ -88,7 +88,7 @@ class StreamRun:
                     if has_begun:
                         raise ServerError(f"{error}: ask again", server=client.url) from error
                 except SGLangError as error:
-                    self._record_death(client, error, has_begun=has_begun)
+                    self._record_failure(client, error, has_begun=has_begun)
 
     def _replies_of(self, client: SGLangClient) -> Generator[GenerateReply, None, None]:
         sequence = StreamedReply(client.url)
@@ -104,7 +104,7 @@ class StreamRun:
         if not sequence.is_finished:
             raise ProtocolError(f"{client.url} ended a stream without a finished sequence", server=client.url)
 
-    def _record_death(self, client: SGLangClient, error: SGLangError, *, has_begun: bool) -> None:
+    def _record_failure(self, client: SGLangClient, error: SGLangError, *, has_begun: bool) -> None:
         """Record a dead server; raises unless the request may be sent again."""
         dead = self._find_dead(client, error)
         if dead is None:
