@@ -581,6 +581,24 @@ def test_a_copy_follows_when_all_servers_were_replaced(make: Make) -> None:
     assert [client.url for client in other.clients] == [second.url]
 
 
+@pytest.mark.parametrize("drain", [True, False])
+def test_a_copys_requests_on_a_server_that_leaves_are_answered_once(
+    make: Make, tensors: dict[str, torch.Tensor], drain: bool
+) -> None:
+    first, second = make(step_s=0.01), make(step_s=0.01)
+    pool = pool_of(first, second)
+    other = pickle.loads(pickle.dumps(pool))
+    running = Task(lambda: other.generate(PROMPTS, LONG), name="generate")
+    wait_for(lambda: "/generate" in paths(second))
+    pool.remove(second.url, drain=drain)
+    second.stop()
+    replies = running.outcome().unwrap()
+    for prompt, reply in zip(PROMPTS, replies, strict=True):
+        assert_exact(prompt, reply, tensors)
+        assert len(reply.output_ids) == 150
+    assert {reply.server for reply in replies} == ({first.url, second.url} if drain else {first.url})
+
+
 def test_the_file_that_copies_read_is_private_and_ends_with_the_pool(make: Make) -> None:
     pool = pool_of(make())
     path = pool._membership._file.path
