@@ -209,8 +209,20 @@ def test_a_newcomer_gets_the_adapter_of_the_last_push(make: Make, tiny_llama: Pa
     assert {reply.weight_version for reply in replies} == {f"2@{sync.owner}"}
     with pytest.raises(ConfigError, match="an adapter needs the same base model everywhere"):
         pool.add(third.url)
+    # Requests that began before the last push may still use the adapter before it.
+    earlier = f"torchrl-{sync.owner}-1"
+    assert {reply.server for reply in pool.generate(PROMPTS, SHORT, lora=earlier)} == {first.url, second.url}
+    pool.remove(second.url)
+    pool.add(second.url)  # it has the adapters still
+    assert not pool.quarantined
     sync.push(model)
     assert len(pool.generate(PROMPTS, SHORT)) == len(PROMPTS)
+    pool.remove(second.url)
+    first.arm(Fault(path="/load_lora_adapter_from_tensors", action="refuse"))
+    with pytest.raises(WeightUpdateError):
+        sync.push(model)
+    pool.add(second.url)  # the last adapter that all have, not the one that was refused
+    assert {reply.weight_version for reply in pool.generate(PROMPTS, SHORT)} == {f"3@{sync.owner}"}
     sync.close()
 
 
@@ -521,7 +533,7 @@ def test_every_prompt_is_answered_once_while_servers_join_and_leave_and_weights_
     assert len(answered) > 100
     assert len({reply.server for _, reply in answered}) == 4
     signatures = {number: signature(weights) for number, weights in versions.items()}
-    for prompt, reply in answered:
+    for prompt, reply in answered[:: len(answered) // 300 + 1]:
         assert reply.finish_reason == "abort" or len(reply.output_ids) == 12
         numbers = {int(span.version.split("@")[0]) if "@" in span.version else 0 for span in reply.weight_spans}
         if len(numbers) == 1:
