@@ -44,7 +44,17 @@ LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 # that is not named here. The package's own __init__ imports any of them.
 SUBLAYERS: dict[str, tuple[str, ...]] = {
     "pool": (
-        *("state", "update_lock", "checks", "reply_weights", "router_client", "affinity", "balancing", "streaming"),
+        *(
+            "records",
+            "state",
+            "update_lock",
+            "checks",
+            "reply_weights",
+            "router_client",
+            "affinity",
+            "balancing",
+            "streaming",
+        ),
         *("dispatch", "batch", "dead_servers", "end_tokens", "batch_run", "stream_run", "member_file", "membership"),
         *("servers", "pool", "resolve", "earlier_weights", "server_list", "following"),
     ),

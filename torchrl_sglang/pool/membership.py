@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config.checking import require_number
-from torchrl_sglang.errors import ConfigError, SGLangError
+from torchrl_sglang.errors import ConfigError, ServerTimeoutError, SGLangError
 from torchrl_sglang.parallel import Task, side_by_side
 from torchrl_sglang.pool.checks import refuse_newcomers
 from torchrl_sglang.pool.member_file import MemberFile
@@ -352,7 +352,7 @@ class Membership:
 
 
 class _Load:
-    """Whether a server has requests, of any client. One that does not answer has none that could be waited for."""
+    """Whether a server has requests, of any client. One that is gone has none that could be waited for."""
 
     def __init__(self, client: SGLangClient) -> None:
         self._client = client
@@ -361,6 +361,8 @@ class _Load:
         try:
             legacy = not self._client.dialect.weight_session
             return parse_loads(self._client.send(build_loads(legacy=legacy))) > 0
+        except ServerTimeoutError:  # it may be in the middle of a weight update
+            return True
         except SGLangError:
             return False
 

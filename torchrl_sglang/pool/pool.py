@@ -146,6 +146,7 @@ class SGLangPool(PoolServers):
         """
         before = self.state.servers
         replies = self._dispatch(batch)
+        self._membership.refresh()  # of a copy: a server may have been aborted because it leaves
         self.reply_checks.await_verification(replies)
         wrong = [index for index, reply in enumerate(replies) if self.reply_checks.is_wrong(reply, before)]
         if not wrong:
@@ -323,6 +324,7 @@ class SGLangPool(PoolServers):
 
     def _find_dead(self, client: SGLangClient, error: SGLangError) -> SGLangClient | None:
         """The server that a failed request was on, if it is known to be dead: only then the request is sent again."""
+        self._membership.refresh()  # of a copy: the server may have left
         if self.router is None or client is not self.router.client:
             if self.state.has_left(client.url) and not isinstance(error, RequestRejectedError):
                 return client
