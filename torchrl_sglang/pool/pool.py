@@ -59,8 +59,8 @@ class SGLangPool:
         router: as given.
         state: the records of the servers and of the weights on them (:class:`~torchrl_sglang.pool.PoolState`), which
             rollout and weight sync share.
-        update_lock: held while weights are synced and while a crashed server is restarted, so that no update goes to a
-            server that is still loading.
+        update_lock: held while weights are synced, and while it is decided whether a restarted server holds the
+            current ones.
     """
 
     def __init__(self, clients: Sequence[SGLangClient], *, router: RouterClient | None = None) -> None:
