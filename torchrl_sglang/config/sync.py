@@ -63,8 +63,8 @@ class SyncConfig:
     master_address: str | None = None
     """Address at which servers reach the trainer; ``None`` is that of the interface that reaches the servers."""
     master_port: int | None = None
-    """Port of the rendezvous store; ``None`` picks a free one. ``groups="per_server"`` uses one port per server, from
-    this one on."""
+    """Port of the rendezvous store; ``None`` picks a free one. With a group per server (:attr:`groups`) there is one
+    port per server, from this one on."""
     group_timeout_s: float = 60.0
     """To form the process group, and for the first bucket (NCCL makes its communicator then); 0.25 s more per rank."""
     bucket_timeout_s: float = 60.0

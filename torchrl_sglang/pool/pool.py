@@ -54,8 +54,8 @@ class SGLangPool(PoolServers):
             rollout and weight sync share.
         reply_checks: tells whether a reply was made with the weights that its server was known to hold.
         balancer: chooses servers; :meth:`LoadTracker.pick` does it for requests that are sent past :meth:`generate`.
-        update_lock: held while weights are synced and while a crashed server is restarted, so that no update goes to a
-            server that is still loading.
+        update_lock: held while weights are synced, and while it is decided whether a restarted server holds the
+            current ones.
     """
 
     def _init_runtime(self, clients: Sequence[SGLangClient], copied_from: MemberFile | None = None) -> None:
