@@ -512,3 +512,16 @@ def test_auto_falls_back_to_a_broadcast_where_two_buckets_do_not_fit_into_shared
     assert choice.reason == "/dev/shm has room for 0.1 MB, and two buckets need 0.1 MB"
     assert holds(server, tensors)
     sync.close()
+
+
+def test_a_server_whose_ranks_are_on_several_hosts_is_not_given_memory(make: Callable[..., FakeServer]) -> None:
+    from dataclasses import replace
+
+    from torchrl_sglang.weights.transports.ipc import HostChecks
+
+    pool = SGLangPool([SGLangClient(make().url)])
+    pool.connect()
+    (client,) = pool.clients
+    client._info = replace(client.info, raw={**client.info.raw, "nnodes": 2})
+    (check,) = HostChecks(pool.state).check([client]).values()
+    assert check.reason == "its ranks are on several hosts (nnodes=2)"

@@ -27,6 +27,7 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -191,6 +192,8 @@ def main() -> None:
     """Print the socket's path and work."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends by itself, and after the trainer
+    with suppress(OSError):  # only some users may: a server waits 1 s for an answer, also beside busy programs
+        os.setpriority(os.PRIO_PROCESS, 0, -10)
     keeper = Keeper(int(sys.argv[1]), float(sys.argv[2]))
     sys.stdout.write(f"{keeper.path}\n")
     sys.stdout.close()

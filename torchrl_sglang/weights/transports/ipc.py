@@ -53,16 +53,22 @@ class HostChecks:
     def check(self, clients: Sequence[SGLangClient]) -> dict[str, HostCheck]:
         """The result per server URL."""
         keys = {client.url: (client.url, self._state.server(client.url).restarts) for client in clients}
-        unknown = [url for url, key in keys.items() if not self._is_known(key)]
+        unknown = [client for client in clients if not self._is_known(keys[client.url])]
         if unknown:
-            folder = Path(tempfile.gettempdir())
-            outcomes = side_by_side({url: partial(check_same_host, url, folder) for url in unknown})
+            outcomes = side_by_side({client.url: partial(_check, client) for client in unknown})
             self._known |= {keys[url]: outcome.unwrap() for url, outcome in outcomes.items()}
         return {url: self._known[key] for url, key in keys.items()}
 
     def _is_known(self, key: tuple[str, int]) -> bool:
         check = self._known.get(key)
         return check is not None and (check.still_holds() if check.is_shared else not check.may_change)
+
+
+def _check(client: SGLangClient) -> HostCheck:
+    num_nodes = client.info.raw.get("nnodes")
+    if isinstance(num_nodes, int) and num_nodes > 1:
+        return HostCheck(reason=f"its ranks are on several hosts (nnodes={num_nodes})")
+    return check_same_host(client.url, Path(tempfile.gettempdir()))
 
 
 def _openers(client: SGLangClient, check: HostCheck) -> list[int]:
