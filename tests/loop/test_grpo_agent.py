@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
+import re
 import sys
 import threading
 from pathlib import Path
@@ -132,3 +133,26 @@ def test_an_update_while_agents_run_is_recorded_at_the_right_token(
             at = versions == version
             expected = reference_log_probs(model, ids)
             torch.testing.assert_close(row["log_probs", "full"][at], expected[at], atol=1e-4, rtol=0)
+
+
+def test_the_loop_of_the_docs_page_trains(pristine_server: SGLangServer, tiny_llama: Path) -> None:
+    """Its code is run as it stands, with names for what is the reader's own."""
+    page = (EXAMPLES.parent / "docs" / "agents.md").read_text()
+    [code] = [each for each in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "AgentCollector" in each]
+    seen: list[Any] = []
+    said = itertools.count()
+
+    async def my_agent(question: str, *, base_url: str, api_key: str) -> str:
+        await ask_async(base_url, api_key, [says(question)])
+        return f"{next(said) % 2}"
+
+    with AsyncSGLang.connect(pristine_server.url) as servers:
+        names = {
+            **{"servers": servers, "tasks": [{"question": "?", "answer": "0"}] * 8, "my_agent": my_agent},
+            **{"train_step": lambda actor, batch: seen.append(batch), "actor": load(tiny_llama)},
+        }
+        exec(compile(code, "agents.md", "exec"), names)
+    assert [len(batch) for batch in seen] == [32, 32]
+    assert all(batch["advantage"].abs().min() > 0.5 for batch in seen)
+    assert [batch["generation", "policy_version"].unique().item() for batch in seen] == [0, 1]
+    assert served_version(pristine_server.url) == 2
