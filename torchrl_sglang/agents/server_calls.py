@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 
+from torchrl_sglang.agents.single_connections import SingleConnections
 from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.connections import IDLE_LIMIT_S, socket_options
 from torchrl_sglang.errors import (
     ProtocolError,
     ServerLostError,
@@ -21,7 +21,7 @@ from torchrl_sglang.errors import (
 )
 from torchrl_sglang.http_errors import rejected, stream_cut_short
 from torchrl_sglang.protocol.messages import HttpRequest
-from torchrl_sglang.tls import explain_tls, trusted_authorities
+from torchrl_sglang.tls import explain_tls
 
 __all__ = ["ServerCalls"]
 
@@ -37,18 +37,7 @@ class ServerCalls:
 
     def __init__(self, client: SGLangClient) -> None:
         self.client = client
-        is_tls = client.url.startswith("https:")
-        authorities = trusted_authorities(client.config.ca_certificate)
-        verify = ssl.create_default_context(cafile=authorities if isinstance(authorities, str) else None)
-        transport = httpx.AsyncHTTPTransport(
-            verify=verify if is_tls else False,
-            trust_env=False,  # no proxy and no .netrc: the servers are the trainer's own
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_LIMIT_S),
-            socket_options=socket_options(),
-        )
-        # The caller sets the deadline: an answer may take as long as the slowest sequence.
-        timeout = httpx.Timeout(None, connect=client.config.connect_timeout_s)
-        self._http = httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False)
+        self._connections = SingleConnections(client.config.ca_certificate)
 
     async def send(self, request: HttpRequest, *, timeout_s: float | None = None) -> Any:
         """Send a request and return the parsed JSON of the answer, or its text if it is not JSON.
@@ -61,7 +50,12 @@ class ServerCalls:
             SGLangError: as :meth:`SGLangClient.send`.
         """
         try:
-            response = await self._http.send(self._built(request, timeout_s))
+            async with self._connections.take() as connection:
+                response = await connection.handle_async_request(self._built(request, timeout_s))
+                try:
+                    await response.aread()
+                finally:
+                    await response.aclose()
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise self._translated(error, request) from error
         self._refuse(response, request)
@@ -83,20 +77,21 @@ class ServerCalls:
         """
         url = self.client.url
         try:
-            response = await self._http.send(self._built(request, None), stream=True)
-            try:
-                if not response.is_success:
-                    await response.aread()
-                    self._refuse(response, request)
-                async for line in response.aiter_lines():
-                    if not line.startswith("data:"):
-                        continue
-                    data = line[5:].strip()
-                    if data == "[DONE]":
-                        return
-                    yield json.loads(data)
-            finally:
-                await response.aclose()
+            async with self._connections.take() as connection:
+                response = await connection.handle_async_request(self._built(request, None))
+                try:
+                    if not response.is_success:
+                        await response.aread()
+                        self._refuse(response, request)
+                    async for line in response.aiter_lines():
+                        if not line.startswith("data:"):
+                            continue
+                        data = line[5:].strip()
+                        if data == "[DONE]":
+                            return
+                        yield json.loads(data)
+                finally:
+                    await response.aclose()
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise self._translated(error, request) from error
         except json.JSONDecodeError as error:
@@ -105,15 +100,17 @@ class ServerCalls:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._http.aclose()
+        await self._connections.close()
 
     def _built(self, request: HttpRequest, timeout_s: float | None) -> httpx.Request:
-        return self._http.build_request(
+        # The caller sets the deadline of a stream: an answer may take as long as the slowest sequence.
+        timeout = httpx.Timeout(timeout_s, connect=self.client.config.connect_timeout_s)
+        return httpx.Request(
             request.method,
             self.client.url + request.path,
             content=None if request.body is None else json.dumps(request.body),
             headers=self.client.headers(request),
-            timeout=httpx.Timeout(timeout_s, connect=self.client.config.connect_timeout_s),
+            extensions={"timeout": timeout.as_dict()},
         )
 
     def _refuse(self, response: httpx.Response, request: HttpRequest) -> None:
@@ -124,7 +121,7 @@ class ServerCalls:
                 status=response.status_code,
                 body=response.text,
                 reason=response.reason_phrase,
-                has_key="Authorization" in response.request.headers,
+                has_key="Authorization" in self.client.headers(request),
             )
 
     def _translated(self, error: Exception, request: HttpRequest) -> SGLangError:
