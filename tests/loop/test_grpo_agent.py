@@ -148,8 +148,11 @@ def test_the_loop_of_the_docs_page_trains(pristine_server: SGLangServer, tiny_ll
 
     with AsyncSGLang.connect(pristine_server.url) as servers:
         names = {
-            **{"servers": servers, "tasks": [{"question": "?", "answer": "0"}] * 8, "my_agent": my_agent},
-            **{"train_step": lambda actor, batch: seen.append(batch), "actor": load(tiny_llama)},
+            "servers": servers,
+            "tasks": [{"question": "?", "answer": "0"}] * 8,
+            "my_agent": my_agent,
+            "train_step": lambda actor, batch: seen.append(batch),
+            "actor": load(tiny_llama),
         }
         exec(compile(code, "agents.md", "exec"), names)
     assert [len(batch) for batch in seen] == [32, 32]
