@@ -26,6 +26,7 @@ help:
 	@echo "make test-agents  agent frameworks from the registry, through the gateway (about 15 minutes, mostly downloads)"
 	@echo "make test-full   make test, test-install, test-agents, TorchRL 0.13 and its nightly build (reported only), the slow tests (another 45)"
 	@echo "make chaos       ten minutes of training while things go wrong; make soak: an hour, does anything grow?"
+	@echo "make bench       ratios to raw broadcasts, requests and launches (25 minutes, on an idle machine); ARGS=--quick: 2 minutes"
 	@echo "make check       lint, format, types, architecture"
 	@echo "make docs        the documentation site, in site/index.html (under a minute)"
 	@echo "make tutorials   run the tutorials and render their pages again (about seven minutes)"
@@ -119,7 +120,11 @@ chaos: env
 soak: env
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
 
-.PHONY: docs tutorials chaos soak
+# Figures for docs/benchmarks.md, on an idle machine: ARGS=--publish writes them there, ARGS=--quick only tries all out.
+bench: env
+	@$(BIN)/python benchmarks/bench.py $(ARGS)
+
+.PHONY: docs tutorials chaos soak bench
 
 $(VENV)/.docs: docs/requirements.txt $(VENV)/.ready
 	@echo "docs  $$(grep -c == docs/requirements.txt) pinned packages"

@@ -1,17 +1,19 @@
 """Measures the overhead of `SGLangWrapper` over one bare HTTP request with the same batch.
 
-    python benchmarks/policy_overhead.py                                  # SmolLM2-135M on 2 cores: about 15 minutes
-    python benchmarks/policy_overhead.py --batches 256 --new-tokens 4     # another 15
+    python benchmarks/policy_overhead.py                                  # SmolLM2-135M on 2 cores: about 8 minutes
+    python benchmarks/policy_overhead.py --batches 16:32 --pairs 15       # 16 sequences of 32 new tokens
+    python benchmarks/policy_overhead.py --tiny --batches 16:16 --pairs 3 # a minute; the server's share is unrealistic
 
-They run alternately, so that other programs on the machine slow all alike:
+They run in turn, so that other programs on the machine slow all alike:
 
     raw      post the same ids and settings with `requests`; the answer is only parsed as JSON
     tokens   the policy on token ids: TensorDict in, TensorDict with tokens, masks, log-probs and Generation out
-    history  the policy on chats: the same, plus chat template, tokenizer, decoding and the extended conversation
+    chats    the policy on chats: the same, plus chat template, tokenizer, decoding and the extended conversation
 
-Each line is the median over the pairs of policy / raw. Target: 1.03 or less. If runs vary, `cpu` is more reliable: the
-CPU time of this process beyond that of bare requests, in percent of the time of a call. The last line compares 16
-threads that call the policy with one prompt each, with ``batching=True``, with one call of 16 prompts. Target: 1.
+Each line is the median over the rounds of policy / raw, with quartiles. Target: 1.03 or less. If runs vary,
+`cpu_percent` is more reliable: the CPU time of this process beyond that of bare requests, in percent of the time of a
+call. The last line compares 16 threads that call the policy with one prompt each, with ``batching=True``, with one call
+of 16 prompts. Target: 1.
 
 The wrapper's own work grows with the number of sequences, not with their length: real responses are longer than those
 here and take more time on the server, but not in the wrapper.
@@ -21,17 +23,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
-from generate_throughput import Raw, compare
+from generate_throughput import Raw, overhead
+from measuring import Recorder, add_common_arguments
 from tensordict import TensorDict, TensorDictBase, lazy_stack, set_list_to_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm import ChatHistory
 
 from torchrl_sglang import AsyncSGLang, SamplingParams, SGLangWrapper, smollm2_checkpoint
+from torchrl_sglang.testing import make_tiny_model
 
 THREADS = 16
+BATCHES = ["1:16", "16:16", "64:8", "256:4"]  # large batches of short answers keep the time of a call alike
 
 
 class Policy:
@@ -68,32 +75,41 @@ def ids_of(policy: SGLangWrapper, history_B: TensorDictBase) -> list[list[int]]:
     return [prompt.tolist() for prompt in prompts]
 
 
-def run(engine: AsyncSGLang, args: argparse.Namespace) -> None:
-    settings = {"max_new_tokens": args.new_tokens, "temperature": 0.0, "ignore_eos": True}
-    sampling = SamplingParams(**settings)
-    url = engine.pool.clients[0].url
+def measure_batch(engine: AsyncSGLang, count: int, new_tokens: int, record: Recorder, pairs: int) -> None:
+    settings = {"max_new_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True}
     by_history = SGLangWrapper(engine, input_mode="history", generate_kwargs=settings)
     by_tokens = SGLangWrapper(engine, input_mode="tokens", generate_kwargs=settings)
-    print(f"{'':34} {'ratio':>6}  {'quartiles':>15}")
-    for count in args.batches:
-        history_B = chats(count)
-        ids_B_T = ids_of(by_history, history_B)
-        tokens_B = lazy_stack([TensorDict(tokens=TensorDict(prompt=torch.tensor(ids_T))) for ids_T in ids_B_T])
-        raw = Raw([url], ids_B_T, sampling)
-        for name, policy, data_B in (("tokens", by_tokens, tokens_B), ("history", by_history, history_B)):
-            title = f"batch of {count}: {name} / raw"
-            compare(title, raw, Policy(policy, data_B), engine.flush_cache, count * args.new_tokens, args.pairs)
+    history_B = chats(count)
+    ids_B_T = ids_of(by_history, history_B)
+    tokens_B = lazy_stack([TensorDict(tokens=TensorDict(prompt=torch.tensor(ids_T))) for ids_T in ids_B_T])
+    record.measure(
+        f"batch of {count}",
+        {
+            "raw": Raw([engine.pool.clients[0].url], ids_B_T, SamplingParams(**settings)),
+            "tokens": Policy(by_tokens, tokens_B),
+            "chats": Policy(by_history, history_B),
+        },
+        pairs=pairs,
+        before_each=engine.flush_cache,
+        settings={"batch": count, "new_tokens": new_tokens},
+        details=lambda base, other: overhead(base, other, tokens=count * new_tokens),
+    )
+
+
+def measure_threads(engine: AsyncSGLang, new_tokens: int, record: Recorder, pairs: int) -> None:
+    settings = {"max_new_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True}
     history_B = chats(THREADS)
+    one = SGLangWrapper(engine, input_mode="history", generate_kwargs=settings)
     batching = SGLangWrapper(
         engine, input_mode="history", generate_kwargs=settings, batching=True, max_batch_size=THREADS
     )
-    compare(
-        f"{THREADS} threads / one batch of {THREADS}",
-        Policy(by_history, history_B),
-        Threads(batching, history_B),
-        engine.flush_cache,
-        THREADS * args.new_tokens,
-        args.pairs,
+    record.measure(
+        f"{THREADS} threads beside one batch of {THREADS}",
+        {"one batch": Policy(one, history_B), "threads": Threads(batching, history_B)},
+        pairs=pairs,
+        before_each=engine.flush_cache,
+        settings={"batch": THREADS, "new_tokens": new_tokens, "batching": True},
+        details=lambda base, other: overhead(base, other, tokens=THREADS * new_tokens),
     )
 
 
@@ -102,15 +118,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", help="checkpoint of a chat model to serve (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="sequences per call")
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model, to see that everything runs")
+    parser.add_argument("--batches", nargs="+", default=BATCHES, help="SEQUENCES:NEW_TOKENS of a call")
+    parser.add_argument("--no-threads", dest="threads", action="store_false", help="leave the last line out")
+    add_common_arguments(parser, pairs=7)
     args = parser.parse_args()
+    batches = [tuple(map(int, word.split(":"))) for word in args.batches]
     set_list_to_stack(True).set()
-    model = args.model or str(smollm2_checkpoint())
-    print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; {args.new_tokens} new tokens each")
-    with AsyncSGLang.from_pretrained(model, device="cpu", api_key=False) as engine:
-        run(engine, args)
+    record = Recorder("policy", args.rows, args.max_repeats)
+    with tempfile.TemporaryDirectory(prefix="policy-") as folder:
+        model = str(make_tiny_model(Path(folder) / "model")) if args.tiny else args.model or str(smollm2_checkpoint())
+        print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; {model}")
+        with AsyncSGLang.from_pretrained(model, device="cpu", api_key=False) as engine:
+            for count, new_tokens in batches:
+                measure_batch(engine, count, new_tokens, record, args.pairs)
+            if args.threads:
+                measure_threads(engine, 16, record, args.pairs)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """Measures a whole weight sync as a multiple of one raw broadcast of the same bytes.
 
-    python benchmarks/weight_sync.py                      # SmolLM2-135M, 1 and 3 servers, about 5 minutes, 8 GB
-    python benchmarks/weight_sync.py --servers 1 --pairs 9
-    python benchmarks/weight_sync.py --model /path/to/checkpoint --bucket-mb 256
+    python benchmarks/weight_sync.py                      # SmolLM2-135M, every transport: 8 minutes, 8 GB
+    python benchmarks/weight_sync.py --servers 1 --pairs 9 --transports ipc broadcast
+    python benchmarks/weight_sync.py --model /path/to/checkpoint --buckets-mb 256 --stages always
+    python benchmarks/weight_sync.py --tiny --servers 1 --pairs 3        # does it run? A minute; the ratios say nothing
 
-The two run alternately, so that other programs on the machine slow both alike:
+The two run in turn, so that other programs on the machine slow both alike:
 
     raw    gloo sends the model's bytes, already in one tensor, to an otherwise idle process: the lower bound
-    sync   WeightSync.push(model): check values, pause servers, pack, announce and send buckets, continue, verify
+    sync   WeightSync.push(model): check values, pause servers, pack and send buckets, continue, verify
 
-Each line is the median over the pairs. Seconds depend on the machine, so ratios are printed. Target on 2 idle cores:
-1.8 or less for 64 MB buckets, and less than 2.2 times as long for 3 servers as for 1.
+Each line is the median over the rounds, with quartiles; `paused` is the time without generation in the same unit.
+Seconds depend on the machine, so ratios are printed. Targets on 2 idle cores, with checks and verification: ipc 1.8
+(paused 1.0), broadcast 2.3 (paused 1.8), 3 servers by ipc 1.8 times as long as one.
 
 This script does not measure NCCL: use `torchrl-sglang doctor --self-test` on a GPU machine.
 """
@@ -22,31 +24,25 @@ import contextlib
 import multiprocessing
 import os
 import statistics
-import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
+from measuring import MALLOC, Recorder, Timing, add_common_arguments, ensure_malloc_settings
 from transformers import AutoModelForCausalLM
 
-from torchrl_sglang import AsyncSGLang, SGLangClient, SGLangPool, SyncConfig, SyncReport, WeightSync
+from torchrl_sglang import AsyncSGLang, SGLangClient, SGLangError, SGLangPool, SyncConfig, SyncReport, WeightSync
 
-# glibc returns large blocks to the kernel and allocates them again, and every page is faulted in again. Without
-# these settings the same runs take up to twice as long and vary more. SGLangServer sets them for its CPU servers.
-MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
-    "MALLOC_TOP_PAD_": str(256 * 2**20),
-}
-WARM_UPS = 2
-# A pair during which other programs used a larger share of the CPU is repeated, up to a number of times.
-MAX_OTHER_SHARE = 0.05
-MAX_REPEATS = 60
+TRANSPORTS = ("ipc", "broadcast", "http", "disk")
+MANY_SERVERS = ("ipc", "broadcast")  # the others are measured with one server
+BUCKETS_MB = 64.0
+START_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +51,7 @@ class Case:
 
     name: str
     num_servers: int
-    config: SyncConfig
+    settings: dict[str, Any]
 
 
 # ----------------------------------------------------------------------------------------------------- lower bound
@@ -72,12 +68,10 @@ class RawBroadcast:
         self._receiver.start()
         self._group = dist.ProcessGroupGloo(store, 0, 2, timedelta(seconds=120))
 
-    def seconds(self) -> float:
-        start = time.perf_counter()
+    def __call__(self) -> None:
         _broadcast(self._group, self._buffer)
         # gloo returns when the kernel has accepted the last byte; one byte sent back confirms that it arrived.
         self._group.recv([self._buffer[:1]], 1, 0).wait()
-        return time.perf_counter() - start
 
     def close(self) -> None:
         self._receiver.terminate()
@@ -102,69 +96,93 @@ def _broadcast(group: Any, tensor: torch.Tensor) -> None:
 # --------------------------------------------------------------------------------------------------------- weight sync
 
 
-class OtherPrograms:
-    """The share of the CPU that other programs use; a pair measured beside them is not reliable."""
-
-    def __init__(self) -> None:
-        self._mark = self._now()
-
-    def share(self) -> float:
-        """Fraction of all cores used by other programs since the last call."""
-        before, self._mark = self._mark, self._now()
-        busy, total, ours = (end - start for end, start in zip(self._mark, before, strict=True))
-        return max(0.0, busy - ours) / total if total else 0.0
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        per_second = os.sysconf("SC_CLK_TCK")
-        me = psutil.Process()
-        ours = 0.0
-        for process in (me, *me.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                ours += times.user + times.system
-        return (sum(ticks) - ticks[3] - ticks[4]) / per_second, sum(ticks) / per_second, ours
+def make_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Every transport with its defaults on 1, 2 and 3 servers; then, with one server, buckets, staging and checks."""
+    first = args.servers[0]
+    for transport in args.transports:
+        for count in args.servers if transport in MANY_SERVERS else args.servers[:1]:
+            yield _case(transport, count)
+    for transport in (each for each in args.transports if each in MANY_SERVERS):
+        for megabytes in args.buckets_mb:
+            if megabytes != BUCKETS_MB:
+                yield _case(transport, first, f"buckets of {megabytes:g} MB", bucket_bytes=int(megabytes * 2**20))
+        for stage in args.stages:
+            yield _case(transport, first, "staged" if stage == "always" else "not staged", stage=stage)
+        if args.unchecked:
+            yield _case(transport, first, "not verified", verify="off")
+            yield _case(transport, first, "not verified or checked", verify="off", check_values=False)
 
 
-def measure(case: Case, urls: list[str], model: torch.nn.Module, raw: RawBroadcast, pairs: int) -> dict[str, float]:
-    """Run the pairs and print a line; return the medians in seconds."""
-    others = OtherPrograms()
-    repeats = 0
+def _case(transport: str, num_servers: int, label: str = "", **settings: Any) -> Case:
+    name = f"{transport}, {num_servers} server{'s' if num_servers > 1 else ''}"
+    settings = {"transport": transport, "bucket_bytes": int(BUCKETS_MB * 2**20), **settings}
+    return Case(name=f"{name}, {label}" if label else name, num_servers=num_servers, settings=settings)
+
+
+def measure(
+    case: Case, urls: list[str], model: torch.nn.Module, raw: RawBroadcast, record: Recorder, pairs: int
+) -> None:
+    """Run the rounds of a case and record its row."""
     pool = SGLangPool([SGLangClient(url) for url in urls[: case.num_servers]])
-    raw_s: list[float] = []
-    reports: list[SyncReport] = []
-    with contextlib.closing(WeightSync(pool, case.config)) as sync:
-        for _ in range(WARM_UPS):
-            sync.push(model)
-            raw.seconds()
-        while len(reports) < pairs:
-            others.share()
-            seconds = raw.seconds()
-            report = sync.push(model)
-            assert report is not None
-            if others.share() > MAX_OTHER_SHARE and repeats < MAX_REPEATS:
-                repeats += 1
-                time.sleep(1)
-                continue
-            raw_s.append(seconds)
-            reports.append(report)
-    ratios = [report.total_s / seconds for report, seconds in zip(reports, raw_s, strict=True)]
-    paused = statistics.median(r.generation_paused_s / s for r, s in zip(reports, raw_s, strict=True))
-    shares = {
-        phase: statistics.median(report.seconds.get(phase, 0.0) / s for report, s in zip(reports, raw_s, strict=True))
-        for phase in reports[0].seconds
-    }
+    with contextlib.ExitStack() as stack:
+        settings = dict(case.settings)
+        if settings["transport"] == "disk":
+            settings["disk_dir"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-weights-"))
+        try:
+            sync = stack.enter_context(contextlib.closing(WeightSync(pool, SyncConfig(**settings))))
+        except SGLangError as error:
+            record.failed(case.name, error)
+            return
+        record.measure(
+            case.name,
+            {"raw broadcast": raw, "sync": lambda: sync.push(model)},
+            pairs=pairs,
+            warm_ups=2,
+            settings={**case.settings, "servers": case.num_servers},
+            details=_details,
+        )
+
+
+def _details(base: list[Timing], other: list[Timing]) -> dict[str, Any]:
+    reports: list[SyncReport] = [timing.result for timing in other]
+    pairs = [(report, timing.elapsed_s) for report, timing in zip(reports, base, strict=True)]
     last = reports[-1]
-    print(
-        f"{case.name:34} {statistics.median(ratios):5.2f}  {min(ratios):5.2f} ..{max(ratios):5.2f}  {paused:6.2f}  "
-        f"{last.pause:7} {last.num_buckets:5} {repeats:8}  "
-        + "  ".join(f"{phase} {share:.2f}" for phase, share in shares.items())
-    )
-    return {"raw": statistics.median(raw_s), "sync": statistics.median(report.total_s for report in reports)}
+    return {
+        "paused": statistics.median(report.generation_paused_s / unit_s for report, unit_s in pairs),
+        "phases": {
+            phase: statistics.median(report.seconds.get(phase, 0.0) / unit_s for report, unit_s in pairs)
+            for phase in last.seconds
+        },
+        "transport": last.transport,
+        "staged": last.is_staged,
+        "buckets": last.num_buckets,
+        "pause": last.pause,
+        "mb": last.num_bytes / 1e6,
+    }
 
 
-def extra_memory(url: str, model: torch.nn.Module, config: SyncConfig) -> int:
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def measure_memory(url: str, model: torch.nn.Module, args: argparse.Namespace, record: Recorder) -> None:
+    """The trainer's peak memory beyond that before a sync. First of all: the allocator keeps what it once had."""
+    bucket_bytes = int(BUCKETS_MB * 2**20)
+    sizes = [parameter.nbytes for parameter in model.parameters()]
+    limit_mb = (2 * bucket_bytes + max(sizes)) / 1e6
+    for transport, stage in (("broadcast", "off"), ("ipc", "off"), ("ipc", "always")):
+        if transport not in args.transports:
+            continue
+        name = f"peak extra memory, {transport}, {'staged' if stage == 'always' else 'not staged'}"
+        try:
+            peak = _extra_memory(url, model, SyncConfig(transport=transport, stage=stage, bucket_bytes=bucket_bytes))
+        except SGLangError as error:
+            record.failed(name, error)
+            continue
+        allowed = f"2 buckets + largest: {limit_mb:.0f} MB" if stage == "off" else f"model: {sum(sizes) / 1e6:.0f} MB"
+        record.add({"name": name, "value": f"{peak / 1e6:.0f} MB ({allowed})"})
+
+
+def _extra_memory(url: str, model: torch.nn.Module, config: SyncConfig) -> int:
     """Peak resident bytes of this process during its first sync, beyond those before it."""
     with contextlib.closing(WeightSync(SGLangPool([SGLangClient(url)]), config)) as sync:
         sync.connect()
@@ -181,19 +199,7 @@ def resident(field: str) -> int:
     raise LookupError(field)
 
 
-def make_cases(num_servers: list[int], bucket_bytes: int) -> list[Case]:
-    cases = []
-    for count in num_servers:
-        servers = f"{count} server{'s' if count > 1 else ''}"
-        cases.append(Case(name=servers, num_servers=count, config=SyncConfig(bucket_bytes=bucket_bytes)))
-        if count == num_servers[0]:
-            for label, settings in (
-                ("not verified", {"verify": "off"}),
-                ("not verified, values unchecked", {"verify": "off", "check_values": False}),
-            ):
-                config = SyncConfig(bucket_bytes=bucket_bytes, **settings)  # type: ignore[arg-type]
-                cases.append(Case(name=f"{servers}, {label}", num_servers=count, config=config))
-    return cases
+# ---------------------------------------------------------------------------------------------------------------- main
 
 
 def main() -> None:
@@ -201,52 +207,58 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", help="checkpoint to serve and to send (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--servers", type=int, nargs="+", default=[1, 3], help="numbers of servers to measure")
-    parser.add_argument("--pairs", type=int, default=9, help="raw broadcasts and syncs per line")
-    parser.add_argument("--bucket-mb", type=float, default=64, help="largest bucket, in MB (2**20 bytes)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model, to see that everything runs")
+    parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
+    parser.add_argument("--servers", type=int, nargs="+", default=[1, 2, 3], help="numbers of servers to measure")
+    parser.add_argument("--buckets-mb", type=float, nargs="*", default=[16, 256], help="further sizes (2**20 bytes)")
+    parser.add_argument("--stages", nargs="*", choices=["off", "always"], default=["off", "always"])
+    parser.add_argument("--no-unchecked", dest="unchecked", action="store_false", help="only with all checks")
+    add_common_arguments(parser, pairs=9)
     args = parser.parse_args()
-    if args.model is None:
-        from torchrl_sglang.testing import smollm2_checkpoint
+    with tempfile.TemporaryDirectory(prefix="bench-model-") as folder:
+        run(_checkpoint(args, Path(folder)), args, Recorder("sync", args.rows, args.max_repeats))
 
-        args.model = str(smollm2_checkpoint())
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+
+def _checkpoint(args: argparse.Namespace, folder: Path) -> str:
+    from torchrl_sglang.testing import make_tiny_model, smollm2_checkpoint
+
+    if args.tiny:
+        return str(make_tiny_model(folder / "model"))
+    return args.model or str(smollm2_checkpoint())
+
+
+def run(path: str, args: argparse.Namespace, record: Recorder) -> None:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # private memory, as after a step; not file pages that are read lazily
-    bucket_bytes = int(args.bucket_mb * 2**20)
     sizes = [parameter.nbytes for parameter in model.parameters()]
-    print(f"{args.model}: {sum(sizes) / 1e6:.0f} MB in {len(sizes)} tensors, the largest {max(sizes) / 1e6:.0f} MB")
     print(
+        f"{path}: {sum(sizes) / 1e6:.0f} MB in {len(sizes)} tensors, the largest {max(sizes) / 1e6:.0f} MB; "
         f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} torch threads"
     )
-    print("malloc: " + " ".join(f"{name}={os.environ[name]}" for name in MALLOC))
-    count = max(args.servers)
+    print("malloc: " + " ".join(f"{name}={os.environ[name]}" for name in MALLOC), flush=True)
+    started = time.monotonic()
     with AsyncSGLang.from_pretrained(
-        args.model, dp_size=count, device="cpu", start_timeout_s=600, api_key=False
+        path, dp_size=max(args.servers), device="cpu", start_timeout_s=START_TIMEOUT_S, api_key=False
     ) as engine:
-        run([client.url for client in engine.pool.clients], args, model, bucket_bytes)
-
-
-def run(urls: list[str], args: argparse.Namespace, model: torch.nn.Module, bucket_bytes: int) -> None:
-    peak = extra_memory(urls[0], model, SyncConfig(bucket_bytes=bucket_bytes))
-    largest = max(parameter.nbytes for parameter in model.parameters())
-    limit = 2 * bucket_bytes + largest
-    print(f"trainer's peak extra memory {peak / 1e6:.0f} MB (2 buckets + largest tensor: {limit / 1e6:.0f} MB)\n")
-    raw = RawBroadcast(sum(parameter.nbytes for parameter in model.parameters()))
-    title = f"x raw broadcast, median of {args.pairs}"
-    print(f"{title:34} whole  spread          paused  pause  buckets  repeats  phases")
-    results: dict[str, dict[str, float]] = {}
-    try:
-        for case in make_cases(args.servers, bucket_bytes):
-            results[case.name] = measure(case, urls, model, raw, args.pairs)
-    finally:
-        raw.close()
-    first, *others = (results[case.name] for case in make_cases(args.servers, bucket_bytes) if "," not in case.name)
-    print(f"\nraw broadcast {first['raw']:.3f} s; load now {os.getloadavg()[0]:.1f}")
-    for count, other in zip(args.servers[1:], others, strict=True):
-        print(f"{args.servers[0]} -> {count} servers: {other['sync'] / first['sync']:.2f} times as long")
+        record.add({"name": "model", "value": f"{sum(sizes) / 1e6:.0f} MB in float32, {len(sizes)} tensors"})
+        print(f"{max(args.servers)} servers started in {time.monotonic() - started:.0f} s", flush=True)
+        urls = [client.url for client in engine.pool.clients]
+        measure_memory(urls[0], model, args, record)
+        raw = RawBroadcast(sum(sizes))
+        try:
+            for case in make_cases(args):
+                measure(case, urls, model, raw, record, args.pairs)
+        finally:
+            raw.close()
+    seconds = {row["name"]: row["seconds"] for row in record.rows if "seconds" in row}
+    for transport in MANY_SERVERS:
+        for count in args.servers[1:]:
+            one, several = (seconds.get(_case(transport, number).name) for number in (args.servers[0], count))
+            if one and several:
+                print(f"{transport}, {args.servers[0]} -> {count} servers: {several / one:.2f} times as long")
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})  # read when a process starts
+    ensure_malloc_settings()
     main()

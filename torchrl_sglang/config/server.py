@@ -59,7 +59,7 @@ class ServerConfig:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Environment variables of the server process. They override inherited ones; this process's stay unchanged."""
     start_timeout_s: float = 600.0
-    """From launch to ready; loading a large checkpoint from a network disk takes minutes."""
+    """From launch to ready, besides a second per 200 MB of a checkpoint that is a folder here."""
     stop_timeout_s: float = 10.0
     """From SIGTERM to SIGKILL. SGLang takes 6-9 s to end after SIGTERM."""
     log_dir: Path | None = None
