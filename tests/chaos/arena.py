@@ -138,7 +138,7 @@ class Arena:
 
     def _disturb(self, kind: str, at_s: float) -> None:
         seats = self.seats
-        if "restarted" in kind:
+        if "restarted" in kind and self._restart_every_s:
             if time.monotonic() < self._next_restart_at or self._dead:
                 return
             self._next_restart_at = time.monotonic() + self._restart_every_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import pickle
 import traceback
 from collections.abc import Callable
@@ -16,8 +17,18 @@ import yaml
 from omegaconf import OmegaConf
 
 from tests.fake_sglang import FakeServer
-from torchrl_sglang import AsyncSGLang, ClientConfig, ConfigError, RequestRejectedError, ServerConfig, SGLangError
+from tests.fake_sglang.model import read_checkpoint
+from torchrl_sglang import (
+    AsyncSGLang,
+    ClientConfig,
+    ConfigError,
+    RequestRejectedError,
+    SamplingParams,
+    ServerConfig,
+    SGLangError,
+)
 from torchrl_sglang.cli import main
+from torchrl_sglang.doctor import Diagnosis, check_server
 from torchrl_sglang.engine.launching import client_config, server_configs
 from torchrl_sglang.hydra_configs import close_engines, shared_engine
 from torchrl_sglang.recipes.setup.config import Arguments, load_config, save_config
@@ -244,3 +255,28 @@ def test_no_error_holds_a_key(make: Callable[..., FakeServer]) -> None:
         for shown in ("".join(traceback.format_exception(error)), str(pickle.dumps(error))):
             assert KEY not in shown
             assert ADMIN not in shown
+
+
+def test_the_doctors_findings_hold_no_key(make: Callable[..., FakeServer]) -> None:
+    server = make(api_key=KEY)
+    for key in (KEY, "another-secret"):
+        diagnosis = Diagnosis()
+        diagnosis.add(*check_server(server.url, ClientConfig(api_key=key)))
+        assert server.url in json.dumps(diagnosis.to_json())
+        assert key not in json.dumps(diagnosis.to_json()) + diagnosis.table(width=200)
+
+
+def test_logs_of_a_weight_sync_hold_no_key(
+    make: Callable[..., FakeServer], tiny_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server = make(api_key=KEY, admin_api_key=ADMIN)
+    with AsyncSGLang.connect(server.url, api_key=KEY, admin_api_key=ADMIN) as engine:
+        report = engine.update_weights(read_checkpoint(tiny_llama))
+        engine.pool.generate([[1, 2]], SamplingParams(max_new_tokens=1))
+        copy_ = pickle.loads(pickle.dumps(engine.pool))
+        assert copy_.generate([[1, 2]], SamplingParams(max_new_tokens=1))  # in another process too
+        assert KEY not in repr(copy_)
+    for shown in (repr(report), caplog.text):
+        assert KEY not in shown
+        assert ADMIN not in shown

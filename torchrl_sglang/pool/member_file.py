@@ -7,6 +7,7 @@ they have.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
@@ -17,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["MemberFile"]
+
+_PREFIX = "torchrl-sglang-members-"
 
 
 class MemberFile:
@@ -39,20 +42,30 @@ class MemberFile:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path or Path(tempfile.gettempdir(), f"torchrl-sglang-members-{uuid.uuid4().hex}.json")
+        self.path = path or Path(tempfile.gettempdir(), f"{_PREFIX}{uuid.uuid4().hex}.json")
         self._seen: tuple[int, int] | None = None
         self._owner: weakref.finalize[..., object] | None = None
+        self._held: list[int] = []
 
     def write(self, urls: Sequence[str]) -> None:
-        """Replace the content; a reader sees either the old or the new one. The file is deleted with this object."""
+        """Replace the content; a reader sees either the old or the new one. The file is deleted with this object.
+
+        As long as this process lives, it holds a lock on the file: those of processes that were killed are deleted.
+        """
+        if self._owner is None:
+            _delete_abandoned(self.path.parent)
         new = self.path.with_suffix(".new")
         with suppress(FileNotFoundError):
             new.unlink()
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123
-            json.dump(list(urls), file)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(descriptor, json.dumps(list(urls)).encode())
         new.replace(self.path)
-        if self._owner is None:
-            self._owner = weakref.finalize(self, _delete, self.path, os.getpid())
+        held, self._held = self._held, [descriptor]
+        if self._owner is not None:
+            self._owner.detach()
+        self._owner = weakref.finalize(self, _delete, self.path, os.getpid(), self._held)
+        _close(held)
 
     def read_if_new(self) -> list[str] | None:
         """The members, if the file has changed since the last look; ``None`` if not, or if there is no file."""
@@ -77,7 +90,21 @@ class MemberFile:
             self._owner = None
 
 
-def _delete(path: Path, pid: int) -> None:
+def _delete(path: Path, pid: int, held: list[int]) -> None:
     if os.getpid() == pid:
         with suppress(OSError):
+            path.unlink()
+        _close(held)
+
+
+def _close(held: list[int]) -> None:
+    while held:
+        os.close(held.pop())
+
+
+def _delete_abandoned(folder: Path) -> None:
+    """Delete the files on which nobody holds a lock: their writers were killed."""
+    for path in folder.glob(f"{_PREFIX}*.json"):
+        with suppress(OSError), path.open() as file:  # another user's, or deleted meanwhile, or in use
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()

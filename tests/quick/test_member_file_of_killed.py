@@ -1,0 +1,30 @@
+"""The file that tells copies of a pool its members does not outlive its process for long, even one that was killed."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from torchrl_sglang.pool.member_file import MemberFile
+
+
+def test_files_that_nobody_holds_are_deleted_by_the_next_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    living, killed = MemberFile(), MemberFile()
+    living.write(["http://a:1"])
+    living.write(["http://a:1", "http://b:1"])
+    killed.path.write_text("[]")  # without a lock, as a killed process leaves it
+    reader = MemberFile(living.path)
+    assert reader.read_if_new() == ["http://a:1", "http://b:1"]
+    another = MemberFile()
+    another.write(["http://c:1"])
+    assert set(tmp_path.iterdir()) == {living.path, another.path}
+    living.write(["http://a:1"])
+    assert reader.read_if_new() == ["http://a:1"]
+    living.delete()
+    another.delete()
+    assert not any(tmp_path.iterdir())
