@@ -40,7 +40,7 @@ from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 SERVERS_PER_PROCESS = 16
 TENSOR_SIZE = 256  # floats: a bucket of one tensor
 NEW_TOKENS = 64
-GENERATE_S = 1.0  # how long a server takes for a request
+GENERATE_S = 10.0  # how long a server takes for a request: longer than it takes to send all of them
 VOCAB_SIZE = 32_000
 
 # ------------------------------------------------------------------------------------------------------- the servers
@@ -212,12 +212,13 @@ def main() -> None:
     parser.add_argument("--groups", choices=("per_server", "shared"), default="per_server")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    processes, urls = [], []
+    processes, urls, pipes = [], [], []
     for first in range(0, args.servers, SERVERS_PER_PROCESS):
         ours, theirs = context.Pipe()
         number = min(SERVERS_PER_PROCESS, args.servers - first)
         processes.append(context.Process(target=serve_many, args=(number, theirs), daemon=True))
         processes[-1].start()
+        pipes.append(ours)  # a server ends when its pipe is closed
         urls += ours.recv()
     print(f"{len(urls)} servers, {args.buckets} buckets, {args.rollouts} rollouts, groups={args.groups!r}", flush=True)
     try:

@@ -20,13 +20,11 @@ PACKAGE = "torchrl_sglang"
 # PEERS, the line with the engine, import each other, and of those `rollout` and `weights` never meet.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"config", "disk_space", "model_files", "parallel", "tls"}),
-    frozenset({"config", "forks", "model_files", "parallel", "text_tokens", "tls"}),
+    frozenset({"disk_space", "text_tokens"}),
     frozenset({"chat_templates"}),
     frozenset({"cached_folder", "progress"}),
     frozenset({"smollm2"}),
-    frozenset({"config", "model_files", "parallel", "tls"}),
-    frozenset({"config", "model_files", "parallel", "server_url", "tls"}),
+    frozenset({"server_url"}),
     frozenset({"config", "forks", "model_files", "parallel", "tls"}),
     frozenset({"protocol"}),
     frozenset({"connections", "http_errors"}),
@@ -46,16 +44,24 @@ LAYER_OF = {unit: index for index, units in enumerate(LAYERS) for unit in units}
 # that is not named here. The package's own __init__ imports any of them.
 SUBLAYERS: dict[str, tuple[str, ...]] = {
     "pool": (
-        *("state", "update_lock", "checks", "reply_weights", "router_client", "affinity", "balancing", "streaming"),
+        *(
+            "records",
+            "state",
+            "update_lock",
+            "checks",
+            "reply_weights",
+            "router_client",
+            "affinity",
+            "balancing",
+            "streaming",
+        ),
         *("dispatch", "batch", "dead_servers", "end_tokens", "batch_run", "stream_run", "member_file", "membership"),
-        *("pool", "resolve", "earlier_weights", "server_list", "following"),
+        *("servers", "pool", "resolve", "earlier_weights", "server_list", "following"),
     ),
     "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": (
-        *("checkpoint", "source", "buckets", "checksums", "group", "update"),
-        *("transports", "planning", "newcomers", "sync", "scheme"),
         *("checkpoint", "source", "buckets", "checksums", "group", "update", "shared_memory"),
-        *("transports", "planning", "sync", "scheme"),
+        *("transports", "planning", "newcomers", "pending_sync", "sync", "scheme"),
     ),
 }
 

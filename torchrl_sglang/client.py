@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import requests
@@ -28,6 +30,9 @@ from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.server_url import base_url
 
 __all__ = ["SGLangClient"]
+
+_SYNCED_FOLDER = re.compile(r"version-[0-9]+-.+")
+"""Name of a folder that the transport ``disk`` writes."""
 
 
 class SGLangClient:
@@ -92,6 +97,7 @@ class SGLangClient:
                 server=self.url,
             ) from error
         self._dialect = parse_dialect(self._status(SESSION_PROBE))
+        model_info = _with_lasting_path(model_info)
         model_path = model_info.get("model_path", "") if isinstance(model_info, dict) else ""
         revision = server_info.get("revision") if isinstance(server_info, dict) else None
         vocab_size = self.config.vocab_size or read_vocab_size(str(model_path), revision)
@@ -247,6 +253,20 @@ class SGLangClient:
     def close(self) -> None:
         """Close idle connections. The client can still be used afterwards."""
         self._connections.close()
+
+
+def _with_lasting_path(model_info: Any) -> Any:
+    """Replace the model's path by the tokenizer's if it is a folder of synced weights that is there no more.
+
+    After an update from a shared folder a server names that folder as its model (0.5.23), and later updates delete it.
+    """
+    if not isinstance(model_info, dict):
+        return model_info
+    model, tokenizer = Path(str(model_info.get("model_path"))), model_info.get("tokenizer_path")
+    is_gone = _SYNCED_FOLDER.fullmatch(model.name) is not None and not model.exists()
+    if not is_gone or not tokenizer or read_vocab_size(str(tokenizer)) is None:
+        return model_info
+    return {**model_info, "model_path": tokenizer}
 
 
 def _purpose(request: HttpRequest) -> Literal["generate", "control"]:

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.agents, pytest.mark.timeout(1500)]
 FRAMEWORKS = {
     "openai_agents_sdk": [2, 2],
     "pydantic_ai_agent": [3],
-    "smolagents_agent": [2, 1],
+    "smolagents_agent": [1, 1, 1],
     "langchain_agent": [2],
     "litellm_agent": [2],
     "anthropic_client": [2],

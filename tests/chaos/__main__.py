@@ -78,7 +78,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 fakes: list[Seat] = [FakeSeat(processes, model, proxied=i == 0) for i in range(args.fake)]
                 arenas.append(("fake", _arena(Arena, "fake", fakes, processes, model, folder, args.seed)))
             if args.real:
-                reals = _side_by_side([lambda: RealSeat(model, folder / "logs")] * args.real)
+                reals = _side_by_side(
+                    [lambda i=i: RealSeat(model, folder / "logs", proxied=i == 0) for i in range(args.real)]
+                )
                 arenas.append(("real", _arena(Arena, "real", reals, processes, model, folder, args.seed)))
             print(f"servers ready after {time.monotonic() - start:.0f} s; {args.seconds:g} s begin", flush=True)
             _side_by_side([lambda arena=arena: arena.run(args.seconds) for _, arena in arenas])
@@ -150,6 +152,8 @@ ROWS = {
     "overdue": "longer than their limits allow",
     "syncs": "syncs",
     "failed_syncs": "failed syncs",
+    "left": "servers taken out of the pool",
+    "joined": "servers taken in",
     "lives": "trainers, one after the other",
     "settled_s": "seconds until all serve again at the end",
 }

@@ -15,10 +15,16 @@ from tests.loop.forked_processes import Forked, ProcessFactory, wait_until
 
 __all__ = ["Arena"]
 
-TRANSPORTS = ("shared", "disk", "per_server")
+TRANSPORTS = ("shared", "disk", "auto", "per_server", "http")
 UPDATE_PATHS = (
     *("/init_weights_update_group", "/pause_generation", "/begin_weight_update", "/update_weights_from_distributed"),
-    *("/update_weights_from_disk", "/end_weight_update", "/update_weight_version", "/continue_generation"),
+    *(
+        "/update_weights_from_disk",
+        "/update_weights_from_tensor",
+        "/end_weight_update",
+        "/update_weight_version",
+        "/continue_generation",
+    ),
     *("/weights_checker", "/model_info", "/v1/loads"),
 )
 END_TIMEOUT_S = 400.0

@@ -36,11 +36,16 @@ MAX_PUSH_S = (
 
 
 def sync_config(transport: str, folder: Path, *, kind: str) -> SyncConfig:
-    """The settings of one trainer's life: ``shared`` or ``per_server`` process groups, or ``disk``.
+    """The settings of one trainer's life.
+
+    Args:
+        transport: ``shared`` or ``per_server`` process groups, or another transport's name.
+        folder: for ``disk``.
+        kind: of the servers.
 
     Verification compares checksums, and with ``real`` servers the log-probs of a prompt too.
     """
     sync = _SYNC if kind == "real" else replace(_SYNC, verify_atol=1e9)  # a fake server's log-probs are no model's
-    if transport == "disk":
-        return replace(sync, transport="disk", disk_dir=folder)
-    return replace(sync, groups="per_server" if transport == "per_server" else "shared")
+    if transport in ("shared", "per_server"):
+        return replace(sync, transport="broadcast", groups=transport)  # type: ignore[arg-type]
+    return replace(sync, transport=transport, disk_dir=folder)  # type: ignore[arg-type]

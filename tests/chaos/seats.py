@@ -101,14 +101,15 @@ class FakeSeat:
 class RealSeat:
     """A real SGLang server on the CPU engine; a start takes half a minute."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, model: Path, folder: Path, *, proxied: bool) -> None:
         config = ServerConfig(
             model=str(model), device="cpu", log_dir=folder, stop_timeout_s=0, start_timeout_s=300, max_total_tokens=8192
         )
         self._server = SGLangServer(config).start()
         self._restarting: threading.Thread | None = None
-        self.proxy = TcpProxy(("127.0.0.1", int(self._server.url.rsplit(":", 1)[1])))
-        self.url = self.proxy.url
+        port = int(self._server.url.rsplit(":", 1)[1])
+        self.proxy = TcpProxy(("127.0.0.1", port)) if proxied else None
+        self.url = self._server.url if self.proxy is None else self.proxy.url
 
     def kill(self) -> None:
         self.settle()
@@ -148,5 +149,6 @@ class RealSeat:
 
     def close(self) -> None:
         self.settle()
-        self.proxy.close()
+        if self.proxy is not None:
+            self.proxy.close()
         self._server.stop(kill=True)

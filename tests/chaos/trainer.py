@@ -101,6 +101,7 @@ class Trainer:
         self.journal = Journal(self.folder / f"journal-{life:04}.jsonl")
         self.random = random.Random(f"{seed}/{life}")
         self.pool = SGLangPool([SGLangClient(url, CLIENT) for url in urls])
+        self.urls = list(urls)
         self.transport = transport
         self.sync = WeightSync(self.pool, sync_config(transport, self.folder / "weights", kind=kind))
         self.checkpoint = read_checkpoint(model)
@@ -117,11 +118,16 @@ class Trainer:
             time.sleep(0.2)
         for worker in workers:
             worker.start()
-        while not (self.folder / "stop").exists():
+        members = threading.Thread(target=self._change_members, daemon=True)
+        if hasattr(self.pool, "add"):
+            members.start()
+        while not self._is_to_stop:
             self._step()
             time.sleep(self.random.uniform(0.05, 0.6))
         start = time.monotonic()
-        while not (self._step() and not self.pool.quarantined) and time.monotonic() < start + _SETTLE_S:
+        if members.ident is not None:
+            members.join()
+        while not (self._step() and self._all_serve()) and time.monotonic() < start + _SETTLE_S:
             time.sleep(0.5)
         settled_s = time.monotonic() - start
         self.prompts.no_more = True
@@ -194,6 +200,47 @@ class Trainer:
         self.journal.write("answers", answers=[_answer(n, reply) for n, reply in zip(numbers, answers, strict=False)])
         self.prompts.answered(numbers)
         self.recent += [(prompt_ids(n), reply.output_ids) for n, reply in zip(numbers, answers, strict=False)]
+
+    # ------------------------------------------------------------------ members
+
+    @property
+    def _is_to_stop(self) -> bool:
+        return (self.folder / "stop").exists()
+
+    def _all_serve(self) -> bool:
+        return not self.pool.quarantined and len(self.pool.clients) == len(self.urls)
+
+    def _change_members(self) -> None:
+        """Take a server out and in again, over and over; in the end, all are in."""
+        choose = random.Random(f"{self.random.random()}/members")
+        out: list[str] = []
+        while not self._is_to_stop:
+            time.sleep(choose.uniform(0.5, 4.0))
+            if not out and len(self.urls) > 2:
+                url = choose.choice(self.urls)
+                drain = choose.random() < 0.7
+                if self._change("remove", url, lambda url=url, d=drain: self.pool.remove(url, drain=d, timeout_s=5)):
+                    out.append(url)
+            elif out and self._change("add", out[0], lambda: self.pool.add(out[0])):
+                out.pop()
+        start = time.monotonic()
+        while out and time.monotonic() < start + _SETTLE_S:
+            if self._change("add", out[0], lambda: self.pool.add(out[0])):
+                out.pop()
+            else:
+                time.sleep(0.5)
+
+    def _change(self, what: str, url: str, call: Callable[[], object]) -> bool:
+        start, error = time.monotonic(), None
+        try:
+            call()
+        except SGLangError as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        except BaseException:
+            self.journal.write("crash", traceback=traceback.format_exc())
+            raise
+        self.journal.write("wait", what=what, url=url, seconds=time.monotonic() - start, error=error)
+        return error is None
 
     # ------------------------------------------------------------------ training
 

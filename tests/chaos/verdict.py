@@ -44,6 +44,8 @@ class Verdict:
         errors: how often calls ended with which error.
         syncs: pushes that succeeded, and that failed.
         versions: version labels among the tokens.
+        left: servers taken out of the pool.
+        joined: servers taken in.
         lives: trainers.
         findings: what is wrong, in words.
     """
@@ -61,6 +63,8 @@ class Verdict:
     syncs: int = 0
     failed_syncs: int = 0
     versions: int = 0
+    left: int = 0
+    joined: int = 0
     lives: int = 0
     settled_s: float = math.nan
     findings: list[str] = field(default_factory=list)
@@ -103,7 +107,7 @@ def _count_waits(verdict: Verdict, of: dict[str, list[dict[str, Any]]]) -> None:
     calls = [*of.get("wait", ()), *(push | {"what": "push"} for push in of.get("push", ()))]
     errors: Counter[str] = Counter()
     for call in calls:
-        limit_s = MAX_PUSH_S if call["what"] == "push" else MAX_GENERATE_S
+        limit_s = MAX_GENERATE_S if call["what"] == "generate" else MAX_PUSH_S
         longest = verdict.longest_wait_s.get(call["what"], 0.0)
         verdict.longest_wait_s[call["what"]] = round(max(longest, call["seconds"]), 2)
         # A stream has a limit between two events only.
@@ -115,6 +119,8 @@ def _count_waits(verdict: Verdict, of: dict[str, list[dict[str, Any]]]) -> None:
     verdict.waits, verdict.errors = len(calls), dict(errors.most_common())
     pushes = of.get("push", [])
     verdict.syncs = sum(push["error"] is None for push in pushes)
+    done = Counter(call["what"] for call in calls if call["error"] is None)
+    verdict.left, verdict.joined = done["remove"], done["add"]
     verdict.failed_syncs = len(pushes) - verdict.syncs
     verdict.lives = len(of.get("life", ()))
     through = [push["life"] for push in pushes if push["disk_full"] and push["error"] is None]

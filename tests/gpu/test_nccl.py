@@ -53,6 +53,6 @@ def test_two_servers_report_the_log_probs_of_the_model_on_the_last_gpu(
             assert report.version == version
             expected = trainer_logprobs(model, PROMPT)
             for client in engine.pool.clients:
-                (reply,) = AsyncSGLang.connect(client.url).pool.score([PROMPT])
+                (reply,) = AsyncSGLang.connect(client.url, api_key=engine.api_key).pool.score([PROMPT])
                 found = torch.tensor(reply.prompt_logprobs[1:], dtype=torch.float64)
                 assert (found - expected).abs().max() < ATOL

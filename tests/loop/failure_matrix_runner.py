@@ -34,6 +34,7 @@ from torchrl_sglang.testing.models import VOCAB_SIZE
 
 JOIN = "/init_weights_update_group"
 UPDATE = "/update_weights_from_distributed"
+TENSORS = "/update_weights_from_tensor"
 CLIENT = ClientConfig(
     connect_timeout_s=3, probe_timeout_s=3, control_timeout_s=3, update_timeout_s=4, generate_timeout_s=10
 )
@@ -91,6 +92,7 @@ class Outcome:
     error: SGLangError | None = None
     states: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    answers_after_s: float = 0.0
     pushed_version: int | None = None
     serving_after_failure: dict[str, int] = field(default_factory=dict)
     quarantined: list[str] = field(default_factory=list)
@@ -116,7 +118,8 @@ class MatrixRunner:
 
     def run(self, row: Row) -> Outcome:
         """The servers start with model 0; the first push (model 1) fails, the second (model 2) must succeed."""
-        settings = FakeSettings(model_path=self.models[0], version=row.version)
+        is_found = row.sync.transport == "ipc"
+        settings = FakeSettings(model_path=self.models[0], version=row.version, is_found=is_found)
         servers = [self._processes.start_server(settings) for _ in range(row.servers)]
         outcome = Outcome(urls=[server.url for server in servers])
         sync: WeightSync | None = None
@@ -125,7 +128,7 @@ class MatrixRunner:
             with BackgroundClients(servers if row.path != "/generate" else []) as clients:
                 start = time.monotonic()
                 if row.how == "trainer":
-                    self._lose_trainer(row, servers)
+                    self._lose_trainer(row, servers, outcome)
                     pool = SGLangPool([SGLangClient(server.url, CLIENT) for server in servers])
                     sync = WeightSync(pool, row.sync)
                     sync.reach()  # the new trainer's first liveness check
@@ -186,12 +189,18 @@ class MatrixRunner:
         wait_until(lambda: server.requests(row.path) >= seen + row.nth, f"no request to {row.path}", 30)
         server.suspend()
 
-    def _lose_trainer(self, row: Row, servers: Sequence[ForkedServer]) -> None:
+    def _lose_trainer(self, row: Row, servers: Sequence[ForkedServer], outcome: Outcome) -> None:
         server = servers[row.failing_server]
         self._arm(row, server)
         trainer = self._processes.start_trainer([each.url for each in servers], self.models[1], CLIENT, row.sync)
         wait_until(lambda: server.requests(row.path) >= row.nth, f"no request to {row.path}", 30)
         trainer.kill()
+        if row.sync.transport == "ipc":
+            start = time.monotonic()
+            for each in servers:
+                SGLangClient(each.url, CLIENT).connect()  # asks the scheduler, too
+            outcome.answers_after_s = time.monotonic() - start
+            wait_until(lambda: not segments_of(trainer.pid), "a segment stayed in shared memory", 20)
         if row.path not in (JOIN, UPDATE):  # these may wait for the trainer forever
             wait_until(lambda: server.requests(row.path, answered=True) >= row.nth, "no answer", 10)
 
@@ -273,6 +282,11 @@ class BackgroundClients:
             else:
                 self.replies.append((prompt, reply))
                 self._closed.wait(0.02)
+
+
+def segments_of(pid: int) -> list[str]:
+    """Shared memory segments of a trainer, by name."""
+    return [path.name for path in Path("/dev/shm").glob(f"torchrl-*-*-*-{pid}.*")]
 
 
 def _pool(servers: Sequence[ForkedServer]) -> SGLangPool:

@@ -154,7 +154,7 @@ def test_an_engine_scales_up_and_down_between_two_syncs(
     needs_sglang: None, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = load(tiny_llama)
-    with AsyncSGLang.from_pretrained(str(tiny_llama), device="cpu", start_timeout_s=300) as engine:
+    with AsyncSGLang.from_pretrained(str(tiny_llama), device="cpu", api_key=False, start_timeout_s=300) as engine:
         train_step(model, 1)
         engine.update_weights(model)
         started_s = time.monotonic()

@@ -19,6 +19,7 @@ from tests.loop.failure_matrix_runner import (
     CLIENT,
     MAX_UPDATE_S,
     SYNC,
+    TENSORS,
     UPDATE,
     BackgroundClients,
     MatrixRunner,
@@ -33,7 +34,12 @@ from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_update_from_disk
 
 NUM_BUCKETS = 10
+MAX_ANSWER_S = 2.9
+"""A server may still be in the call in which the trainer was killed, here made half a second long. No answer takes as
+long as ``CLIENT.probe_timeout_s``, after which the client gives up."""
 SHARED = replace(SYNC, groups="shared")  # by default gloo has a group per server
+IPC = replace(SYNC, transport="ipc", stage="off")
+STAGED_IPC = replace(SYNC, transport="ipc", stage="always")
 
 # In the order of an update: name, path, which request to it, which one a whole trainer's life makes it.
 PHASES: dict[str, tuple[str, int, int]] = {
@@ -56,13 +62,13 @@ PHASE_NAMES = list(PHASES)
 FIRST_BUCKET, LAST_BUCKET = PHASE_NAMES.index("the first bucket"), PHASE_NAMES.index("the last bucket")
 
 
-def expected_states(phase: str, how: str, servers: int, failing_server: int, groups: str) -> tuple[str, ...]:
+def expected_states(phase: str, how: str, servers: int, failing_server: int, *, together: bool) -> tuple[str, ...]:
     """What an update that fails at ``phase`` may leave behind."""
     index = PHASE_NAMES.index(phase)
     if index < FIRST_BUCKET:
         others, itself = "old", "old"
     else:
-        others = "mixed" if index <= LAST_BUCKET and groups == "shared" else "new"
+        others = "mixed" if index <= LAST_BUCKET and together else "new"
         itself = "mixed"
     if how in ("die", "stop"):
         itself = "stuck"
@@ -73,6 +79,8 @@ def failing(phase: str, how: str, *, servers: int = 1, failing_server: int = 0, 
     path, nth, _ = PHASES[phase]
     number = "" if servers == 1 else f", server {failing_server + 1} of {servers}"
     groups = ", one group" if sync.groups == "shared" else ""
+    if sync.transport == "ipc":
+        path, groups = path_by_ipc(path), f", by ipc{', staged' if sync.stage == 'always' else ''}"
     return Row(
         name=f"{how} at {phase}{number}{groups}",
         path=path,
@@ -81,16 +89,24 @@ def failing(phase: str, how: str, *, servers: int = 1, failing_server: int = 0, 
         servers=servers,
         failing_server=failing_server,
         sync=sync,
-        states=expected_states(phase, how, servers, failing_server, sync.groups),
+        states=expected_states(
+            phase, how, servers, failing_server, together=sync.groups == "shared" and sync.transport != "ipc"
+        ),
         repair="restart" if how in ("die", "stop") else "",
         **more,
     )
+
+
+def path_by_ipc(path: str) -> str:
+    return TENSORS if path == UPDATE else path
 
 
 def orphaned(phase: str, *, servers: int = 1, failing_server: int = 0, sync: Any = SYNC) -> Row:
     path, _, nth = PHASES[phase]
     number = "" if servers == 1 else f", server {failing_server + 1} of {servers} behind"
     number += ", one group" if sync.groups == "shared" else ""
+    if sync.transport == "ipc":
+        path, number = path_by_ipc(path), f"{number}, by ipc{', staged' if sync.stage == 'always' else ''}"
     half_way = PHASE_NAMES.index("the dirty mark") <= PHASE_NAMES.index(phase) < PHASE_NAMES.index("the new version")
     return Row(
         name=f"trainer killed at {phase}{number}",
@@ -134,6 +150,39 @@ def make_rows() -> Iterator[Row]:
             yield orphaned(phase, servers=3, failing_server=1, sync=sync)
             yield orphaned(phase, servers=3, failing_server=2, sync=sync)
     yield from particular_rows()
+    yield from rows_by_ipc()
+
+
+def rows_by_ipc() -> Iterator[Row]:
+    """Every phase once more, without a group, and each failure with one server of three."""
+    yield Row(name="nothing goes wrong, by ipc", sync=IPC)
+    yield Row(name="nothing goes wrong, three servers, by ipc, staged", servers=3, sync=STAGED_IPC)
+    for phase in PHASES:
+        if phase == "joining the group":
+            continue
+        index = PHASE_NAMES.index(phase)
+        yield orphaned(phase, sync=STAGED_IPC if index % 2 else IPC)
+        if FIRST_BUCKET <= index <= LAST_BUCKET:
+            for how in ("refuse", "die", "stop"):
+                yield failing(phase, how, sync=IPC)
+            yield failing(phase, "refuse", sync=STAGED_IPC)
+            yield replace(failing(phase, "slow", sync=IPC), states=None)
+    for phase in ("begin", "a bucket in the middle", "end", "continue", "the checksums"):
+        for how in ("refuse", "die", "stop"):
+            yield failing(phase, how, servers=3, failing_server=1, sync=IPC)
+    yield orphaned("a bucket in the middle", servers=3, failing_server=1, sync=IPC)
+    middle: dict[str, Any] = {"path": TENSORS, "nth": 4, "sync": IPC}
+    yield Row(name="half a reply to a bucket, by ipc", how="half_reply", states=("mixed",), **middle)
+    yield Row(name="no reply to a bucket, by ipc", how="drop", at="handled", states=("mixed",), **middle)
+    yield Row(
+        name="dies while it reads a bucket, by ipc",
+        how="die",
+        at="received",
+        states=("stuck",),
+        repair="restart",
+        **middle,
+    )
+    yield Row(name="stopped and thawed in a bucket, by ipc", how="stop", states=("stuck",), repair="resume", **middle)
 
 
 def particular_rows() -> Iterator[Row]:
@@ -251,6 +300,8 @@ def test_a_failed_update_ends_in_time_says_what_is_where_serves_nothing_half_new
     assert outcome.seconds < MAX_UPDATE_S
     assert outcome.mismatches == [], "somebody was answered by weights that are not what their label says"
 
+    if row.how == "trainer" and row.sync.transport == "ipc":
+        assert outcome.answers_after_s < MAX_ANSWER_S
     if row.how == "trainer":
         assert outcome.quarantined == (outcome.urls if row.dirty else [])
     elif row.states is None:

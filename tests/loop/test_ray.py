@@ -196,6 +196,31 @@ def test_servers_in_actors_take_weights_come_back_when_their_actor_is_killed_and
 
 
 @pytest.mark.slow
+def test_servers_join_and_leave_in_bundles_that_ray_gets_back(
+    launch: Callable[..., AsyncSGLang], tiny_llama_b: Path
+) -> None:
+    engine = launch(num_servers=1, placement=RayPlacement(timeout_s=20))
+    engine.update_weights(load(tiny_llama_b))
+    (new,) = engine.add(1)
+    assert not engine.pool.quarantined
+    replies = engine.pool.generate(PROMPTS * 4, SAMPLING)
+    assert {reply.server for reply in replies} == {new, engine.servers[0].url}
+    assert {version_number(reply.weight_version) for reply in replies} == {1}
+    with pytest.raises(ServerStartError, match="no room for 1 x"):
+        engine.add(1)  # the cluster has two cores
+    with pytest.raises(ConfigError, match="gpus are Ray's to decide"):
+        engine.add(1, gpus=[[0]])
+    engine.remove(engine.servers[0].url)
+    wait_until(lambda: ray.available_resources().get("CPU") == 1, "the bundle is still set aside", 20)
+    engine.scale_to(2)
+    assert len(engine.pool.healthy) == 2
+    processes = [psutil.Process(server.pid) for server in engine.servers]
+    engine.shutdown()
+    wait_until(lambda: not any(process.is_running() for process in processes), "a server is left", 20)
+    wait_until(lambda: ray.available_resources().get("CPU") == 2, "the bundles are still set aside", 20)
+
+
+@pytest.mark.slow
 def test_a_server_that_does_not_start_says_why_and_keys_stay_secret(
     launch: Callable[..., AsyncSGLang], cluster: Path, tmp_path: Path
 ) -> None:

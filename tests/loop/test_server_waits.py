@@ -21,7 +21,7 @@ from torchrl_sglang.protocol.dialect import SERVER_INFO
 from torchrl_sglang.server import SGLangServer
 from torchrl_sglang.weights.group.process_group import WeightGroup
 
-LIMIT_S = 2
+LIMIT_S = 3
 PATIENCE_S = 60.0  # far below 30 minutes, far above what a busy machine adds
 
 

@@ -1,7 +1,8 @@
 """Weights to a real SGLang server: through a collector, from every form a trainer may have, refused, and failed.
 
 What needs other servers than the shared one is in test_weight_sync_fleet.py, what has requests in flight in
-test_weight_sync_in_flight.py, and every other failure, on fake servers, in test_failure_matrix.py.
+test_weight_sync_in_flight.py, what has no process group in test_transports.py, and every other failure, on fake
+servers, in test_failure_matrix.py.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_begin_update, build_destroy_group, build_set_version
 from torchrl_sglang.server import SGLangServer
 
-SMALL_BUCKETS = SyncConfig(bucket_bytes=60_000, verify="full")
+SMALL_BUCKETS = SyncConfig(transport="broadcast", stage="off", bucket_bytes=60_000, verify="full")
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +381,7 @@ def test_a_healthy_server_is_free_again_after_a_group_that_never_formed(
     frozen.arm(Fault(path="/init_weights_update_group", action="hang"))
     try:
         pool = SGLangPool([SGLangClient(url), SGLangClient(frozen.url)])
-        config = SyncConfig(group_timeout_s=3)
+        config = SyncConfig(transport="broadcast", group_timeout_s=3)
         with closing(WeightSync(pool, config)) as sync:
             with pytest.raises(WeightUpdateError, match=f"{frozen.url} did not arrive") as caught:
                 sync.push(model_b)

@@ -26,7 +26,7 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.server import SGLangServer
 
-SMALL_BUCKETS = SyncConfig(bucket_bytes=60_000, verify="full")
+SMALL_BUCKETS = SyncConfig(transport="broadcast", bucket_bytes=60_000, verify="full")
 two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
 
 

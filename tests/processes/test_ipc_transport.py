@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import rebuild_storage_filename
 
 from tests.fake_sglang import FakeServer, FakeServerProcess, FakeSettings, Fault
 from tests.fake_sglang.model import read_checkpoint
@@ -366,21 +367,32 @@ def only_near(sync: WeightSync, near_url: str) -> None:
 # --------------------------------------------------------------------------------------------------- the helper process
 
 
-def trainer(code: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+class Trainer:
+    """A forked process that makes three segments, says that a process is about to open the first, and waits."""
 
+    def __init__(self, opener: int | None = None) -> None:
+        reading, writing = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                pool = SegmentPool()
+                datas = [pool.make(100_000) for _ in range(3)]
+                segment = pool.of(datas[0])
+                if opener is not None:
+                    pool.expect(segment, [opener])
+                assert pool._process is not None
+                os.write(writing, f"{segment.manager} {segment.name} {pool._process.pid}\n".encode())
+                signal.pause()
+            finally:
+                os._exit(1)
+        os.close(writing)
+        with open(reading) as answer:  # noqa: PTH123  a descriptor
+            self.manager, self.name, helper = answer.readline().split()
+        self.helper = int(helper)
 
-KILLED = """
-import sys, torch
-from torchrl_sglang.weights.shared_memory.segments import SegmentPool
-pool = SegmentPool()
-datas = [pool.make(100_000) for _ in range(3)]
-segment = pool.of(datas[0])
-if {expects}:
-    pool.expect(segment, [{pid}])
-print(segment.manager, segment.name, flush=True)
-sys.stdin.read() if {waits} else None
-"""
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
 
 
 def await_gone(pid: int, timeout_s: float) -> list[str]:
@@ -391,61 +403,60 @@ def await_gone(pid: int, timeout_s: float) -> list[str]:
 
 
 def test_a_trainer_that_is_killed_leaves_no_segment() -> None:
-    process = trainer(KILLED.format(expects=False, waits=True, pid=0))
-    assert process.stdout is not None
-    process.stdout.readline()
+    process = Trainer()
     assert len(own_segments(process.pid)) == 3
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     assert await_gone(process.pid, 10) == []
 
 
-def test_a_trainer_that_ends_without_close_leaves_no_segment() -> None:
-    process = trainer(KILLED.format(expects=False, waits=False, pid=0))
-    process.wait()
-    assert await_gone(process.pid, 10) == []
-
-
-def test_a_segment_that_a_server_is_about_to_open_outlives_a_killed_trainer_until_it_has_opened_it() -> None:
+def test_a_segment_that_a_server_is_about_to_open_outlives_a_killed_trainer_until_it_has_been_read() -> None:
     """A server that was told to open a file that is gone ends."""
-    process = trainer(KILLED.format(expects=True, waits=True, pid=os.getpid()))
-    assert process.stdout is not None
-    manager, name = process.stdout.readline().split()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = Trainer(opener=os.getpid())
+    process.kill()
     end = time.monotonic() + 10
     while len(own_segments(process.pid)) > 1 and time.monotonic() < end:
         time.sleep(0.02)
-    assert own_segments(process.pid) == [name]
-    from torch.multiprocessing.reductions import rebuild_storage_filename
-
-    storage = rebuild_storage_filename(torch.UntypedStorage, manager.encode(), f"/{name}".encode(), 100_000)
+    assert own_segments(process.pid) == [process.name]
+    manager, name = process.manager.encode(), f"/{process.name}".encode()
+    storage = rebuild_storage_filename(torch.UntypedStorage, manager, name, 100_000)
     storage.fill_(1)
     time.sleep(0.5)
-    assert own_segments(process.pid) == [name]
+    assert own_segments(process.pid) == [process.name]
     del storage
     assert await_gone(process.pid, 10) == []
     end = time.monotonic() + 10
-    while Path(manager).exists() and time.monotonic() < end:
+    while Path(process.manager).exists() and time.monotonic() < end:
         time.sleep(0.02)
-    assert not Path(manager).parent.exists()
+    assert not Path(process.manager).parent.exists()
+
+
+def test_a_process_that_ends_before_it_opens_a_segment_is_not_waited_for() -> None:
+    opener = os.fork()
+    if opener == 0:
+        signal.pause()
+        os._exit(0)
+    process = Trainer(opener=opener)
+    process.kill()
+    time.sleep(0.5)
+    assert own_segments(process.pid) == [process.name]
+    os.kill(opener, signal.SIGKILL)
+    os.waitpid(opener, 0)
+    assert await_gone(process.pid, 10) == []
 
 
 def test_segments_of_a_trainer_that_was_killed_together_with_its_helper_are_removed_by_the_next() -> None:
-    process = trainer(KILLED.format(expects=False, waits=True, pid=0))
-    assert process.stdout is not None
-    process.stdout.readline()
-    for helper in Path("/proc").glob("[0-9]*/cmdline"):
-        if b"keeper.py" in helper.read_bytes() and f"\0{process.pid}\0".encode() in helper.read_bytes():
-            os.kill(int(helper.parent.name), signal.SIGKILL)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    left = own_segments(process.pid)
-    assert len(left) == 3
-    foreign = SHARED_MEMORY / f"torchrl-ffffffff-{process.pid}-1-{process.pid}.0"  # of another process namespace
+    process = Trainer()
+    assert len(own_segments(process.pid)) == 3
+    os.kill(process.helper, signal.SIGKILL)
+    process.kill()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{process.helper}").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    foreign = SHARED_MEMORY / f"torchrl-ffffffff-{process.helper}-1-{process.pid}0.0"  # of another process namespace
     foreign.write_bytes(b"")
     try:
-        assert set(left) <= set(remove_abandoned_segments())
+        remove_abandoned_segments()
+        assert own_segments(process.pid) == []
         assert foreign.exists()
     finally:
         foreign.unlink()
@@ -483,3 +494,34 @@ def test_a_folder_for_temporary_files_with_a_long_path_is_refused(monkeypatch: p
     monkeypatch.setattr(segments.tempfile, "gettempdir", lambda: "/tmp/" + "x" * 100)
     with pytest.raises(ConfigError, match="too long for a socket in it"):
         SegmentPool().open()
+
+
+def test_auto_falls_back_to_a_broadcast_where_two_buckets_do_not_fit_into_shared_memory(
+    make: Callable[..., FakeServer], tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container has 64 MB of it by default."""
+    from torchrl_sglang.weights.transports import ipc
+
+    monkeypatch.setattr(ipc, "available_bytes", lambda folders: 99_000)
+    server = make()
+    sync = sync_of(server, config=config_of("auto", stage="off"))
+    report = sync.push(tensors)
+    assert report is not None
+    assert report.transport == "broadcast"
+    (choice,) = sync.transport_choices.values()
+    assert choice.reason == "/dev/shm has room for 0.1 MB, and two buckets need 0.1 MB"
+    assert holds(server, tensors)
+    sync.close()
+
+
+def test_a_server_whose_ranks_are_on_several_hosts_is_not_given_memory(make: Callable[..., FakeServer]) -> None:
+    from dataclasses import replace
+
+    from torchrl_sglang.weights.transports.ipc import HostChecks
+
+    pool = SGLangPool([SGLangClient(make().url)])
+    pool.connect()
+    (client,) = pool.clients
+    client._info = replace(client.info, raw={**client.info.raw, "nnodes": 2})
+    (check,) = HostChecks(pool.state).check([client]).values()
+    assert check.reason == "its ranks are on several hosts (nnodes=2)"

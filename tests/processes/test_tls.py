@@ -16,9 +16,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.fake_sglang import FakeServer, FakeSettings
-from torchrl_sglang import AsyncSGLang, ConfigError, ServerLostError, ServerUnreachableError
+from tests.fake_sglang.model import read_checkpoint
+from torchrl_sglang import (
+    AsyncSGLang,
+    ClientConfig,
+    ConfigError,
+    ServerLostError,
+    ServerUnreachableError,
+    SyncConfig,
+    WeightSync,
+)
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.pool import SGLangPool
 
 IDS = [[3, 4, 5], [6, 7]]
 
@@ -108,6 +120,18 @@ def test_a_certificate_of_a_private_authority_is_trusted_if_the_settings_name_th
         replies = engine.generate(input_ids=IDS, max_new_tokens=3, ignore_eos=True)
         assert [len(reply.output_ids) for reply in replies] == [3, 3]
         assert list(engine.stream(IDS[0], max_new_tokens=3, ignore_eos=True))[-1].completion_tokens == 3
+
+
+def test_weights_go_through_tls_with_a_key_in_the_requests(
+    fake: FakeServer, proxy: TlsProxy, certificates: Path, tiny_llama_b: Path
+) -> None:
+    tensors = read_checkpoint(tiny_llama_b)
+    client = ClientConfig(ca_certificate=str(certificates / "ca.pem"), api_key="open-sesame")
+    pool = SGLangPool([SGLangClient(f"https://127.0.0.1:{proxy.port}", client)])
+    with contextlib.closing(WeightSync(pool, SyncConfig(transport="http", verify="full"))) as sync:
+        report = sync.push(tensors)
+    assert report is not None
+    assert all(torch.equal(fake.weights[0][name], tensor) for name, tensor in tensors.items())
 
 
 def test_an_unknown_authority_and_a_wrong_name_are_refused_before_the_key_is_sent(

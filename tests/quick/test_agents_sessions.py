@@ -210,6 +210,21 @@ def test_a_reward_finishes_a_session(numbered: Any) -> None:
     assert trajectory.as_json()["token_ids"] == list(trajectory.token_ids)
 
 
+def test_a_turn_of_a_session_that_is_deleted_ends(numbered: Any) -> None:
+    sessions, model = numbered
+    session = sessions.create()
+
+    async def story() -> None:
+        model.gate = asyncio.Event()
+        turn = asyncio.ensure_future(session.chat(ASK))
+        await asyncio.sleep(0.001)
+        await sessions.delete(session.id)
+        with pytest.raises(UnknownSessionError, match="was deleted"):
+            await turn
+
+    run(story())
+
+
 @pytest.mark.parametrize("reward", [float("nan"), float("inf"), "1", None])
 def test_a_reward_that_is_no_number_is_refused(numbered: Any, reward: Any) -> None:
     session = numbered[0].create()

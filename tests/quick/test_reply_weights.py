@@ -66,7 +66,7 @@ def test_the_only_server_restarted_by_somebody_else_is_an_error_that_says_so(
     server.set_state(weight_version="default")
     sync.push(tensors)
     server.set_state(weight_version="default")
-    with pytest.raises(ServerError, match="other weights"):
+    with pytest.raises(ServerError, match="its process was replaced"):
         list(pool.stream([1, 2], ONE))
     sync.close()
 

@@ -165,19 +165,16 @@ def test_an_error_of_one_restart_is_logged_and_the_watching_goes_on(
 
 
 def test_an_error_of_the_watching_itself_is_logged_once_and_the_watching_goes_on(
-    fleet: Fleet, caplog: pytest.LogCaptureFixture
+    fleet: Fleet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Odd(Process):
-        @property
-        def has_crashed(self) -> bool:
-            raise OSError("too many open files")
+    def fail(process: Process) -> bool:
+        raise OSError("too many open files")
 
-    engine, servers = fleet.engine, fleet.engine.servers
-    engine.servers = (Odd(fleet.fakes[0]), *servers[1:])  # type: ignore[assignment]
+    monkeypatch.setattr(Process, "has_crashed", property(fail))
     wait_until(lambda: "too many open files" in caplog.text, "it was not looked at")
     time.sleep(1.2)
     assert caplog.text.count("watching the servers failed") == 1
-    engine.servers = servers
+    monkeypatch.undo()
     fleet.processes[0].crash()
     wait_until(lambda: fleet.state.server(fleet.processes[0].url).restarts == 1, "nobody watches any more")
 
@@ -194,17 +191,19 @@ def test_nothing_of_an_update_reaches_the_process_that_replaces_a_server(
     fleet.fakes[1].arm(Fault(path="/begin_weight_update", action="refuse", at="handled"))
     pushing = Task(lambda: sync.push(tensors), name="push")
     wait_until(lambda: any(e["path"] == "/begin_weight_update" for e in fake.events[-3:]), "no begin")
+    victim.may_start.clear()
     victim.crash()
-    wait_until(lambda: fleet.state.server(victim.url).restarts == 1, "it was not restarted")
+    wait_until(lambda: victim.starts, "it is not restarted")
+    fake.disarm()  # the new process listens; that it is ready is not known yet
+    fake.set_state(session_open=False, weight_version=victim.starts[0])
     count = len(fake.events)
     assert pushing.wait(PATIENCE_S)
-    with pytest.raises(WeightUpdateError):
+    with pytest.raises(WeightUpdateError) as failure:
         pushing.outcome().unwrap()
+    assert failure.value.server_weights[victim.url] == "stuck"
     sent = {event["path"] for event in fake.events[count:]}
     assert not sent & {"/update_weight_version", "/continue_generation", "/end_weight_update"}
-    assert fleet.pool.clients[0].weight_version().startswith("dirty-"), (
-        "the checkpoint's weights have an update's label"
-    )
+    assert fleet.pool.clients[0].weight_version().startswith("dirty-"), "the checkpoint's weights have another label"
     sync.close()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -44,6 +45,8 @@ _log = logging.getLogger(__name__)
 
 _MOST_FAILURES = 3
 """Servers that may fail on one sequence. A prompt on which every server dies must not end all of them."""
+_MOST_BARREN = 20
+"""Aborts in a row without a token. A weight update aborts once: what is sent again waits on the server."""
 _ABORTED_AGAIN_S = 0.05
 _ABORT_TIMEOUT_S = 10.0
 _CLOSING_S, _LIVES_S, _ASK_AGAIN_S = 3.0, 0.3, 0.05
@@ -62,6 +65,7 @@ class Generated:
         top_log_probs: per token ``[log_prob, id, text]`` of the most likely ones, if requested.
         finish_reason: ``"stop"`` or ``"length"``.
         matched: the stop token or string that ended it.
+        abort_message: what the server said when it aborted the last part.
         cached_tokens: prompt tokens from the prefix cache.
         server: URL of the server that generated the last part.
         resumes: how often it was continued.
@@ -73,6 +77,7 @@ class Generated:
     top_log_probs: list[Any] = field(default_factory=list)
     finish_reason: str = ""
     matched: int | str | None = None
+    abort_message: str = ""
     cached_tokens: int = 0
     server: str = ""
     resumes: int = 0
@@ -86,6 +91,7 @@ class Generated:
             top_log_probs=[*self.top_log_probs, *top],
             finish_reason=reply.finish_reason,
             matched=reply.matched,
+            abort_message=reply.abort_message,
             cached_tokens=self.cached_tokens if self.resumes or self.output_ids else reply.cached_tokens,
             server=reply.server,
             resumes=self.resumes,
@@ -203,8 +209,9 @@ class Generator:
         on_tokens: OnTokens | None,
     ) -> Generated:
         done = Generated()
-        failures = 0
+        failures = barren = 0
         while True:
+            before = len(done.output_ids)
             rest = _rest(sampling, len(done.output_ids))
             try:
                 async with self.slots.take(preferred) as client:
@@ -217,6 +224,12 @@ class Generator:
                 continue
             if done.finish_reason != "abort":
                 return done
+            barren = barren + 1 if len(done.output_ids) == before else 0
+            if barren > _MOST_BARREN:
+                raise ServerError(
+                    f"{done.server} aborts this turn again and again, without a token: {done.abort_message}",
+                    server=done.server,
+                )
             preferred = done.server
             if any(getattr(sampling, name) is not None for name in GRAMMARS):
                 if on_tokens is not None and done.output_ids:
@@ -226,10 +239,17 @@ class Generator:
                         server=done.server,
                     )
                 done = Generated(resumes=done.resumes)
-            elif len(done.output_ids) >= sampling.max_new_tokens:
+            elif len(done.output_ids) >= min(sampling.max_new_tokens, self._room(ids_P)):
                 return replace(done, finish_reason="length")
             done.resumes += 1
-            await asyncio.sleep(_ABORTED_AGAIN_S)  # a server that aborts at once, since it is ending, is not flooded
+            await asyncio.sleep(
+                _ABORTED_AGAIN_S * (1 + barren)
+            )  # a server that aborts at once, since it is ending, is not flooded
+
+    def _room(self, ids_P: Sequence[int]) -> int:
+        """Sampled tokens with which a prompt can be sent again: near its end, the context is too long for a prompt."""
+        longest = self.pool.max_prompt_tokens
+        return sys.maxsize if longest is None else longest - len(ids_P)
 
     # ------------------------------------------------------------------ one part on one server
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torchrl_sglang.agents.conversation.answers import find_calls
@@ -22,6 +24,7 @@ from torchrl_sglang.protocol.tool_calls import build_parse_tool_calls
 __all__ = ["ServedModel"]
 
 _PARSE_TIMEOUT_S = 60.0
+_KEPT_SETTINGS = 64
 
 
 class ServedModel:
@@ -61,6 +64,7 @@ class ServedModel:
         vocab_size = pool.vocab_size
         stops = (token for token in self.template.turn_end_ids if vocab_size is None or token < vocab_size)
         self._defaults = GenerationDefaults(given=self.settings.generation, checkpoint={}, stop_ids=tuple(stops))
+        self._known_sampling: dict[str, SamplingParams] = {}
         self._defaults.sampling({}, prompt_length=0, context_length=pool.context_length)  # raises if one is bad
         known = parser_for(
             template=self.settings.chat_template or template_text(self.tokenizer),
@@ -88,7 +92,18 @@ class ServedModel:
         Raises:
             ConfigError: an unknown name or a bad value.
         """
-        return self._defaults.sampling(given, prompt_length=prompt_length, context_length=self.pool.context_length)
+        context = self.pool.context_length
+        key = json.dumps(given, sort_keys=True, default=repr)
+        # The checks take longer than all else that a short turn needs, and an agent's requests have the same settings.
+        if key not in self._known_sampling:
+            if len(self._known_sampling) >= _KEPT_SETTINGS:
+                self._known_sampling.clear()
+            self._known_sampling[key] = self._defaults.sampling(
+                given, prompt_length=prompt_length, context_length=context
+            )
+        known = self._known_sampling[key]
+        length = self._defaults.max_new_tokens(given, prompt_length, context)
+        return known if known.max_new_tokens == length else replace(known, max_new_tokens=length)
 
     def check(self, ids_P: Sequence[int], sampling: SamplingParams) -> None:
         """Refuse a prompt or settings that the servers can't serve.

@@ -8,7 +8,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 from torchrl_sglang.agents.conversation.trajectories import make_trajectories, sampled_tokens
@@ -25,7 +25,7 @@ from torchrl_sglang.agents.types import (
     Trajectory,
     Turn,
 )
-from torchrl_sglang.errors import ConfigError, SessionFinishedError
+from torchrl_sglang.errors import ConfigError, SessionFinishedError, UnknownSessionError
 
 __all__ = ["Session"]
 
@@ -69,6 +69,7 @@ class Session:
         self._chats, self._texts = Tree(), Tree()
         self._records = TurnRecords()
         self._server: str | None = None
+        self._is_deleted = False
         self._reward: float | None = None
         self._info: dict[str, Any] = {}
 
@@ -89,6 +90,7 @@ class Session:
             ConfigError: something in the request can't be honoured; the session stays usable.
             ContextLengthError: the conversation is too long.
             SessionFinishedError: the session takes no more requests.
+            UnknownSessionError: the session was deleted.
             OverloadedError: too many requests wait.
             ServerError: no server generated the answer.
         """
@@ -132,6 +134,8 @@ class Session:
         return record.as_turn(is_repeated=joined)
 
     def _require_active(self) -> None:
+        if self._is_deleted:
+            raise UnknownSessionError(f"session {self.id} was deleted; make a new session", session=self.id)
         if self.status == "active":
             return
         why = "it has its reward" if self.status == "finished" else f"nothing was heard of it for {self._timeout_s:g} s"
@@ -205,6 +209,7 @@ class Session:
 
     def close(self) -> None:
         """Abort what is under way, because the session is deleted."""
+        self._is_deleted = True
         self._end("finished" if self.status == "active" else self.status)
 
     def _end(self, status: SessionStatus) -> None:
@@ -214,5 +219,5 @@ class Session:
 
 def _signature(request: ChatRequest | TextRequest) -> str:
     """Equal for requests that ask for the same, apart from what says that they are repeated."""
-    fields = {**asdict(request), "idempotency_key": None, "is_retry": False}
-    return json.dumps([type(request).__name__, fields], sort_keys=True, default=repr)
+    asked = {f.name: getattr(request, f.name) for f in fields(request) if f.name not in ("idempotency_key", "is_retry")}
+    return json.dumps([type(request).__name__, asked], sort_keys=True, default=repr)

@@ -50,9 +50,9 @@ class Sessions:
         require_number("ttl_s", ttl_s, optional=True, above=0)
         if tags is not None and not isinstance(tags, Mapping):
             raise ConfigError(f"tags must be an object, got {type(tags).__name__}")
-        self.expire()
         most = self.model.settings.max_sessions
         if len(self._sessions) >= most:
+            self.expire()
             old = next((session for session in self._sessions.values() if session.status == "expired"), None)
             if old is None:
                 raise OverloadedError(

@@ -191,13 +191,14 @@ async def _run(
     if not 0 <= job.top_logprobs <= _MOST_TOP_LOGPROBS:
         raise ConfigError(f"top_logprobs must be between 0 and {_MOST_TOP_LOGPROBS}, got {job.top_logprobs}")
     model.check(job.ids_P, job.sampling)
-    single = replace(job.sampling, n=1)
+    single = job.sampling if job.sampling.n == 1 else replace(job.sampling, n=1)
+    seed = job.sampling.sampling_seed
 
     async def one(index: int) -> Generated:
         report = None if on_progress is None else _reporter(index, job, model, on_progress)
         return await model.generator.generate(
             job.ids_P,
-            single,
+            single if seed is None else replace(single, sampling_seed=seed + index),
             top_logprobs=job.top_logprobs,
             preferred=preferred,
             timeout_s=model.settings.turn_timeout_s,

@@ -59,12 +59,13 @@ class GenerationDefaults:
         params = SamplingParams(max_new_tokens=_UNSET_LENGTH)
         for settings in (recommended, self.given, call):
             params = params.updated(**{name: value for name, value in settings.items() if name not in _LENGTHS})
-        params = params.updated(max_new_tokens=self._max_new_tokens(call, prompt_length, context_length))
+        params = params.updated(max_new_tokens=self.max_new_tokens(call, prompt_length, context_length))
         if params.ignore_eos:
             return params
         return params.updated(stop_token_ids=tuple(dict.fromkeys((*self.stop_ids, *params.stop_token_ids))))
 
-    def _max_new_tokens(self, call: Mapping[str, Any], prompt_length: int, context_length: int | None) -> int:
+    def max_new_tokens(self, call: Mapping[str, Any], prompt_length: int, context_length: int | None) -> int:
+        """The longest response that a call may get; arguments and errors as :meth:`sampling`."""
         for settings in (call, self.given):
             limits = {name: integer(name, settings[name]) for name in _LENGTHS if settings.get(name) is not None}
             whole = limits.pop("max_length", None)

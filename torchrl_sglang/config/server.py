@@ -59,15 +59,16 @@ class ServerConfig:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Environment variables of the server process. They override inherited ones; this process's stay unchanged."""
     start_timeout_s: float = 600.0
-    """From launch to ready; loading a large checkpoint from a network disk takes minutes."""
+    """From launch to ready, besides a second per 200 MB of a checkpoint that is a folder here."""
     stop_timeout_s: float = 10.0
     """From SIGTERM to SIGKILL. SGLang takes 6-9 s to end after SIGTERM."""
     log_dir: Path | None = None
     """Folder of the server's log; ``None`` is a temporary folder, removed after a clean stop, kept after a failure."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.model, Path):
-            object.__setattr__(self, "model", str(self.model))
+        given: object = self.model
+        if isinstance(given, Path):
+            object.__setattr__(self, "model", str(given))
         require(
             isinstance(self.model, str) and bool(self.model),
             f"model must be the path or hub name of a checkpoint, got {self.model!r}",

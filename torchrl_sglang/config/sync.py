@@ -63,8 +63,8 @@ class SyncConfig:
     master_address: str | None = None
     """Address at which servers reach the trainer; ``None`` is that of the interface that reaches the servers."""
     master_port: int | None = None
-    """Port of the rendezvous store; ``None`` picks a free one. ``groups="per_server"`` uses one port per server, from
-    this one on."""
+    """Port of the rendezvous store; ``None`` picks a free one. With a group per server (:attr:`groups`) there is one
+    port per server, from this one on."""
     group_timeout_s: float = 60.0
     """To form the process group, and for the first bucket (NCCL makes its communicator then); 0.25 s more per rank."""
     bucket_timeout_s: float = 60.0
@@ -73,7 +73,8 @@ class SyncConfig:
     fixed_timeout_s: float = 60.0
     """Fixed part of a sync's deadline."""
     assumed_bytes_per_s: float = 100e6
-    """Slowest expected transfer; a sync's deadline is ``fixed_timeout_s + bytes / assumed_bytes_per_s``."""
+    """Slowest expected transfer; a sync's deadline is ``fixed_timeout_s + bytes / assumed_bytes_per_s``, and 0.01 s
+    more per bucket and server."""
     takeover: bool = False
     """End another trainer's unfinished update at once. Otherwise a sync waits until that trainer's process has ended,
     or, if it is on another host, until its update must have failed; if it runs, the sync is refused."""
@@ -95,9 +96,18 @@ class SyncConfig:
         if self.transport == "disk":
             require(self.disk_dir is not None, "transport='disk' needs disk_dir, a folder that all machines can read")
 
-    def deadline_s(self, num_bytes: int) -> float:
-        """Seconds a sync that sends ``num_bytes`` (all copies together) may take before it counts as failed."""
-        return self.fixed_timeout_s + num_bytes / self.assumed_bytes_per_s
+    def deadline_s(self, num_bytes: int, num_requests: int = 0) -> float:
+        """Seconds a sync may take before it counts as failed.
+
+        Args:
+            num_bytes: what is sent, all copies together.
+            num_requests: in how many requests: buckets times servers.
+
+        Examples:
+            >>> SyncConfig().deadline_s(10**9), SyncConfig().deadline_s(10**9, 2000 * 64)
+            (70.0, 1350.0)
+        """
+        return self.fixed_timeout_s + num_bytes / self.assumed_bytes_per_s + _SECONDS_PER_REQUEST * num_requests
 
     def bucket_limit_s(self, num_bytes: int) -> float:
         """Seconds a bucket of ``num_bytes`` (all copies together) may take.
@@ -134,6 +144,8 @@ class SyncConfig:
 # A bucket costs each server an announcement, some milliseconds of the trainer's time; and memory on every rank.
 _MOST_BUCKETS = 2000
 _SMALLEST_BUCKET, _LARGEST_BUCKET = 64 * 2**20, 2**30
+_SECONDS_PER_REQUEST = 0.01
+"""Ten times what the trainer needs to announce a bucket to a server and to read the reply."""
 _SECONDS_PER_RANK = 0.25
 """A rank connects to all others, and NCCL measures the paths between them."""
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.doctor.checks import Check
 from torchrl_sglang.errors import SGLangError
 from torchrl_sglang.protocol.messages import ServerInfo
 from torchrl_sglang.protocol.version import WeightVersion
+from torchrl_sglang.weights.shared_memory.same_host import check_same_host
 
 __all__ = ["check_server"]
 
@@ -33,6 +37,7 @@ def check_server(url: str, config: ClientConfig | None = None) -> list[Check]:
         Check(name="server", status="pass", detail=f"{detail} on {info.device}, dtype {info.dtype}; {form}"),
         _vocabulary(info),
         _updates(info),
+        _transport(info),
         _weights(info),
     ]
 
@@ -59,6 +64,13 @@ def _updates(info: ServerInfo) -> Check:
             next_step="use several servers instead of dp_size, tensor instead of pipeline parallelism",
         )
     return Check(name="weight updates", status="pass", detail=f"possible; {info.tp_size} rank(s) in the process group")
+
+
+def _transport(info: ServerInfo) -> Check:
+    """How ``SyncConfig(transport="auto")`` sends weights to it from this process."""
+    check = check_same_host(info.url, Path(tempfile.gettempdir()))
+    detail = "ipc: it shares this host's memory" if check.is_shared else f"broadcast: {check.reason}"
+    return Check(name="weight transport", status="pass", detail=f"auto is {detail}")
 
 
 def _weights(info: ServerInfo) -> Check:

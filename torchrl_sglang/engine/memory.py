@@ -80,7 +80,7 @@ class EngineMemory:
             twice = self._pool.state.server(client.url).offloaded_tags & wanted
             if twice:
                 raise ConfigError(f"{client.url} has released {sorted(twice)} already: resume_memory() first")
-        with self._pool.update_lock:
+        with self._pool.update_lock.held_for("releasing GPU memory"):
             try:
                 self._on_all(self._release, wanted)
             except SGLangError:
@@ -101,7 +101,7 @@ class EngineMemory:
             ServerError: a server did not do it: is the memory free again?
         """
         wanted = _checked(tags)
-        with self._pool.update_lock:
+        with self._pool.update_lock.held_for("resuming GPU memory"):
             self._on_all(self._resume, wanted)
 
     def _on_all(self, call: Callable[[SGLangClient, set[str]], None], tags: set[str]) -> None:

@@ -146,14 +146,13 @@ def admit(pool: SGLangPool, client: SGLangClient, *, is_current: bool, load_save
         ServerError: it does not answer.
     """
     mark = _mark_of_outdated(pool, client)
-    is_labelled = not is_current
-    is_current = mark is None or (load_saved and _load_saved(pool, client))
-    if not is_current:
+    holds_current = (is_current and mark is None) or (load_saved and _load_saved(pool, client))
+    if not holds_current:
         # Requests from processes that don't know of the restart wait in the paused server for the weights.
         check_success(client.send(build_pause("abort")), server=client.url, what="pausing")
-        if not is_labelled and mark is not None:  # weights were synced while it was starting
+        if is_current and mark is not None:  # weights were synced while it was starting
             check_success(client.send(build_set_version(mark)), server=client.url, what="marking its weights dirty")
-    if is_current and pool.state.weights.adapter is None:
+    if holds_current and pool.state.weights.adapter is None:
         return pool.restore(client.url, based_on=pool.state.server(client.url))
     pool.quarantine(client.url, "it was restarted; the next weight update puts it to use")
     return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
@@ -13,18 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams
-from torchrl_sglang.config.checking import require
-from torchrl_sglang.engine.fleet import Fleet, Launcher
+from torchrl_sglang.engine.fleet import Launcher
 from torchrl_sglang.engine.launching import LocalLauncher, client_config, refuse_unknown, server_configs
+from torchrl_sglang.engine.members import EngineMembers
 from torchrl_sglang.engine.memory import ALL_TAGS, EngineMemory, MemoryTag
 from torchrl_sglang.engine.monitor import CrashMonitor, admit, restart_server
 from torchrl_sglang.engine.weights import EngineWeights
 from torchrl_sglang.errors import ConfigError, ServerStartError, SGLangError
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.parallel import side_by_side
-from torchrl_sglang.pool import RouterClient, ServerListFollower, SGLangPool
+from torchrl_sglang.pool import RouterClient, SGLangPool
 from torchrl_sglang.pool.earlier_weights import warn_of_earlier_weights
-from torchrl_sglang.pool.server_list import ListSource
 from torchrl_sglang.progress import shown_progress
 from torchrl_sglang.protocol.control import build_flush
 from torchrl_sglang.protocol.messages import GenerateReply
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncSGLang"]
 
 
-class AsyncSGLang:
+class AsyncSGLang(EngineMembers):
     """One or more SGLang servers of one model: launched here, or running elsewhere.
 
     Use :meth:`from_pretrained` to launch servers and :meth:`connect` to attach to running ones. A launched engine
@@ -78,13 +76,11 @@ class AsyncSGLang:
         restart: Literal["on-update", "on-failure", "never"] = "on-update",
         launcher: Launcher | None = None,
     ) -> None:
-        self.pool = pool
-        self._fleet = Fleet(pool, servers, launcher)
+        super().__init__(pool, servers, launcher)
         self.router = router
         self.weights = EngineWeights(pool, self.restart)
         self.memory = EngineMemory(pool)
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._followers: list[ServerListFollower] = []
         self._restart = restart
         self._monitor = CrashMonitor(self) if restart == "on-failure" and servers else None
 
@@ -184,16 +180,6 @@ class AsyncSGLang:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.pool.info.tokenizer_path, self.pool.info.revision)
         return self._tokenizer
-
-    @property
-    def servers(self) -> tuple[SGLangServer, ...]:
-        """The processes this engine launched; empty when attached."""
-        return self._fleet.servers
-
-    @property
-    def launched(self) -> tuple[tuple[SGLangClient, SGLangServer], ...]:
-        """The processes this engine launched, with their clients."""
-        return self._fleet.launched
 
     @property
     def api_key(self) -> str | None:
@@ -349,105 +335,6 @@ class AsyncSGLang:
         """Make all servers allocate again what they have released: see :meth:`EngineMemory.resume`."""
         self.memory.resume(tags)
 
-    # ------------------------------------------------------------------ members
-
-    def add(
-        self,
-        servers: int | str | Sequence[str],
-        *,
-        gpus: Sequence[Sequence[int]] | None = None,
-        progress: Callable[[str], None] | bool | None = None,
-    ) -> tuple[str, ...]:
-        """Take more servers in, while the others generate: launch some, or attach to running ones.
-
-        They get requests when they hold the weights that the others hold: see :meth:`SGLangPool.add`.
-
-        Args:
-            servers: how many to launch, with the settings of those that this engine has launched; or the base URL of a
-                running server, or several.
-            gpus: GPUs of each server to launch, as for :meth:`from_pretrained`; ``None`` takes the lowest that neither
-                a server of this engine nor the trainer uses.
-            progress: called with a line of text while servers load, as for :meth:`from_pretrained`.
-
-        Returns:
-            The base URLs of the new servers.
-
-        Raises:
-            ConfigError: this engine has launched none and does not know how, there is no room for more, or
-                :meth:`SGLangPool.add` refuses them. Nothing is left running, and the pool is as before.
-            ServerStartError: one did not become ready; nothing is left running.
-            ServerError: one can't be reached.
-        """
-        if isinstance(servers, int):
-            with shown_progress(progress) as show:
-                return self._fleet.add(servers, gpus=gpus, progress=show)
-        require(gpus is None, "gpus are those of servers to launch: a running server has its own")
-        return self.pool.add(servers)
-
-    def remove(self, urls: str | Sequence[str], *, drain: bool = True, timeout_s: float | None = None) -> None:
-        """Take servers out, while the others generate. Those that this engine has launched are ended.
-
-        Args:
-            urls: base URL, or several.
-            drain: as for :meth:`SGLangPool.remove`: let them finish the requests that they have.
-            timeout_s: longest wait, in seconds.
-
-        Raises:
-            ConfigError: as :meth:`SGLangPool.remove`. Nothing was changed.
-        """
-        self._fleet.remove([urls] if isinstance(urls, str) else list(urls), drain=drain, timeout_s=timeout_s)
-
-    def scale_to(
-        self,
-        num_servers: int,
-        *,
-        gpus: Sequence[Sequence[int]] | None = None,
-        drain: bool = True,
-        timeout_s: float | None = None,
-        progress: Callable[[str], None] | bool | None = None,
-    ) -> None:
-        """Launch or end servers until the pool has this many. Those that take no requests end first, then the newest.
-
-        Args:
-            num_servers: how many servers there are to be, at least one.
-            gpus: as for :meth:`add`.
-            drain: as for :meth:`remove`.
-            timeout_s: as for :meth:`remove`.
-            progress: as for :meth:`add`.
-
-        Raises:
-            ConfigError: as :meth:`add` and :meth:`remove`, or fewer servers of this engine run than would have to end.
-            ServerStartError: as :meth:`add`.
-        """
-        with shown_progress(progress) as show:
-            self._fleet.scale_to(num_servers, gpus=gpus, drain=drain, timeout_s=timeout_s, progress=show)
-
-    def follow(self, source: ListSource, *, poll_s: float = 2.0, grace_s: float | None = None) -> ServerListFollower:
-        """Keep the attached servers those of a list that something else changes; launched ones stay.
-
-        Args:
-            source: a file with a URL per line (``torchrl-sglang servers`` edits it), a name whose addresses are the
-                servers (``"dns://servers.example:30000"``), or a function that returns URLs.
-            poll_s: seconds between two looks at the list.
-            grace_s: how long a server must be missing before it is removed, in seconds; ``None`` is 30 for a DNS name,
-                which leaves out servers that seem not ready, and 0 otherwise.
-
-        Returns:
-            What follows the list, in a thread of its own, until its :meth:`stop` or :meth:`shutdown`.
-
-        Raises:
-            ConfigError: ``source`` is no list of servers.
-        """
-        fleet = weakref.ref(self._fleet)
-
-        def launched() -> list[str]:
-            known = fleet()
-            return [] if known is None else [client.url for client, _ in known.launched]
-
-        follower = ServerListFollower(self.pool, source, poll_s=poll_s, grace_s=grace_s, keep=launched)
-        self._followers.append(follower)
-        return follower
-
     # ------------------------------------------------------------------ life
 
     def restart(self, url: str) -> bool:
@@ -485,9 +372,7 @@ class AsyncSGLang:
 
     def shutdown(self) -> None:
         """Close connections and end the servers this engine launched. Safe to call twice."""
-        self._fleet.end()
-        for follower in self._followers:
-            follower.stop()
+        self._end_changes()
         if self._monitor is not None:
             self._monitor.announce_end()
         self.weights.close()

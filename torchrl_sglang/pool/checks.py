@@ -27,10 +27,11 @@ def refuse_different_models(infos: Sequence[ServerInfo]) -> None:
         ConfigError: they serve different models, one that generates no text, or one of which SGLang ignores a setting.
     """
     first = infos[0]
+    vocab_size = next((info.vocab_size for info in infos if info.vocab_size is not None), None)
     for info in infos:
         if not info.is_generation:
             raise ConfigError(f"{info.url} serves {info.model_path!r}, which does not generate text")
-        if (info.architectures, info.vocab_size) != (first.architectures, first.vocab_size):
+        if info.architectures != first.architectures or info.vocab_size not in (None, vocab_size):
             raise ConfigError(
                 f"{first.url} serves {first.model_path!r} and {info.url} serves {info.model_path!r}: "
                 "one pool needs servers of one model"

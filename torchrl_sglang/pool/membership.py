@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config.checking import require_number
-from torchrl_sglang.errors import ConfigError, SGLangError
+from torchrl_sglang.errors import ConfigError, ServerTimeoutError, SGLangError
 from torchrl_sglang.parallel import Task, side_by_side
 from torchrl_sglang.pool.checks import refuse_newcomers
 from torchrl_sglang.pool.member_file import MemberFile
@@ -87,7 +87,6 @@ class Membership:
         self._is_copy = copied_from is not None
         self._served = {client.url for client in clients}
         self._lock = threading.Lock()
-        self._joining: Task[None] | None = None
 
     def file_of_copies(self) -> MemberFile:
         """What a copy of the pool reads."""
@@ -314,19 +313,23 @@ class Membership:
 
     def refresh(self) -> None:
         """In a copy, adopt what has changed in the original. A newcomer is asked which weights it holds first."""
-        urls = self._file.read_if_new() if self._is_copy else None
-        if urls is None:
-            return
-        with self._lock:
+        if not self._is_copy or not self._pool.update_lock.acquire(timeout=0):
+            return  # an update of this copy counts on its members: the next batch looks again
+        try:
+            urls = self._file.read_if_new()
+            if urls is None:
+                return
             known = {client.url for client in self.clients}
             gone = [client for client in self.clients if client.url not in urls]
-        new = [url for url in urls if url not in known]
-        if len(gone) < len(known):
-            self._forget(gone)
-            gone = []
-        self._joining = Task(lambda: self._join_copied(new, gone), name="sglang-new-servers")
+            new = [url for url in urls if url not in known]
+            if len(gone) < len(known):
+                self._forget(gone)
+                gone = []
+        finally:
+            self._pool.update_lock.release()
+        joining = Task(lambda: self._join_copied(new, gone), name="sglang-new-servers")
         if gone:  # none of the known servers is left
-            self._joining.wait()
+            joining.wait()
 
     def _join_copied(self, urls: Sequence[str], gone: Sequence[SGLangClient]) -> None:
         for url in urls:
@@ -336,7 +339,7 @@ class Membership:
             except SGLangError as error:
                 _log.warning("%s has joined the pool, and can't be used here: %s", url, error)
                 continue
-            with self._lock:
+            with self._pool.update_lock, self._lock:
                 if any(each.url == url for each in self.clients):
                     continue
                 known = self._pool.state.joined(url, info.weight_version, _WAITS)
@@ -344,11 +347,12 @@ class Membership:
             if gone or info.weight_version in self.current_versions():
                 self._pool.restore(url, based_on=known, updated_to=info.weight_version)
         if gone and len(self.clients) > len(gone):
-            self._forget(gone)
+            with self._pool.update_lock:
+                self._forget(gone)
 
 
 class _Load:
-    """Whether a server has requests, of any client. One that does not answer has none that could be waited for."""
+    """Whether a server has requests, of any client. One that is gone has none that could be waited for."""
 
     def __init__(self, client: SGLangClient) -> None:
         self._client = client
@@ -357,6 +361,8 @@ class _Load:
         try:
             legacy = not self._client.dialect.weight_session
             return parse_loads(self._client.send(build_loads(legacy=legacy))) > 0
+        except ServerTimeoutError:  # it may be in the middle of a weight update
+            return True
         except SGLangError:
             return False
 

@@ -84,11 +84,11 @@ class StreamRun:
                         has_begun = True
                         yield reply
                     return
-                except _AskAgainError:
+                except _AskAgainError as error:
                     if has_begun:
-                        raise
+                        raise ServerError(f"{error}: ask again", server=client.url) from error
                 except SGLangError as error:
-                    self._note_death(client, error, has_begun=has_begun)
+                    self._record_failure(client, error, has_begun=has_begun)
 
     def _replies_of(self, client: SGLangClient) -> Generator[GenerateReply, None, None]:
         sequence = StreamedReply(client.url)
@@ -99,12 +99,12 @@ class StreamRun:
             if self._checks.is_wrong(reply, before):
                 left = self._state.has_left(client.url)
                 why = "was removed from the pool" if left else "held other weights than expected"
-                raise _AskAgainError(f"{reply.server} {why}: ask again", server=reply.server)
+                raise _AskAgainError(f"{reply.server} {why}", server=reply.server)
             yield reply
         if not sequence.is_finished:
             raise ProtocolError(f"{client.url} ended a stream without a finished sequence", server=client.url)
 
-    def _note_death(self, client: SGLangClient, error: SGLangError, *, has_begun: bool) -> None:
+    def _record_failure(self, client: SGLangClient, error: SGLangError, *, has_begun: bool) -> None:
         """Record a dead server; raises unless the request may be sent again."""
         dead = self._find_dead(client, error)
         if dead is None:

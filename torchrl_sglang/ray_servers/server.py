@@ -13,6 +13,7 @@ from torchrl_sglang.errors import ConfigError, ServerError, ServerStartError
 from torchrl_sglang.ray_servers.placement import PlacementGroup
 from torchrl_sglang.ray_servers.ray_calls import get_result, import_ray, is_done
 from torchrl_sglang.server import SGLangServer
+from torchrl_sglang.server.server import start_limit_s
 from torchrl_sglang.server.start_phases import start_phase
 
 __all__ = ["RayServer"]
@@ -72,7 +73,7 @@ class RayServer:
         Raises:
             ServerStartError: it did not become ready.
         """
-        limit_s = self.config.start_timeout_s + _START_MARGIN_S
+        limit_s = start_limit_s(self.config) + _START_MARGIN_S
         deadline = time.monotonic() + limit_s
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.stop, kill=True)

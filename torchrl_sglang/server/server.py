@@ -25,8 +25,9 @@ from torchrl_sglang.server.model_check import refuse_unsupported_model
 from torchrl_sglang.server.saved_adapters import check_saved_adapters
 from torchrl_sglang.server.start_phases import start_phase
 
-__all__ = ["SGLangServer"]
+__all__ = ["SGLangServer", "start_limit_s"]
 
+_SLOWEST_DISK_BYTES_PER_S = 200e6
 _PROBE_TIMEOUT_S = 5.0  # an old server's /health generates a token, about a second
 
 
@@ -203,10 +204,22 @@ def _lifecycle(config: ServerConfig, *, port: int | None, attached: bool = False
         port=port,
         url=partial(command.build_url, config),
         probe=partial(_probe_ready, config),
-        start_timeout_s=config.start_timeout_s,
+        start_timeout_s=start_limit_s(config),
         phase=start_phase,
         attached=attached,
     )
+
+
+def start_limit_s(config: ServerConfig) -> float:
+    """Seconds from launch to ready: the configured ones, and what a slow disk takes to read a local checkpoint.
+
+    Examples:
+        >>> start_limit_s(ServerConfig(model="Qwen/Qwen3-0.6B", start_timeout_s=60))
+        60.0
+    """
+    folder = Path(config.model).expanduser()
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return config.start_timeout_s + num_bytes / _SLOWEST_DISK_BYTES_PER_S
 
 
 def _launch_spec(config: ServerConfig, weight_version: str | None) -> LaunchSpec:

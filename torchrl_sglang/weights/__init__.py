@@ -2,7 +2,8 @@
 
 Other folders import the names below from this package; engine and doctor also import helpers from its modules. This
 folder imports pool, client, protocol, config, errors and ``parallel``, never rollout or engine. Inside, each folder
-imports only those before it: ``checkpoint``, ``source``, ``buckets``, ``group``, ``update``, ``transports``; then come
+imports only those before it: ``checkpoint``, ``source``, ``buckets``, ``checksums``, ``group``, ``update``,
+``shared_memory``, ``transports``; then come
 ``planning.py``, ``sync.py`` and ``scheme.py``.
 """
 

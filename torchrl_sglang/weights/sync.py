@@ -23,59 +23,25 @@ from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.checksums.verifier import ChecksumVerifier, PushChecksums
 from torchrl_sglang.weights.newcomers import NewcomerUpdates
+from torchrl_sglang.weights.pending_sync import PendingSync
 from torchrl_sglang.weights.planning import PushPlanner
 from torchrl_sglang.weights.source.interface import WeightSource
-from torchrl_sglang.weights.source.shards import is_sharded, ranks_of_weights, together
+from torchrl_sglang.weights.source.shards import Ranks, is_sharded, ranks_of_weights, together
+from torchrl_sglang.weights.transports.auto import TransportChoice
 from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
-from torchrl_sglang.weights.transports.choice import make_transport, num_copies
+from torchrl_sglang.weights.transports.choice import choices_of, make_transport, num_copies
 from torchrl_sglang.weights.transports.staging import is_staged
 from torchrl_sglang.weights.update.liveness import LivenessCheck
 from torchrl_sglang.weights.update.other_trainers import OtherTrainers
 from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.verification import verify_servers
 
-__all__ = ["PendingSync", "WeightSync"]
+__all__ = ["WeightSync"]
 
 _log = logging.getLogger(__name__)
 
-
-class PendingSync:
-    """Handle of a push that runs in the background (:meth:`WeightSync.push_in_background`).
-
-    Attributes:
-        retrieved: :meth:`result` was called and has returned or raised, so a failure was not missed.
-    """
-
-    def __init__(self, task: Task[SyncReport | None]) -> None:
-        self.retrieved = False
-        self._task = task
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended, with success or not."""
-        return self._task.done
-
-    def join(self) -> None:
-        """Wait until it has ended; a failure is not raised."""
-        self._task.wait()
-
-    def result(self, timeout_s: float | None = None) -> SyncReport | None:
-        """Wait for the push.
-
-        Args:
-            timeout_s: seconds to wait; ``None`` waits as long as the push's own deadline lets it run.
-
-        Returns:
-            What it did.
-
-        Raises:
-            ServerTimeoutError: it is still running.
-            SGLangError: it failed; the error that :meth:`WeightSync.push` would have raised.
-        """
-        if not self._task.wait(timeout_s):
-            raise ServerTimeoutError(f"the weight sync is still under way after {timeout_s} s: call result() again")
-        self.retrieved = True
-        return self._task.outcome().unwrap()
+_PREPARING, _READING_CHECKSUMS = "preparing the servers", "reading the servers' checksums"
+"""What the sending rank does between two agreements of all ranks."""
 
 
 class WeightSync:
@@ -183,6 +149,11 @@ class WeightSync:
             self.reach()
             self._others.end_dead_updates(self._answering(), None)
             self._choose_transport().connect(self._liveness.reachable())
+
+    @property
+    def transport_choices(self) -> dict[str, TransportChoice]:
+        """How weights reach each server, and why, by URL; empty before the first :meth:`connect` or :meth:`push`."""
+        return {} if self._transport is None else choices_of(self._transport, self._pool)
 
     def reach(self, patience_s: float | None = None) -> None:
         """Connect the pool, if it is not connected yet. Servers that hang in a dead trainer's update are freed first.
@@ -347,26 +318,19 @@ class WeightSync:
             transport = self._choose_transport()
             source = self._planner.open_source(weights)
         if not source.is_sender:
-            with together(ranks, "preparing the servers"):
-                pass
-            plan = self._planner.plan(source, partial=partial, transport=transport.name)
-            self._planner.check_values(source, plan, while_packing=False)
-            with together(ranks, "reading the servers' checksums"):
-                pass
-            self._planner.gather_only(source, plan)
+            self._help(ranks, source, transport.name, partial)
             return None
         number = self._pool.state.weights.next_version if version is None else version
         target = WeightVersion(number=number, owner=self.owner)
         report = SyncReport(version=number, transport=transport.name)
         with report.phase("prepare"):
-            with together(ranks, "preparing the servers"):
+            with together(ranks, _PREPARING):
                 clients = self._prepare(transport, partial)
             plan = self._planner.plan(source, partial=partial, transport=transport.name)
             report.transport = transport.name  # "auto" has chosen
-            num_bytes = self._planner.num_bytes(plan)
-            report.is_staged = is_staged(self.config, transport, num_bytes)
+            report.is_staged = is_staged(self.config, transport, self._planner.num_bytes(plan))
             values = self._planner.check_values(source, plan, while_packing=report.is_staged)
-            with together(ranks, "reading the servers' checksums"):
+            with together(ranks, _READING_CHECKSUMS):
                 checksums = self._begin_checksums(clients, source, plan)
         self._last_weights = None if source.one_shot else weights
         self._newcomers.forget()
@@ -374,7 +338,7 @@ class WeightSync:
         packed = self._planner.pack(
             source, plan, transport.packer, report, on_packed, is_staged=report.is_staged, values=values
         )
-        deadline = time.monotonic() + self.config.deadline_s(num_bytes * num_copies(transport))
+        deadline = time.monotonic() + self._limit_s(plan, num_copies(transport, len(clients)), len(clients))
         servers = self._pool.state.servers
         incomplete = [client for client in clients if partial and servers[client.url].complete_from != self.owner]
         updated: dict[str, ServerState] = {}
@@ -401,12 +365,31 @@ class WeightSync:
         _log.info("weights %d on %d servers in %.3f s", number, len(clients), report.total_s)
         return report
 
+    def _help(self, ranks: Ranks | None, source: WeightSource, transport: str, partial: bool) -> None:
+        """Gather with the sending rank, which goes through the same collectives in :meth:`_push_now`."""
+        with together(ranks, _PREPARING):
+            pass
+        plan = self._planner.plan(source, partial=partial, transport=transport)
+        self._planner.check_values(source, plan, while_packing=False)
+        with together(ranks, _READING_CHECKSUMS):
+            pass
+        self._planner.gather_only(source, plan)
+
+    def _limit_s(self, plan: Sequence[Bucket], num_copies: int, num_servers: int) -> float:
+        """How long a push may take, in seconds; ``plan`` is empty for a source that can be read only once."""
+        num_bytes = self._planner.num_bytes(plan)
+        num_buckets = len(plan) or 1 + num_bytes // self.config.bucket_size(num_bytes)
+        return self.config.deadline_s(num_bytes * num_copies, num_buckets * num_servers)
+
     def _prepare(self, transport: WeightTransport[Any], partial: bool) -> list[SGLangClient]:
         """The servers that this push goes to, connected by the transport."""
         try:
             patience_s = self.config.deadline_s(self._planner.checkpoint.nbytes)
             self._others.end_dead_updates(self._answering(), patience_s)
             clients = self._liveness.reachable()
+            if partial:  # a newcomer needs all tensors: it waits for a push of all
+                servers = self._pool.state.servers
+                clients = [client for client in clients if servers[client.url].phase != "joining"]
             if partial or self.config.only_trainable:
                 self._require_own_weights(clients, partial)
             transport.connect(clients)

@@ -5,16 +5,19 @@ import sys
 from anthropic import Anthropic
 
 base_url, api_key = sys.argv[1:]
+STOP = ["h", "i", "f", "p", "y", "w", "k"]  # none is in a call; a random model would hardly end its answer
 client = Anthropic(base_url=base_url, api_key=api_key)
 ARGUMENTS = {"type": "object", "properties": {"a": {"enum": [2]}, "b": {"enum": [3]}}, "required": ["a", "b"]}
 common = {
     "model": "policy",
-    "max_tokens": 64,
+    "max_tokens": 512,
+    "stop_sequences": STOP,
     "system": "Add with the tool, then say the sum.",
     "tools": [{"name": "add", "description": "Adds.", "input_schema": ARGUMENTS}],
 }
 messages = [{"role": "user", "content": "What is 2 + 3?"}]
-reply = client.messages.create(messages=messages, tool_choice={"type": "tool", "name": "add"}, **common)
+choice = {"type": "tool", "name": "add", "disable_parallel_tool_use": True}
+reply = client.messages.create(messages=messages, tool_choice=choice, **common)
 assert reply.stop_reason == "tool_use", reply
 [call] = [block for block in reply.content if block.type == "tool_use"]
 assert call.input == {"a": 2, "b": 3}, call

@@ -15,6 +15,7 @@ from agents import (
 from openai import AsyncOpenAI
 
 base_url, api_key = sys.argv[1:]
+STOP = ["h", "i", "f", "p", "y", "w", "k"]  # none is in a call; a random model would hardly end its answer
 set_tracing_disabled(True)  # else it reports to OpenAI
 
 
@@ -36,7 +37,9 @@ for kind in (OpenAIResponsesModel, OpenAIChatCompletionsModel):
         tools=[add],
         model=kind(model="policy", openai_client=AsyncOpenAI(base_url=base_url, api_key=api_key)),
         # The choice is reset to "auto" after the first call.
-        model_settings=ModelSettings(tool_choice="required", max_tokens=64),
+        model_settings=ModelSettings(
+            tool_choice="required", parallel_tool_calls=False, max_tokens=512, extra_body={"stop": STOP}
+        ),
     )
     result = Runner.run_sync(agent, "What is 2 + 3?", max_turns=3)
     kinds = [item.type for item in result.new_items]

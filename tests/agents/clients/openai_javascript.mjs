@@ -6,7 +6,8 @@ const client = new OpenAI({ baseURL, apiKey });
 const parameters = { type: "object", properties: { a: { enum: [2] }, b: { enum: [3] } }, required: ["a", "b"] };
 const common = {
   model: "policy",
-  max_tokens: 64,
+  max_tokens: 512,
+  stop: ["h", "i", "f", "p", "y", "w", "k"], // none is in a call; a random model would hardly end its answer
   tools: [{ type: "function", function: { name: "add", description: "Adds.", parameters } }],
 };
 const messages = [{ role: "user", content: "What is 2 + 3?" }];

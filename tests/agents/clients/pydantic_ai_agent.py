@@ -9,13 +9,15 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 base_url, api_key = sys.argv[1:]
+STOP = ["h", "i", "f", "p", "y", "w", "k"]  # none is in a call; a random model would hardly end its answer
 model = OpenAIChatModel("policy", provider=OpenAIProvider(base_url=base_url, api_key=api_key))
 added = []
 
 
 def settings(context: RunContext) -> ModelSettings:
     """Make the first request call the tool."""
-    return ModelSettings(max_tokens=64, extra_body={"tool_choice": "required"} if context.run_step <= 1 else None)
+    forced = {"tool_choice": "required"} if context.run_step <= 1 else None
+    return ModelSettings(max_tokens=512, stop_sequences=STOP, extra_body=forced)
 
 
 agent = Agent(model, instructions="Add with the tool, then say the sum.", model_settings=settings)

@@ -5,6 +5,7 @@ import sys
 from smolagents import OpenAIServerModel, Tool, ToolCallingAgent
 
 base_url, api_key = sys.argv[1:]
+STOP = ["h", "i", "f", "p", "y", "w", "k"]  # none is in a call; a random model would hardly end its answer
 added = []
 
 
@@ -26,7 +27,9 @@ model = OpenAIServerModel(
     "policy",
     api_base=base_url,
     api_key=api_key,
-    max_tokens=64,
+    max_tokens=512,
+    stop=STOP,
+    parallel_tool_calls=False,
     tool_choice={"type": "function", "function": {"name": "add"}},
 )
 

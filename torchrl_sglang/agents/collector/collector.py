@@ -58,6 +58,7 @@ class AgentCollector(BaseCollector):
         retries: how often a failed run is run again before its group is replaced.
         skip_equal: replace groups whose rewards are all equal, which give no advantage.
         max_skips: most groups that are replaced one after the other; then collecting ends with an error.
+        max_failures: most groups that fail one after the other; then collecting ends with an error.
         ahead: batches that are run beyond those taken. 0: nothing runs while the trainer trains. 1 or more: collecting
             continues, and tokens are at most ``ahead`` updates old, if there is one update per batch.
         max_staleness: most weight updates since a group's oldest token was sampled; older groups are replaced.
@@ -116,13 +117,15 @@ class AgentCollector(BaseCollector):
         retries: int = 0,
         skip_equal: bool = True,
         max_skips: int = 64,
+        max_failures: int = 16,
         ahead: int = 0,
         max_staleness: int | None = None,
         weight_sync_schemes: Mapping[str, WeightSyncScheme] | None = None,
     ) -> None:
         for name, value in (("group_size", group_size), ("concurrency", concurrency), ("max_skips", max_skips)):
             require_number(name, value, whole=True, at_least=1)
-        require_number("groups_per_batch", groups_per_batch, whole=True, at_least=1)
+        for name, value in (("groups_per_batch", groups_per_batch), ("max_failures", max_failures)):
+            require_number(name, value, whole=True, at_least=1)
         require_number("timeout_s", timeout_s, above=0)
         require_number("retries", retries, whole=True, at_least=0)
         require_number("ahead", ahead, whole=True, at_least=0)
@@ -154,6 +157,7 @@ class AgentCollector(BaseCollector):
             retries=retries,
             skip_equal=skip_equal,
             max_skips=max_skips,
+            max_failures=max_failures,
             ahead=ahead,
             max_staleness=max_staleness,
         )
@@ -190,6 +194,12 @@ class AgentCollector(BaseCollector):
             self._frames += len(batch)
             self._batches += 1
             yield batch
+
+    def __len__(self) -> int:
+        """Number of batches, known with ``total_frames`` only."""
+        if self.total_frames < 0:
+            raise TypeError("the collector ends with its tasks, and has no length")  # list() wants a TypeError
+        return -(self.total_frames // -self.requested_frames_per_batch)
 
     # ------------------------------------------------------------------ weights
 

@@ -34,6 +34,7 @@ class GroupSettings:
         retries: how often a failed run is run again before its group fails.
         skip_equal: whether groups with equal rewards are replaced.
         max_skips: most groups that are replaced one after the other.
+        max_failures: most groups that fail one after the other.
         ahead: batches that are run beyond those taken.
         max_staleness: most weight updates since a group's oldest token was sampled.
     """
@@ -44,6 +45,7 @@ class GroupSettings:
     retries: int
     skip_equal: bool
     max_skips: int
+    max_failures: int
     ahead: int
     max_staleness: int | None
 
@@ -101,8 +103,8 @@ class Groups:
         """The groups of the next batch; fewer at the end of the tasks, none after it.
 
         Raises:
-            AgentsFailedError: ``max_skips`` groups one after the other were replaced, or all tasks without one good
-                group.
+            AgentsFailedError: ``max_skips`` groups one after the other were replaced, ``max_failures`` failed, or all
+                tasks gave no good group.
         """
         self._is_wanted = True
         try:
@@ -208,7 +210,9 @@ class Groups:
         self._tasks.done(number)
         self._skipped_in_a_row.append(f"{reason}: {why}")
         _log.info("the group of task %d is replaced: %s: %s", number, reason, why)
-        if len(self._skipped_in_a_row) >= self._settings.max_skips:
+        latest = self._skipped_in_a_row[-self._settings.max_failures :]
+        all_failed = len(latest) == self._settings.max_failures and all(each.startswith("failed") for each in latest)
+        if all_failed or len(self._skipped_in_a_row) >= self._settings.max_skips:
             raise self._failed(f"{len(self._skipped_in_a_row)} groups one after the other gave nothing to train on")
 
     def _failed(self, what: str) -> AgentsFailedError:

@@ -78,6 +78,7 @@ class SessionRuns:
             RunFailedError: it raised, or took too long.
         """
         running = asyncio.ensure_future(work)
+        running.add_done_callback(_read_error)
         try:
             done, _ = await asyncio.wait({running}, timeout=self._timeout_s)
             if not done:
@@ -131,6 +132,12 @@ class SessionRuns:
 
 
 _CLEAN_UP_S = 5.0
+
+
+def _read_error(running: asyncio.Future[Reward | None]) -> None:
+    """Else asyncio logs the error of a run that ended while its group was given up."""
+    if not running.cancelled():
+        running.exception()
 
 
 async def _called(work: Callable[[], _Result]) -> _Result:

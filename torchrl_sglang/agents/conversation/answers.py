@@ -46,6 +46,11 @@ def decode_answer(
     is_end = isinstance(matched, int) or (matched is None and finish_reason == "stop")
     if is_end and ids and (ids[-1] == matched or ids[-1] in template.special):
         return Written(text=template.decode(ids[:-1]))
+    if isinstance(matched, str) and ids and ids[-1] in template.special:
+        # SGLang (0.5.23) looks for stop strings in the text of special tokens too: the stop "i" is in <|im_end|>.
+        is_asked = template.decode(ids[-1:]) == matched and ids[-1] not in template.turn_end_ids
+        if not is_asked:
+            return Written(text=template.decode(ids[:-1]))
     text = template.decode(ids)
     if isinstance(matched, str):
         # The token that completes the stop string ends the generation, so it lies at the end.

@@ -20,6 +20,8 @@ __all__ = ["Call", "Message", "read_messages", "same_answer", "split_thinking"]
 
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_LEFT_OUT_PARTS = ("thinking", "redacted_thinking", "reasoning", "tool_use", "tool_call", "function_call")
+"""What some clients write into an assistant's content besides its text; calls are in ``tool_calls``, too."""
 _MEDIA_PARTS = ("image_url", "image", "input_image", "input_audio", "audio", "video", "video_url", "file")
 
 
@@ -156,6 +158,8 @@ def _text(where: str, role: str, content: Any, has_calls: bool) -> str:
         raise ConfigError(f"{where} has no content: a message of the role {role!r} needs a string or a list of parts")
     if not isinstance(content, (list, tuple)):
         raise ConfigError(f"{where}.content must be a string or a list of parts, got {type(content).__name__}")
+    if role == "assistant":
+        content = [p for p in content if not (isinstance(p, Mapping) and p.get("type") in _LEFT_OUT_PARTS)]
     return "".join(_part(f"{where}.content[{i}]", part) for i, part in enumerate(content))
 
 

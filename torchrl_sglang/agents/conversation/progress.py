@@ -47,6 +47,7 @@ class ProgressText:
     ) -> None:
         self.text = self.content = self.reasoning = ""
         self._template = template
+        self._stops = tuple(stops)
         self._deltas = TextDeltas(stops)
         self._has_tools, self._reads_here, self._thinks = has_tools, reads_here, thinks
         self._is_chat, self._holds_all = is_chat, holds_all
@@ -70,20 +71,27 @@ class ProgressText:
         window = self._template.decode(ids[self._start :])
         if window.endswith("\N{REPLACEMENT CHARACTER}"):
             return
+        earlier = len(self._decoded)
         self._decoded += window[len(before) :]
         self._start, self._read = self._read, len(ids)
-        self._certain += self._deltas.push(self._decoded)
+        self._certain += self._deltas.push(self._decoded[: self._stopped_at(earlier)])
         self._divide()
+
+    def _stopped_at(self, earlier: int) -> int:
+        """Where the stop string begins that the new text has completed; else the end of the text."""
+        found = [self._decoded.find(stop, max(0, earlier - len(stop) + 1)) for stop in self._stops]
+        return min((at for at in found if at >= 0), default=len(self._decoded))
 
     def _divide(self) -> None:
         certain = self._certain
         thinking, rest = self._split(certain) if self._is_chat else ("", certain)
         self.reasoning = _longer(self.reasoning, self._template.without_marks(thinking))
         if self._has_tools:
-            rest = self._before_calls(rest).strip()
+            rest = self._before_calls(rest)
         elif self._is_chat:
             rest = _without_beginning(rest, [opening for opening, _ in THINKING] if not self.content else [])
-        self.content = _longer(self.content, self._template.without_marks(rest))
+        content = self._template.without_marks(rest)
+        self.content = _longer(self.content, content.strip() if self._has_tools else content)
         self.text = _longer(self.text, self._template.without_marks(certain))
 
     def _split(self, text: str) -> tuple[str, str]:

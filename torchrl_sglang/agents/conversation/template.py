@@ -125,7 +125,7 @@ class AgentTemplate:
             made.append({"role": "system", "content": _tool_prompt(tools)})
         for message in messages:
             one = self._one(message)
-            if one["role"] == "system" and made and made[0]["role"] == "system" == made[-1]["role"]:
+            if one["role"] == "system" and made and not places:  # before the tools
                 one = {**one, "content": f"{one['content']}\n\n{made.pop()['content']}"}
             elif message.role == "tool" != one["role"] and places and messages[len(places) - 1].role == "tool":
                 one = {**one, "content": f"{made.pop()['content']}\n{one['content']}"}

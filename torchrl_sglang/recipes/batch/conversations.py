@@ -7,7 +7,7 @@ of a conversation, and one forward pass scores all turns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tensordict import TensorDictBase
@@ -61,6 +61,27 @@ class Conversations:
             ),
             written_N=torch.cat([one["written"] for one in joined]),
             turns_B=torch.stack([one["turns"] for one in joined]),
+        )
+
+    @classmethod
+    def from_trajectories(cls, td: TensorDictBase) -> Conversations:
+        """Read what :class:`AgentCollector` yields: one row per trajectory.
+
+        What an earlier row of the session has is in the prompt of later ones, so each sampled token counts once.
+
+        Args:
+            td: ragged, shape ``(B,)``; an ``advantage`` of shape ``(B, 1, 1)`` applies to every token of its row.
+        """
+        tokens = Sequences.from_tensordict(td)
+        masks_B_T = td.get(("masks", "all_assistant_mask"), as_list=True)
+        written_B_R = [mask_T[len(ids) :] for mask_T, ids in zip(masks_B_T, tokens.prompt_B_T, strict=True)]
+        # An answer begins at each sampled token that follows another one.
+        turns_B = [int(written[0]) + int((written[1:] & ~written[:-1]).sum()) for written in written_B_R]
+        written_N = torch.cat(written_B_R)
+        return cls(
+            tokens=replace(tokens, server_N=torch.where(written_N, tokens.server_N, 0.0)),
+            written_N=written_N,
+            turns_B=torch.tensor(turns_B),
         )
 
     @property

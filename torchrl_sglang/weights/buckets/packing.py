@@ -33,9 +33,9 @@ class BucketPacker:
     Args:
         device: the buffers' device. ``None`` takes the device of each bucket's first tensor. A device type without an
             index (``"cuda"``) gets the first tensor's index, once: see :func:`resolve_device`.
-        allocate: makes a buffer (uint8) of a number of bytes, for buffers in memory of a certain kind, into which
-            everything has to be copied; ``None`` takes torch's memory.
-        discard: told of each such buffer that is given up.
+        allocate: makes a buffer (uint8) of a number of bytes in main memory; ``None`` takes torch's memory. With it,
+            everything is copied into a buffer, on a GPU too.
+        discard: told of each buffer that is given up.
 
     Attributes:
         is_staged: whether each bucket of a plan gets a buffer of its own, so that all can be packed in advance.
@@ -68,9 +68,14 @@ class BucketPacker:
         return self._device is not None and self._device.type == "cpu"
 
     @property
+    def buffers(self) -> list[torch.Tensor]:
+        """The buffers: uint8."""
+        return [buffer for buffer in self._buffers if buffer is not None]
+
+    @property
     def nbytes(self) -> int:
         """Size of the buffers in bytes."""
-        return sum(buffer.nbytes for buffer in self._buffers if buffer is not None)
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     def release(self) -> None:
         """Free the buffers; the next bucket allocates new ones."""
@@ -226,7 +231,7 @@ class BucketPacker:
         if buffer is None or buffer.nbytes < nbytes or buffer.device != device:
             self._give_up(buffer)
             self._buffers[index] = buffer = None  # free the old buffer before the larger one is allocated
-            if self._allocate is not None:
+            if self._allocate is not None and device.type == "cpu":
                 buffer = self._allocate(nbytes)
             else:
                 buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)

@@ -7,7 +7,8 @@ two things:
   about to open a file, waits up to 1 s for its ``OK``, and later tells it that it has closed the file. This process
   answers. A server whose manager does not answer ends, so the manager must outlive a trainer that is killed.
 * It removes a segment when the trainer says so or has ended, in whatever way, but not while a server is still going
-  to open it or has it open: a server ends if the file is gone. After the given seconds nobody is waited for any more.
+  to open it or has it open: a server ends if the file is gone. After the given seconds nobody is waited for any more;
+  after 10 if the trainer has ended, which may have been before it sent the request.
 
 The trainer writes lines to its standard input: ``expect NAME PID...`` before it sends requests that make these
 processes open a segment, ``idle NAME`` when all these requests are answered, ``drop NAME`` to have it removed. The end
@@ -26,12 +27,15 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
 _FREE_OFFSET = 4
 _NAME_OFFSET = 5
 _POLL_S = 0.2
+_PATIENCE_WITHOUT_TRAINER_S = 10.0
+"""A server takes the request after the one that it is working on, and that holds a segment open meanwhile."""
 
 
 class _Client:
@@ -155,6 +159,7 @@ class Keeper:
         if self._process is not None:
             self._selector.unregister(self._process)
             self._process = None
+        self._patience_s = min(self._patience_s, _PATIENCE_WITHOUT_TRAINER_S)
         self._end()
 
     def _end(self) -> None:
@@ -168,6 +173,8 @@ class Keeper:
     def _remove_dropped(self) -> None:
         for name, deadline in list(self._dropped.items()):
             expected = [pid for pid in self._expected.get(name, ()) if _is_running(pid)]
+            if any(client.num_open > 0 for client in self._clients.values()):
+                deadline = self._dropped[name] = max(deadline, time.monotonic() + self._patience_s)
             if not expected or time.monotonic() > deadline:
                 (SHARED_MEMORY / name).unlink(missing_ok=True)
                 del self._dropped[name]
@@ -185,6 +192,8 @@ def main() -> None:
     """Print the socket's path and work."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends by itself, and after the trainer
+    with suppress(OSError):  # only some users may: a server waits 1 s for an answer, also beside busy programs
+        os.setpriority(os.PRIO_PROCESS, 0, -10)
     keeper = Keeper(int(sys.argv[1]), float(sys.argv[2]))
     sys.stdout.write(f"{keeper.path}\n")
     sys.stdout.close()

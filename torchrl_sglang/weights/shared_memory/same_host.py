@@ -1,6 +1,6 @@
 """Finds out whether a server's processes can open this process's shared memory: tested, never assumed from an address.
 
-A server that is told to open a segment which it can't see ends. An address proves nothing: ``127.0.0.1`` may be a
+A server that is told to open a segment which it can't see ends. An address shows nothing: ``127.0.0.1`` may be a
 forwarded port, and a server in a container has another ``/dev/shm``. So the kernel is asked:
 
 1. Whose socket is at the other end of a connection to the server? Only a process in this network namespace, of this
@@ -29,7 +29,7 @@ from torchrl_sglang.weights.shared_memory.keeper import SHARED_MEMORY
 __all__ = ["HostCheck", "ServerProcess", "check_same_host"]
 
 _PROC = Path("/proc")
-_ACCEPT_TIMEOUT_S = 2.0
+_ACCEPT_TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 5.0
 _POLL_S = 0.02
 _ESTABLISHED = "01"
@@ -64,10 +64,12 @@ class HostCheck:
     Attributes:
         schedulers: its scheduler processes (one per tensor-parallel rank), if it can.
         reason: why it can't; empty if it can.
+        may_change: whether the same process may be found to share it later: it was too busy to be looked at.
     """
 
     schedulers: tuple[ServerProcess, ...] = ()
     reason: str = ""
+    may_change: bool = False
 
     @property
     def is_shared(self) -> bool:
@@ -91,7 +93,9 @@ def check_same_host(url: str, socket_folder: Path) -> HostCheck:
     try:
         owners = _owners_of_other_end(url)
     except OSError as error:
-        return HostCheck(reason=f"no connection: {error.strerror or error}")
+        return HostCheck(reason=f"no connection: {error.strerror or error}", may_change=True)
+    if owners is None:
+        return HostCheck(reason=f"it did not accept a connection within {_ACCEPT_TIMEOUT_S:g} s", may_change=True)
     if not owners:
         return HostCheck(
             reason="no process of this user here holds the other end of a connection to it: it is on another host, in "
@@ -117,8 +121,8 @@ def check_same_host(url: str, socket_folder: Path) -> HostCheck:
 # ------------------------------------------------------------------ the process at the other end of a connection
 
 
-def _owners_of_other_end(url: str) -> set[int]:
-    """Processes of this user that hold the server's end of a new connection."""
+def _owners_of_other_end(url: str) -> set[int] | None:
+    """Processes of this user that hold the server's end of a new connection; ``None`` if it is not accepted."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     with socket.create_connection((parts.hostname or "127.0.0.1", port), timeout=_CONNECT_TIMEOUT_S) as connection:
@@ -128,10 +132,11 @@ def _owners_of_other_end(url: str) -> set[int]:
             inode = _inode_of(local=theirs, remote=ours)
             if inode is None:  # this kernel does not have the other end: it is another network namespace or host
                 return set()
-            owners = _holders(f"socket:[{inode}]") if inode != "0" else set()
-            if owners or time.monotonic() > end:
-                return owners
-            time.sleep(_POLL_S)  # the server has not accepted it yet
+            if inode != "0":
+                return _holders(f"socket:[{inode}]")
+            if time.monotonic() > end:
+                return None
+            time.sleep(_POLL_S)
 
 
 def _inode_of(*, local: tuple[str, int], remote: tuple[str, int]) -> str | None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -133,7 +134,7 @@ class SegmentPool:
         self._tell(f"idle {name}")
         path = SHARED_MEMORY / name
         _allocate(path, _HEADER_BYTES + nbytes)
-        storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=_HEADER_BYTES + nbytes)
+        storage: Any = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=_HEADER_BYTES + nbytes)
         data = torch.empty(0, dtype=torch.uint8).set_(storage)[_HEADER_BYTES:]
         self._segments[_address(data)] = Segment(name, nbytes, manager, data)
         return data

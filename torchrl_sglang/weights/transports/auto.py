@@ -12,6 +12,7 @@ from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.packing import BucketPacker
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.transports.base import PackedWeights
 from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
 from torchrl_sglang.weights.transports.bucket_tee import BucketTee
@@ -46,19 +47,20 @@ class AutoTransport:
         pool: the servers.
         config: settings of both transports.
         owner: id of this trainer.
-        largest_bytes: size of the largest bucket.
+        checkpoint: what the servers were started from.
 
     Attributes:
         choices: per server URL its transport and the reason; filled by :meth:`connect`.
     """
 
-    def __init__(self, pool: SGLangPool, config: SyncConfig, owner: str, *, largest_bytes: int = 0) -> None:
+    def __init__(self, pool: SGLangPool, config: SyncConfig, owner: str, checkpoint: Checkpoint) -> None:
         self.choices: dict[str, TransportChoice] = {}
         self._pool = pool
         self._config = config
-        self._checks = HostChecks()
+        self._checkpoint = checkpoint
+        self._checks = HostChecks(pool.state)
         self._ipc = IpcTransport(pool, config, self._checks)
-        self._broadcast = BroadcastTransport(pool, config, owner, largest_bytes=largest_bytes)
+        self._broadcast = BroadcastTransport(pool, config, owner, checkpoint)
 
     @property
     def name(self) -> str:
@@ -94,10 +96,11 @@ class AutoTransport:
 
     def _choose(self, clients: Sequence[SGLangClient]) -> dict[str, TransportChoice]:
         checks = self._checks.check(clients)
+        no_room = self._ipc.why_no_room(self._checkpoint)
         choices = {
             url: TransportChoice("ipc", "it shares this host's memory")
-            if check.is_shared
-            else TransportChoice("broadcast", check.reason)
+            if check.is_shared and not no_room
+            else TransportChoice("broadcast", check.reason or no_room)
             for url, check in checks.items()
         }
         is_mixed = len({choice.transport for choice in choices.values()}) > 1
@@ -166,10 +169,11 @@ class AutoTransport:
             raise
         finally:
             tee.leave(1)
-        error = sending.outcome().error
-        failed |= tensors.failed
+        refused = sending.outcome().error
+        failed |= {client.url: refused for client in near} if refused is not None else {}
+        failed |= tensors.failed  # names each server's own error
         if len(failed) == len(session.clients):
-            raise error or next(iter(failed.values()))
+            raise next(iter(failed.values()))
         return failed
 
     def close(self) -> None:

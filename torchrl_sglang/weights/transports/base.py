@@ -131,7 +131,7 @@ class WeightTransport(Protocol[Session]):
 
     @property
     def name(self) -> str:
-        """``"broadcast"`` and so on."""
+        """What the report calls it; ``auto`` is called after what it has chosen."""
 
     @property
     def packer(self) -> BucketPacker:

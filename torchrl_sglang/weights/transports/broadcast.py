@@ -12,6 +12,7 @@ from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.packing import BucketPacker
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.group.bucket_loop import BucketLoop
 from torchrl_sglang.weights.group.process_group import WeightGroup, choose_backend, close_groups
 from torchrl_sglang.weights.group.rendezvous import group_mark, group_name
@@ -34,16 +35,17 @@ class BroadcastTransport:
         config: address, backend, groups and time-outs.
         owner: id of this trainer. Groups are named after it and counted, and a server with mixed weights is marked with
             that name, so that the next trainer can destroy groups in which a dead trainer left servers waiting.
-        largest_bytes: size of the largest bucket.
+        checkpoint: what the servers were started from; it says how large a bucket may be.
     """
 
     name = "broadcast"
 
-    def __init__(self, pool: SGLangPool, config: SyncConfig, owner: str, *, largest_bytes: int = 0) -> None:
+    def __init__(self, pool: SGLangPool, config: SyncConfig, owner: str, checkpoint: Checkpoint) -> None:
         self._pool = pool
         self._config = config
         self._owner = owner
-        self._largest_bytes = largest_bytes
+        largest_tensor = max((spec.nbytes for spec in checkpoint.specs.values()), default=0)
+        self._largest_bytes = max(config.bucket_size(checkpoint.nbytes), largest_tensor)
         self._mark = owner
         self._count = 0
         self._members: list[tuple[str, int]] = []

@@ -8,7 +8,7 @@ from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.transports.auto import AutoTransport
+from torchrl_sglang.weights.transports.auto import AutoTransport, TransportChoice
 from torchrl_sglang.weights.transports.base import WeightTransport
 from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
 from torchrl_sglang.weights.transports.disk import DiskTransport
@@ -16,7 +16,14 @@ from torchrl_sglang.weights.transports.http import HttpTransport
 from torchrl_sglang.weights.transports.ipc import IpcTransport
 from torchrl_sglang.weights.transports.lora import LoraTransport
 
-__all__ = ["make_transport", "num_copies"]
+__all__ = ["choices_of", "make_transport", "num_copies"]
+
+
+def choices_of(transport: WeightTransport[Any], pool: SGLangPool) -> dict[str, TransportChoice]:
+    """The transport of each server that it was last connected to, and why, by URL."""
+    if isinstance(transport, AutoTransport):
+        return dict(transport.choices)
+    return {client.url: TransportChoice(transport.name, "SyncConfig.transport says so") for client in pool.clients}
 
 
 def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint: Checkpoint) -> WeightTransport[Any]:
@@ -47,12 +54,16 @@ def make_transport(pool: SGLangPool, config: SyncConfig, owner: str, checkpoint:
         return IpcTransport(pool, config)
     if config.transport == "http":
         return HttpTransport(pool, config)
-    largest_bytes = max(config.bucket_size(checkpoint.nbytes), *(spec.nbytes for spec in checkpoint.specs.values()))
     if config.transport == "auto":
-        return AutoTransport(pool, config, owner, largest_bytes=largest_bytes)
-    return BroadcastTransport(pool, config, owner, largest_bytes=largest_bytes)
+        return AutoTransport(pool, config, owner, checkpoint)
+    return BroadcastTransport(pool, config, owner, checkpoint)
 
 
-def num_copies(transport: WeightTransport[Any]) -> int:
-    """How often the trainer sends every byte by this transport, once it is connected."""
-    return transport.num_copies if isinstance(transport, (AutoTransport, BroadcastTransport, HttpTransport)) else 1
+def num_copies(transport: WeightTransport[Any], num_servers: int) -> int:
+    """How often every byte crosses the slowest part of this transport, once it is connected.
+
+    That is the trainer's network or memory; with the disk transport, the disk from which every server reads.
+    """
+    if isinstance(transport, (AutoTransport, BroadcastTransport)):
+        return transport.num_copies
+    return num_servers

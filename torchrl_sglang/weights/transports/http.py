@@ -33,9 +33,6 @@ class HttpTransport:
     Args:
         pool: the servers.
         config: bucket size and time-outs.
-
-    Attributes:
-        num_copies: how often the trainer sends every byte.
     """
 
     name = "http"
@@ -44,7 +41,6 @@ class HttpTransport:
         self._pool = pool
         self._config = config
         self._packer = BucketPacker("cpu")
-        self.num_copies = 1
 
     @property
     def packer(self) -> BucketPacker:
@@ -58,7 +54,6 @@ class HttpTransport:
             ConfigError: a server has several replicas or pipeline stages inside.
         """
         require_one_replica(clients)
-        self.num_copies = len(clients)
 
     def stage(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> None:
         """Gather, check and pack all buckets, or the first."""

@@ -1,7 +1,8 @@
 """Transport ``ipc``: servers on this host read the buckets from memory that the trainer shares with them.
 
-Main memory is shared as named segments, which a server's ranks open and close with each request. No process group is
-formed and no rank waits for the trainer, so one that is killed at any point leaves servers that answer.
+Main memory is shared as named segments, which a server's ranks open and close with each request. Buckets that are
+packed on a GPU are shared by the handles of its buffers, if every rank sees that GPU (written, not run on a GPU). No
+process group is formed and no rank waits for the trainer: if that is killed at any point, the servers answer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,16 +19,20 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.parallel import side_by_side
-from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.pool import PoolState, SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.layout import Bucket
 from torchrl_sglang.weights.buckets.packing import BucketPacker
+from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.shared_memory.gpus import can_open_gpu_memory
+from torchrl_sglang.weights.shared_memory.keeper import SHARED_MEMORY
+from torchrl_sglang.weights.shared_memory.room import available_bytes
 from torchrl_sglang.weights.shared_memory.same_host import HostCheck, check_same_host
 from torchrl_sglang.weights.shared_memory.segments import SegmentPool
 from torchrl_sglang.weights.transports.base import PackedWeights
 from torchrl_sglang.weights.transports.replicas import require_one_replica
 from torchrl_sglang.weights.transports.tensor_loop import TensorLoop, send_tensors
-from torchrl_sglang.weights.transports.tensor_payload import by_shared_memory
+from torchrl_sglang.weights.transports.tensor_payload import by_cuda_handle, by_shared_memory, share_cuda_buffer
 from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.session import UpdateSession
 
@@ -34,21 +40,35 @@ __all__ = ["HostChecks", "IpcTransport"]
 
 
 class HostChecks:
-    """Which servers share this host's memory; each server's process is checked once."""
+    """Which servers share this host's memory; each server's process is checked once.
 
-    def __init__(self) -> None:
-        self._known: dict[str, HostCheck] = {}
+    Args:
+        state: the pool's records, which know of replaced processes.
+    """
+
+    def __init__(self, state: PoolState) -> None:
+        self._state = state
+        self._known: dict[tuple[str, int], HostCheck] = {}
 
     def check(self, clients: Sequence[SGLangClient]) -> dict[str, HostCheck]:
         """The result per server URL."""
-        unknown = [
-            each.url for each in clients if each.url not in self._known or not self._known[each.url].still_holds()
-        ]
+        keys = {client.url: (client.url, self._state.server(client.url).restarts) for client in clients}
+        unknown = [client for client in clients if not self._is_known(keys[client.url])]
         if unknown:
-            folder = Path(tempfile.gettempdir())
-            outcomes = side_by_side({url: partial(check_same_host, url, folder) for url in unknown})
-            self._known |= {url: outcome.unwrap() for url, outcome in outcomes.items()}
-        return {client.url: self._known[client.url] for client in clients}
+            outcomes = side_by_side({client.url: partial(_check, client) for client in unknown})
+            self._known |= {keys[url]: outcome.unwrap() for url, outcome in outcomes.items()}
+        return {url: self._known[key] for url, key in keys.items()}
+
+    def _is_known(self, key: tuple[str, int]) -> bool:
+        check = self._known.get(key)
+        return check is not None and (check.still_holds() if check.is_shared else not check.may_change)
+
+
+def _check(client: SGLangClient) -> HostCheck:
+    num_nodes = client.info.raw.get("nnodes")
+    if isinstance(num_nodes, int) and num_nodes > 1:
+        return HostCheck(reason=f"its ranks are on several hosts (nnodes={num_nodes})")
+    return check_same_host(client.url, Path(tempfile.gettempdir()))
 
 
 def _openers(client: SGLangClient, check: HostCheck) -> list[int]:
@@ -60,8 +80,9 @@ def _openers(client: SGLangClient, check: HostCheck) -> list[int]:
 class IpcTransport:
     """Sends weights through memory that is shared with the servers' processes.
 
-    Two segments, or one per bucket if everything is staged, are kept from one sync to the next. After a failure they
-    are given up: a server that was told of one may still open it.
+    Two buffers, or one per bucket if everything is staged, are kept from one sync to the next, and none is written to
+    before every server has answered that it has loaded it. After a failure they are given up: a server that was told of
+    one may still open it.
 
     Args:
         pool: the servers.
@@ -74,16 +95,31 @@ class IpcTransport:
     def __init__(self, pool: SGLangPool, config: SyncConfig, checks: HostChecks | None = None) -> None:
         self._pool = pool
         self._config = config
-        self._checks = checks or HostChecks()
+        self._checks = checks or HostChecks(pool.state)
         self._segments = SegmentPool()
         self._packer: BucketPacker | None = None
+        self._openers: dict[str, list[int]] = {}
+        self._shares_gpus = False
+        self._gpu_handles: dict[int, tuple[Any, ...]] = {}
 
     @property
     def packer(self) -> BucketPacker:
-        """Packs buckets in shared memory."""
+        """Packs buckets in shared memory: where the weights are, unless a server does not see that GPU."""
         if self._packer is None:
-            self._packer = BucketPacker("cpu", allocate=self._segments.make, discard=self._segments.discard)
+            device = None if self._shares_gpus else "cpu"
+            self._packer = BucketPacker(device, allocate=self._segments.make, discard=self._give_up)
         return self._packer
+
+    def why_no_room(self, checkpoint: Checkpoint) -> str:
+        """Why ``/dev/shm`` can't hold two buckets; empty if it can. A container has 64 MB of it by default."""
+        if self._segments.names:
+            return ""
+        largest = max((spec.nbytes for spec in checkpoint.specs.values()), default=0)
+        needed = min(2 * max(self._config.bucket_size(checkpoint.nbytes), largest), checkpoint.nbytes)
+        room = available_bytes([SHARED_MEMORY])
+        if needed <= room:
+            return ""
+        return f"{SHARED_MEMORY} has room for {room / 1e6:.1f} MB, and two buckets need {needed / 1e6:.1f} MB"
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
         """Check that the servers can open this process's memory, and start the process that removes its segments.
@@ -99,13 +135,29 @@ class IpcTransport:
                 f"transport='ipc' needs servers that share this host's memory. {'; '.join(elsewhere)}. "
                 "SyncConfig(transport='auto') uses it for the servers that can, and a broadcast for the others"
             )
+        self._openers = {client.url: _openers(client, checks[client.url]) for client in clients}
+        shares_gpus = (
+            torch.cuda.is_available()
+            and all(client.info.device == "cuda" for client in clients)
+            and all(can_open_gpu_memory(pid) for pids in self._openers.values() for pid in pids)
+        )
+        if shares_gpus != self._shares_gpus:
+            self.close()
+            self._shares_gpus = shares_gpus
         if not self._segments.is_open:
             self.close()  # somebody has ended the process: its segments can't be opened any more
             self._segments.open()
 
     def stage(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> None:
-        """Gather, check and pack all buckets, or the first."""
+        """Gather, check and pack all buckets, or the first.
+
+        Raises:
+            ConfigError: a GPU's memory can't be shared.
+        """
         packed.stage()
+        for buffer in self.packer.buffers:
+            if buffer.is_cuda:
+                self._handle_of(buffer)
 
     def open_session(
         self, clients: Sequence[SGLangClient], version: WeightVersion, deadline: float, report: SyncReport
@@ -122,17 +174,39 @@ class IpcTransport:
 
     def sending(self, bucket: Bucket, flat: torch.Tensor, clients: Sequence[SGLangClient]) -> Mapping[str, list[str]]:
         """See :class:`~torchrl_sglang.weights.transports.tensor_loop.BucketPayloads`."""
+        if flat.is_cuda:
+            payload = by_cuda_handle(bucket, self._handle_of(flat))
+            return {client.url: [payload] * client.info.tp_size for client in clients}
         segment = self._segments.of(flat)
-        checks = self._checks.check(clients)
-        self._segments.expect(segment, [pid for each in clients for pid in _openers(each, checks[each.url])])
+        self._segments.expect(segment, [pid for client in clients for pid in self._openers[client.url]])
         payload = by_shared_memory(bucket, segment)
         return {client.url: [payload] * client.info.tp_size for client in clients}
 
     def answered(self, flat: torch.Tensor) -> None:
         """See :class:`~torchrl_sglang.weights.transports.tensor_loop.BucketPayloads`."""
-        self._segments.answered(self._segments.of(flat))
+        if not flat.is_cuda:
+            self._segments.answered(self._segments.of(flat))
+
+    def _handle_of(self, buffer: torch.Tensor) -> tuple[Any, ...]:
+        """What servers need to open a buffer on a GPU; asked for once, since torch counts every time."""
+        address = buffer.data_ptr()
+        if address not in self._gpu_handles:
+            try:
+                self._gpu_handles[address] = share_cuda_buffer(buffer)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"memory of {buffer.device} can't be shared with other processes ({error}): "
+                    "SyncConfig(transport='broadcast') or 'disk' does not need that"
+                ) from error
+        return self._gpu_handles[address]
+
+    def _give_up(self, buffer: torch.Tensor) -> None:
+        self._gpu_handles.pop(buffer.data_ptr(), None)
+        if not buffer.is_cuda:
+            self._segments.discard(buffer)
 
     def close(self) -> None:
         """Remove the segments."""
         self._packer = None
+        self._gpu_handles.clear()
         self._segments.close()

@@ -13,7 +13,7 @@ from functools import partial
 from types import TracebackType
 
 from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.errors import SGLangError, WeightUpdateError
+from torchrl_sglang.errors import RequestRejectedError, SGLangError, WeightUpdateError
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import Adapter, SGLangPool
 from torchrl_sglang.protocol.control import build_load_lora_from_tensors, build_unload_lora, check_success
@@ -51,7 +51,7 @@ class LoraTransport:
         self._has_experts = checkpoint.has_experts
         self._loaded: list[str] = []
         self._infos: Sequence[ServerInfo] = ()
-        self._sent: tuple[str, dict[str, object]] | None = None
+        self._sent: dict[str, tuple[str, dict[str, object]]] = {}
 
     @property
     def packer(self) -> BucketPacker:
@@ -89,33 +89,33 @@ class LoraTransport:
         tensors = {
             name: view for bucket, flat in packed for name, view in zip(bucket.names, bucket.views(flat), strict=True)
         }
-        self._sent = encode_tensors(tensors), packed.peft_config
-        session.load(*self._sent, deadline)
+        sent = encode_tensors(tensors), packed.peft_config
+        self._sent = {name: self._sent[name] for name in self._loaded if name in self._sent} | {session.adapter: sent}
+        session.load(*sent, deadline)
 
     def load_again(self, clients: Sequence[SGLangClient], deadline: float) -> None:
-        """Load the adapter that requests use on servers that have just joined.
+        """Load the adapters that requests use, or may still use, on servers that have just joined.
 
         Raises:
-            ConfigError: a server can't take it.
-            SGLangError: a server did not take it.
+            ConfigError: a server can't take them.
+            SGLangError: a server did not take them.
         """
-        adapter = self._pool.state.weights.adapter
-        assert adapter is not None, "an adapter was sent"
-        assert self._sent is not None, "an adapter was sent"
         for client in clients:
             require_lora(client.info, has_experts=self._has_experts)
-        payload, peft_config = self._sent
-        require_fitting_servers(peft_config, [client.info for client in clients])
-        calls = {
-            each.url: partial(
-                _load,
-                each,
-                build_load_lora_from_tensors(adapter.name, peft_config, [payload] * each.info.tp_size),
-                deadline,
-            )
-            for each in clients
-        }
-        for outcome in side_by_side(calls).values():
+        kept = [(name, *self._sent[name]) for name in self._loaded]
+        for _, _, peft_config in kept:
+            require_fitting_servers(peft_config, [client.info for client in clients])
+
+        def load(client: SGLangClient) -> None:
+            for name, payload, peft_config in kept:
+                request = build_load_lora_from_tensors(name, peft_config, [payload] * client.info.tp_size)
+                try:
+                    _load(client, request, deadline)
+                except RequestRejectedError as error:
+                    if "already loaded" not in error.detail:  # it was a member when that was sent; names are unique
+                        raise
+
+        for outcome in side_by_side({client.url: partial(load, client) for client in clients}).values():
             outcome.unwrap()
         for client in clients:
             self._pool.state.adapter_loaded(client.url)

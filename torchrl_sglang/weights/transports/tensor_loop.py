@@ -125,11 +125,11 @@ class TensorLoop:
             try:
                 task = self._done.get(timeout=self._remaining())
             except queue.Empty:
-                silent = {client.url: ServerTimeoutError("no answer in time") for client, _ in self._waiting.values()}
+                silent = {client.url for client, _ in self._waiting.values()}
                 self._waiting.clear()
                 self._flats.clear()
-                for url, error in silent.items():
-                    self._drop_out(url, error)
+                for url in silent:
+                    self._drop_out(url, ServerTimeoutError("no answer in time"))
                 continue
             client, of_bucket = self._waiting.pop(task, (None, 0))
             if client is None:

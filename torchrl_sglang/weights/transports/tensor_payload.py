@@ -60,7 +60,7 @@ def share_cuda_buffer(buffer: torch.Tensor) -> tuple[Any, ...]:
         The arguments of torch's ``rebuild_cuda_tensor`` from the GPU on: the GPU by its UUID, because a server may
         count GPUs from another one.
     """
-    storage = buffer.untyped_storage()
+    storage: Any = buffer.untyped_storage()
     _, handle, size, offset, counter, counter_offset, event, event_needed = storage._share_cuda_()
     uuid = str(torch.cuda.get_device_properties(buffer.device).uuid)
     return uuid, handle, size, offset, False, counter, counter_offset, event, event_needed
@@ -105,7 +105,7 @@ def _pairs(bucket: Bucket, storage: _Rebuilt) -> list[tuple[str, _Rebuilt]]:
 
 def _view(slot: Slot, storage: _Rebuilt) -> _Rebuilt:
     offset = slot.offset // slot.dtype.itemsize
-    arguments = (storage, offset, tuple(slot.shape), _stride(slot.shape), False, OrderedDict())
+    arguments: tuple[Any, ...] = (storage, offset, tuple(slot.shape), _stride(slot.shape), False, OrderedDict())
     return _Rebuilt(_rebuild_tensor_v2, arguments)
 
 
@@ -127,5 +127,5 @@ def _tensor_by_value(tensor: torch.Tensor) -> _Rebuilt:
     untyped = _Rebuilt(torch.UntypedStorage, (content,))
     typed = functools.partial(torch.storage.TypedStorage, wrap_storage=untyped, dtype=tensor.dtype, _internal=True)
     storage = _Rebuilt(typed, ())
-    arguments = (storage, 0, tuple(tensor.shape), tensor.stride(), False, OrderedDict())
+    arguments: tuple[Any, ...] = (storage, 0, tuple(tensor.shape), tensor.stride(), False, OrderedDict())
     return _Rebuilt(_rebuild_tensor_v2, arguments)

@@ -33,6 +33,7 @@ from torchrl_sglang.errors import (
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol import control
+from torchrl_sglang.protocol.dialect import MODEL_INFO
 from torchrl_sglang.protocol.messages import HttpRequest
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.group.process_group import WeightGroup
@@ -43,6 +44,9 @@ __all__ = ["UpdateSession"]
 
 _CLEANUP_TIMEOUT_S = 5.0
 """For control calls after a failure: a server that needs longer is waiting inside a collective."""
+
+_MOST_NAMED = 8
+"""Servers that an error's message names; ``server_weights`` has all."""
 
 _WEIGHTS_IN_WORDS: dict[ServerWeights, str] = {
     "old": "serves its old weights",
@@ -188,7 +192,9 @@ class UpdateSession:
             for client in self._clients:
                 self._state.weights_changed(client.url, "mixed")
             request = control.build_update_from_disk(path, version=self._dirty, flush_cache=self.flushes)
-            self._each("loading a checkpoint", request)
+            # All servers read from one disk.
+            load_s = self._config.bucket_limit_s(self.report.num_bytes * len(self._clients))
+            self._each("loading a checkpoint", request, at_least_s=load_s)
         self.received(flushed=self.flushes)
 
     # ------------------------------------------------------------------ opening
@@ -345,7 +351,7 @@ class UpdateSession:
             error.server_weights.update(self.server_weights)
         if isinstance(error, WeightCoverageError) or not isinstance(error, SGLangError):
             raise error
-        states = "; ".join(f"{url} {_WEIGHTS_IN_WORDS[weights]}" for url, weights in self.server_weights.items())
+        states = _in_words(self.server_weights)
         raise WeightUpdateError(f"{error}.\nNow {states}", server_weights=self.server_weights) from error
 
     def _leaving(self, client: SGLangClient) -> Callable[[], None]:
@@ -368,8 +374,8 @@ class UpdateSession:
                     client.send(control.build_end_update(), timeout_s=timeout_s)
                     self._state.session_closed(client.url)
                 if known.weights == "old":
-                    if known.version_before:
-                        client.send(control.build_set_version(known.version_before), timeout_s=timeout_s)
+                    if known.version_before and not self._unmark(client, known.version_before, timeout_s):
+                        return
                     client.send(control.build_continue(), timeout_s=timeout_s)
                     self._state.update_abandoned(client.url)
                 else:
@@ -382,20 +388,32 @@ class UpdateSession:
 
         return leave
 
+    def _unmark(self, client: SGLangClient, version_before: str, timeout_s: float) -> bool:
+        """Give a server its version back. ``False`` if it is a new process by now, with its checkpoint's weights."""
+        held = str(client.send(MODEL_INFO, timeout_s=timeout_s)["weight_version"])
+        if held == self._dirty:
+            client.send(control.build_set_version(version_before), timeout_s=timeout_s)
+        elif held != version_before:
+            self._state.replaced_elsewhere(client.url, held)
+            self._state.weights_changed(client.url, "mixed")
+            return False
+        return True
+
     # ------------------------------------------------------------------ calls
 
-    def _each(self, what: str, request: HttpRequest) -> list[Any]:
-        return self._run({client.url: partial(self._call, client, request, what) for client in self._clients})
+    def _each(self, what: str, request: HttpRequest, *, at_least_s: float = 0.0) -> list[Any]:
+        calls = {each.url: partial(self._call, each, request, what, at_least_s) for each in self._clients}
+        return self._run(calls)
 
-    def _call(self, client: SGLangClient, request: HttpRequest, what: str) -> Any:
+    def _call(self, client: SGLangClient, request: HttpRequest, what: str, at_least_s: float = 0.0) -> Any:
         if self._is_replaced(client):
             raise WeightUpdateError(f"{client.url} has ended and is restarted")
-        limit_s: float = getattr(client.config, f"{request.timeout}_timeout_s")
+        limit_s = max(getattr(client.config, f"{request.timeout}_timeout_s"), at_least_s)
         answer = client.send(request, timeout_s=min(limit_s, self._remaining()))
         control.check_success(answer, server=client.url, what=what)
         return answer
 
-    def _run(self, calls: dict[str, Callable[[], Any]]) -> list[Any]:
+    def _run(self, calls: Mapping[str, Callable[[], Any]]) -> list[Any]:
         outcomes = side_by_side(calls) if calls else {}
         failed = {url: outcome.error for url, outcome in outcomes.items() if outcome.error is not None}
         if failed:
@@ -406,3 +424,17 @@ class UpdateSession:
 
     def _remaining(self) -> float:
         return max(0.05, self._deadline - time.monotonic())
+
+
+def _in_words(server_weights: Mapping[str, ServerWeights]) -> str:
+    """What the servers hold; of many that hold the same, the first ones are named."""
+    by_weights: dict[ServerWeights, list[str]] = {}
+    for url, weights in server_weights.items():
+        by_weights.setdefault(weights, []).append(url)
+    parts = []
+    for weights, urls in by_weights.items():
+        words = _WEIGHTS_IN_WORDS[weights]
+        parts += [f"{url} {words}" for url in urls[:_MOST_NAMED]]
+        if len(urls) > _MOST_NAMED:
+            parts[-1] += f", and so does each of {len(urls) - _MOST_NAMED} more"
+    return "; ".join(parts)
