@@ -259,18 +259,20 @@ def check_recorded(
                 assert each.weight_versions[at] == -1
                 at += 1
                 continue
-            # Two answers can follow each other without a token between, so the calls say where an answer ends.
-            outputs = [
-                o for p, o in sampled if p == each.token_ids[:at] and o == each.token_ids[at : at + len(o)] and o
-            ]
+            # Two answers can follow each other without a token between, and one can be another's beginning.
+            outputs = [o for p, o in sampled if p == each.token_ids[:at] and o and _is_marked(each, at, o)]
             assert outputs, f"the tokens at {at} were not sampled behind those before them"
             output = max(outputs, key=len)
-            assert set(each.loss_mask[at : at + len(output)]) == {1}
             found.add((each.token_ids[:at], output))
             at += len(output)
     assert found >= {call for call in sampled if call[1]}
     once = [(t.session, t.token_ids, json.dumps(t.messages)) for t in trajectories]
     assert len(set(once)) == len(once), "two trajectories of a session are the same"
+
+
+def _is_marked(trajectory: Trajectory, start: int, output: tuple[int, ...]) -> bool:
+    end = start + len(output)
+    return trajectory.token_ids[start:end] == output and 0 not in trajectory.loss_mask[start:end]
 
 
 def check_parents(trajectories: Sequence[Trajectory], sampled_tokens: int) -> None:

@@ -87,11 +87,10 @@ class ProgressText:
         thinking, rest = self._split(certain) if self._is_chat else ("", certain)
         self.reasoning = _longer(self.reasoning, self._template.without_marks(thinking))
         if self._has_tools:
-            rest = self._before_calls(rest)
+            rest = self._template.without_marks(self._before_calls(rest)).strip()
         elif self._is_chat:
             rest = _without_beginning(rest, [opening for opening, _ in THINKING] if not self.content else [])
-        content = self._template.without_marks(rest)
-        self.content = _longer(self.content, content.strip() if self._has_tools else content)
+        self.content = _longer(self.content, self._template.without_marks(rest))
         self.text = _longer(self.text, self._template.without_marks(certain))
 
     def _split(self, text: str) -> tuple[str, str]:
