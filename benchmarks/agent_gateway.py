@@ -31,10 +31,6 @@ from typing import Any
 import httpx
 import psutil
 
-from torchrl_sglang import ServerConfig, SGLangClient, SGLangServer
-from torchrl_sglang.protocol.control import build_flush
-from torchrl_sglang.testing import make_tiny_model
-
 IDLE_SESSIONS = 1000
 QUESTION = "How are you today? " * 4
 
@@ -57,7 +53,7 @@ async def ask_all(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_client(calls: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same in a process of its own, so that its CPU time is not counted as the gateway's."""
+    """The same in a process of its own, which imports little: this file imports torchrl_sglang where it is needed."""
     command = [sys.executable, __file__, "--as-client"]
     done = subprocess.run(command, input=json.dumps({"calls": calls}), capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))
@@ -106,6 +102,9 @@ def raw_call(url: str, ids_T: list[int], new_tokens: int) -> dict[str, Any]:
 
 
 def measure_pairs(url: str, gateway: Gateway, sessions: int, pairs: int, new_tokens: int) -> None:
+    from torchrl_sglang import SGLangClient
+    from torchrl_sglang.protocol.control import build_flush
+
     server = SGLangClient(url)
     prompts = [[{"role": "user", "content": f"{QUESTION}{i}"}] for i in range(sessions)]
     made = [gateway.session() for _ in prompts]
@@ -171,6 +170,9 @@ def main() -> None:
         return
     server = None
     if args.url is None:
+        from torchrl_sglang import ServerConfig, SGLangServer
+        from torchrl_sglang.testing import make_tiny_model
+
         model = make_tiny_model(Path(tempfile.mkdtemp()) / "tiny")
         flags = ("--max-total-tokens", "40000")
         server = SGLangServer(ServerConfig(model=str(model), device="cpu", extra_args=flags)).start()
