@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import ssl
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 
-from torchrl_sglang.agents.single_connections import SingleConnections
 from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.connections import IDLE_LIMIT_S, socket_options
 from torchrl_sglang.errors import (
     ProtocolError,
     ServerLostError,
@@ -21,7 +22,7 @@ from torchrl_sglang.errors import (
 )
 from torchrl_sglang.http_errors import rejected, stream_cut_short
 from torchrl_sglang.protocol.messages import HttpRequest
-from torchrl_sglang.tls import explain_tls
+from torchrl_sglang.tls import explain_tls, trusted_authorities
 
 __all__ = ["ServerCalls"]
 
@@ -37,7 +38,12 @@ class ServerCalls:
 
     def __init__(self, client: SGLangClient) -> None:
         self.client = client
-        self._connections = SingleConnections(client.config.ca_certificate)
+        authorities = trusted_authorities(client.config.ca_certificate)
+        self._verify: ssl.SSLContext | bool = False
+        if client.url.startswith("https:"):
+            self._verify = ssl.create_default_context(cafile=authorities if isinstance(authorities, str) else None)
+        self._idle: list[httpx.AsyncClient] = []
+        self._all: list[httpx.AsyncClient] = []
 
     async def send(self, request: HttpRequest, *, timeout_s: float | None = None) -> Any:
         """Send a request and return the parsed JSON of the answer, or its text if it is not JSON.
@@ -50,12 +56,8 @@ class ServerCalls:
             SGLangError: as :meth:`SGLangClient.send`.
         """
         try:
-            async with self._connections.take() as connection:
-                response = await connection.handle_async_request(self._built(request, timeout_s))
-                try:
-                    await response.aread()
-                finally:
-                    await response.aclose()
+            with self._connection() as http:
+                response = await http.send(self._built(http, request, timeout_s))
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise self._translated(error, request) from error
         self._refuse(response, request)
@@ -77,8 +79,8 @@ class ServerCalls:
         """
         url = self.client.url
         try:
-            async with self._connections.take() as connection:
-                response = await connection.handle_async_request(self._built(request, None))
+            with self._connection() as http:
+                response = await http.send(self._built(http, request, None), stream=True)
                 try:
                     if not response.is_success:
                         await response.aread()
@@ -100,17 +102,37 @@ class ServerCalls:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._connections.close()
+        for http in self._all:
+            await http.aclose()
 
-    def _built(self, request: HttpRequest, timeout_s: float | None) -> httpx.Request:
-        # The caller sets the deadline of a stream: an answer may take as long as the slowest sequence.
-        timeout = httpx.Timeout(timeout_s, connect=self.client.config.connect_timeout_s)
-        return httpx.Request(
+    @contextmanager
+    def _connection(self) -> Iterator[httpx.AsyncClient]:
+        """One connection, the one that was used last. httpx's own pool looks at all of them for each request."""
+        http = self._idle.pop() if self._idle else self._opened()
+        try:
+            yield http
+        finally:
+            self._idle.append(http)
+
+    def _opened(self) -> httpx.AsyncClient:
+        transport = httpx.AsyncHTTPTransport(
+            verify=self._verify,
+            trust_env=False,  # no proxy and no .netrc: the servers are the trainer's own
+            limits=httpx.Limits(max_connections=1, keepalive_expiry=IDLE_LIMIT_S),
+            socket_options=socket_options(),
+        )
+        http = httpx.AsyncClient(transport=transport, trust_env=False)
+        self._all.append(http)
+        return http
+
+    def _built(self, http: httpx.AsyncClient, request: HttpRequest, timeout_s: float | None) -> httpx.Request:
+        # Without a time-out the caller sets the deadline: an answer may take as long as the slowest sequence.
+        return http.build_request(
             request.method,
             self.client.url + request.path,
             content=None if request.body is None else json.dumps(request.body),
             headers=self.client.headers(request),
-            extensions={"timeout": timeout.as_dict()},
+            timeout=httpx.Timeout(timeout_s, connect=self.client.config.connect_timeout_s),
         )
 
     def _refuse(self, response: httpx.Response, request: HttpRequest) -> None:
@@ -121,7 +143,7 @@ class ServerCalls:
                 status=response.status_code,
                 body=response.text,
                 reason=response.reason_phrase,
-                has_key="Authorization" in self.client.headers(request),
+                has_key="Authorization" in response.request.headers,
             )
 
     def _translated(self, error: Exception, request: HttpRequest) -> SGLangError:
