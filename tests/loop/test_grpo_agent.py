@@ -64,7 +64,7 @@ def test_an_unchanged_agent_is_trained_on_what_its_model_sampled(
     file.write_text(AGENT)
     folder = tmp_path / "run"
     words = settings(tiny_llama, pristine_server.url, folder, f"agent.file={file}")
-    assert run_here("grpo_agent", [*words, "evaluate.every=2", "evaluate.questions=2", "evaluate.answers=2"])
+    assert run_here("grpo_agent", [*words, "evaluate.every=2", "evaluate.questions=2", "evaluate.answers=4"])
     rows, samples = rows_of(folder), samples_of(folder)
     assert [row["weight_version"] for row in rows] == [2, 3]
     assert served_version(pristine_server.url) == 3

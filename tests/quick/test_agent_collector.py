@@ -49,6 +49,7 @@ def texts(values: Any) -> list[str]:
 # ------------------------------------------------------------------ what it yields
 
 
+@pytest.mark.torchrl
 def test_rows_hold_what_was_sent_and_sampled(gateway: AgentGateway, tiny_llama: Path) -> None:
     with AgentCollector(gateway, two_turns(rising), ["1 + 1", "2 + 2"], group_size=3, groups_per_batch=2) as collector:
         assert isinstance(collector, BaseCollector)
@@ -105,6 +106,7 @@ def test_each_leaf_is_a_row_with_the_sessions_reward_and_counts_shared_tokens_on
     assert sorted(set(advantages.flatten().tolist())) == pytest.approx([-(2**-0.5), 2**-0.5])
 
 
+@pytest.mark.torchrl
 def test_advantages_agree_with_torchrls_where_each_run_is_one_trajectory(gateway: AgentGateway) -> None:
     with AgentCollector(gateway, two_turns(rising), ["a", "b"], group_size=3, groups_per_batch=2) as collector:
         (batch,) = collector
@@ -334,6 +336,7 @@ def test_with_ahead_collecting_continues_up_to_its_bound(gateway: AgentGateway) 
         assert collector.state_dict()["tasks"] == {"next": 6, "again": [2, 3, 4, 5], "seed": None}
 
 
+@pytest.mark.torchrl
 def test_a_resumed_collector_runs_what_was_not_yielded(gateway: AgentGateway) -> None:
     options: dict[str, Any] = {"group_size": 2, "groups_per_batch": 1}
     tasks = list("abcdefgh")
@@ -477,6 +480,7 @@ def test_bad_arguments_are_refused(gateway: AgentGateway, given: dict[str, Any],
         AgentCollector(**arguments)
 
 
+@pytest.mark.torchrl
 def test_weights_need_a_scheme(gateway: AgentGateway) -> None:
     with (
         AgentCollector(gateway, raises, ["a"]) as collector,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchrl
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.modules.llm import TransformersWrapper
 from torchrl.objectives.llm import GRPOLoss
@@ -15,6 +16,8 @@ from torchrl_sglang.agents.collector.rewards import Reward
 from torchrl_sglang.agents.collector.rows import Group, Run, make_batch
 from torchrl_sglang.agents.types import Trajectory
 from torchrl_sglang.recipes.losses.scoring import score_tokens
+
+pytestmark = pytest.mark.torchrl
 
 # Per run: tokens, which of them were sampled, and how many the run before in the session has too.
 RUNS: list[list[tuple[list[int], list[int], int]]] = [
@@ -56,6 +59,7 @@ def exact_log_probs(model: Any, ids: list[int]) -> torch.Tensor:
     return torch.cat([torch.zeros(1), scores])
 
 
+@pytest.mark.skipif(torchrl.__version__ < "0.14", reason="before 0.14 GRPOLoss does not leave out NaN")
 def test_torchrls_loss_trains_on_sampled_tokens_alone(batch: Any, model: Any, tokenizer: Any) -> None:
     actor = TransformersWrapper(model, tokenizer=tokenizer, input_mode="tokens", generate=False, pad_output=False)
     loss = GRPOLoss(actor, entropy_bonus=False)(batch)

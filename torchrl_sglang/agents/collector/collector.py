@@ -79,7 +79,7 @@ class AgentCollector(BaseCollector):
 
         * ``tokens``, ``masks``, ``log_probs``, ``text``: as :class:`SGLangWrapper` writes them. The prompt ends before
           the row's first token that is trained on. ``masks.all_assistant_mask`` marks sampled tokens, each in one row
-          of a session only; log-probs are NaN elsewhere, which TorchRL's losses leave out.
+          of a session only; log-probs are NaN elsewhere, which the losses of TorchRL 0.14 leave out.
         * ``generation``: ``weight_version`` per response token, -1 where it was not sampled; ``policy_version``, the
           oldest of them; ``truncated``: the last answer reached its length limit; ``temperature``, NaN if several.
         * ``("next", "reward")``: float32, ``(B, 1, 1)``; ``("next", "done")``: bool, ``(B, 1)``; ``("next", "right")``
