@@ -101,7 +101,8 @@ def make_cases(args: argparse.Namespace) -> Iterator[Case]:
     first = args.servers[0]
     for transport in args.transports:
         for count in args.servers if transport in MANY_SERVERS else args.servers[:1]:
-            yield _case(transport, count)
+            if transport != "disk":
+                yield _case(transport, count)
     for transport in (each for each in args.transports if each in MANY_SERVERS):
         for megabytes in args.buckets_mb:
             if megabytes != BUCKETS_MB:
@@ -111,6 +112,8 @@ def make_cases(args: argparse.Namespace) -> Iterator[Case]:
         if args.unchecked:
             yield _case(transport, first, "not verified", verify="off")
             yield _case(transport, first, "not verified or checked", verify="off", check_values=False)
+    if "disk" in args.transports:  # afterwards the server's checkpoint is a temporary folder
+        yield _case("disk", first)
 
 
 def _case(transport: str, num_servers: int, label: str = "", **settings: Any) -> Case:

@@ -3,6 +3,7 @@
     make quickstart                                          # or: python examples/grpo.py
     python examples/grpo.py train.steps=32 train.lr=5e-6     # any setting of examples/config/grpo/cpu.yaml
     python examples/grpo.py model=Qwen/Qwen3-0.6B            # another chat model
+    python examples/grpo.py --preset one-gpu                 # the same on one GPU, which server and trainer share
     python examples/grpo.py --preset two_gpus                # the same on two GPUs: one serves, one trains
     python examples/grpo.py --preset gpu                     # three GPUs, a larger model and task
     python examples/grpo.py evaluate.every=4                 # pass@k on held-out questions
@@ -98,7 +99,7 @@ def train(config: DictConfig, resume: bool) -> bool:
             if step == settings.steps and config.checkpoint.get("previous"):
                 recipes.save_model(model, tokenizer, output / "checkpoint-previous")
 
-            with run.clock("train"):
+            with run.clock("train"), serving.offloaded(config.get("offload_servers", False)):
                 buffer.empty()
                 buffer.extend(batch_B)  # GroupAdvantage compares the answers to one question and writes "advantage"
                 losses, trainer_parts, server_parts = [], [], []

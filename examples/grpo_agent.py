@@ -36,8 +36,7 @@ from torchrl_sglang import AgentCollector, AgentGateway, SessionSettings, group_
 
 STEP_LINE = (
     "step {step:3d} | reward {reward_mean:.3f}, right {right_rate:4.0%}, turns {turns_mean:.2f} | "
-    "wait {wait_s:.1f} s, train {train_s:.1f} s | weights v{weight_version}, age {staleness_mean:.2f} | ESS {ess:.3f}, "
-    "gap {logprob_gap_max:.1e} | {skipped_groups} groups replaced"
+    "wait {wait_s:.1f} s, train {train_s:.1f} s | weights v{weight_version}, age {staleness_mean:.2f} | ESS {ess:.3f}"
 )
 
 

@@ -1,10 +1,13 @@
 """GRPO on one page: TorchRL trains a model, SGLang generates with it. No GPU needed: python examples/grpo_minimal.py
 
-SmolLM2-135M-Instruct learns to add: in 16 steps of about 17 s, on 2 CPU cores, the mean reward goes from 0.1 to 0.8."""
+SmolLM2-135M-Instruct learns to add: in 16 steps of about 17 s, on 2 CPU cores, the mean reward goes from 0.1 to 0.8.
+With --one-gpu, model and server share one GPU, whose memory the server releases while the model trains."""
 
+import argparse
 import os
 import re
 import time
+from contextlib import nullcontext
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: its waiting threads leave the cores to the server
 
@@ -38,13 +41,22 @@ class Reward(Transform):
         return next_td
 
 
+parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+parser.add_argument("--one-gpu", action="store_true", help="model and server share the first GPU; without one, the CPU")
+one_gpu = parser.parse_args().one_gpu
+if one_gpu and not torch.cuda.is_available():
+    print("--one-gpu: torch finds no GPU, so model and server use the CPU, and no GPU memory is released")
+    one_gpu = False
+flags = ("--random-seed", "0", "--enable-memory-saver") if one_gpu else ("--random-seed", "0")
+
 torch.manual_seed(0)
 sums = [(a, b) for a in range(1, 10) for b in range(1, 10)]
 questions = [{"query": f"What is {a} + {b}? Answer with only the number.", "answer": str(a + b)} for a, b in sums]
-model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)  # on GPUs: .to("cuda:1"), servers take cuda:0
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+model.to("cuda:0" if one_gpu else "cpu")  # on two GPUs "cuda:1": servers take the first
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-with AsyncSGLang.from_pretrained(MODEL, extra_args=("--random-seed", "0")) as servers:
+with AsyncSGLang.from_pretrained(MODEL, extra_args=flags, mem_fraction_static=0.5 if one_gpu else None) as servers:
     sampling = {"max_new_tokens": 12, "temperature": 1.0, "skip_special_tokens": True}  # GRPOLoss assumes temperature 1
     policy = SGLangWrapper(servers, input_mode="history", generate_kwargs=sampling)
     loader, tokenizer = DataLoader(questions, shuffle=True), servers.tokenizer
@@ -59,12 +71,13 @@ with AsyncSGLang.from_pretrained(MODEL, extra_args=("--random-seed", "0")) as se
         batch = MCAdvantage(ANSWERS).inv(rollout.to(model.device))  # writes "advantage", in groups of one question
         spread = batch["next", "reward"].unflatten(0, (-1, ANSWERS)).std(1).repeat_interleave(ANSWERS, 0)
         batch["advantage"] *= spread > 1e-6  # equal rewards: exactly 0, where MCAdvantage scales up a rounding error
-        for part in batch.split(8):  # micro-batches, whose gradients add up
-            loss = loss_module(part)
-            (loss.loss_objective * len(part) / BATCH).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        with servers.offloaded() if one_gpu else nullcontext():
+            for part in batch.split(8):  # micro-batches, whose gradients add up
+                loss = loss_module(part)
+                (loss.loss_objective * len(part) / BATCH).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
         collector.update_policy_weights_(actor)  # the server holds the new weights when this returns, or it raises
         seconds, mean = time.perf_counter() - start, batch["next", "reward"].mean()
         print(f"weights v{servers.weight_version}  reward {mean:.3f}  ESS {loss.ESS:.4f}  {seconds:.0f} s")

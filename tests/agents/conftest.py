@@ -18,6 +18,7 @@ import pytest
 from torchrl_sglang.agents.gateway import AgentGateway
 from torchrl_sglang.server import SGLangServer
 
+collect_ignore_glob = ["clients/*"]  # programs for other environments
 HERE = Path(__file__).parent
 INSTALL_TIMEOUT_S = 900
 CLIENT_TIMEOUT_S = 200

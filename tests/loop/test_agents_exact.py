@@ -131,6 +131,7 @@ def test_an_update_in_a_turn_splits_its_versions_and_each_part_agrees_with_its_m
         assert set(later.choices[0].weight_versions) == {1}
 
 
+@pytest.mark.slow
 def test_a_call_that_is_forced_is_made_and_its_conversation_goes_on(
     special_server: Callable[..., SGLangServer], model: Any
 ) -> None:

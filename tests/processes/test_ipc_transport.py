@@ -509,7 +509,7 @@ def test_auto_falls_back_to_a_broadcast_where_two_buckets_do_not_fit_into_shared
     assert report is not None
     assert report.transport == "broadcast"
     (choice,) = sync.transport_choices.values()
-    assert choice.reason == "/dev/shm has room for 0.1 MB, and two buckets need 0.1 MB"
+    assert choice.reason == "/dev/shm has room for 0.1 MB, and two buckets need 0.2 MB"
     assert holds(server, tensors)
     sync.close()
 

@@ -171,3 +171,28 @@ def test_a_connection_that_breaks_after_the_request_is_not_taken_for_a_failed_ha
         with pytest.raises(ServerLostError, match="it may have run"):
             engine.generate(input_ids=IDS, max_new_tokens=3)
         assert len([event for event in fake.events if event["path"] == "/generate"]) <= len(before) + 1
+
+
+def test_agents_sessions_speak_tls_with_the_same_authorities(proxy: TlsProxy, certificates: Path) -> None:
+    from tests.agent_kit import run, user
+    from torchrl_sglang import ClientConfig, SGLangClient, SGLangPool
+    from torchrl_sglang.agents.served_model import ServedModel
+    from torchrl_sglang.agents.server_calls import ServerCalls
+    from torchrl_sglang.agents.sessions import Sessions
+    from torchrl_sglang.agents.types import ChatRequest
+    from torchrl_sglang.protocol.control import build_ready
+
+    url = f"https://127.0.0.1:{proxy.port}"
+    trusting = ClientConfig(ca_certificate=str(certificates / "ca.pem"), api_key="open-sesame")
+    sessions = Sessions(ServedModel(SGLangPool([SGLangClient(url, trusting)])))
+    request = ChatRequest(messages=(user("dog"),), sampling={"max_new_tokens": 3, "ignore_eos": True})
+    for reports in (None, []):  # whole and streamed
+        turn = run(sessions.create().chat(request, None if reports is None else reports.append))
+        assert turn.completion_tokens == 3
+    proxy.cut.set()  # the answer is lost, the server lives: generated again
+    assert run(sessions.create().chat(request)).completion_tokens == 3
+    run(sessions.close())
+    with pytest.raises(ServerUnreachableError, match="is not trusted"):
+        run(ServerCalls(SGLangClient(url)).send(build_ready()))
+    with pytest.raises(ServerUnreachableError, match="does not speak TLS"):
+        run(ServerCalls(SGLangClient(f"https://127.0.0.1:{proxy._target}")).send(build_ready()))

@@ -388,6 +388,25 @@ def test_a_gateway_with_fewer_sessions_than_runs_makes_runs_wait(tiny_llama: Pat
         assert collector.stats()["failed_runs"] == 0
 
 
+def test_settings_that_an_agent_has_built_in_can_be_replaced(tiny_llama: Path) -> None:
+    def agent(task: Any, base_url: str, api_key: str) -> float:
+        ask(base_url, api_key, [says("hi")], temperature=0, top_p=0.5)
+        return float(next(numbers))
+
+    numbers = itertools.count()
+    for overrides in ({}, {"temperature": 0.7, "top_p": 1.0}):
+        with (
+            FakeServer(FakeSettings(model_path=tiny_llama)) as server,
+            AgentGateway(server.url, settings=SessionSettings(overrides=overrides)) as other,
+            AgentCollector(other, agent, ["a"], group_size=2) as collector,
+        ):
+            (batch,) = collector
+        assert batch["generation", "temperature"].tolist() == pytest.approx([overrides.get("temperature", 0.0)] * 2)
+        assert batch["generation", "exact_log_probs"].all()
+    with FakeServer(FakeSettings(model_path=tiny_llama)) as server, pytest.raises(ConfigError, match="temperature"):
+        AgentGateway(server.url, settings=SessionSettings(overrides={"temperature": -1}))
+
+
 # ------------------------------------------------------------------ how it ends
 
 

@@ -54,7 +54,7 @@ TEMPLATES_HERE = [
 
 @pytest.mark.parametrize(("kind", "template", "end", "tools"), TEMPLATES_HERE)
 @pytest.mark.parametrize("on_rewrite", ["branch", "keep"])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(actions=ACTIONS, seed=st.integers(0, 2**32))
 def test_a_session_records_what_was_sent_and_sampled(
     kind: str, template: str, end: str, tools: bool, on_rewrite: str, actions: list[str], seed: int

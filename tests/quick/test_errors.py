@@ -20,6 +20,7 @@ EXAMPLES = [
     errors.SessionKeyError("what", session="s1"),
     errors.SessionFinishedError("what", session="s1"),
     errors.OverloadedError("what", session="s1", retry_after_s=2.5),
+    errors.AgentsFailedError("what", failures=["run 0 of task 3: timeout"]),
     errors.StorageError("what", path="/runs/a", needed_bytes=5, free_bytes=3),
     errors.ProtocolError("what", server=URL),
     errors.ServerError("what", server=URL),

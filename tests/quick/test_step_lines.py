@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-RECIPES = ("grpo", "grpo_async", "grpo_lora", "grpo_tools", "ppo")
+RECIPES = ("grpo", "grpo_agent", "grpo_async", "grpo_lora", "grpo_tools", "ppo")
 
 
 class LargeNumbers(dict[str, float]):

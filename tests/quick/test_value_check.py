@@ -11,11 +11,11 @@ from torchrl_sglang.weights.buckets.packing import BucketPacker
 from torchrl_sglang.weights.buckets.value_check import ValueCheck
 from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 
-LARGE = 2**18 + 3  # more than one part, and a part that is not full
+LARGE = 2**20 + 3  # more than one part, and a part that is not full
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("position", [0, 2**17 - 1, 2**17, LARGE - 1])
+@pytest.mark.parametrize("position", [0, 2**19 - 1, 2**19, LARGE - 1])
 def test_a_wrong_value_is_found_wherever_it_is(dtype: torch.dtype, position: int) -> None:
     for value in (float("nan"), float("inf"), -float("inf")):
         source = torch.ones(LARGE, dtype=dtype)

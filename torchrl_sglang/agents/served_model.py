@@ -65,7 +65,8 @@ class ServedModel:
         stops = (token for token in self.template.turn_end_ids if vocab_size is None or token < vocab_size)
         self._defaults = GenerationDefaults(given=self.settings.generation, checkpoint={}, stop_ids=tuple(stops))
         self._known_sampling: dict[str, SamplingParams] = {}
-        self._defaults.sampling({}, prompt_length=0, context_length=pool.context_length)  # raises if one is bad
+        # raises if one is bad
+        self._defaults.sampling(self.settings.overrides, prompt_length=0, context_length=pool.context_length)
         known = parser_for(
             template=self.settings.chat_template or template_text(self.tokenizer),
             config=read_model_json(info.model_path, "config.json", info.revision),
@@ -92,6 +93,7 @@ class ServedModel:
         Raises:
             ConfigError: an unknown name or a bad value.
         """
+        given = {**given, **self.settings.overrides}
         context = self.pool.context_length
         key = json.dumps(given, sort_keys=True, default=repr)
         # The checks take longer than all else that a short turn needs, and an agent's requests have the same settings.

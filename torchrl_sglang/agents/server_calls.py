@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import ssl
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -37,18 +38,12 @@ class ServerCalls:
 
     def __init__(self, client: SGLangClient) -> None:
         self.client = client
-        is_tls = client.url.startswith("https:")
         authorities = trusted_authorities(client.config.ca_certificate)
-        verify = ssl.create_default_context(cafile=authorities if isinstance(authorities, str) else None)
-        transport = httpx.AsyncHTTPTransport(
-            verify=verify if is_tls else False,
-            trust_env=False,  # no proxy and no .netrc: the servers are the trainer's own
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_LIMIT_S),
-            socket_options=socket_options(),
-        )
-        # The caller sets the deadline: an answer may take as long as the slowest sequence.
-        timeout = httpx.Timeout(None, connect=client.config.connect_timeout_s)
-        self._http = httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False)
+        self._verify: ssl.SSLContext | bool = False
+        if client.url.startswith("https:"):
+            self._verify = ssl.create_default_context(cafile=authorities if isinstance(authorities, str) else None)
+        self._idle: list[httpx.AsyncClient] = []
+        self._all: list[httpx.AsyncClient] = []
 
     async def send(self, request: HttpRequest, *, timeout_s: float | None = None) -> Any:
         """Send a request and return the parsed JSON of the answer, or its text if it is not JSON.
@@ -61,7 +56,8 @@ class ServerCalls:
             SGLangError: as :meth:`SGLangClient.send`.
         """
         try:
-            response = await self._http.send(self._built(request, timeout_s))
+            with self._connection() as http:
+                response = await http.send(self._built(http, request, timeout_s))
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise self._translated(error, request) from error
         self._refuse(response, request)
@@ -83,20 +79,21 @@ class ServerCalls:
         """
         url = self.client.url
         try:
-            response = await self._http.send(self._built(request, None), stream=True)
-            try:
-                if not response.is_success:
-                    await response.aread()
-                    self._refuse(response, request)
-                async for line in response.aiter_lines():
-                    if not line.startswith("data:"):
-                        continue
-                    data = line[5:].strip()
-                    if data == "[DONE]":
-                        return
-                    yield json.loads(data)
-            finally:
-                await response.aclose()
+            with self._connection() as http:
+                response = await http.send(self._built(http, request, None), stream=True)
+                try:
+                    if not response.is_success:
+                        await response.aread()
+                        self._refuse(response, request)
+                    async for line in response.aiter_lines():
+                        if not line.startswith("data:"):
+                            continue
+                        data = line[5:].strip()
+                        if data == "[DONE]":
+                            return
+                        yield json.loads(data)
+                finally:
+                    await response.aclose()
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise self._translated(error, request) from error
         except json.JSONDecodeError as error:
@@ -105,10 +102,32 @@ class ServerCalls:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._http.aclose()
+        for http in self._all:
+            await http.aclose()
 
-    def _built(self, request: HttpRequest, timeout_s: float | None) -> httpx.Request:
-        return self._http.build_request(
+    @contextmanager
+    def _connection(self) -> Iterator[httpx.AsyncClient]:
+        """One connection, the one that was used last. httpx's own pool looks at all of them for each request."""
+        http = self._idle.pop() if self._idle else self._opened()
+        try:
+            yield http
+        finally:
+            self._idle.append(http)
+
+    def _opened(self) -> httpx.AsyncClient:
+        transport = httpx.AsyncHTTPTransport(
+            verify=self._verify,
+            trust_env=False,  # no proxy and no .netrc: the servers are the trainer's own
+            limits=httpx.Limits(max_connections=1, keepalive_expiry=IDLE_LIMIT_S),
+            socket_options=socket_options(),
+        )
+        http = httpx.AsyncClient(transport=transport, trust_env=False)
+        self._all.append(http)
+        return http
+
+    def _built(self, http: httpx.AsyncClient, request: HttpRequest, timeout_s: float | None) -> httpx.Request:
+        # Without a time-out the caller sets the deadline: an answer may take as long as the slowest sequence.
+        return http.build_request(
             request.method,
             self.client.url + request.path,
             content=None if request.body is None else json.dumps(request.body),

@@ -21,6 +21,9 @@ class SessionSettings:
     """Sampling settings where a request gives none, in the names of :meth:`SamplingParams.from_kwargs`, or
     ``max_length`` (prompt and response). The checkpoint's recommended ``top_p`` and ``top_k`` are not used: under them
     the recorded log-probs are not those of the distribution that tokens are drawn from."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Sampling settings in place of what requests ask for, in the same names: agents often have ``temperature=0`` built
+    in, at which all runs of a task are the same."""
     chat_template: str | None = None
     """A Jinja template instead of the tokenizer's."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.errors import OverloadedError, ServerError
+from torchrl_sglang.errors import OverloadedError
 from torchrl_sglang.pool import SGLangPool
 
 __all__ = ["ServerSlots"]
@@ -37,6 +38,8 @@ class ServerSlots:
         self._no_server_wait_s = no_server_wait_s
         self._load = {client.url: 0 for client in pool.clients}
         self._waiting: deque[asyncio.Event] = deque()
+        self._healthy_at = 0.0
+        self._polling: asyncio.Task[None] | None = None
 
     @property
     def in_flight(self) -> int:
@@ -77,23 +80,19 @@ class ServerSlots:
             )
         mine = asyncio.Event()
         self._waiting.append(mine)
-        healthy_at = time.monotonic()
+        begun_at = time.monotonic()
         try:
-            while True:
-                if self._waiting[0] is mine:
-                    client = self._choose(preferred)
-                    if client is not None:
-                        return client
-                    await self._poll_dead_servers()
-                if self._pool.healthy:
-                    healthy_at = time.monotonic()
-                elif time.monotonic() - healthy_at > self._no_server_wait_s:
-                    self._pool.require_healthy("the turn was not generated")
+            while self._waiting[0] is not mine:
+                await mine.wait()
                 mine.clear()
-                try:
+            while (client := self._choose(preferred)) is None:
+                if time.monotonic() - max(begun_at, self._healthy_at) > self._no_server_wait_s:
+                    self._pool.require_healthy("the turn was not generated")
+                # Only the first one looks by the clock; a place that becomes free wakes it.
+                with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(mine.wait(), _LOOK_AGAIN_S)
-                except asyncio.TimeoutError:  # another class up to Python 3.10
-                    continue
+                mine.clear()
+            return client
         finally:
             self._waiting.remove(mine)
             self._wake_first()
@@ -105,8 +104,10 @@ class ServerSlots:
     def _choose(self, preferred: str | None) -> SGLangClient | None:
         """The server for the next sequence; ``None`` if all are full or none is healthy."""
         healthy = self._pool.healthy
-        if len(healthy) < len(self._pool.clients) and healthy:
-            self._pool.poll_dead_servers()  # in the background, at most every few seconds
+        if healthy:
+            self._healthy_at = time.monotonic()
+        if len(healthy) < len(self._pool.clients):
+            self._poll_dead_servers()
         free = [client for client in healthy if self._load[client.url] < self._max_in_flight]
         if not free:
             return None
@@ -116,9 +117,7 @@ class ServerSlots:
             return known
         return least
 
-    async def _poll_dead_servers(self) -> None:
-        if not self._pool.healthy:
-            try:
-                await asyncio.to_thread(self._pool.poll_dead_servers)
-            except ServerError:  # none is back: said by require_healthy
-                return
+    def _poll_dead_servers(self) -> None:
+        """Look in the background whether servers are back; the pool does so at most every few seconds."""
+        if self._polling is None or self._polling.done():
+            self._polling = asyncio.get_running_loop().create_task(asyncio.to_thread(self._pool.poll_dead_servers))

@@ -127,14 +127,15 @@ class Membership:
         Raises:
             ConfigError: one is.
         """
-        known = [client.url for client in self.clients]
+        known = {client.url: resolved_addresses(client.url) for client in self.clients}
         for client in new:
-            for other in known:
-                if client.url == other:
-                    raise ConfigError(f"{client.url} is a server of this pool already")
-                if resolved_addresses(client.url) & resolved_addresses(other):
-                    raise ConfigError(f"{client.url} is a server of this pool already, under the name {other}")
-            known.append(client.url)
+            if client.url in known:
+                raise ConfigError(f"{client.url} is a server of this pool already")
+            addresses = resolved_addresses(client.url)
+            other = next((url for url, own in known.items() if own & addresses), None)
+            if other is not None:
+                raise ConfigError(f"{client.url} is a server of this pool already, under the name {other}")
+            known[client.url] = addresses
 
     def _bring_up_to_date(self, new: Sequence[SGLangClient]) -> None:
         """Route requests to the newcomers that hold the current weights, or can get them now."""

@@ -258,7 +258,8 @@ _ADVICE: dict[SkipReason, str] = {
     "failed": "Correct the agent, or the limits of time and context under which it runs.",
     "equal": (
         "Equal rewards give no advantage: the tasks are too easy or too hard, the reward is too coarse, or the agent "
-        "sets temperature=0, at which all runs are the same; skip_equal=False keeps such groups."
+        "sets temperature=0, at which all runs are the same (SessionSettings.overrides replaces it); skip_equal=False "
+        "keeps such groups."
     ),
     "stale": "Raise max_staleness, or lower ahead.",
 }

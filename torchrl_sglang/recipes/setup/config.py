@@ -6,6 +6,8 @@
     python recipe.py --resume outputs/recipe           # resume that run; overrides work here too
     python recipe.py --overwrite                       # replace an earlier run in the same folder
 
+In a preset ``${on_gpu:A,B}`` is A where torch finds a GPU, else B.
+
 Overrides are hydra's: ``key=value``, ``+key=value`` for a key that the preset doesn't have, ``~key`` to remove one.
 """
 
@@ -18,6 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -125,9 +128,19 @@ def _compose(folder: Path, name: str, overrides: Sequence[str]) -> DictConfig:
 
 def _register() -> None:
     register_hydra_configs()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # omegaconf 2.4 calls the function by another name, which meant another one in 2.3
+        OmegaConf.register_new_resolver("on_gpu", _on_gpu, replace=True)
     store = ConfigStore.instance()
     for node, settings in SETTINGS.items():
         store.store(group=f"{node}_settings", name="default", node=settings)
+
+
+def _on_gpu(there: Any, elsewhere: Any) -> Any:
+    """``${on_gpu:A,B}`` in a preset is A where torch finds a GPU, else B."""
+    return there if torch.cuda.device_count() > 0 else elsewhere
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from omegaconf import DictConfig
 
+from torchrl_sglang.config.checking import require
 from torchrl_sglang.engine import AsyncSGLang
 from torchrl_sglang.hydra_configs import build, close_engines
 from torchrl_sglang.rollout import SGLangWrapper
@@ -34,6 +37,7 @@ class Serving:
     """
 
     def __init__(self, config: DictConfig, progress: Callable[[str], None] | None = None) -> None:
+        self._has_said_why = False
         try:
             with warnings.catch_warnings():  # push_first_weights() replaces the weights that running servers hold
                 warnings.filterwarnings("ignore", ".* holds weights of an earlier run")
@@ -76,6 +80,25 @@ class Serving:
         if was_launched and resumed_version is None:
             return None
         return self.scheme.sync.push(model, version=max(resumed_version or 0, self.weight_version + 1))
+
+    def offloaded(self, is_wanted: bool) -> AbstractContextManager[None]:
+        """The servers hold no GPU memory during this block, if they run on GPUs: for a trainer on the same GPU.
+
+        Args:
+            is_wanted: the setting ``offload_servers``. For servers on the CPU it releases nothing, which is said once.
+
+        Raises:
+            ConfigError: it is no boolean, or the servers can't release memory (:meth:`AsyncSGLang.offloaded`).
+        """
+        require(isinstance(is_wanted, bool), f"offload_servers must be true or false, got {is_wanted!r}")
+        if not is_wanted:
+            return nullcontext()
+        if any(client.info.device != "cpu" for client in self.servers.pool.clients):
+            return self.servers.offloaded()
+        if not self._has_said_why:
+            sys.stderr.write("offload_servers: skipped, since the servers run on the CPU and hold no GPU memory\n")
+            self._has_said_why = True
+        return nullcontext()
 
     def close(self) -> None:
         """Close the process group, then stop the servers that this run launched."""

@@ -163,12 +163,13 @@ class SegmentPool:
         self._segments, self._process = {}, None
         if process is None or self._pid != os.getpid():  # a forked child leaves its parent's alone
             return
+        assert process.stdin is not None
+        with suppress(OSError):
+            process.stdin.close()
         if process.poll() is not None:
             for segment in segments:
                 (SHARED_MEMORY / segment.name).unlink(missing_ok=True)
             return
-        assert process.stdin is not None
-        process.stdin.close()
         try:
             process.wait(_END_TIMEOUT_S)
         except subprocess.TimeoutExpired:  # it waits for a server, and ends by itself
