@@ -21,6 +21,10 @@ from torchrl_sglang.server.supervisor import tree_pids
 
 __all__ = ["FakeSeat", "RealSeat", "Seat"]
 
+_COLLECTIVE_S = 41.0
+"""How long a rank waits in a group whose trainer was killed: what servers that this package launched read from the
+group's name under the time limits of a chaos run. Others wait for torch's 30 minutes."""
+
 
 class Seat(Protocol):
     """One address, and the server at it."""
@@ -59,7 +63,8 @@ class FakeSeat:
 
     def __init__(self, processes: ProcessFactory, model: Path, *, proxied: bool) -> None:
         self._processes = processes
-        self._server: ForkedServer = processes.start_server(FakeSettings(model_path=model, step_s=0.004))
+        settings = FakeSettings(model_path=model, step_s=0.004, collective_timeout_s=_COLLECTIVE_S)
+        self._server: ForkedServer = processes.start_server(settings)
         port = int(self._server.url.rsplit(":", 1)[1])
         self._settings = replace(self._server.settings, port=port)
         self.proxy = TcpProxy(("127.0.0.1", port)) if proxied else None

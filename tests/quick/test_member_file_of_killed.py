@@ -10,9 +10,7 @@ import pytest
 from torchrl_sglang.pool.member_file import MemberFile
 
 
-def test_files_that_nobody_holds_are_deleted_by_the_next_writer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_nobody_holds_are_deleted_by_the_next_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     living, killed = MemberFile(), MemberFile()
     living.write(["http://a:1"])
@@ -21,8 +19,8 @@ def test_files_that_nobody_holds_are_deleted_by_the_next_writer(
     reader = MemberFile(living.path)
     assert reader.read_if_new() == ["http://a:1", "http://b:1"]
     another = MemberFile()
+    assert set(tmp_path.iterdir()) == {living.path}
     another.write(["http://c:1"])
-    assert set(tmp_path.iterdir()) == {living.path, another.path}
     living.write(["http://a:1"])
     assert reader.read_if_new() == ["http://a:1"]
     living.delete()

@@ -42,6 +42,8 @@ class MemberFile:
     """
 
     def __init__(self, path: Path | None = None) -> None:
+        if path is None:
+            _delete_abandoned(Path(tempfile.gettempdir()))
         self.path = path or Path(tempfile.gettempdir(), f"{_PREFIX}{uuid.uuid4().hex}.json")
         self._seen: tuple[int, int] | None = None
         self._owner: weakref.finalize[..., object] | None = None
@@ -52,8 +54,6 @@ class MemberFile:
 
         As long as this process lives, it holds a lock on the file: those of processes that were killed are deleted.
         """
-        if self._owner is None:
-            _delete_abandoned(self.path.parent)
         new = self.path.with_suffix(".new")
         with suppress(FileNotFoundError):
             new.unlink()
