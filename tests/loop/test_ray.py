@@ -200,7 +200,8 @@ def test_servers_join_and_leave_in_bundles_that_ray_gets_back(
     launch: Callable[..., AsyncSGLang], tiny_llama_b: Path
 ) -> None:
     engine = launch(num_servers=1, placement=RayPlacement(timeout_s=20))
-    engine.update_weights(load(tiny_llama_b))
+    sync = WeightSync(engine.pool, SyncConfig(verify="off"), restart=engine.restart)
+    sync.push(load(tiny_llama_b))
     (new,) = engine.add(1)
     assert not engine.pool.quarantined
     replies = engine.pool.generate(PROMPTS * 4, SAMPLING)
@@ -215,6 +216,7 @@ def test_servers_join_and_leave_in_bundles_that_ray_gets_back(
     engine.scale_to(2)
     assert len(engine.pool.healthy) == 2
     processes = [psutil.Process(server.pid) for server in engine.servers]
+    sync.close()
     engine.shutdown()
     wait_until(lambda: not any(process.is_running() for process in processes), "a server is left", 20)
     wait_until(lambda: ray.available_resources().get("CPU") == 2, "the bundles are still set aside", 20)
