@@ -527,6 +527,7 @@ def test_a_server_whose_ranks_are_on_several_hosts_is_not_given_memory(make: Cal
     assert check.reason == "its ranks are on several hosts (nnodes=2)"
 
 
+@pytest.mark.slow
 def test_a_server_that_never_gets_the_request_of_a_killed_trainer_is_waited_for_ten_seconds_not_a_minute() -> None:
     process = Trainer(opener=os.getpid())
     process.kill()
