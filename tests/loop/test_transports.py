@@ -36,7 +36,7 @@ def config_of(transport: Any, **settings: Any) -> SyncConfig:
     return SyncConfig(**{"transport": transport, "bucket_bytes": 60_000, "verify": "full", **settings})
 
 
-@pytest.mark.parametrize("transport", ["auto", "ipc", "http"])
+@pytest.mark.parametrize("transport", ["auto", "http"])
 def test_weights_arrive_exactly_without_a_process_group_staged_or_not(
     url: str, model_a: Any, model_b: Any, transport: str
 ) -> None:
@@ -86,7 +86,8 @@ def test_a_trainer_that_is_killed_while_it_sends_leaves_a_server_that_answers_an
     assert_serves(url, model_a, version=report.version)
 
 
-@pytest.mark.parametrize("times", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [200])
 def test_nothing_grows_on_either_side_over_many_syncs_by_ipc(
     pristine_server: SGLangServer, url: str, model_a: Any, model_b: Any, times: int
 ) -> None:
@@ -110,9 +111,8 @@ def test_nothing_grows_on_either_side_over_many_syncs_by_ipc(
         for what, count in before.items():
             assert after[what] - count < 10, f"{what}: {count} before, {after[what]} after {times} syncs"
         assert after["segments"] == before["segments"]
-        if times >= 200:
-            grown = sum(each.memory_info().rss for side in sides.values() for each in side) - resident
-            assert grown < 100 * sum(parameter.nbytes for parameter in model_a.parameters())
+        grown = sum(each.memory_info().rss for side in sides.values() for each in side) - resident
+        assert grown < 100 * sum(parameter.nbytes for parameter in model_a.parameters())
     assert segments_of(os.getpid()) == []
 
 

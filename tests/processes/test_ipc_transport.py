@@ -525,3 +525,12 @@ def test_a_server_whose_ranks_are_on_several_hosts_is_not_given_memory(make: Cal
     client._info = replace(client.info, raw={**client.info.raw, "nnodes": 2})
     (check,) = HostChecks(pool.state).check([client]).values()
     assert check.reason == "its ranks are on several hosts (nnodes=2)"
+
+
+@pytest.mark.slow
+def test_a_server_that_never_gets_the_request_of_a_killed_trainer_is_waited_for_ten_seconds_not_a_minute() -> None:
+    process = Trainer(opener=os.getpid())
+    process.kill()
+    start = time.monotonic()
+    assert await_gone(process.pid, 40) == []
+    assert time.monotonic() - start > 5

@@ -104,7 +104,8 @@ class Keeper:
             while not self._is_done():
                 is_waiting = self._dropped or self._has_ended or self._process is None
                 for key, _ in self._selector.select(_POLL_S if is_waiting else None):
-                    key.data()
+                    if key.fileobj in self._selector.get_map():  # not unregistered by an event before
+                        key.data()
                 if not self._has_ended and os.getppid() != self._trainer:
                     self._trainer_ended()
                 self._remove_dropped()
@@ -160,6 +161,8 @@ class Keeper:
             self._selector.unregister(self._process)
             self._process = None
         self._patience_s = min(self._patience_s, _PATIENCE_WITHOUT_TRAINER_S)
+        latest = time.monotonic() + self._patience_s
+        self._dropped = {name: min(deadline, latest) for name, deadline in self._dropped.items()}
         self._end()
 
     def _end(self) -> None:
