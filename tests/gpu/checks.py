@@ -65,12 +65,14 @@ def check_reuse(device: str) -> dict[str, Any]:
         return len(segments), sum(path.stat().st_size for path in segments if path.exists())
 
     with Receiver(device) as receiver, Sync([receiver]) as sync:
-        tensors = make_tensors(device)
+        model = make_tensors(device)
+        names = [f"model.layers.{i}.mlp.{each}_proj.weight" for i in range(3) for each in ("up", "down")]
+        tensors = {name: model[name] for name in [*names, "model.step"]}
         marks = []
         for number in range(200):
             tensors["model.step"].fill_(number)
-            tensors["model.layers.3.mlp.up_proj.weight"].add_(1)
-            sync.push(tensors)
+            tensors["model.layers.2.mlp.up_proj.weight"].add_(1)
+            assert sync.push(tensors) > 2, "each buffer must be used twice in a push"
             if number % 20 == 0:
                 assert receiver.seen == described(tensors), f"other bytes in push {number}"
             if number in (20, 199):
