@@ -61,7 +61,7 @@ def check_reuse(device: str) -> dict[str, Any]:
         if device == "cuda":
             free, total = torch.cuda.mem_get_info(0)
             return torch.cuda.memory_allocated(0), total - free
-        segments = [path for path in Path("/dev/shm").iterdir() if path.name.startswith("torchrl-")]
+        segments = [path for path in Path("/dev/shm").iterdir() if f"-{os.getpid()}." in path.name]
         return len(segments), sum(path.stat().st_size for path in segments if path.exists())
 
     with Receiver(device) as receiver, Sync([receiver]) as sync:

@@ -57,9 +57,10 @@ def run_checks(names: list[str], device: str, out: Path) -> Iterator[tuple[str, 
             try:
                 status = str(process.wait(LIMIT_S))
             except subprocess.TimeoutExpired:
+                status = f"still running after {LIMIT_S} s"
+            finally:  # also when this program is interrupted
                 process.kill()
                 process.wait()
-                status = f"still running after {LIMIT_S} s"
         if answer.exists():
             result = json.loads(answer.read_text())
         else:
