@@ -180,7 +180,7 @@ def main() -> None:
     gateway = Gateway(url)
     try:
         load = os.getloadavg()[0]
-        print(f"{args.sessions} sessions, {args.new_tokens} new tokens, {args.pairs} pairs, load {load:.1f}")
+        print(f"{args.sessions} sessions, {args.new_tokens} new tokens, {args.pairs} pairs; load {load:.1f}")
         measure_pairs(url, gateway, args.sessions, args.pairs, args.new_tokens)
         measure_idle_sessions(gateway, 8)
         measure_prefix_cache(gateway, args.new_tokens)

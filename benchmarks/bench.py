@@ -31,6 +31,7 @@ FOLDER = Path(__file__).resolve().parent
 DOCS = FOLDER.parent / "docs"
 PACKAGES = ("torch", "torchrl", "tensordict", "transformers", "sglang")
 LEAST_PAIRS = 7
+INTERRUPTED = "it was interrupted"
 END_S = 30  # how long a section that takes too long has to stop its servers
 
 
@@ -81,7 +82,9 @@ def run_section(name: str, section: Section, out: Path, *, quick: bool, limit_s:
         reason = f"its script ended with status {status}" if status else ""
     except subprocess.TimeoutExpired:
         reason = f"it took longer than {limit_s:.0f} s"
-    finally:  # also when this program is interrupted
+    except KeyboardInterrupt:
+        reason = INTERRUPTED
+    finally:
         _end(process)
     rows = read_rows(rows_path)
     failed = [row["name"] for row in rows if "error" in row]
@@ -193,6 +196,7 @@ def main() -> int:
     out: Path = args.out or Path("outputs") / ("bench-quick" if args.quick else "bench")
     out.mkdir(parents=True, exist_ok=True)
     results = load_results(out / "results.json")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is measured is kept, servers stop
     for name in args.only:
         old = results.get(name, {})
         if args.resume and old.get("status") == "complete" and old.get("quick") == args.quick:
@@ -202,6 +206,9 @@ def main() -> int:
         limit_s = section.limit_s * args.limit_factor
         results[name] = run_section(name, section, out, quick=args.quick, limit_s=limit_s)
         write_results(results, out / "results.json")
+        if results[name]["reason"] == INTERRUPTED:
+            print(f"what was measured is in {out}/results.json; --resume goes on", file=sys.stderr)
+            return 1
     (out / "tables.md").write_text(page.tables(results))
     page.draw(results, out / "ratios.png")
     print(f"\n{page.tables(results)}\nresults.json, tables.md and ratios.png are in {out}/")

@@ -99,7 +99,8 @@ def _section(name: str, section: Mapping[str, Any]) -> str:
 
 def targets(results: Results) -> Iterator[tuple[str, float, float]]:
     """What is aimed at: a description, the most that is allowed, and what was measured, where it was."""
-    rows = {row["name"]: row for section in results.values() for row in section["rows"] if "ratio" in row}
+    full = [section for section in results.values() if not section["quick"]]  # the ratios of a quick run say nothing
+    rows = {row["name"]: row for section in full for row in section["rows"] if "ratio" in row}
 
     def found(name: str, key: str = "ratio") -> list[float]:
         return [rows[name][key]] if key in rows.get(name, {}) else []
