@@ -17,6 +17,7 @@ from torchrl_sglang.server.environment import PLUGIN_PATH, child_environment
 from torchrl_sglang.weights.group.rendezvous import group_mark, group_name
 from torchrl_sglang.weights.group.trainer_mark import TrainerMark
 
+NAMES = ("torchrl_sglang_group_timeout", "torchrl_sglang_tensor_errors")
 MODULES = ("stand_in_sglang_utils", "stand_in_sglang_updater")
 
 
@@ -67,11 +68,14 @@ def test_a_mark_with_a_limit_still_names_its_trainer_and_group() -> None:
 
 def test_sglang_finds_the_plugin_by_the_metadata_on_the_servers_path() -> None:
     (found,) = importlib.metadata.distributions(path=[str(PLUGIN_PATH)])
-    (entry,) = found.entry_points
-    assert (entry.group, entry.value) == ("sglang.srt.plugins", "torchrl_sglang_group_timeout:bound_waits")
+    assert {entry.group for entry in found.entry_points} == {"sglang.srt.plugins"}
+    for entry in found.entry_points:
+        module, function = entry.value.split(":")
+        assert entry.name == module
+        assert f"def {function}(" in (PLUGIN_PATH / f"{module}.py").read_text()
 
 
-@pytest.mark.parametrize(("chosen", "loaded"), [(None, None), ("", ""), ("mine", "mine,torchrl_sglang_group_timeout")])
+@pytest.mark.parametrize(("chosen", "loaded"), [(None, None), ("", ""), ("mine", f"mine,{','.join(NAMES)}")])
 def test_a_choice_of_plugins_is_extended(chosen: str | None, loaded: str | None) -> None:
     parent = {} if chosen is None else {"SGLANG_PLUGINS": chosen}
     variables = child_environment(ServerConfig(model="m"), parent, cpu=False, same_python=True)
@@ -84,6 +88,6 @@ def test_an_idle_connection_is_closed_by_the_client_long_before_the_server_close
 
     name = "SGLANG_TIMEOUT_KEEP_ALIVE"
     variables = child_environment(ServerConfig(model="m"), {}, cpu=False, same_python=True)
-    assert float(variables[name]) > 10 * connections._IDLE_LIMIT_S
+    assert float(variables[name]) > 10 * connections.IDLE_LIMIT_S
     chosen = child_environment(ServerConfig(model="m"), {name: "7"}, cpu=False, same_python=True)
     assert chosen[name] == "7"

@@ -14,9 +14,9 @@ from torchrl_sglang.server.gpus import visible_devices
 __all__ = ["PLUGIN_PATH", "child_environment", "inherited_environment", "router_environment"]
 
 PLUGIN_PATH = Path(__file__).with_name("sglang_plugin")
-"""Folder with a plugin for SGLang, only for the server's ``PYTHONPATH``. It holds an installed distribution's metadata,
-by which SGLang finds the plugin, and imports nothing of this package."""
-_PLUGIN_NAME = "torchrl_sglang_group_timeout"
+"""Folder with plugins for SGLang, only for the server's ``PYTHONPATH``. It holds an installed distribution's metadata,
+by which SGLang finds the plugins, and imports nothing of this package."""
+_PLUGIN_NAMES = ("torchrl_sglang_group_timeout", "torchrl_sglang_tensor_errors")
 
 # What torchrun (torch.distributed.elastic) and Ray tell their workers. A server that inherited it would act as a rank
 # of the trainer's process group and join the trainer's rendezvous.
@@ -136,7 +136,7 @@ def child_environment(
         if inherited_path:
             cpu_variables["PYTHONPATH"] += f":{inherited_path}"
         variables.update(cpu_variables)
-    _add_plugin(variables)
+    _add_plugins(variables)
     variables.update(config.env)
     variables = _reach_directly(variables, [config.host, *_own_addresses(config.host)])
     if not cpu:
@@ -146,11 +146,11 @@ def child_environment(
     return variables
 
 
-def _add_plugin(variables: dict[str, str]) -> None:
-    """Let SGLang find the plugin that bounds the waits of its ranks in a weight group."""
+def _add_plugins(variables: dict[str, str]) -> None:
+    """Let SGLang find the plugins: one bounds the waits of its ranks in a weight group, one answers bad tensors."""
     variables["PYTHONPATH"] = ":".join(filter(None, (variables.get("PYTHONPATH"), str(PLUGIN_PATH))))
     if variables.get("SGLANG_PLUGINS"):  # the names of the plugins that are loaded; if it is empty, all are
-        variables["SGLANG_PLUGINS"] += f",{_PLUGIN_NAME}"
+        variables["SGLANG_PLUGINS"] = ",".join([variables["SGLANG_PLUGINS"], *_PLUGIN_NAMES])
 
 
 def _own_addresses(host: str) -> list[str]:
