@@ -6,6 +6,7 @@ Everything else that it raises is a finding.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import resource
@@ -342,4 +343,6 @@ def train(settings: dict[str, Any], report: Callable[[Any], None]) -> None:
     except BaseException:
         trainer.journal.write("crash", traceback=traceback.format_exc())
         raise
+    del trainer  # this process ends by os._exit, which runs no finalizer
+    gc.collect()
     report("done")
