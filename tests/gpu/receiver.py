@@ -72,13 +72,13 @@ def main() -> None:
         if command["do"] == "free":
             answer: dict[str, Any] = {"freed": sum(map(len, held))}
             held.clear()
+            gc.collect()
         else:
             pairs = Unpickler(io.BytesIO(base64.b64decode(command["payload"]))).load()
             answer = {"tensors": {name: describe(tensor) for name, tensor in pairs}}
             if command.get("hold"):
                 held.append(pairs)
             del pairs
-        gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.ipc_collect()
         sys.stdout.write(json.dumps(answer) + "\n")

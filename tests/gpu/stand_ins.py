@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Mapping
@@ -42,6 +43,7 @@ class Receiver:
         self.info = types.SimpleNamespace(tp_size=1, dp_size=1, pp_size=1, device=device, raw={})
         self.seen: dict[str, Any] = {}
         self.hold = False
+        self._lock = threading.Lock()  # the next bucket is announced while one is loaded
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "receiver.py")],
             stdin=subprocess.PIPE,
@@ -53,9 +55,10 @@ class Receiver:
     def ask(self, **command: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        with self._lock:
+            self.process.stdin.write(json.dumps(command) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"the receiver ended with status {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
