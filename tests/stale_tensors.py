@@ -55,7 +55,7 @@ def _transport(sync: WeightSync) -> ForgetfulTransport:
     transport = sync._choose_transport()
     if not isinstance(transport, ForgetfulTransport):
         transport.close()
-        sync._transport = ForgetfulTransport(sync._pool, sync.config, sync.owner)
+        sync._transport = ForgetfulTransport(sync._pool, sync.config, sync.owner, sync._planner.checkpoint)
     made: Any = sync._transport
     made.change = lambda packed: packed
     made.afterwards = lambda: None

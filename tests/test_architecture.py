@@ -72,7 +72,7 @@ PRIVATE_NAMES_ALLOWED = {
 }
 # These are programs: what they print is their answer.
 PRINT = ("cli/", "server/supervisor.py")
-NOT_OURS = "server/cpu_stand_ins/"
+NOT_OURS = ("server/cpu_stand_ins/", "server/sglang_plugin/")  # these run in SGLang's processes
 
 
 class Use(NamedTuple):

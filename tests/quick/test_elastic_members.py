@@ -428,7 +428,7 @@ def test_a_server_that_leaves_finishes_what_it_has(make: Make) -> None:
 def test_what_a_server_can_not_finish_is_generated_again_by_the_others(
     make: Make, tensors: dict[str, torch.Tensor], how: str
 ) -> None:
-    first, second = make(step_s=0.01), make(step_s=0.01)
+    first, second = make(step_s=0.005), make(step_s=0.2)  # the second one would take half a minute
     pool = pool_of(first, second)
     running = Task(lambda: pool.generate(PROMPTS, LONG), name="generate")
     wait_for(lambda: "/generate" in paths(second))

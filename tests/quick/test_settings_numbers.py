@@ -15,6 +15,7 @@ import torch
 
 import torchrl_sglang
 from torchrl_sglang import ClientConfig, RouterConfig, ServerConfig, SGLangWrapper, SyncConfig
+from torchrl_sglang.agents.settings import SessionSettings
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.engine.launching import server_configs
 from torchrl_sglang.errors import ConfigError
@@ -35,14 +36,22 @@ RECORDS: dict[type, dict[str, Any]] = {
     ServerConfig: {"model": "m"},
     SyncConfig: {},
     RayPlacement: {},
+    SessionSettings: {},
     RolloutSettings: {"input_mode": "tokens"},
     **{record: {} for record in SETTINGS.values()},
     SETTINGS["evaluate"]: {"ks": [1]},
 }
 """Records that users fill in, with the fields that have no default."""
 
-NOT_SETTINGS = {"SGLangEngineConfig", "SGLangPolicyConfig", "SGLangWeightSyncSchemeConfig", "Arguments"}
-"""Hydra's nodes pass their values on to the records above; a command line's words have no numbers."""
+NOT_SETTINGS = {
+    "SGLangEngineConfig",
+    "SGLangPolicyConfig",
+    "SGLangWeightSyncSchemeConfig",
+    "Arguments",
+    "GroupSettings",
+}
+"""Hydra's nodes pass their values on to the records above; a command line's words have no numbers; the collector of
+agents checks its own arguments, from which it makes its record."""
 
 NEVER = (math.nan, math.inf, -math.inf, True, False, "1", "", b"1", [1], {}, 1j, -1e300)
 NEGATIVE_ALLOWED = {"frequency_penalty", "presence_penalty", "sampling_seed", "top_k"}

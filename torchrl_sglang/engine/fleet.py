@@ -53,7 +53,7 @@ class Fleet:
     def __init__(self, pool: SGLangPool, servers: Sequence[SGLangServer], launcher: Launcher | None) -> None:
         self._pool = pool
         self._launcher = launcher
-        self._processes = dict(zip((client.url for client in pool.clients), servers, strict=False))
+        self._processes = dict(zip([client.url for client in pool.clients], servers, strict=False)) if servers else {}
         self._changing = threading.Lock()
         self._ended = threading.Event()
 

@@ -1,4 +1,4 @@
-"""A plugin of SGLang: tensors of ``/update_weights_from_tensor`` that can't be read or loaded are an answer, not an end.
+"""A plugin of SGLang: bad tensors in ``/update_weights_from_tensor`` are answered with an error, and end nothing.
 
 SGLang (0.5.20 to 0.5.23) lets such an error end the scheduler, and the whole server with it, where the same error in
 ``/update_weights_from_distributed`` is answered with status 400. With this plugin both are answered.
@@ -45,7 +45,7 @@ def _reading(original):
     def read(self, *args, **kwargs):
         try:
             return original(self, *args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  an answer to the client, whatever it is
             _log.exception("the tensors of a weight update can't be read")
             return Unreadable(error)  # every rank goes on to the barrier at the end of the request
 
@@ -59,7 +59,7 @@ def _loading(original):
             return False, f"Failed to read the tensors: {named_tensors.error}"
         try:
             return original(self, named_tensors, *args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  an answer to the client, whatever it is
             _log.exception("the tensors of a weight update can't be loaded")
             return False, f"Failed to load the tensors: {error}. The weights may be partially updated."
 
