@@ -39,6 +39,7 @@ EVERY_NAME = "import torchrl_sglang as t; [getattr(t, name) for name in t.__all_
 # What each extra is for, in one line that needs no server.
 FIRST_STEPS = {
     "": "import torchrl_sglang",
+    "agents": "import torchrl_sglang.agents.generation, torchrl_sglang.agents.http.app, torchrl_sglang.agents.gateway",
     "images": "import io, PIL.Image; from torchrl_sglang.chat.data_urls import media_url; "
     "print(media_url(PIL.Image.new('RGB', (2, 2)), 'image')[:10])",
     "lora": "import peft; from torchrl_sglang.testing import make_tiny_model; import tempfile, transformers as t; "
@@ -95,10 +96,10 @@ class FirstHour:
 
     # -------------------------------------------------------------------------------------------------------- versions
 
-    def extras(self, environments: Environments) -> None:
-        """Each extra alone, newest and oldest: pip resolves it, its first step works, every public name imports."""
+    def extras(self, environments: Environments, only: Sequence[str] | None = None) -> None:
+        """Each extra (or ``only`` some) alone, newest and oldest: pip resolves it, first step and all names work."""
         required = requirements(environments.wheel)
-        for extra in ("", *(name for name in required if name and name not in NOT_INSTALLED)):
+        for extra in only or ("", *(name for name in required if name and name not in NOT_INSTALLED)):
             for lowest in (False, True):
                 label = f"{extra or 'no extra'}, {'lowest' if lowest else 'highest'} versions"
                 with self.step(f"pip install: {label}"):
@@ -182,7 +183,9 @@ def main() -> None:
     """Run all steps in a temporary folder, which is removed at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["extras", "hour"], help="one half: the versions of each extra, or the hour")
-    only = parser.parse_args().only
+    parser.add_argument("--extra", action="append", choices=FIRST_STEPS, help="of all extras only this one; repeatable")
+    args = parser.parse_args()
+    only = "extras" if args.extra else args.only
     with tempfile.TemporaryDirectory(prefix="torchrl-sglang-install-") as name:
         hour = FirstHour(Path(name))
         with hour.step("build the wheel"):
@@ -199,7 +202,7 @@ def main() -> None:
             hour.train(python)
             hour.with_a_server(command, environments.install("oldest", ["recipes"], lowest=True))
         if only != "hour":
-            hour.extras(environments)
+            hour.extras(environments, args.extra)
         print(f"{time.monotonic() - hour.started:6.0f} s  in all; the first hour works")
 
 
