@@ -87,6 +87,7 @@ class Membership:
         self._is_copy = copied_from is not None
         self._served = {client.url for client in clients}
         self._lock = threading.Lock()
+        self._publishing = threading.Lock()
 
     def file_of_copies(self) -> MemberFile:
         """What a copy of the pool reads."""
@@ -303,14 +304,15 @@ class Membership:
         if self._is_copy:
             return
         state = self._pool.state
-        usable = self._served if self._pool.weight_sync is not None else {client.url for client in self.clients}
-        urls = [client.url for client in self.clients if client.url in usable and not state.has_left(client.url)]
-        try:
-            self._file.write(urls)
-        except OSError as error:
-            _log.warning(
-                "copies of this pool don't learn of its servers: %s can't be written (%s)", self._file.path, error
-            )
+        with self._publishing:  # the last one to write has read the members last
+            usable = self._served if self._pool.weight_sync is not None else {client.url for client in self.clients}
+            urls = [client.url for client in self.clients if client.url in usable and not state.has_left(client.url)]
+            try:
+                self._file.write(urls)
+            except OSError as error:
+                _log.warning(
+                    "copies of this pool don't learn of its servers: %s can't be written (%s)", self._file.path, error
+                )
 
     def refresh(self) -> None:
         """In a copy, adopt what has changed in the original. A newcomer is asked which weights it holds first."""
