@@ -318,6 +318,7 @@ class WeightSync:
             transport = self._choose_transport()
             source = self._planner.open_source(weights)
         if not source.is_sender:
+            self._last_weights = None if source.one_shot else weights  # every rank calls heal()
             self._help(ranks, source, transport.name, partial)
             return None
         number = self._pool.state.weights.next_version if version is None else version
