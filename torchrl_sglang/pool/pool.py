@@ -138,8 +138,9 @@ class SGLangPool(PoolServers):
     def _was_unloaded(self, adapter: str | None, error: RequestRejectedError) -> bool:
         """Whether a request was refused because newer adapters of the trainer have replaced the one that it names."""
         current = self.state.weights.adapter
-        is_replaced = adapter is not None and current is not None and current.name != adapter
-        return is_replaced and adapter in error.detail
+        if adapter is None or current is None or current.name == adapter:
+            return False
+        return adapter in error.detail
 
     def _accepted(
         self, replies: Sequence[GenerateReply], label: Callable[[GenerateReply], GenerateReply]
