@@ -75,7 +75,7 @@ def resolved_addresses(url: str) -> frozenset[tuple[str, int]]:
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):  # UnicodeError: a part of the name is empty or too long
         return frozenset()
     return frozenset((str(address[0]), port) for *_, address in found)
 
@@ -105,6 +105,7 @@ def _split(full: str) -> SplitResult | None:
     try:
         parts = urlsplit(full)
         _ = parts.port  # raises if it is no number
+        (parts.hostname or "").encode("idna")  # raises if a part of the name is empty or too long
     except ValueError:
         return None
     return parts if parts.scheme in ("http", "https") and parts.hostname else None

@@ -200,3 +200,28 @@ def test_the_command_line_edits_the_file_that_a_trainer_follows(
     first.stop()
     assert main(["servers", str(file)]) == 0
     assert f"{first.url}  does not answer" in capsys.readouterr().out
+
+
+def test_a_host_that_can_be_no_name_is_an_error_of_this_package(make: Make) -> None:
+    """Python raises ``UnicodeError`` for a part of a name that is empty or too long."""
+    pool = pool_of(make())
+    for url in (f"http://{'a' * 70}:30000", "http://a..b:30000"):
+        with pytest.raises(ConfigError, match="is not the URL of a server"):
+            pool.add(url)
+    with pytest.raises(ServerError, match="can't be resolved"):
+        reader_of("dns://a..b:30000")()
+
+
+def test_no_error_ends_the_following(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = make(), make()
+    pool = pool_of(first)
+    look, failures = ServerListFollower.look, iter([RuntimeError("can't start new thread"), OSError(24, "too many")])
+
+    def fail_first(self: ServerListFollower) -> None:
+        for failure in failures:
+            raise failure
+        look(self)
+
+    monkeypatch.setattr(ServerListFollower, "look", fail_first)
+    with ServerListFollower(pool, lambda: [first.url, second.url], poll_s=0.02):
+        wait_for(lambda: urls(pool) == [first.url, second.url])

@@ -12,6 +12,7 @@ from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.errors import ConfigError, ServerStartError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.server import SGLangServer, stop_fleet
+from torchrl_sglang.server_url import base_url
 
 __all__ = ["Fleet", "Launcher"]
 
@@ -54,6 +55,7 @@ class Fleet:
         self._pool = pool
         self._launcher = launcher
         self._processes = dict(zip([client.url for client in pool.clients], servers, strict=False)) if servers else {}
+        self._joining: frozenset[str] = frozenset()
         self._changing = threading.Lock()
         self._ended = threading.Event()
 
@@ -68,6 +70,11 @@ class Fleet:
         known, has_left = dict(self._processes), self._pool.state.has_left
         pairs = ((client, known.get(client.url)) for client in self._pool.clients if not has_left(client.url))
         return tuple((client, process) for client, process in pairs if process is not None)
+
+    @property
+    def own_urls(self) -> frozenset[str]:
+        """The URLs of the processes, also of those that are just being taken into the pool."""
+        return self._joining.union(self._processes)
 
     def end(self) -> None:
         """Start nothing more; a start under way is abandoned."""
@@ -94,8 +101,12 @@ class Fleet:
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(stop_fleet, started, kill=True)
             self._require_running()
-            urls = self._pool.add([server.url for server in started])
-            self._processes.update(zip(urls, started, strict=True))
+            self._joining = frozenset(base_url(server.url) for server in started)
+            try:
+                urls = self._pool.add([server.url for server in started])
+                self._processes.update(zip(urls, started, strict=True))
+            finally:
+                self._joining = frozenset()
             on_failure.pop_all()
         if self._ended.is_set():  # after shutdown() has ended those that it knew
             stop_fleet(started, kill=True)

@@ -130,9 +130,9 @@ class EngineMembers:
         """
         fleet = weakref.ref(self._fleet)
 
-        def launched() -> list[str]:
+        def launched() -> frozenset[str]:
             known = fleet()
-            return [] if known is None else [client.url for client, _ in known.launched]
+            return frozenset() if known is None else known.own_urls
 
         follower = ServerListFollower(self.pool, source, poll_s=poll_s, grace_s=grace_s, keep=launched)
         self._followers.append(follower)

@@ -109,17 +109,23 @@ def restart_server(
         Whether the checkpoint's weights were the current ones when it was started (below an adapter, if there is one).
 
     Raises:
-        ServerStartError: it did not become ready, or ``ending`` was set.
+        ServerStartError: it did not become ready, ``ending`` was set, or it was removed from the pool; it does not run.
     """
 
-    def abort_when_ending(_line: str) -> None:
+    def require_use(_line: str = "") -> None:
         if ending is not None and ending.is_set():
             raise ServerStartError("the engine was shut down while this server was starting", server=client.url)
+        if pool.state.has_left(client.url):
+            raise ServerStartError("it was removed from the pool while it was being restarted", server=client.url)
 
     try:
         server.kill()
         mark = _mark_of_outdated(pool, client)
-        server.start(progress=abort_when_ending, weight_version=mark)
+        require_use()
+        server.start(progress=require_use, weight_version=mark)
+        if pool.state.has_left(client.url):  # whoever has removed it may have ended the process before the start
+            server.kill()
+            require_use()
         version = mark or "default"
         try:
             version = client.connect().weight_version
@@ -208,8 +214,7 @@ def _begin_restarts(engine: Watched, restarts: _Restarts) -> None:
 
 def _log_failure(pool: SGLangPool, url: str, restart: Callable[[], None], ending: threading.Event) -> None:
     error = failure_of(restart)
-    pool.state.restart_ended(url)
-    if error is not None and not ending.is_set():
+    if error is not None and not ending.is_set() and not pool.state.has_left(url):
         is_ours = isinstance(error, (SGLangError, OSError))
         _log.error("the server at %s could not be restarted: %s", url, error, exc_info=None if is_ours else error)
         pool.quarantine(url, f"it crashed and could not be restarted ({error})")
@@ -218,17 +223,12 @@ def _log_failure(pool: SGLangPool, url: str, restart: Callable[[], None], ending
 def _restart_crashed(
     pool: SGLangPool, client: SGLangClient, server: SGLangServer, crashes: list[float], ending: threading.Event
 ) -> None:
-    crash_report = server.reap()
-    if crash_report is None:  # the user has restarted it already
+    try:
+        is_current = _start_crashed(pool, client, server, crashes, ending)
+    finally:
+        pool.state.restart_ended(client.url)
+    if is_current is None:
         return
-    if not _may_restart(crashes):
-        reason = f"it crashed {len(crashes)} times in {_WINDOW_S / 60:.0f} minutes and is not restarted"
-        _log.error("the server at %s %s\n%s", client.url, crash_report, reason)
-        pool.quarantine(client.url, f"{reason}; the next weight update, or restart(), tries once more")
-        return
-    pool.quarantine(client.url, "it crashed and is being restarted")
-    _log.warning("the server at %s %s\nIt is being restarted", client.url, crash_report)
-    is_current = restart_server(pool, client, server, ending=ending)
     started = pool.state.server(client.url).restarts
     with _no_update_under_way(pool, ending) as may_admit:
         known = pool.state.server(client.url)
@@ -237,6 +237,23 @@ def _restart_crashed(
             return
         if admit(pool, client, is_current=is_current, load_saved=True):
             _log.warning("the server at %s is back, with the weights that the others hold", client.url)
+
+
+def _start_crashed(
+    pool: SGLangPool, client: SGLangClient, server: SGLangServer, crashes: list[float], ending: threading.Event
+) -> bool | None:
+    """Start a crashed server as :func:`restart_server` does; ``None`` if it is not to be started."""
+    crash_report = server.reap()
+    if crash_report is None:  # the user has restarted it already
+        return None
+    if not _may_restart(crashes):
+        reason = f"it crashed {len(crashes)} times in {_WINDOW_S / 60:.0f} minutes and is not restarted"
+        _log.error("the server at %s %s\n%s", client.url, crash_report, reason)
+        pool.quarantine(client.url, f"{reason}; the next weight update, or restart(), tries once more")
+        return None
+    pool.quarantine(client.url, "it crashed and is being restarted")
+    _log.warning("the server at %s %s\nIt is being restarted", client.url, crash_report)
+    return restart_server(pool, client, server, ending=ending)
 
 
 def _restart_router(pool: SGLangPool, router: SGLangRouter, crashes: list[float]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.errors import ServerError, SGLangError
-from torchrl_sglang.parallel import Task
+from torchrl_sglang.parallel import Task, failure_of
 from torchrl_sglang.pool.pool import SGLangPool
 from torchrl_sglang.pool.server_list import ListSource, reader_of
 from torchrl_sglang.server_url import base_url
@@ -147,11 +147,12 @@ def _follow(follower_ref: weakref.ref[Any], ending: threading.Event, poll_s: flo
         follower = follower_ref()
         if follower is None:
             return
-        try:
-            follower.look()
+        failure = failure_of(follower.look)
+        if failure is None:
             follower._said = ""
-        except SGLangError as error:
-            follower._note(str(error))
-        del follower
+        else:  # whatever it is, the list is read again
+            is_ours = isinstance(failure, SGLangError)
+            follower._note(str(failure) if is_ours else f"following the list of servers failed: {failure!r}")
+        del follower, failure  # its traceback refers to the follower and the pool
         if ending.wait(poll_s):
             return

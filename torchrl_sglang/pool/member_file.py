@@ -83,6 +83,10 @@ class MemberFile:
         self._seen = stamp
         return [str(url) for url in urls]
 
+    def read_again(self) -> None:
+        """Take the content for new at the next look, also if it is not."""
+        self._seen = None
+
     def delete(self) -> None:
         """Delete the file, if this object has written it."""
         if self._owner is not None:

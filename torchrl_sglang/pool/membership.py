@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _LOADS_POLL_S = 0.5
+_RETRY_S = 10.0
 _ABORT_TIMEOUT_S = 5.0
 """A server that has not answered its aborted requests by then hangs: their connections are broken."""
 _MAX_ASKED = 8
@@ -87,6 +89,8 @@ class Membership:
         self._is_copy = copied_from is not None
         self._served = {client.url for client in clients}
         self._lock = threading.Lock()
+        self._publishing = threading.Lock()
+        self._read_again_at = math.inf
 
     def file_of_copies(self) -> MemberFile:
         """What a copy of the pool reads."""
@@ -303,20 +307,24 @@ class Membership:
         if self._is_copy:
             return
         state = self._pool.state
-        usable = self._served if self._pool.weight_sync is not None else {client.url for client in self.clients}
-        urls = [client.url for client in self.clients if client.url in usable and not state.has_left(client.url)]
-        try:
-            self._file.write(urls)
-        except OSError as error:
-            _log.warning(
-                "copies of this pool don't learn of its servers: %s can't be written (%s)", self._file.path, error
-            )
+        with self._publishing:  # the last one to write has read the members last
+            usable = self._served if self._pool.weight_sync is not None else {client.url for client in self.clients}
+            urls = [client.url for client in self.clients if client.url in usable and not state.has_left(client.url)]
+            try:
+                self._file.write(urls)
+            except OSError as error:
+                _log.warning(
+                    "copies of this pool don't learn of its servers: %s can't be written (%s)", self._file.path, error
+                )
 
     def refresh(self) -> None:
         """In a copy, adopt what has changed in the original. A newcomer is asked which weights it holds first."""
         if not self._is_copy or not self._pool.update_lock.acquire(timeout=0):
             return  # an update of this copy counts on its members: the next batch looks again
         try:
+            if time.monotonic() >= self._read_again_at:
+                self._read_again_at = math.inf
+                self._file.read_again()
             urls = self._file.read_if_new()
             if urls is None:
                 return
@@ -328,6 +336,8 @@ class Membership:
                 gone = []
         finally:
             self._pool.update_lock.release()
+        if not new and not gone:
+            return
         joining = Task(lambda: self._join_copied(new, gone), name="sglang-new-servers")
         if gone:  # none of the known servers is left
             joining.wait()
@@ -338,13 +348,15 @@ class Membership:
             try:
                 info = client.connect()
             except SGLangError as error:
-                _log.warning("%s has joined the pool, and can't be used here: %s", url, error)
+                _log.warning("%s has joined the pool, and can't be used here yet: %s", url, error)
+                self._read_again_at = time.monotonic() + _RETRY_S
                 continue
             with self._pool.update_lock, self._lock:
                 if any(each.url == url for each in self.clients):
                     continue
                 known = self._pool.state.joined(url, info.weight_version, _WAITS)
                 self.clients = (*self.clients, client)
+            self._read_again_at = min(self._read_again_at, time.monotonic())  # it may have left meanwhile
             if gone or info.weight_version in self.current_versions():
                 self._pool.restore(url, based_on=known, updated_to=info.weight_version)
         if gone and len(self.clients) > len(gone):

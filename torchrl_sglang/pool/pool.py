@@ -110,24 +110,37 @@ class SGLangPool(PoolServers):
         if len(ids_B_T) == 0:
             return []
         self.check(ids_B_T, sampling)
-        lora, label = self.resolve_adapter(lora)
-        batch = Batch(
-            ids_B_T=ids_B_T,
-            sampling=sampling,
-            return_logprobs=return_logprobs,
-            prompt_logprobs=prompt_logprobs,
-            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
-            progress=progress,
-            lora=lora,
-            cache_salt=self.state.weights.cache_salt,
-            media=media,
-            keys=keys,
-        )
-        try:
-            return self._accepted(self._dispatch_until_current(batch), label)
-        except LethalPromptError as error:
-            error.replies = {index: self._accepted(each, label) for index, each in error.replies.items()}
-            raise
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            adapter, label = self.resolve_adapter(lora)
+            batch = Batch(
+                ids_B_T=ids_B_T,
+                sampling=sampling,
+                return_logprobs=return_logprobs,
+                prompt_logprobs=prompt_logprobs,
+                deadline=deadline,
+                progress=progress,
+                lora=adapter,
+                cache_salt=self.state.weights.cache_salt,
+                media=media,
+                keys=keys,
+            )
+            try:
+                return self._accepted(self._dispatch_until_current(batch), label)
+            except LethalPromptError as error:
+                error.replies = {index: self._accepted(each, label) for index, each in error.replies.items()}
+                raise
+            except RequestRejectedError as error:
+                if lora is not None or not self._was_unloaded(adapter, error):
+                    raise
+                _log.warning("a batch is generated again: its adapter was unloaded before all of it was sent")
+
+    def _was_unloaded(self, adapter: str | None, error: RequestRejectedError) -> bool:
+        """Whether a request was refused because newer adapters of the trainer have replaced the one that it names."""
+        current = self.state.weights.adapter
+        if adapter is None or current is None or current.name == adapter:
+            return False
+        return adapter in error.detail
 
     def _accepted(
         self, replies: Sequence[GenerateReply], label: Callable[[GenerateReply], GenerateReply]

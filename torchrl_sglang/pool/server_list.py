@@ -102,7 +102,7 @@ def _checked(urls: Iterable[str]) -> list[str]:
 def _resolve(host: str, port: int) -> list[str]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ServerError(f"the name {host!r} can't be resolved: {error}") from error
     addresses = sorted({str(address[0]) for *_, address in found})
     return [f"http://[{each}]:{port}" if ":" in each else f"http://{each}:{port}" for each in addresses]

@@ -82,6 +82,7 @@ class WeightSync:
         self._liveness = LivenessCheck(pool, restart, patience_s=self.config.fixed_timeout_s)
         self._others = OtherTrainers(pool, self.owner, takeover=self.config.takeover)
         self._transport: WeightTransport[Any] | None = None
+        self._reached: dict[str, int] = {}
         self._last_weights: Any = None
         self._newcomers = NewcomerUpdates(pool, self._planner, self.config, self.owner)
         self._pending: PendingSync | None = None
@@ -318,6 +319,7 @@ class WeightSync:
             transport = self._choose_transport()
             source = self._planner.open_source(weights)
         if not source.is_sender:
+            self._last_weights = None if source.one_shot else weights  # every rank calls heal()
             self._help(ranks, source, transport.name, partial)
             return None
         number = self._pool.state.weights.next_version if version is None else version
@@ -343,7 +345,8 @@ class WeightSync:
         incomplete = [client for client in clients if partial and servers[client.url].complete_from != self.owner]
         updated: dict[str, ServerState] = {}
         try:
-            session = _send(transport, packed, clients, target, deadline, report)
+            require = self._require_same_processes if partial or self.config.only_trainable else None
+            session = _send(transport, packed, clients, target, deadline, report, require)
             for client in incomplete:
                 self._pool.state.incomplete_found(client.url)
             updated = {client.url: self._pool.state.server(client.url) for client in clients}
@@ -387,6 +390,7 @@ class WeightSync:
             patience_s = self.config.deadline_s(self._planner.checkpoint.nbytes)
             self._others.end_dead_updates(self._answering(), patience_s)
             clients = self._liveness.reachable()
+            self._reached = {client.url: self._pool.state.server(client.url).restarts for client in clients}
             if partial:  # a newcomer needs all tensors: it waits for a push of all
                 servers = self._pool.state.servers
                 clients = [client for client in clients if servers[client.url].phase != "joining"]
@@ -423,6 +427,19 @@ class WeightSync:
                 raise ConfigError(
                     f"{client.url} holds version {held!r} and has missed updates, the last one to version "
                     f"{state.weights.version}: push all weights first"
+                )
+
+    def _require_same_processes(self) -> None:
+        """Before only some tensors are sent: the servers must be the processes that were found to hold the others.
+
+        Raises:
+            WeightUpdateError: one was restarted while the weights were packed.
+        """
+        for url, restarts in self._reached.items():
+            if self._pool.state.server(url).restarts != restarts:
+                raise WeightUpdateError(
+                    f"{url} was restarted while the weights were packed, and lacks those that are not sent. Nothing "
+                    "was sent: push again"
                 )
 
     def _serve(
@@ -494,13 +511,17 @@ def _send(
     version: WeightVersion,
     deadline: float,
     report: SyncReport,
+    require: Callable[[], None] | None,
 ) -> TransportSession:
-    """One update on the servers, without verification; returns its finished session."""
+    """One update on the servers, without verification; returns its finished session. ``require`` may refuse it."""
     session: TransportSession
     try:
         with report.phase("prepare"):
             transport.stage(packed, version, report)
-        with transport.open_session(clients, version, deadline, report) as session:
+        session = transport.open_session(clients, version, deadline, report)  # knows the servers' processes
+        if require is not None:
+            require()
+        with session:
             transport.send(session, packed, deadline)
     finally:
         packed.close()  # however this ended, the other ranks of a sharded source go on

@@ -141,6 +141,7 @@ class BucketPacker:
             if :attr:`is_staged`, until the next plan is packed.
         """
         self._begin(len(plan))
+        self._reserve(plan)
         pairs = iter(tensors([name for bucket in plan for name in bucket.names]))
         try:
             for bucket in plan:
@@ -204,6 +205,15 @@ class BucketPacker:
         self._next_buffer = 0 if self.is_staged else self._next_buffer % _NUM_BUFFERS
         if not self.is_staged or num_buckets is not None:
             self._shrink(max(_NUM_BUFFERS, num_buckets or 0) if self.is_staged else _NUM_BUFFERS)
+
+    def _reserve(self, plan: Sequence[Bucket]) -> None:
+        """Allocate both buffers where that may fail: before the first bucket is sent, which then was in vain."""
+        if self._allocate is None or self.is_staged or self._device is None or self._device.type != "cpu":
+            return
+        first = self._next_buffer
+        for position in range(min(_NUM_BUFFERS, len(plan))):
+            self._take_buffer(max(bucket.nbytes for bucket in plan[position::_NUM_BUFFERS]), self._device)
+        self._next_buffer = first
 
     def _shrink(self, num_buffers: int) -> None:
         for buffer in self._buffers[num_buffers:]:

@@ -107,11 +107,16 @@ def check_same_host(url: str, socket_folder: Path) -> HostCheck:
         return HostCheck(
             reason=f"{names} answers at its address and has no SGLang scheduler below it: a tunnel or proxy"
         )
-    with _tokens(SHARED_MEMORY, socket_folder) as tokens:
-        for pid in schedulers:
-            reason = _why_not_visible(pid, tokens)
-            if reason:
-                return HostCheck(reason=reason)
+    try:
+        with _tokens(SHARED_MEMORY, socket_folder) as tokens:
+            reasons = [reason for pid in schedulers if (reason := _why_not_visible(pid, tokens))]
+    except OSError as error:
+        reason = (
+            f"no file can be written to {SHARED_MEMORY} or {socket_folder} ({error.strerror}): is one of them full?"
+        )
+        return HostCheck(reason=reason, may_change=True)
+    if reasons:
+        return HostCheck(reason=reasons[0])
     found = [ServerProcess(pid, fields[19]) for pid in schedulers if (fields := _stat(pid)) is not None]
     return HostCheck(
         schedulers=tuple(found), reason="" if len(found) == len(schedulers) else "its processes have ended"

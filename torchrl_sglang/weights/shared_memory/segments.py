@@ -203,7 +203,7 @@ def _allocate(path: Path, nbytes: int) -> None:
         room = os.statvfs(SHARED_MEMORY)
         raise StorageError(
             f"{SHARED_MEMORY} has no room for {nbytes / 1e6:.0f} MB of weights ({error.strerror}; "
-            f"{room.f_bavail * room.f_frsize / 1e6:.0f} MB are free). Nothing was sent. Make it larger (in a container "
+            f"{room.f_bavail * room.f_frsize / 1e6:.0f} MB are free). Make it larger (in a container "
             "with `--shm-size`), lower SyncConfig.bucket_bytes, set SyncConfig(stage='off'), or use "
             "SyncConfig(transport='broadcast')"
         ) from error
