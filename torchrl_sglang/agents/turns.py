@@ -220,7 +220,7 @@ async def _run(
 
 
 def _recorded(tree: Tree, node: Node) -> Node:
-    """Record an answer. Where the tree has its tokens already, they stay as they are, and the client gets its own answer.
+    """Record an answer. Tokens that the tree has already stay as they are, and the client gets its own answer.
 
     Under other settings the same tokens may be text instead of a call, or end at a stop string.
     """
