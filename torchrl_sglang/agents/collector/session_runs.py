@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from torchrl_sglang.agents.collector.failures import FailureKind, RunFailedError, RunFailure
+from torchrl_sglang.agents.collector.failures import RunFailedError, RunFailure
 from torchrl_sglang.agents.collector.rewards import Reward
 from torchrl_sglang.agents.collector.rows import Run, trained_trajectories
 from torchrl_sglang.agents.collector.runners import Runner
@@ -51,7 +51,7 @@ class SessionRuns:
             returned = await self._within_time(self._runner(task.task, session.base_url, session.api_key))
             return await self._recorded(session, returned)
         except (RunFailedError, SessionError) as error:  # an agent may have deleted its own session
-            kind: FailureKind = error.kind if isinstance(error, RunFailedError) else "gateway"
+            kind = error.kind if isinstance(error, RunFailedError) else "gateway"
             message = str(error).replace(session.api_key, "***")
             return RunFailure(kind=kind, message=message, group_id=task.number, member=member, session=session.id)
         finally:
