@@ -13,6 +13,7 @@ import pytest
 from tests.agent_kit import run
 from tests.fake_sglang import FakeServer
 from tests.quick.test_agents_generation import a_few_tokens, ask, check_log_probs, paths, serving
+from torchrl_sglang.errors import ServerLostError
 from torchrl_sglang.pool.checks import label_with_version
 from torchrl_sglang.pool.records import Adapter
 
@@ -72,3 +73,21 @@ def test_tokens_of_a_lost_stream_have_the_version_of_the_adapter_that_it_began_w
         assert versions[0] == 3, "the tokens of the first server"
         assert versions[-1] == 4
         assert sorted(versions) == list(versions)
+
+
+def test_a_lost_stream_under_a_grammar_is_not_continued_in_the_middle(make: Callable[..., FakeServer]) -> None:
+    servers = [make(step_s=0.02), make(step_s=0.02)]
+    with serving(*servers) as sessions:
+        session = sessions.create()
+        seen: list[Any] = []
+
+        async def story() -> None:
+            request = ask(max_new_tokens=40, json_schema={"type": "object"})
+            turn = asyncio.ensure_future(session.chat(request, seen.append))
+            await a_few_tokens(seen, servers, streams=True)
+            await asyncio.to_thread(busy_one(servers).stop)
+            await turn
+
+        with pytest.raises(ServerLostError, match="under a grammar"):
+            run(story())
+        assert session.trajectories() == []
