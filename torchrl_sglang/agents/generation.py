@@ -101,12 +101,24 @@ class Generated:
 OnTokens = Callable[[Generated], None]
 
 
+Label = Callable[[GenerateReply], GenerateReply]
+"""Gives a reply the weight version of the adapter that it was made with."""
+
+
 class _Broken(Exception):
     """A server left a part unfinished; ``part`` is the sequence with what came of it, in a stream."""
 
-    def __init__(self, *, client: SGLangClient, error: SGLangError, part: Generated | None, known: ServerState) -> None:
+    def __init__(
+        self,
+        *,
+        client: SGLangClient,
+        error: SGLangError,
+        known: ServerState,
+        label: Label,
+        part: Generated | None = None,
+    ) -> None:
         super().__init__(str(error))
-        self.client, self.error, self.part, self.known = client, error, part, known
+        self.client, self.error, self.part, self.known, self.label = client, error, part, known, label
 
 
 class Generator:
@@ -225,6 +237,12 @@ class Generator:
             except _Broken as broken:
                 failures += 1
                 done = await self._after_failure(broken, done, failures, streamed=on_tokens is not None)
+                if done.output_ids and _has_grammar(sampling):
+                    raise ServerLostError(
+                        f"{broken.client.url} was lost in the middle of a streamed response under a grammar, which "
+                        "can't be continued in the middle: ask again",
+                        server=broken.client.url,
+                    ) from broken.error
                 if len(done.output_ids) >= sampling.max_new_tokens:
                     return replace(done, finish_reason="length")
                 continue
@@ -237,7 +255,7 @@ class Generator:
                     server=done.server,
                 )
             preferred = done.server
-            if any(getattr(sampling, name) is not None for name in GRAMMARS):
+            if _has_grammar(sampling):
                 if on_tokens is not None and done.output_ids:
                     raise ServerError(
                         f"{done.server} aborted a response under a grammar, which can't be continued in the middle: "
@@ -293,7 +311,7 @@ class Generator:
                     reply = parse_one(item, server=client.url)
                     top = item["meta_info"].get("output_top_logprobs") or [] if top_logprobs else []
                     if item["meta_info"].get("finish_reason") is not None:
-                        await self._check(reply, before, client, streamed=last is not None)
+                        await self._check(reply, before, client, label, streamed=last is not None)
                         reply = label(reply)
                         whole = done.with_part(reply, top, versions=token_versions(reply))
                         if on_tokens is not None:
@@ -309,7 +327,8 @@ class Generator:
         except (ServerUnreachableError, ServerLostError, ProtocolError) as error:
             if not isinstance(error, ServerUnreachableError):
                 self._abort(client, request_id)
-            raise _Broken(client=client, error=error, part=last, known=before[client.url]) from error
+            known = before.get(client.url) or self.pool.state.server(client.url)
+            raise _Broken(client=client, error=error, known=known, label=label, part=last) from error
 
     async def _events(self, client: SGLangClient, request: HttpRequest, *, stream: bool) -> AsyncGenerator[Any, None]:
         """The whole answer, or the events of a stream, each with all tokens so far."""
@@ -326,7 +345,13 @@ class Generator:
                 yield sequence.add(event)
 
     async def _check(
-        self, reply: GenerateReply, before: Mapping[str, ServerState], client: SGLangClient, *, streamed: bool
+        self,
+        reply: GenerateReply,
+        before: Mapping[str, ServerState],
+        client: SGLangClient,
+        label: Label,
+        *,
+        streamed: bool,
     ) -> None:
         """Require that a reply was made with known weights, as :meth:`SGLangPool.generate` does.
 
@@ -349,13 +374,14 @@ class Generator:
             refuse_mixed_weights([reply])
         except WeightSyncError as mixed:
             error = mixed
-        if checks.is_wrong(reply, before):
+        # What a leaving server aborts is continued elsewhere, as what a weight update aborts: its tokens are good.
+        if checks.is_wrong(replace(reply, finish_reason="stop"), before):
             error = ServerError(f"{client.url} held other weights than expected", server=client.url)
         if error is not None:
             _log.warning("a turn is generated again: %s", error)
             if streamed:
                 raise error
-            raise _Broken(client=client, error=error, part=None, known=before[client.url])
+            raise _Broken(client=client, error=error, known=self.pool.state.server(client.url), label=label)
         self.pool.state.replies_seen([version_number(reply.weight_version)], client.url)
 
     # ------------------------------------------------------------------ failures
@@ -388,8 +414,7 @@ class Generator:
                 "which weights made which tokens is not known. Ask again",
                 server=client.url,
             ) from error
-        adapter = self.pool.state.weights.adapter
-        version = known.version if adapter is None or self._adapter is not None else adapter.version
+        version = broken.label(GenerateReply(output_ids=[], weight_version=known.version)).weight_version
         count = len(broken.part.output_ids) - len(broken.part.versions)
         return replace(broken.part, versions=[*broken.part.versions, *[version_number(version)] * count])
 
@@ -426,6 +451,10 @@ class Generator:
         task = asyncio.get_running_loop().create_task(abort())
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
+
+
+def _has_grammar(sampling: SamplingParams) -> bool:
+    return any(getattr(sampling, name) is not None for name in GRAMMARS)
 
 
 def _rest(sampling: SamplingParams, done: int) -> SamplingParams:

@@ -109,6 +109,8 @@ async def sample_text(
     request: TextRequest, model: ServedModel, tree: Tree, *, preferred: str | None, on_progress: OnProgress | None
 ) -> TurnRecord:
     """Generate the continuation of a text or of tokens, and record it. Arguments and errors as :func:`sample_chat`."""
+    if request.prompt and not isinstance(request.prompt, str):  # an id that is no token's can't be decoded
+        model.check(request.prompt, model.sampling(request.sampling, len(request.prompt)))
     prompt = build_text_prompt(request.prompt, tree, model.template)
     ids_P = prompt.token_ids()
     job = _Job(
@@ -210,11 +212,21 @@ async def _run(
     nodes = [await make(each, turn, index) for index, each in enumerate(made)]
     return TurnRecord(
         id=turn,
-        nodes=[tree.add(node) for node in nodes],
+        nodes=[_recorded(tree, node) for node in nodes],
         prompt_tokens=len(job.ids_P),
         cached_tokens=max(each.cached_tokens for each in made),
         server=made[0].server,
     )
+
+
+def _recorded(tree: Tree, node: Node) -> Node:
+    """Record an answer. Tokens that the tree has already stay as they are, and the client gets its own answer.
+
+    Under other settings the same tokens may be text instead of a call, or end at a stop string.
+    """
+    known = tree.add(node)
+    node.children = known.children
+    return node
 
 
 async def _all_or_none(work: Sequence[Coroutine[Any, Any, Generated]]) -> list[Generated]:

@@ -12,7 +12,8 @@ __all__ = ["FailureKind", "RunFailedError", "RunFailure", "SkipReason"]
 
 FailureKind = Literal["error", "timeout", "no reward", "bad reward", "no requests", "expired", "gateway"]
 """Why a run failed: the agent raised or exited with an error; it took too long; it gave no reward; its reward is no
-finite number or contradicts another; it sampled nothing through the gateway; its session expired; the gateway failed.
+finite number or contradicts another; it sampled nothing through the gateway; its session expired; the gateway did not
+have its session any more, or took no reward for it.
 """
 
 SkipReason = Literal["failed", "equal", "stale"]

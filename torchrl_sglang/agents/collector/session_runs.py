@@ -17,7 +17,7 @@ from torchrl_sglang.agents.collector.runners import Runner
 from torchrl_sglang.agents.collector.task_stream import NumberedTask
 from torchrl_sglang.agents.gateway import AgentGateway, AgentSession
 from torchrl_sglang.agents.types import SessionInfo
-from torchrl_sglang.errors import OverloadedError, SGLangError, UnknownSessionError
+from torchrl_sglang.errors import OverloadedError, SessionError, SGLangError, UnknownSessionError
 
 __all__ = ["SessionRuns"]
 
@@ -51,9 +51,10 @@ class SessionRuns:
         try:
             returned = await self._within_time(self._runner(task.task, session.base_url, session.api_key))
             return await self._recorded(session, returned)
-        except RunFailedError as error:
+        except (RunFailedError, SessionError) as error:  # an agent may have deleted its own session
+            kind = error.kind if isinstance(error, RunFailedError) else "gateway"
             message = str(error).replace(session.api_key, "***")
-            return RunFailure(kind=error.kind, message=message, group_id=task.number, member=member, session=session.id)
+            return RunFailure(kind=kind, message=message, group_id=task.number, member=member, session=session.id)
         finally:
             await self._delete(session)
 

@@ -76,11 +76,11 @@ class TaskStream:
         task = self._read(number)
         if task is None:
             return None
+        self._open.add(number)  # first: the state may be read meanwhile
         if self._again:
             self._again.pop(0)
         else:
             self._next += 1
-        self._open.add(number)
         return task
 
     def done(self, number: int) -> None:
@@ -89,7 +89,9 @@ class TaskStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Which tasks are still to be run."""
-        return {"next": self._next, "again": sorted(self._open | set(self._again)), "seed": self._seed}
+        following = self._next  # read first: what is taken meanwhile, in the thread of the agents, is not taken twice
+        again = sorted(number for number in self._open | set(self._again) if number < following)
+        return {"next": following, "again": again, "seed": self._seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a stream of the same tasks was.

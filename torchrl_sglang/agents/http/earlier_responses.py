@@ -33,7 +33,7 @@ class EarlierResponses:
         if name is None:
             return []
         kept = self._kept.get(session, OrderedDict())
-        if name not in kept:
+        if not isinstance(name, str) or name not in kept:
             raise ApiError(
                 404,
                 f"there is no earlier response {name!r:.80} in this session: send the whole input",

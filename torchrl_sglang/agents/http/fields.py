@@ -82,7 +82,7 @@ class Fields:
         value = self.any(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
             raise bad_request(f"{self.path(name)} must be a number, got {value!r:.100}", self.path(name))
         return value
 
@@ -143,3 +143,10 @@ class Fields:
         if value is not None and not isinstance(value, kind):
             raise bad_request(f"{self.path(name)} must be {_KINDS[kind]}, got {value!r:.100}", self.path(name))
         return value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False

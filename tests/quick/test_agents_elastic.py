@@ -1,0 +1,93 @@
+"""Turns while servers leave the pool, and the versions of tokens whose server was lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.agent_kit import run
+from tests.fake_sglang import FakeServer
+from tests.quick.test_agents_generation import a_few_tokens, ask, check_log_probs, paths, serving
+from torchrl_sglang.errors import ServerLostError
+from torchrl_sglang.pool.checks import label_with_version
+from torchrl_sglang.pool.records import Adapter
+
+
+def busy_one(servers: list[FakeServer]) -> FakeServer:
+    return next(server for server in servers if paths(server, "/generate"))
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_turn_is_continued_elsewhere_when_its_server_leaves(
+    make: Callable[..., FakeServer], tiny_llama: Path, streams: bool
+) -> None:
+    servers = [make(step_s=0.02), make(step_s=0.02)]
+    with serving(*servers) as sessions:
+        session, pool = sessions.create(), sessions.model.pool
+        seen: list[Any] = []
+
+        async def story() -> Any:
+            turn = asyncio.ensure_future(session.chat(ask(max_new_tokens=40), seen.append if streams else None))
+            await a_few_tokens(seen, servers, streams=streams)
+            await asyncio.to_thread(partial(pool.remove, busy_one(servers).url, drain=False))
+            return await turn
+
+        turn = run(story())
+        assert len(turn.choices[0].token_ids) == 40
+        assert len(pool.clients) == 1
+        (trajectory,) = session.trajectories()
+        check_log_probs([trajectory], tiny_llama)
+        assert all(turn.choices[0].token_ids[: len(report.token_ids)] == report.token_ids for report in seen)
+
+
+def test_tokens_of_a_lost_stream_have_the_version_of_the_adapter_that_it_began_with(
+    make: Callable[..., FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = [make(step_s=0.02), make(step_s=0.02)]
+    with serving(*servers) as sessions:
+        session, pool = sessions.create(), sessions.model.pool
+        seen: list[Any] = []
+
+        def resolve(_lora: str | None) -> Any:
+            adapter = pool.state.weights.adapter
+            assert adapter is not None
+            return None, partial(label_with_version, adapter.version)
+
+        monkeypatch.setattr(pool, "resolve_adapter", resolve)
+        pool.state.adapter_switched(Adapter(name="three", version="3@abcd"))
+
+        async def story() -> Any:
+            turn = asyncio.ensure_future(session.chat(ask(max_new_tokens=40), seen.append))
+            await a_few_tokens(seen, servers, streams=True)
+            pool.state.adapter_switched(Adapter(name="four", version="4@abcd"))
+            await asyncio.to_thread(busy_one(servers).stop)
+            return await turn
+
+        versions = run(story()).choices[0].weight_versions
+        assert len(versions) == 40
+        assert versions[0] == 3, "the tokens of the first server"
+        assert versions[-1] == 4
+        assert sorted(versions) == list(versions)
+
+
+def test_a_lost_stream_under_a_grammar_is_not_continued_in_the_middle(make: Callable[..., FakeServer]) -> None:
+    servers = [make(step_s=0.02), make(step_s=0.02)]
+    with serving(*servers) as sessions:
+        session = sessions.create()
+        seen: list[Any] = []
+
+        async def story() -> None:
+            request = ask(max_new_tokens=40, json_schema={"type": "object"})
+            turn = asyncio.ensure_future(session.chat(request, seen.append))
+            await a_few_tokens(seen, servers, streams=True)
+            await asyncio.to_thread(busy_one(servers).stop)
+            await turn
+
+        with pytest.raises(ServerLostError, match="under a grammar"):
+            run(story())
+        assert session.trajectories() == []
