@@ -201,16 +201,22 @@ class Generator:
         limit_s = timeout_s
         if limit_s is None:
             limit_s = self.pool.clients[0].config.generate_limit_s(sampling.max_new_tokens)
-        work = self._generate(ids_P, sampling, top_logprobs, preferred, on_tokens)
+        work = asyncio.ensure_future(self._generate(ids_P, sampling, top_logprobs, preferred, on_tokens))
         try:
-            return await asyncio.wait_for(work, limit_s)
-        except (asyncio.TimeoutError, TimeoutError) as error:  # two classes up to Python 3.10
-            if isinstance(error, SGLangError):
-                raise
-            raise ServerTimeoutError(
-                f"the turn was not generated within {limit_s:g} s, waiting for a server included "
-                "(ClientConfig.generate_timeout_s sets the limit); it was aborted"
-            ) from None
+            # Not wait_for: up to Python 3.11 it forgets that it was cancelled if the work ends at the same moment.
+            await asyncio.wait({work}, timeout=limit_s)
+            if work.done():
+                return work.result()
+        finally:
+            if not work.done():
+                work.cancel()
+                await asyncio.wait({work})
+            if not work.cancelled():
+                work.exception()  # marks it as seen
+        raise ServerTimeoutError(
+            f"the turn was not generated within {limit_s:g} s, waiting for a server included "
+            "(ClientConfig.generate_timeout_s sets the limit); it was aborted"
+        )
 
     async def _generate(
         self,

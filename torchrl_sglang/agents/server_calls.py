@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import ssl
@@ -43,7 +44,8 @@ class ServerCalls:
         if client.url.startswith("https:"):
             self._verify = ssl.create_default_context(cafile=authorities if isinstance(authorities, str) else None)
         self._idle: list[httpx.AsyncClient] = []
-        self._all: list[httpx.AsyncClient] = []
+        self._all: set[httpx.AsyncClient] = set()
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def send(self, request: HttpRequest, *, timeout_s: float | None = None) -> Any:
         """Send a request and return the parsed JSON of the answer, or its text if it is not JSON.
@@ -102,17 +104,35 @@ class ServerCalls:
 
     async def close(self) -> None:
         """Close all connections."""
-        for http in self._all:
+        for http in list(self._all):
             await http.aclose()
+        if self._closing:
+            await asyncio.wait(self._closing)
 
     @contextmanager
     def _connection(self) -> Iterator[httpx.AsyncClient]:
-        """One connection, the one that was used last. httpx's own pool looks at all of them for each request."""
+        """One connection, the one that was used last. httpx's own pool looks at all of them for each request.
+
+        It is used again after an answer, and after a stream that was closed early. httpcore shields its bookkeeping
+        from anyio's cancellation, not from :meth:`asyncio.Task.cancel`: after that its pool may count a connection as
+        in use for ever, and the next request would wait for it.
+        """
         http = self._idle.pop() if self._idle else self._opened()
         try:
             yield http
-        finally:
+        except GeneratorExit:
             self._idle.append(http)
+            raise
+        except BaseException:
+            self._discard(http)
+            raise
+        self._idle.append(http)
+
+    def _discard(self, http: httpx.AsyncClient) -> None:
+        self._all.discard(http)
+        task = asyncio.get_running_loop().create_task(http.aclose())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     def _opened(self) -> httpx.AsyncClient:
         transport = httpx.AsyncHTTPTransport(
@@ -122,7 +142,7 @@ class ServerCalls:
             socket_options=socket_options(),
         )
         http = httpx.AsyncClient(transport=transport, trust_env=False)
-        self._all.append(http)
+        self._all.add(http)
         return http
 
     def _built(self, http: httpx.AsyncClient, request: HttpRequest, timeout_s: float | None) -> httpx.Request:

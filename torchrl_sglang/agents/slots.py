@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -89,8 +88,11 @@ class ServerSlots:
                 if time.monotonic() - max(begun_at, self._healthy_at) > self._no_server_wait_s:
                     self._pool.require_healthy("the turn was not generated")
                 # Only the first one looks by the clock; a place that becomes free wakes it.
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(mine.wait(), _LOOK_AGAIN_S)
+                timer = asyncio.get_running_loop().call_later(_LOOK_AGAIN_S, mine.set)
+                try:
+                    await mine.wait()
+                finally:
+                    timer.cancel()
                 mine.clear()
             return client
         finally:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchrl_sglang.agents.collector.advantages import rewards_are_equal
+from torchrl_sglang.agents.collector.clean_up import until_done
 from torchrl_sglang.agents.collector.failures import Counts, RunFailure, SkipReason
 from torchrl_sglang.agents.collector.rows import Group, Run
 from torchrl_sglang.agents.collector.task_stream import NumberedTask, TaskStream
@@ -236,7 +237,7 @@ class Groups:
         finally:
             for member in members:
                 member.cancel()
-            await asyncio.gather(*members, return_exceptions=True)
+            await until_done(members)
         runs: list[Any] = [member.result() for member in members]
         return Group(number=task.number, task=task.task, runs=runs)
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from torchrl_sglang.agents.collector.clean_up import until_done
 from torchrl_sglang.agents.collector.failures import RunFailedError, RunFailure
 from torchrl_sglang.agents.collector.rewards import Reward
 from torchrl_sglang.agents.collector.rows import Run, trained_trajectories
@@ -64,13 +65,15 @@ class SessionRuns:
         while True:
             making = asyncio.ensure_future(_called(lambda: self._gateway.create_session(tags=tags, ttl_s=ttl_s)))
             try:
-                return await asyncio.shield(making)
+                await until_done([making])
+            except asyncio.CancelledError:
+                with contextlib.suppress(SGLangError, RuntimeError):
+                    await self._delete(making.result())
+                raise
+            try:
+                return making.result()
             except OverloadedError as error:
                 await asyncio.sleep(error.retry_after_s)
-            except asyncio.CancelledError:  # the thread makes it nevertheless
-                with contextlib.suppress(SGLangError):
-                    await self._delete(await making)
-                raise
 
     async def _within_time(self, work: Awaitable[Reward | None]) -> Reward | None:
         """What the agent returned.
@@ -127,9 +130,10 @@ class SessionRuns:
     async def _delete(self, session: AgentSession) -> None:
         """Forget the session, which aborts what it still generates; also while this run is given up."""
         deleting = asyncio.ensure_future(_called(lambda: self._gateway.delete(session.id)))
+        await until_done([deleting])
         # RuntimeError: the gateway is closed, and has forgotten all sessions
         with contextlib.suppress(UnknownSessionError, RuntimeError):
-            await asyncio.shield(deleting)
+            deleting.result()
 
 
 _CLEAN_UP_S = 5.0
