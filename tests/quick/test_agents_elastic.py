@@ -18,6 +18,7 @@ from tests.quick.test_agents_generation import a_few_tokens, ask, check_log_prob
 from torchrl_sglang.agents.served_model import ServedModel
 from torchrl_sglang.agents.sessions import Sessions
 from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.errors import ServerLostError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.pool.checks import label_with_version
 from torchrl_sglang.pool.records import Adapter
@@ -119,3 +120,21 @@ def test_a_gateway_in_another_process_follows_the_trainers_pool(
     finally:
         run(sessions.close())
         trainers.close()
+
+
+def test_a_lost_stream_under_a_grammar_is_not_continued_in_the_middle(make: Callable[..., FakeServer]) -> None:
+    servers = [make(step_s=0.02), make(step_s=0.02)]
+    with serving(*servers) as sessions:
+        session = sessions.create()
+        seen: list[Any] = []
+
+        async def story() -> None:
+            request = ask(max_new_tokens=40, json_schema={"type": "object"})
+            turn = asyncio.ensure_future(session.chat(request, seen.append))
+            await a_few_tokens(seen, servers, streams=True)
+            await asyncio.to_thread(busy_one(servers).stop)
+            await turn
+
+        with pytest.raises(ServerLostError, match="under a grammar"):
+            run(story())
+        assert session.trajectories() == []

@@ -237,6 +237,12 @@ class Generator:
             except _Broken as broken:
                 failures += 1
                 done = await self._after_failure(broken, done, failures, streamed=on_tokens is not None)
+                if done.output_ids and _has_grammar(sampling):
+                    raise ServerLostError(
+                        f"{broken.client.url} was lost in the middle of a streamed response under a grammar, which "
+                        "can't be continued in the middle: ask again",
+                        server=broken.client.url,
+                    ) from broken.error
                 if len(done.output_ids) >= sampling.max_new_tokens:
                     return replace(done, finish_reason="length")
                 continue
@@ -249,7 +255,7 @@ class Generator:
                     server=done.server,
                 )
             preferred = done.server
-            if any(getattr(sampling, name) is not None for name in GRAMMARS):
+            if _has_grammar(sampling):
                 if on_tokens is not None and done.output_ids:
                     raise ServerError(
                         f"{done.server} aborted a response under a grammar, which can't be continued in the middle: "
@@ -445,6 +451,10 @@ class Generator:
         task = asyncio.get_running_loop().create_task(abort())
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
+
+
+def _has_grammar(sampling: SamplingParams) -> bool:
+    return any(getattr(sampling, name) is not None for name in GRAMMARS)
 
 
 def _rest(sampling: SamplingParams, done: int) -> SamplingParams:
