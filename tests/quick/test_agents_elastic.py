@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,11 @@ import pytest
 from tests.agent_kit import run
 from tests.fake_sglang import FakeServer
 from tests.quick.test_agents_generation import a_few_tokens, ask, check_log_probs, paths, serving
+from torchrl_sglang.agents.served_model import ServedModel
+from torchrl_sglang.agents.sessions import Sessions
+from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import ServerLostError
+from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.pool.checks import label_with_version
 from torchrl_sglang.pool.records import Adapter
 
@@ -73,6 +79,47 @@ def test_tokens_of_a_lost_stream_have_the_version_of_the_adapter_that_it_began_w
         assert versions[0] == 3, "the tokens of the first server"
         assert versions[-1] == 4
         assert sorted(versions) == list(versions)
+
+
+def test_a_server_that_joins_gets_turns(make: Callable[..., FakeServer]) -> None:
+    first, second = make(step_s=0.02), make(step_s=0.02)
+    with serving(first) as sessions:
+        sessions.model.pool.add(second.url)
+
+        async def story() -> None:
+            await asyncio.gather(*(sessions.create().chat(ask(f"dog {number}")) for number in range(4)))
+
+        run(story())
+        assert paths(first, "/generate") == paths(second, "/generate") == 2
+
+
+def test_a_gateway_in_another_process_follows_the_trainers_pool(
+    make: Callable[..., FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchrl_sglang.agents.slots._FOLLOW_S", 0.0)
+    first, second = make(), make()
+    trainers = SGLangPool([SGLangClient(first.url)])
+    copy = pickle.loads(pickle.dumps(trainers))
+    sessions = Sessions(ServedModel(copy))
+
+    def turns_until(there: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not there():
+            assert time.monotonic() < deadline
+            run(sessions.create().chat(ask()))
+
+    try:
+        run(sessions.create().chat(ask()))
+        trainers.add(second.url)
+        turns_until(lambda: len(copy.healthy) == 2)
+        trainers.remove(first.url)
+        turns_until(lambda: [client.url for client in copy.clients] == [second.url])
+        before = paths(first, "/generate")
+        run(sessions.create().chat(ask()))
+        assert paths(first, "/generate") == before
+    finally:
+        run(sessions.close())
+        trainers.close()
 
 
 def test_a_lost_stream_under_a_grammar_is_not_continued_in_the_middle(make: Callable[..., FakeServer]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,6 +15,8 @@ from torchrl_sglang.pool import SGLangPool
 __all__ = ["ServerSlots"]
 
 _LOOK_AGAIN_S = 0.25
+_FOLLOW_S = 1.0
+"""A pool that is a copy, in another process than the trainer's, learns by then which servers have joined and left."""
 _SLACK = 8
 """Sequences that a server may have more than twice the least loaded one, before a conversation leaves it: its prefix
 cache holds the conversation, and another server computes all of it again."""
@@ -35,10 +37,11 @@ class ServerSlots:
         self._max_in_flight = max_in_flight
         self._max_waiting = max_waiting
         self._no_server_wait_s = no_server_wait_s
-        self._load = {client.url: 0 for client in pool.clients}
+        self._load: defaultdict[str, int] = defaultdict(int)  # servers may join later
         self._waiting: deque[asyncio.Event] = deque()
         self._healthy_at = 0.0
         self._polling: asyncio.Task[None] | None = None
+        self._polled_at = 0.0
 
     @property
     def in_flight(self) -> int:
@@ -108,8 +111,8 @@ class ServerSlots:
         healthy = self._pool.healthy
         if healthy:
             self._healthy_at = time.monotonic()
-        if len(healthy) < len(self._pool.clients):
-            self._poll_dead_servers()
+        if len(healthy) < len(self._pool.clients) or time.monotonic() - self._polled_at > _FOLLOW_S:
+            self._poll_servers()
         free = [client for client in healthy if self._load[client.url] < self._max_in_flight]
         if not free:
             return None
@@ -119,7 +122,8 @@ class ServerSlots:
             return known
         return least
 
-    def _poll_dead_servers(self) -> None:
-        """Look in the background whether servers are back; the pool does so at most every few seconds."""
+    def _poll_servers(self) -> None:
+        """Look in the background whether servers are back, have joined or left; the pool limits how often."""
         if self._polling is None or self._polling.done():
+            self._polled_at = time.monotonic()
             self._polling = asyncio.get_running_loop().create_task(asyncio.to_thread(self._pool.poll_dead_servers))
