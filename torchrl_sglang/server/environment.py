@@ -11,7 +11,7 @@ from torchrl_sglang.server.command import WILDCARD_HOSTS, outward_address, probe
 from torchrl_sglang.server.cpu import cpu_environment
 from torchrl_sglang.server.gpus import visible_devices
 
-__all__ = ["PLUGIN_PATH", "child_environment", "inherited_environment", "router_environment"]
+__all__ = ["PLUGIN_PATH", "child_environment", "inherited_environment", "reach_directly", "router_environment"]
 
 PLUGIN_PATH = Path(__file__).with_name("sglang_plugin")
 """Folder with plugins for SGLang, only for the server's ``PYTHONPATH``. It holds an installed distribution's metadata,
@@ -92,10 +92,10 @@ def router_environment(parent: Mapping[str, str], host: str) -> dict[str, str]:
     every = [variables.pop(name) for name in _ALL_PROXIES if name in variables]
     if any(every) and not any(variables.get(name) for name in _HTTPS_PROXIES):
         variables["HTTPS_PROXY"] = next(filter(None, every))
-    return _reach_directly(variables, [host])
+    return reach_directly(variables, [host])
 
 
-def _reach_directly(variables: dict[str, str], hosts: Iterable[str]) -> dict[str, str]:
+def reach_directly(variables: dict[str, str], hosts: Iterable[str]) -> dict[str, str]:
     """The variables, with loopback and ``hosts`` added to the addresses that no proxy serves, if there is a proxy."""
     if not any(variables.get(name) for name in (*_HTTP_PROXIES, *_HTTPS_PROXIES, *_ALL_PROXIES)):
         return variables
@@ -138,7 +138,7 @@ def child_environment(
         variables.update(cpu_variables)
     _add_plugins(variables)
     variables.update(config.env)
-    variables = _reach_directly(variables, [config.host, *_own_addresses(config.host)])
+    variables = reach_directly(variables, [config.host, *_own_addresses(config.host)])
     if not cpu:
         devices = visible_devices({**parent, **config.env}, config.gpus, config.tp_size)
         if devices is not None:

@@ -10,14 +10,16 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from torchrl_sglang.agents.collector import process_keeper
 from torchrl_sglang.agents.collector.failures import RunFailedError
 from torchrl_sglang.agents.collector.rewards import Reward, read_last_line
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.server.environment import reach_directly
 from torchrl_sglang.server.supervisor import kill_tree
 
 __all__ = ["CommandAgent"]
@@ -104,7 +106,7 @@ class CommandAgent:
         order = {
             "owner_pid": os.getpid(),
             "command": self.arguments(task, base_url, api_key),
-            "environment": {**os.environ, "OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": api_key},
+            "environment": agent_environment(os.environ, base_url, api_key),
         }
         keeper = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", str(Path(process_keeper.__file__))),
@@ -157,3 +159,14 @@ async def _end(keeper: asyncio.subprocess.Process) -> None:
             kill_tree(keeper.pid)
             with contextlib.suppress(ProcessLookupError):
                 keeper.kill()
+
+
+def agent_environment(variables: Mapping[str, str], base_url: str, api_key: str) -> dict[str, str]:
+    """The environment of an agent's program: this process's, with the gateway, which no proxy stands before.
+
+    Examples:
+        >>> agent_environment({"HTTP_PROXY": "http://proxy:3128"}, "http://10.0.0.7:8000/v1", "key")["NO_PROXY"]
+        'localhost,127.0.0.1,127.0.0.0/8,::1,0.0.0.0,10.0.0.7'
+    """
+    made = {**variables, "OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": api_key}
+    return reach_directly(made, [urlsplit(base_url).hostname or ""])
