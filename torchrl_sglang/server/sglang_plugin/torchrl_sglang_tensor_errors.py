@@ -11,6 +11,7 @@ import functools
 import logging
 import sys
 
+_SCHEDULER = "sglang.srt.managers.scheduler"
 _READ, _LOAD = "deserialize_own_rank", "update_weights_from_tensor"
 _PLACES = {_READ: "sglang.srt.managers.tp_worker", _LOAD: "sglang.srt.model_executor"}
 _log = logging.getLogger(__name__)
@@ -25,6 +26,16 @@ class Unreadable(list):
 
 
 def answer_errors():
+    """In a scheduler's process, wrap what reads and loads a payload as soon as the scheduler exists.
+
+    Its modules are imported only while it is made; other processes have none.
+    """
+    scheduler = getattr(sys.modules.get(_SCHEDULER), "Scheduler", None)
+    if scheduler is not None:
+        _wrap(scheduler, "__init__", _making)
+
+
+def wrap_methods():
     """Wrap the methods that read and load a payload, in every class that defines them."""
     for method, wrap in ((_READ, _reading), (_LOAD, _loading)):
         for name, module in list(sys.modules.items()):
@@ -36,8 +47,19 @@ def answer_errors():
 
 def _wrap(owner, method, wrap):
     original = vars(owner)[method]
-    if not hasattr(original, "__wrapped__"):
-        setattr(owner, method, wrap(original))
+    if getattr(original, "__module__", None) != __name__ and not hasattr(original, "_answers_errors"):
+        wrapped = wrap(original)
+        wrapped._answers_errors = True
+        setattr(owner, method, wrapped)
+
+
+def _making(original):
+    @functools.wraps(original)
+    def make(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        wrap_methods()
+
+    return make
 
 
 def _reading(original):
