@@ -106,6 +106,8 @@ def test_an_update_in_a_turn_splits_its_versions_and_each_part_agrees_with_its_m
     with closing(SGLangPool([SGLangClient(pristine_server.url)])) as pool, serving(pool) as sessions:
         session = sessions.create()
         seen: list[Any] = []
+        sync = WeightSync(pool, SyncConfig(pause=mode, bucket_bytes=60_000))
+        sync.connect()  # takes longer than a turn
 
         async def story() -> None:
             sampling = {"max_new_tokens": 300, "ignore_eos": True}
@@ -115,7 +117,7 @@ def test_an_update_in_a_turn_splits_its_versions_and_each_part_agrees_with_its_m
             turn = asyncio.ensure_future(session.chat(ChatRequest(messages=talk, sampling=sampling), seen.append))
             while not seen or len(seen[-1].token_ids) < 20:
                 await asyncio.sleep(0.001)
-            with closing(WeightSync(pool, SyncConfig(pause=mode, bucket_bytes=60_000))) as sync:
+            with closing(sync):
                 await asyncio.to_thread(sync.push, models[1])
             await asyncio.gather(turn, quiet)
 

@@ -350,7 +350,8 @@ def test_a_scheduler_that_stops_in_the_middle_is_named_in_time_and_heals_when_it
     url: str, scheduler: psutil.Process, model_a: Any, model_b: Any
 ) -> None:
     client = SGLangClient(url, ClientConfig(probe_timeout_s=5, control_timeout_s=5, update_timeout_s=10))
-    config = SyncConfig(bucket_bytes=30_000, group_timeout_s=5, bucket_timeout_s=2, fixed_timeout_s=20)
+    limits = {"group_timeout_s": 5, "bucket_timeout_s": 2, "fixed_timeout_s": 20}
+    config = SyncConfig(transport="broadcast", stage="off", bucket_bytes=30_000, **limits)
     names = list(model_b.state_dict())
 
     def stopping() -> Iterator[tuple[str, torch.Tensor]]:

@@ -57,10 +57,11 @@ def push_in_the_middle(
             if made >= TOKENS_BEFORE:
                 gauge_moves.set()
 
-    running = Task(generate, name="generate")
-    beside = Task(gauge, name="gauge")
-    assert gauge_moves.wait(60), "no tokens came"
     with closing(WeightSync(pool, config)) as sync:
+        sync.connect()  # takes longer than a response
+        running = Task(generate, name="generate")
+        beside = Task(gauge, name="gauge")
+        assert gauge_moves.wait(60), "no tokens came"
         report = sync.push(model)
     assert report is not None
     assert running.wait(60)
@@ -175,7 +176,7 @@ def test_requests_that_come_during_an_update_wait_and_get_the_new_weights(
                 requests.append(Task(ask, name="request"))
             yield pair
 
-    with closing(WeightSync(pool, SyncConfig(bucket_bytes=20_000))) as sync:
+    with closing(WeightSync(pool, SyncConfig(bucket_bytes=20_000, stage="off"))) as sync:
         sync.push(tensors())
     ((reply,),) = [request.outcome().unwrap() for request in requests]
     assert version_number(reply.weight_version) == 1

@@ -47,7 +47,7 @@ def wrap_methods():
 
 def _wrap(owner, method, wrap):
     original = vars(owner)[method]
-    if getattr(original, "__module__", None) != __name__ and not hasattr(original, "_answers_errors"):
+    if not hasattr(original, "_answers_errors"):
         wrapped = wrap(original)
         wrapped._answers_errors = True
         setattr(owner, method, wrapped)
