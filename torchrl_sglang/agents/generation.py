@@ -32,8 +32,9 @@ from torchrl_sglang.errors import (
 )
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.pool.checks import refuse_mixed_weights
+from torchrl_sglang.pool.dispatch import dead_server
 from torchrl_sglang.pool.state import ServerState
-from torchrl_sglang.protocol.control import build_abort, build_ready
+from torchrl_sglang.protocol.control import build_abort
 from torchrl_sglang.protocol.generate import build_generate, parse_one, token_versions
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest
 from torchrl_sglang.protocol.stream_events import StreamedReply
@@ -49,7 +50,6 @@ _MOST_BARREN = 20
 """Aborts in a row without a token. A weight update aborts once: what is sent again waits on the server."""
 _ABORTED_AGAIN_S = 0.05
 _ABORT_TIMEOUT_S = 10.0
-_CLOSING_S, _LIVES_S, _ASK_AGAIN_S = 3.0, 0.3, 0.05
 _VERIFIED_POLL_S = 0.02
 
 
@@ -398,7 +398,7 @@ class Generator:
         client, error = broken.client, broken.error
         if isinstance(error, ServerUnreachableError) and error.is_local:
             raise error
-        if isinstance(error, (ServerUnreachableError, ServerLostError, ProtocolError)) and await self._is_gone(client):
+        if await asyncio.to_thread(dead_server, client, error) is not None:
             self.pool.record_death(client.url, error)
         if failures >= _MOST_FAILURES:
             raise ServerError(
@@ -417,27 +417,6 @@ class Generator:
         version = broken.label(GenerateReply(output_ids=[], weight_version=known.version)).weight_version
         count = len(broken.part.output_ids) - len(broken.part.versions)
         return replace(broken.part, versions=[*broken.part.versions, *[version_number(version)] * count])
-
-    async def _is_gone(self, client: SGLangClient) -> bool:
-        """Whether nothing listens at a server's address any more: the rule of :func:`~torchrl_sglang.pool.dispatch`."""
-        deadline = time.monotonic() + _CLOSING_S
-        answers_since = None
-        while True:
-            try:
-                await self.calls(client).send(build_ready(), timeout_s=client.config.probe_timeout_s)
-            except ServerUnreachableError as error:
-                return not error.is_local
-            except (ServerLostError, ProtocolError):
-                answers_since = None
-                if time.monotonic() > deadline:
-                    return False
-            except SGLangError:
-                return False
-            else:
-                answers_since = answers_since or time.monotonic()
-                if time.monotonic() - answers_since >= _LIVES_S:
-                    return False
-            await asyncio.sleep(_ASK_AGAIN_S)
 
     def _abort(self, client: SGLangClient, request_id: str) -> None:
         """End a request on its server, in the background."""
