@@ -27,7 +27,11 @@ from torchrl_sglang.agents.settings import SessionSettings
 
 @pytest.fixture(scope="module")
 def gateway(tiny_llama: Path) -> Iterator[AgentGateway]:
-    with FakeServer(FakeSettings(model_path=tiny_llama)) as server, AgentGateway(server.url) as gateway:
+    settings = SessionSettings(overrides={"ignore_eos": True})  # each answer has as many tokens as were asked for
+    with (
+        FakeServer(FakeSettings(model_path=tiny_llama)) as server,
+        AgentGateway(server.url, settings=settings) as gateway,
+    ):
         yield gateway
 
 
