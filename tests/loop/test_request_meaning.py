@@ -95,6 +95,7 @@ def test_a_stop_id_outside_the_vocabulary_is_refused_and_the_server_lives(pool: 
     assert len(pool.generate(PROMPTS, SamplingParams(max_new_tokens=4, min_new_tokens=4, stop_token_ids=[319]))) == 2
 
 
+@pytest.mark.slow
 def test_min_new_tokens_is_refused_where_the_models_own_end_token_would_end_the_server(
     launch_server: Callable[..., SGLangServer], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

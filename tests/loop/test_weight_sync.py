@@ -346,6 +346,7 @@ def scheduler(pristine_server: SGLangServer) -> Iterator[psutil.Process]:
         found.resume()
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_stops_in_the_middle_is_named_in_time_and_heals_when_it_goes_on(
     url: str, scheduler: psutil.Process, model_a: Any, model_b: Any
 ) -> None:
