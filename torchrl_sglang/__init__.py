@@ -7,6 +7,7 @@ torchrl.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams, ServerConfig, SyncConfig
@@ -134,6 +135,11 @@ __all__ = [
     "temper",
     "trainer_log_probs",
 ]
+
+# Without the extra `agents`, `from torchrl_sglang import *` leaves its names out; importing one names the extra.
+if any(find_spec(package) is None for package in ("starlette", "uvicorn", "httpx")):
+    for _name in ("AgentCollector", "AgentGateway", "AgentSession", "RunFailure", "group_advantages"):
+        __all__.remove(_name)
 
 
 def __getattr__(name: str) -> Any:
