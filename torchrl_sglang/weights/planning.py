@@ -102,8 +102,7 @@ class PushPlanner:
         if source.one_shot:
             return []
         if isinstance(source, AdapterSource):
-            specs = source.specs()
-            return [Bucket.of(specs.values())]
+            return [Bucket.of(source.specs().values())]
         with together(source.ranks, "comparing its tensors with the checkpoint's"):
             wire = self._wire_specs(source, partial)
         if transport != "disk" and self._may_skip_frozen(source):

@@ -119,6 +119,11 @@ class Checkpoint:
         return max(counts, key=lambda dtype: counts[dtype]) if counts else None
 
     @property
+    def largest_nbytes(self) -> int:
+        """Bytes of the largest tensor, which a bucket must hold whole."""
+        return max((spec.nbytes for spec in self.specs.values()), default=0)
+
+    @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
         return sum(spec.nbytes for spec in self.specs.values())

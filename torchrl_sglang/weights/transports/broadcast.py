@@ -44,8 +44,7 @@ class BroadcastTransport:
         self._pool = pool
         self._config = config
         self._owner = owner
-        largest_tensor = max((spec.nbytes for spec in checkpoint.specs.values()), default=0)
-        self._largest_bytes = max(config.bucket_size(checkpoint.nbytes), largest_tensor)
+        self._largest_bytes = max(config.bucket_size(checkpoint.nbytes), checkpoint.largest_nbytes)
         self._mark = owner
         self._count = 0
         self._members: list[tuple[str, int]] = []

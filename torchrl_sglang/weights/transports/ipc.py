@@ -114,8 +114,8 @@ class IpcTransport:
         """Why ``/dev/shm`` can't hold two buckets; empty if it can. A container has 64 MB of it by default."""
         if self._segments.names:
             return ""
-        largest = max((spec.nbytes for spec in checkpoint.specs.values()), default=0)
-        needed = min(2 * max(self._config.bucket_size(checkpoint.nbytes), largest), checkpoint.nbytes)
+        bucket_bytes = max(self._config.bucket_size(checkpoint.nbytes), checkpoint.largest_nbytes)
+        needed = min(2 * bucket_bytes, checkpoint.nbytes)
         room = available_bytes([SHARED_MEMORY])
         if needed <= room:
             return ""
