@@ -39,8 +39,8 @@ TITLES = {
 TEXTS = {
     "sync": """\
 Unit: one bare gloo broadcast of the same bytes, already in one tensor, to an otherwise idle process. A whole sync also
-checks all values, pauses and continues the servers, and verifies what they hold. `stage="auto"` and buckets of 64 MB
-where the row says nothing else. Phases are in the same unit; verification runs after generation continues.""",
+checks all values, pauses and continues the servers, and verifies what they hold; settings are the defaults where the
+row says nothing else. Phases are in the same unit; verification runs after generation continues.""",
     "policy": """\
 One call of `SGLangWrapper` beside one `requests.post` of the same ids and settings. CPU time is the wrapper's own
 beyond the bare client's, as a share of the time of a call: it varies less than the ratio.""",

@@ -33,7 +33,8 @@ class SyncConfig:
     ``per_server`` with gloo and ``shared`` with NCCL."""
     bucket_bytes: int | None = None
     """Most bytes per bucket; a single larger tensor gets a bucket of its own. ``None`` is a 2,000th of the model, but
-    at least 64 MiB and at most 1 GiB."""
+    at most 1 GiB and at least 64 MiB; with ``ipc`` and gloo at least 512 MiB, because a request costs more than in a
+    GPU's memory. ``ipc`` takes smaller ones where ``/dev/shm`` has less room."""
     pause: Literal["auto", "abort", "retract", "in_place"] = "auto"
     """What happens to requests in flight: ``auto`` is ``abort`` when there are none, else ``retract``; SGLang before
     0.5.21 ends when its cache is flushed over retracted requests, so there ``auto`` is always ``abort``."""
@@ -127,23 +128,33 @@ class SyncConfig:
         """
         return self.group_timeout_s + _SECONDS_PER_RANK * num_ranks
 
-    def bucket_size(self, num_bytes: int) -> int:
+    def bucket_size(self, num_bytes: int, *, in_main_memory: bool = False) -> int:
         """Most bytes per bucket for a model of ``num_bytes``.
+
+        Args:
+            num_bytes: of the whole model.
+            in_main_memory: the servers read buckets from main memory or by gloo.
 
         Examples:
             >>> [SyncConfig().bucket_size(size) // 2**20 for size in (538 * 10**6, 140 * 10**9, 10**12, 2 * 10**12)]
             [64, 66, 476, 953]
+            >>> SyncConfig().bucket_size(538 * 10**6, in_main_memory=True) // 2**20
+            512
             >>> SyncConfig(bucket_bytes=1000).bucket_size(2 * 10**12)
             1000
         """
         if self.bucket_bytes is not None:
             return self.bucket_bytes
-        return min(max(num_bytes // _MOST_BUCKETS, _SMALLEST_BUCKET), _LARGEST_BUCKET)
+        smallest = _SMALLEST_IN_MAIN_MEMORY if in_main_memory else _SMALLEST_BUCKET
+        return min(max(num_bytes // _MOST_BUCKETS, smallest), _LARGEST_BUCKET)
 
 
 # A bucket costs each server an announcement, some milliseconds of the trainer's time; and memory on every rank.
 _MOST_BUCKETS = 2000
 _SMALLEST_BUCKET, _LARGEST_BUCKET = 64 * 2**20, 2**30
+_SMALLEST_IN_MAIN_MEMORY = 512 * 2**20
+"""A request costs a server some 8 ms beside loading (SmolLM2-135M, 538 MB: paused for 1.19 raw broadcasts with 9
+buckets, for 0.69 with one)."""
 _SECONDS_PER_REQUEST = 0.01
 """Ten times what the trainer needs to announce a bucket to a server and to read the reply."""
 _SECONDS_PER_RANK = 0.25

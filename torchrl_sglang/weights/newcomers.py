@@ -22,6 +22,7 @@ from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.planning import PushPlanner
 from torchrl_sglang.weights.transports.base import PackedWeights, WeightTransport
 from torchrl_sglang.weights.transports.lora import LoraTransport
+from torchrl_sglang.weights.transports.staging import bucket_bytes
 from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.session import UpdateSession
 
@@ -115,8 +116,9 @@ class NewcomerUpdates:
         try:
             transport.connect(clients)
             source = self._planner.open_source(weights)
-            plan = self._planner.plan(source, partial=False, transport=transport.name)
-            packed = self._planner.pack(source, plan, transport.packer, report)
+            size = bucket_bytes(self._config, transport, self._planner.checkpoint.nbytes)
+            plan = self._planner.plan(source, partial=False, transport=transport.name, bucket_bytes=size)
+            packed = self._planner.pack(source, plan, transport.packer, report, bucket_bytes=size)
             deadline = time.monotonic() + self._config.deadline_s(sum(bucket.nbytes for bucket in plan))
             transport.stage(packed, version, report)
             session = transport.open_session(clients, version, deadline, report)

@@ -84,13 +84,14 @@ class PushPlanner:
         source.architecture = architecture
         return source
 
-    def plan(self, source: WeightSource, *, partial: bool, transport: str) -> list[Bucket]:
+    def plan(self, source: WeightSource, *, partial: bool, transport: str, bucket_bytes: int) -> list[Bucket]:
         """Decide which tensors travel in which bucket. Everything that can be wrong with them is found here.
 
         Args:
             source: the trainer's weights.
             partial: names that are missing are no error.
             transport: name of the transport; a checkpoint on disk is always complete.
+            bucket_bytes: most bytes per bucket.
 
         Returns:
             The buckets; none for a source that can be read only once, whose tensors are checked while they are packed.
@@ -98,7 +99,6 @@ class PushPlanner:
         Raises:
             WeightCoverageError: names or shapes don't match.
         """
-        config, checkpoint = self._config, self.checkpoint
         if source.one_shot:
             return []
         if isinstance(source, AdapterSource):
@@ -107,7 +107,7 @@ class PushPlanner:
             wire = self._wire_specs(source, partial)
         if transport != "disk" and self._may_skip_frozen(source):
             wire = trainable_specs(wire)
-        return plan_buckets(wire, bucket_bytes=config.bucket_size(checkpoint.nbytes))
+        return plan_buckets(wire, bucket_bytes=bucket_bytes)
 
     def _wire_specs(self, source: WeightSource, partial: bool) -> list[TensorSpec]:
         """The tensors in the dtypes in which they are sent; not collective."""
@@ -154,6 +154,7 @@ class PushPlanner:
         report: SyncReport,
         on_packed: Callable[[Bucket, torch.Tensor], None] | None = None,
         *,
+        bucket_bytes: int,
         is_staged: bool = False,
         values: ValueCheck | None = None,
     ) -> PackedWeights:
@@ -165,6 +166,7 @@ class PushPlanner:
             packer: packs where the transport needs the bytes.
             report: counts what is packed.
             on_packed: called with every packed bucket and its bytes.
+            bucket_bytes: most bytes per bucket, for a source that can be read only once.
             is_staged: all are packed before the first is sent.
             values: from :meth:`check_values`.
         """
@@ -182,19 +184,19 @@ class PushPlanner:
             )
         stream = packer.packed_stream(
             source.tensors(),
-            bucket_bytes=self._config.bucket_size(self.checkpoint.nbytes),
+            bucket_bytes=bucket_bytes,
             dtype_of=lambda spec: wire_dtype(spec, self.checkpoint, self.served_dtype),
             expected=self.checkpoint.specs,
         )
         return PackedWeights(stream, report, num_buckets=None, on_packed=on_packed, is_staged=is_staged)
 
-    def expected_plan(self, source: WeightSource, plan: Sequence[Bucket]) -> Sequence[Bucket]:
+    def expected_plan(self, source: WeightSource, plan: Sequence[Bucket], bucket_bytes: int) -> Sequence[Bucket]:
         """:meth:`plan`'s buckets. A source that can be read only once is taken to have the checkpoint's tensors."""
         if not source.one_shot:
             return plan
         specs = self.checkpoint.specs.values()
         wire = [replace(spec, dtype=wire_dtype(spec, self.checkpoint, self.served_dtype)) for spec in specs]
-        return plan_buckets(wire, bucket_bytes=self._config.bucket_size(self.checkpoint.nbytes))
+        return plan_buckets(wire, bucket_bytes=bucket_bytes)
 
     def gather_only(self, source: WeightSource, plan: Sequence[Bucket]) -> None:
         """Gather, with the sending rank and in its order, the tensors that it sends: those of :meth:`plan`."""

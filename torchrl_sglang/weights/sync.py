@@ -30,7 +30,7 @@ from torchrl_sglang.weights.source.shards import Ranks, is_sharded, ranks_of_wei
 from torchrl_sglang.weights.transports.auto import TransportChoice
 from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
 from torchrl_sglang.weights.transports.choice import choices_of, make_transport, num_copies
-from torchrl_sglang.weights.transports.staging import is_staged
+from torchrl_sglang.weights.transports.staging import bucket_bytes, is_staged
 from torchrl_sglang.weights.update.liveness import LivenessCheck
 from torchrl_sglang.weights.update.other_trainers import OtherTrainers
 from torchrl_sglang.weights.update.report import SyncReport
@@ -328,17 +328,25 @@ class WeightSync:
         with report.phase("prepare"):
             with together(ranks, _PREPARING):
                 clients = self._prepare(transport, partial)
-            plan = self._planner.plan(source, partial=partial, transport=transport.name)
+            size = self._bucket_bytes(source, transport)
+            plan = self._planner.plan(source, partial=partial, transport=transport.name, bucket_bytes=size)
             report.transport = transport.name  # "auto" has chosen
             report.is_staged = is_staged(self.config, transport, self._planner.num_bytes(plan))
             values = self._planner.check_values(source, plan, while_packing=report.is_staged)
             with together(ranks, _READING_CHECKSUMS):
-                checksums = self._begin_checksums(clients, source, plan)
+                checksums = self._begin_checksums(clients, source, self._planner.expected_plan(source, plan, size))
         self._last_weights = None if source.one_shot else weights
         self._newcomers.forget()
         on_packed = None if checksums is None else checksums.take
         packed = self._planner.pack(
-            source, plan, transport.packer, report, on_packed, is_staged=report.is_staged, values=values
+            source,
+            plan,
+            transport.packer,
+            report,
+            on_packed,
+            bucket_bytes=size,
+            is_staged=report.is_staged,
+            values=values,
         )
         deadline = time.monotonic() + self._limit_s(plan, num_copies(transport, len(clients)), len(clients))
         servers = self._pool.state.servers
@@ -372,11 +380,17 @@ class WeightSync:
         """Gather with the sending rank, which goes through the same collectives in :meth:`_push_now`."""
         with together(ranks, _PREPARING):
             pass
-        plan = self._planner.plan(source, partial=partial, transport=transport)
+        size = self.config.bucket_size(self._planner.checkpoint.nbytes)
+        plan = self._planner.plan(source, partial=partial, transport=transport, bucket_bytes=size)
         self._planner.check_values(source, plan, while_packing=False)
         with together(ranks, _READING_CHECKSUMS):
             pass
         self._planner.gather_only(source, plan)
+
+    def _bucket_bytes(self, source: WeightSource, transport: WeightTransport[Any]) -> int:
+        """Most bytes per bucket; the ranks of a sharded source, which gather in the order of the buckets, know it."""
+        nbytes = self._planner.checkpoint.nbytes
+        return self.config.bucket_size(nbytes) if source.is_sharded else bucket_bytes(self.config, transport, nbytes)
 
     def _limit_s(self, plan: Sequence[Bucket], num_copies: int, num_servers: int) -> float:
         """How long a push may take, in seconds; ``plan`` is empty for a source that can be read only once."""
@@ -460,7 +474,6 @@ class WeightSync:
         if self.config.verify == "off" or source.peft_config is not None:
             return None
         planner = self._planner
-        plan = planner.expected_plan(source, plan)
         checksums = self._checksums.begin(clients, planner.checkpoint, source, plan, planner.served_dtype)
         checksums.read_before()
         return checksums

@@ -44,7 +44,7 @@ class BroadcastTransport:
         self._pool = pool
         self._config = config
         self._owner = owner
-        self._largest_bytes = max(config.bucket_size(checkpoint.nbytes), checkpoint.largest_nbytes)
+        self._checkpoint = checkpoint
         self._mark = owner
         self._count = 0
         self._members: list[tuple[str, int]] = []
@@ -76,7 +76,10 @@ class BroadcastTransport:
         self._members = []  # if one group can't be formed, the next call forms all
         self._count += 1
         divided = divide(clients, self._config)
-        self._mark = group_mark(self._owner, self._count, _rank_limit_s(self._config, divided, self._largest_bytes))
+        is_gloo = choose_backend(self._config, clients) == "gloo"
+        bucket_bytes = self._config.bucket_size(self._checkpoint.nbytes, in_main_memory=is_gloo)
+        largest_bytes = max(min(bucket_bytes, self._checkpoint.nbytes), self._checkpoint.largest_nbytes)
+        self._mark = group_mark(self._owner, self._count, _rank_limit_s(self._config, divided, largest_bytes))
         forming = {group[0].url: partial(self._form, index, group) for index, group in enumerate(divided)}
         outcomes = side_by_side(forming).values()
         self._groups = [outcome.value for outcome in outcomes if outcome.value is not None]

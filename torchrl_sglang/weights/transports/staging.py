@@ -1,4 +1,4 @@
-"""Decides whether all weights are packed and checked before generation is paused."""
+"""Decides how large buckets are, and whether all weights are packed and checked before generation is paused."""
 
 from __future__ import annotations
 
@@ -9,9 +9,27 @@ from torchrl_sglang.weights.shared_memory.keeper import SHARED_MEMORY
 from torchrl_sglang.weights.shared_memory.room import available_bytes
 from torchrl_sglang.weights.transports.base import WeightTransport
 
-__all__ = ["is_staged"]
+__all__ = ["bucket_bytes", "is_staged"]
 
 _STAGING = ("broadcast", "ipc", "http", "ipc+broadcast")
+_IN_MEMORY = ("broadcast", "ipc", "ipc+broadcast")
+"""Servers read main memory or by gloo; a request of ``http`` holds its bucket, several times on its way."""
+
+
+def bucket_bytes(config: SyncConfig, transport: WeightTransport[Any], num_bytes: int) -> int:
+    """Most bytes per bucket, where this process alone decides it: ranks of a sharded source need the same everywhere.
+
+    Args:
+        config: ``bucket_bytes``.
+        transport: connected.
+        num_bytes: of the whole model.
+    """
+    small = config.bucket_size(num_bytes)
+    if config.bucket_bytes is not None or transport.name not in _IN_MEMORY or not transport.packer.is_in_main_memory:
+        return small
+    shared = [SHARED_MEMORY] if transport.name.startswith("ipc") else []
+    room = available_bytes(shared) + transport.packer.nbytes
+    return max(small, min(config.bucket_size(num_bytes, in_main_memory=True), room // 4))
 
 
 def is_staged(config: SyncConfig, transport: WeightTransport[Any], num_bytes: int) -> bool:
