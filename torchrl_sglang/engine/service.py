@@ -347,6 +347,7 @@ class AsyncSGLang(EngineMembers):
             ``False`` if this engine did not launch it, or was told never to restart: then nothing is done.
 
         Raises:
+            ConfigError: GPU memory is offloaded.
             ServerStartError: it did not become ready again, or is being restarted by somebody else.
         """
         server = next((server for client, server in self.launched if client.url == url), None)
@@ -357,6 +358,7 @@ class AsyncSGLang(EngineMembers):
         if lock.is_helper and self._monitor is not None and server.has_crashed:
             self._monitor.look(self)  # the update does not wait for the start
         with lock.held_for(f"a restart of {url}"):  # an update that finds a dead server calls this in its threads
+            self.pool.refuse_while_offloaded()
             if not state.restart_begun(url):
                 raise ServerStartError(f"{url} is being restarted already", server=url)
             self.pool.quarantine(url, "it is being restarted")

@@ -11,14 +11,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config.checking import require_number
-from torchrl_sglang.errors import ConfigError, ServerTimeoutError, SGLangError
-from torchrl_sglang.parallel import Task, side_by_side
+from torchrl_sglang.errors import ConfigError, ServerError, ServerTimeoutError, SGLangError
+from torchrl_sglang.parallel import Task, failure_of, side_by_side
 from torchrl_sglang.pool.checks import refuse_newcomers
 from torchrl_sglang.pool.member_file import MemberFile
 from torchrl_sglang.pool.state import PoolState, ServerState
@@ -197,6 +197,7 @@ class Membership:
     ) -> None:
         """See :meth:`SGLangPool.remove`; ``on_left`` is called for each server after its last request."""
         self._refuse_in_copy()
+        self._pool.refuse_while_offloaded()  # one that leaves paused would stay so
         require_number("timeout_s", timeout_s, optional=True, at_least=0)
         leaving = self._start_leaving(urls)
         limits = [client.config.generate_limit_s() for client in leaving]
@@ -207,6 +208,8 @@ class Membership:
             for client in leaving:
                 self._pool.leave_router(client.url)
             busy = self._await_idle(leaving, deadline) if drain else list(leaving)
+            with self._lock_while_memory_is_there():
+                pass
             on_failure.pop_all()
         with contextlib.ExitStack() as at_any_rate:  # from here on there is no way back, also on Ctrl-C
             at_any_rate.callback(self._end, leaving, on_left)
@@ -275,17 +278,40 @@ class Membership:
         while time.monotonic() < deadline and any(client.num_generating for client in clients):
             time.sleep(_POLL_S)
 
+    @contextlib.contextmanager
+    def _lock_while_memory_is_there(self) -> Iterator[None]:
+        """Hold the update lock, not while GPU memory is offloaded: what was paused for it continues first."""
+        while True:
+            with self._pool.update_lock:
+                if not self._pool.state.offloaded_urls:
+                    yield
+                    return
+            time.sleep(_POLL_S)
+
     def _end(self, clients: Sequence[SGLangClient], on_left: Callable[[str], None]) -> None:
+        """Take servers out, all of them, whatever fails on the way.
+
+        Raises:
+            ServerError: ``on_left`` has failed for several servers; names each. The error of a single one is raised
+                as it is.
+        """
         for client in clients:
             client.cut()  # what is still under way there is generated elsewhere
-        with self._pool.update_lock:  # an update under way still counts on them
+        with self._lock_while_memory_is_there():  # also, an update under way still counts on them
             sync = self._pool.weight_sync
-            if sync is not None:
-                sync.servers_leave()
+            unclean = None if sync is None else failure_of(sync.servers_leave)
             self._forget(clients)
-        for client in clients:
-            on_left(client.url)
+        failures = {client.url: failure_of(partial(on_left, client.url)) for client in clients}
         self.publish()
+        failed = {url: error for url, error in failures.items() if error is not None}
+        if len(failed) > 1 and all(isinstance(error, Exception) for error in failed.values()):
+            listed = "; ".join(f"{url}: {error}" for url, error in failed.items())
+            raise ServerError(
+                f"all {len(clients)} servers have left the pool, but {len(failed)} could not be ended: {listed}"
+            ) from next(iter(failed.values()))
+        errors = [error for error in (*failed.values(), unclean) if error is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, Exception)):  # Ctrl-C first
+            raise error
 
     # ------------------------------------------------------------------ copies
 
