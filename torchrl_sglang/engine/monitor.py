@@ -123,10 +123,12 @@ def restart_server(
         server.kill()
         mark = _mark_of_outdated(pool, client)
         require_use()
-        server.start(progress=require_use, weight_version=mark)
-        if pool.state.has_left(client.url):  # whoever has removed it may have ended the process before the start
-            server.kill()
-            require_use()
+        try:
+            server.start(progress=require_use, weight_version=mark)
+        finally:
+            if pool.state.has_left(client.url):  # whoever has removed it may have ended the process before the start
+                server.stop(kill=True)
+        require_use()
         version = mark or "default"
         try:
             version = client.connect().weight_version
