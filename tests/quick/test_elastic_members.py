@@ -28,7 +28,7 @@ from torchrl_sglang import (
 )
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.parallel import Task
-from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.pool import SGLangPool, membership
 from torchrl_sglang.protocol.messages import GenerateReply
 
 PROMPTS = [[index + 3, 7, 8] for index in range(8)]
@@ -431,7 +431,7 @@ def test_what_a_server_can_not_finish_is_generated_again_by_the_others(
 def test_the_requests_of_a_server_that_hangs_are_generated_elsewhere(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchrl_sglang.pool.membership._ABORT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("torchrl_sglang.pool.draining._ABORT_TIMEOUT_S", 0.3)
     first, second = make(), make()
     second.arm(Fault(path="/generate", action="freeze"))
     pool = pool_of(first, second)
@@ -443,7 +443,7 @@ def test_the_requests_of_a_server_that_hangs_are_generated_elsewhere(
 
 
 def test_a_stream_that_has_shown_nothing_continues_elsewhere(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchrl_sglang.pool.membership._ABORT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("torchrl_sglang.pool.draining._ABORT_TIMEOUT_S", 0.3)
     first, second = make(), make()
     pool = pool_of(first, second)
     first.arm(Fault(path="/generate", action="freeze"))
@@ -464,7 +464,7 @@ def test_a_removal_that_is_interrupted_before_anything_was_lost_leaves_the_serve
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pool._membership, "_await_idle", interrupt)
+    monkeypatch.setattr(membership, "await_idle", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pool.remove(url)
     assert not pool.quarantined

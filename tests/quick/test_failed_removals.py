@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from tests.fake_sglang import FakeServer
-from torchrl_sglang import ServerError, ServerStartError, SGLangPool
+from torchrl_sglang import AsyncSGLang, ServerError, ServerStartError, SGLangPool
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import SGLangError
 
@@ -79,3 +80,34 @@ def test_a_process_group_that_can_not_be_destroyed_keeps_no_server_in_the_pool(p
         pool.take_out([first, second], drain=False, timeout_s=None, on_left=ends)
     assert ends.asked == [first, second]
     assert len(urls(pool)) == 2
+
+
+def test_an_engine_that_can_not_close_something_ends_its_servers_nevertheless(pool: SGLangPool) -> None:
+    class Process:
+        has_crashed = False
+        stopped = False
+
+        def __init__(self, url: str) -> None:
+            self.url = url
+
+        def stop(self, kill: bool = False) -> None:
+            self.stopped = True
+
+    class Router(Process):
+        def stop(self, kill: bool = False) -> None:
+            raise OSError("the router")
+
+    processes: list[Any] = [Process(client.url) for client in pool.clients]
+    router: Any = Router("http://127.0.0.1:1")
+    engine = AsyncSGLang(pool, processes, router=router, restart="on-failure")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    engine.weights.close = interrupted  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="the router"):
+        engine.shutdown()
+    assert all(process.stopped for process in processes)
+    router.stop = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.shutdown()

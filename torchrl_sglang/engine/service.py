@@ -265,20 +265,26 @@ class AsyncSGLang(EngineMembers, EngineGeneration):
         return True
 
     def shutdown(self) -> None:
-        """Close connections and end the servers this engine launched. Safe to call twice."""
-        self._end_changes()
+        """Close connections and end the servers this engine launched. Safe to call twice.
+
+        Whatever can't be closed, also on Ctrl-C, the servers are ended.
+        """
         if self._monitor is not None:
             self._monitor.announce_end()
-        self.weights.close()
-        self.pool.close()
-        if self.router is not None:
-            self.router.stop()
-        stop_fleet(self.servers, kill=True)  # a server has nothing to save, and SIGTERM takes up to 10 s
-        if self._monitor is not None:
-            self._monitor.join()
-            stop_fleet(self.servers, kill=True)  # one that was just being restarted
+        with contextlib.ExitStack() as steps:  # the last one first
+            if self._monitor is not None:
+                steps.callback(self._end_processes)  # those that were just being restarted
+                steps.callback(self._monitor.join)
+            steps.callback(self._end_processes)
+            steps.callback(self.pool.close)
+            steps.callback(self.weights.close)
+            steps.callback(self._end_changes)
+
+    def _end_processes(self) -> None:
+        with contextlib.ExitStack() as steps:
+            steps.callback(stop_fleet, self.servers, kill=True)  # nothing to save, and SIGTERM takes up to 10 s
             if self.router is not None:
-                self.router.stop()
+                steps.callback(self.router.stop)
 
     def __enter__(self) -> AsyncSGLang:
         return self

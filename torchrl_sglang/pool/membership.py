@@ -17,13 +17,13 @@ from typing import Any, Protocol
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config.checking import require_number
-from torchrl_sglang.errors import ConfigError, ServerError, ServerTimeoutError, SGLangError
+from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
 from torchrl_sglang.parallel import Task, failure_of, side_by_side
 from torchrl_sglang.pool.checks import refuse_newcomers
+from torchrl_sglang.pool.draining import abort_all, await_idle
 from torchrl_sglang.pool.member_file import MemberFile
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.pool.update_lock import UpdateLock
-from torchrl_sglang.protocol.control import build_abort, build_loads, parse_loads
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.server_url import resolved_addresses
 
@@ -32,10 +32,7 @@ __all__ = ["Membership"]
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
-_LOADS_POLL_S = 0.5
 _RETRY_S = 10.0
-_ABORT_TIMEOUT_S = 5.0
-"""A server that has not answered its aborted requests by then hangs: their connections are broken."""
 _MAX_ASKED = 8
 """That many servers are asked which weights they hold; more know nothing else."""
 _WAITS = "it has joined, and does not hold the current weights yet; the next weight update brings them"
@@ -207,13 +204,13 @@ class Membership:
             self.publish()
             for client in leaving:
                 self._pool.leave_router(client.url)
-            busy = self._await_idle(leaving, deadline) if drain else list(leaving)
+            busy = await_idle(leaving, deadline) if drain else list(leaving)
             with self._lock_while_memory_is_there():
                 pass
             on_failure.pop_all()
         with contextlib.ExitStack() as at_any_rate:  # from here on there is no way back, also on Ctrl-C
             at_any_rate.callback(self._end, leaving, on_left)
-            self._abort(busy)
+            abort_all(busy)
 
     def _start_leaving(self, urls: Sequence[str]) -> list[SGLangClient]:
         state = self._pool.state
@@ -247,36 +244,6 @@ class Membership:
                 with contextlib.suppress(SGLangError):
                     self._pool.join_router(client.url)
         self.publish()
-
-    def _await_idle(self, clients: Sequence[SGLangClient], deadline: float) -> list[SGLangClient]:
-        """Wait until servers have no requests; returns those that still have some at the deadline."""
-        busy = list(clients)
-        ask_at = 0.0
-        while busy:
-            idle_here = [client for client in busy if client.num_generating == 0]
-            if idle_here and time.monotonic() >= ask_at:
-                loads = side_by_side({client.url: _Load(client) for client in idle_here})
-                busy = [client for client in busy if client.url not in loads or loads[client.url].unwrap()]
-                ask_at = time.monotonic() + _LOADS_POLL_S
-            if busy and time.monotonic() >= deadline:
-                return busy
-            if busy:
-                time.sleep(_POLL_S)
-        return []
-
-    def _abort(self, clients: Sequence[SGLangClient]) -> None:
-        """End the requests of servers; those of this process are generated elsewhere."""
-        if not clients:
-            return
-
-        def abort(client: SGLangClient) -> None:
-            with contextlib.suppress(SGLangError):
-                client.send(build_abort(), timeout_s=_ABORT_TIMEOUT_S)
-
-        Task(lambda: side_by_side({client.url: partial(abort, client) for client in clients}), name="abort")
-        deadline = time.monotonic() + _ABORT_TIMEOUT_S
-        while time.monotonic() < deadline and any(client.num_generating for client in clients):
-            time.sleep(_POLL_S)
 
     @contextlib.contextmanager
     def _lock_while_memory_is_there(self) -> Iterator[None]:
@@ -388,22 +355,6 @@ class Membership:
         if gone and len(self.clients) > len(gone):
             with self._pool.update_lock:
                 self._forget(gone)
-
-
-class _Load:
-    """Whether a server has requests, of any client. One that is gone has none that could be waited for."""
-
-    def __init__(self, client: SGLangClient) -> None:
-        self._client = client
-
-    def __call__(self) -> bool:
-        try:
-            legacy = not self._client.dialect.weight_session
-            return parse_loads(self._client.send(build_loads(legacy=legacy))) > 0
-        except ServerTimeoutError:  # it may be in the middle of a weight update
-            return True
-        except SGLangError:
-            return False
 
 
 def _is_version(version: str, number: int) -> bool:
