@@ -55,8 +55,8 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
             "balancing",
             "streaming",
         ),
-        *("dispatch", "batch", "dead_servers", "end_tokens", "batch_run", "stream_run", "member_file", "membership"),
-        *("servers", "pool", "resolve", "earlier_weights", "server_list", "following"),
+        *("dispatch", "batch", "dead_servers", "end_tokens", "batch_run", "stream_run", "member_file", "draining"),
+        *("membership", "servers", "pool", "resolve", "earlier_weights", "server_list", "following"),
     ),
     "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": (

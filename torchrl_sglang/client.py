@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -245,6 +246,14 @@ class SGLangClient:
     def num_generating(self) -> int:
         """Number of generate requests of this client under way."""
         return self._connections.num_generating
+
+    def sent_elsewhere(self, cut: Callable[[], None]) -> AbstractContextManager[None]:
+        """Count a generate request that another object sends to this server, over a connection of its own.
+
+        Args:
+            cut: breaks that connection; called from any thread.
+        """
+        return self._connections.sent_elsewhere(cut)
 
     def cut(self) -> None:
         """Break the connections of generate requests under way, which then fail with :class:`ServerLostError`."""

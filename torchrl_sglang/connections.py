@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ class ServerConnections:
         self._sessions: dict[Purpose, requests.Session] = {}
         self._slots = threading.BoundedSemaphore(config.max_connections)
         self._num_generating = 0
+        self._elsewhere: dict[object, Callable[[], None]] = {}
 
     @contextmanager
     def slot(self, purpose: Purpose, wait_s: float) -> Iterator[float]:
@@ -85,16 +86,35 @@ class ServerConnections:
                 self._num_generating -= 1
             self._slots.release()
 
+    @contextmanager
+    def sent_elsewhere(self, cut: Callable[[], None]) -> Iterator[None]:
+        """Count a generate request that has a connection of another kind, such as one of an event loop.
+
+        Args:
+            cut: breaks that connection; called from any thread.
+        """
+        key = object()
+        with self._lock:
+            self._elsewhere[key] = cut
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._elsewhere[key]
+
     @property
     def num_generating(self) -> int:
         """Number of generate requests under way."""
         with self._lock:
-            return self._num_generating
+            return self._num_generating + len(self._elsewhere)
 
     def cut(self) -> None:
         """Break the connections of all generate requests under way: each fails as if the server had broken it."""
         with self._lock:
             session = self._sessions.get("generate")
+            elsewhere = list(self._elsewhere.values())
+        for cut in elsewhere:
+            cut()
         if session is not None:
             for scheme in ("http://", "https://"):
                 adapter = session.get_adapter(scheme)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from tests.fake_sglang.adapters import Adapters
-from tests.fake_sglang.calls import Call, Reply
+from tests.fake_sglang.calls import BadRequest, Call, Reply
 from tests.fake_sglang.locks import RequestLocks
 from tests.fake_sglang.request_parsing import parse_sequences
 from tests.fake_sglang.scheduler import Scheduler, ServerStopped
@@ -63,12 +63,19 @@ class Generator:
         if call.body.get("stream"):
             return Reply(stream=self._stream(call, sequences, is_list))
         with self._locks.for_request():
+            self._require_adapters(sequences)
             self._submit(call, sequences)
             self._wait(call, sequences, lambda: all(s.finish_reason for s in sequences))
             replies = [self._reply(s) for s in sequences]
         return Reply(body=replies if is_list else replies[0])
 
     # ------------------------------------------------------------------ running
+
+    def _require_adapters(self, sequences: list[Sequence]) -> None:
+        """SGLang looks for a request's adapter after a pause, during which it may have been unloaded."""
+        for sequence in sequences:
+            if sequence.adapter is not None:
+                self._adapters.require(sequence.adapter)
 
     def _submit(self, call: Call, sequences: list[Sequence]) -> None:
         def start() -> None:
@@ -107,6 +114,11 @@ class Generator:
             return [i for i, s in unfinished.items() if s.finish_reason or len(s.output) >= sent[i] + interval]
 
         with self._locks.for_request():
+            try:
+                self._require_adapters(sequences)
+            except BadRequest as refusal:  # the status 200 was sent already
+                yield {"error": {**refusal.reply.body["error"], "code": refusal.reply.status}}
+                return
             self._submit(call, sequences)
             while unfinished:
                 self._wait(call, sequences, lambda: bool(changed()))

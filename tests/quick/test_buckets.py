@@ -176,7 +176,7 @@ def test_a_stream_in_any_order_is_packed_completely_and_its_transfer_units_stay_
         iter(by_name.items()),
         bucket_bytes=bucket_bytes,
         dtype_of=lambda spec: spec.dtype,
-        expected=by_name if known else (),
+        expected={name: TensorSpec.of(name, tensor) for name, tensor in by_name.items()} if known else None,
     )
     for index, (bucket, flat) in enumerate(packed):
         for name, view in zip(bucket.names, bucket.views(flat), strict=True):

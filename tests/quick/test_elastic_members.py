@@ -27,9 +27,8 @@ from torchrl_sglang import (
     WeightUpdateError,
 )
 from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.engine.memory import EngineMemory
 from torchrl_sglang.parallel import Task
-from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.pool import SGLangPool, membership
 from torchrl_sglang.protocol.messages import GenerateReply
 
 PROMPTS = [[index + 3, 7, 8] for index in range(8)]
@@ -379,31 +378,17 @@ def test_a_server_that_was_added_does_not_serve_behind_a_dead_one(make: Make) ->
     assert {reply.server for reply in pool.generate(PROMPTS, SHORT)} == {first.url, third.url}
 
 
-def test_while_memory_is_offloaded_no_server_joins_and_one_may_leave(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_while_memory_is_offloaded_no_server_joins_or_leaves(make: Make) -> None:
     pool = pool_of(make(), make())
     first, second = (client.url for client in pool.clients)
     for url in (first, second):
         pool.offload(url, ["weights"])
     with pytest.raises(ConfigError, match="resume_memory"):
         pool.add(make().url)
-    pool.remove(second)
-    assert [client.url for client in pool.clients] == [first]
-
-
-def test_a_newcomer_that_waited_before_its_memory_was_offloaded_still_waits_afterwards(make: Make) -> None:
-    pool = pool_of(make(weight_version="3@abcd"))
-    second = make()
-    pool.add(second.url)
-    memory = EngineMemory(pool)
-    client = pool.clients[1]
-    known = pool.state.server(second.url)
-    assert known.phase == "joining"
-    memory._was_out[second.url] = known.why_not_routed
-    pool.offload(second.url)
-    memory._serve(client)
-    assert "does not hold the current weights" in pool.quarantined[second.url]
+    with pytest.raises(ConfigError, match="resume_memory"):
+        pool.remove(second)
+    assert [client.url for client in pool.clients] == [first, second]
+    assert not pool.state.has_left(second)
 
 
 # ---------------------------------------------------------------------------------------------------- each prompt once
@@ -446,7 +431,7 @@ def test_what_a_server_can_not_finish_is_generated_again_by_the_others(
 def test_the_requests_of_a_server_that_hangs_are_generated_elsewhere(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchrl_sglang.pool.membership._ABORT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("torchrl_sglang.pool.draining._ABORT_TIMEOUT_S", 0.3)
     first, second = make(), make()
     second.arm(Fault(path="/generate", action="freeze"))
     pool = pool_of(first, second)
@@ -458,7 +443,7 @@ def test_the_requests_of_a_server_that_hangs_are_generated_elsewhere(
 
 
 def test_a_stream_that_has_shown_nothing_continues_elsewhere(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchrl_sglang.pool.membership._ABORT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("torchrl_sglang.pool.draining._ABORT_TIMEOUT_S", 0.3)
     first, second = make(), make()
     pool = pool_of(first, second)
     first.arm(Fault(path="/generate", action="freeze"))
@@ -479,7 +464,7 @@ def test_a_removal_that_is_interrupted_before_anything_was_lost_leaves_the_serve
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pool._membership, "_await_idle", interrupt)
+    monkeypatch.setattr(membership, "await_idle", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pool.remove(url)
     assert not pool.quarantined

@@ -5,83 +5,14 @@ No CPU server can release memory; that it says so is shown at a real one in ``te
 
 from __future__ import annotations
 
-import http.server
-import json
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.quick.gpu_server import WEIGHTS, WITH_BACKUP, GpuServer
 from torchrl_sglang import AsyncSGLang, ConfigError, RequestRejectedError, SamplingParams, ServerError
-
-WEIGHTS = {"enable_memory_saver": True}
-WITH_BACKUP = {**WEIGHTS, "enable_weights_cpu_backup": True}
-
-
-class GpuServer:
-    """The calls that matter, in order, and the state behind them."""
-
-    def __init__(self, model: Path, **flags: Any) -> None:
-        self.calls: list[str] = []
-        self.version = "default"
-        self.running = 0
-        self.paused = False
-        self.released: set[str] = set()
-        self.refuse_release = False
-        self._model, self._flags = model, {"device": "cuda", **flags}
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *args: object) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                self._answer(*outer.read(self.path))
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self._answer(*outer.do(self.path, body))
-
-            def _answer(self, status: int, value: Any) -> None:
-                data = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def read(self, path: str) -> tuple[int, Any]:
-        if path == "/model_info":
-            return 200, {"model_path": str(self._model), "weight_version": self.version}
-        return (200, self._flags) if path == "/server_info" else (405, {})
-
-    def do(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        tags = set(body.get("tags", ()))
-        self.calls.append(" ".join([path, *sorted(tags)]))
-        if path == "/flush_cache" and self.running:
-            return 400, {"message": "requests are running"}
-        if path == "/pause_generation":
-            self.paused = True
-        elif path == "/continue_generation":
-            assert not self.released, "dead: it generates without memory"
-            self.paused = False
-        elif path == "/update_weight_version":
-            self.version = body["new_version"]
-        elif path == "/release_memory_occupation":
-            assert (self.paused, self.running, self.released & tags) == (True, 0, set()), "dead"
-            if self.refuse_release:
-                return 400, {"message": "no"}
-            self.released |= tags
-        elif path == "/resume_memory_occupation":
-            assert tags <= self.released, "dead: it resumes what it has"
-            self.released -= tags
-        return 200, None
 
 
 @pytest.fixture
@@ -94,8 +25,7 @@ def make(tiny_llama: Path) -> Iterator[Callable[..., GpuServer]]:
 
     yield start
     for each in made:
-        each.http.shutdown()
-        each.http.server_close()
+        each.die()
 
 
 def test_memory_is_released_by_paused_idle_servers_and_comes_back_with_the_block(
@@ -174,13 +104,15 @@ def test_a_busy_or_refusing_server_goes_on_serving_and_the_others_too(make: Call
         assert not any(known.offloaded_tags for known in engine.pool.state.servers.values())
 
 
-def test_a_server_that_dies_at_the_release_holds_up_no_later_weight_update(make: Callable[..., GpuServer]) -> None:
+def test_a_server_that_is_gone_at_the_release_holds_up_neither_the_block_nor_a_later_weight_update(
+    make: Callable[..., GpuServer],
+) -> None:
     good, dead = make(**WITH_BACKUP), make(**WITH_BACKUP)
     with AsyncSGLang.connect([good.url, dead.url]) as engine:
-        dead.http.shutdown()
-        dead.http.server_close()
-        with pytest.raises(ServerError):
-            engine.release_memory()
+        dead.die()
+        with engine.offloaded():
+            assert good.released
+        assert not good.released
         assert [client.url for client in engine.pool.healthy] == [good.url]
         assert "resume_memory" not in engine.pool.quarantined[dead.url]
         engine.pool.refuse_while_offloaded()

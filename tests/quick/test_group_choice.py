@@ -12,7 +12,7 @@ import pytest
 
 from tests.fake_sglang import FakeServer, Fault
 from tests.fake_sglang.model import read_checkpoint
-from torchrl_sglang import SyncConfig, WeightSync, WeightUpdateError
+from torchrl_sglang import AsyncSGLang, SyncConfig, WeightSync, WeightUpdateError
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.pool import SGLangPool
@@ -84,3 +84,11 @@ def test_a_large_checkpoint_has_more_time_to_start(tmp_path: Path) -> None:
     started = SGLangServer(ServerConfig(model=str(tmp_path)))
     assert started._lifecycle._start_timeout_s == 600 + 10_000
     assert SGLangServer(ServerConfig(model="some/hub-model"))._lifecycle._start_timeout_s == 600
+
+
+def test_an_engine_says_which_servers_are_in_a_group(make: Callable[..., FakeServer]) -> None:
+    fake = make()
+    with AsyncSGLang.connect(fake.url) as engine:
+        (choice,) = engine.init_weight_update_group("127.0.0.1").values()
+        assert choice.transport == "broadcast"
+        assert [event["body"]["master_address"] for event in fake.events if event["path"] == JOIN] == ["127.0.0.1"]

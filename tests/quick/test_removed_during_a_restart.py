@@ -31,6 +31,9 @@ class Process:
         self.runs = False
         self._step("killed")
 
+    def stop(self, *, kill: bool) -> None:
+        self.runs = False
+
     def start(self, *, progress: Callable[[str], None], weight_version: str | None) -> None:
         self._step("starting")
         self.runs = True

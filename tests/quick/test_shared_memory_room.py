@@ -46,3 +46,71 @@ def test_both_buffers_are_allocated_before_the_first_bucket_is_sent() -> None:
         for bucket, flat in packer.packed(plan, lambda names: [(name, tensors[name]) for name in names]):
             assert torch.equal(bucket.views(flat)[0], tensors[bucket.names[0]])
     assert sorted(made) == sorted(bucket.nbytes for bucket in plan)[-2:], "none is allocated twice"
+
+
+class Memory:
+    """Has room for some bytes; what is given back can be used again."""
+
+    def __init__(self, room: int) -> None:
+        self.room = self.smallest_room = room
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        if nbytes > self.room:
+            raise StorageError("no room")
+        self.room -= nbytes
+        self.smallest_room = min(self.smallest_room, self.room)
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def discard(self, buffer: torch.Tensor) -> None:
+        self.room += buffer.nbytes
+
+
+SIZES = [
+    [1, 2, 3, 4],
+    [4, 1, 1, 1, 1, 1],
+    [1, 1, 1, 1, 30],
+    [30, 1],
+    [2, 2],
+    [3, 3, 3, 3, 3],
+    [1, 20, 1, 20, 1],
+]
+
+
+@pytest.mark.parametrize("is_wider", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_stream_of_tensors_runs_out_of_room_before_its_first_bucket_or_never(
+    sizes: list[int], is_wider: bool
+) -> None:
+    dtype = torch.float64 if is_wider else torch.float32
+    tensors = {f"w{index}": torch.full((size,), float(index), dtype=dtype) for index, size in enumerate(sizes)}
+    expected = {
+        name: TensorSpec(name=name, shape=tuple(tensor.shape), dtype=torch.float32) for name, tensor in tensors.items()
+    }
+    total, outcomes = sum(tensor.nbytes for tensor in tensors.values()), []
+    for room in range(0, 2 * total + 200, 4):
+        memory = Memory(room)
+        packer = BucketPacker("cpu", allocate=memory.allocate, discard=memory.discard)
+        buckets = packer.packed_stream(
+            tensors.items(), bucket_bytes=32, dtype_of=lambda spec: spec.dtype, expected=expected
+        )
+        try:
+            next(buckets)
+        except StorageError:
+            outcomes.append("refused")
+            continue
+        for _ in buckets:
+            pass
+        outcomes.append("sent")
+    assert outcomes == sorted(outcomes), "with more room it never works less well"
+    assert outcomes[-1] == "sent"
+
+
+def test_a_stream_of_one_bucket_needs_room_for_no_more(  # as a partial update by an iterator
+) -> None:
+    memory = Memory(8)
+    packer = BucketPacker("cpu", allocate=memory.allocate)
+    expected = {f"w{index}": TensorSpec(name=f"w{index}", shape=(100,), dtype=torch.float32) for index in range(9)}
+    stream = packer.packed_stream(
+        [("w0", torch.ones(2))], bucket_bytes=400, dtype_of=lambda spec: spec.dtype, expected=expected
+    )
+    assert [bucket.nbytes for bucket, _ in stream] == [8]

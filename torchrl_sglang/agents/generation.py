@@ -23,6 +23,7 @@ from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.config.grammars import GRAMMARS
 from torchrl_sglang.errors import (
     ProtocolError,
+    RequestRejectedError,
     ServerError,
     ServerLostError,
     ServerTimeoutError,
@@ -119,6 +120,10 @@ class _Broken(Exception):
     ) -> None:
         super().__init__(str(error))
         self.client, self.error, self.part, self.known, self.label = client, error, part, known, label
+
+
+class _UnloadedError(Exception):
+    """A part was not begun, since the trainer's adapter that it named is not the current one any more."""
 
 
 class Generator:
@@ -234,8 +239,11 @@ class Generator:
             try:
                 async with self.slots.take(preferred) as client:
                     done = await self._part(client, ids_P, rest, done, top_logprobs, on_tokens)
+            except _UnloadedError:
+                _log.warning("a turn is sent again: its adapter was unloaded before it was sent")
+                continue
             except _Broken as broken:
-                failures += 1
+                failures += not self.pool.state.has_left(broken.client.url)
                 done = await self._after_failure(broken, done, failures, streamed=on_tokens is not None)
                 if done.output_ids and _has_grammar(sampling):
                     raise ServerLostError(
@@ -290,6 +298,7 @@ class Generator:
 
         Raises:
             _Broken: the server did not finish its part.
+            _UnloadedError: its adapter was unloaded before it was sent.
         """
         adapter, label = self.pool.resolve_adapter(self._adapter)
         request_id = uuid.uuid4().hex
@@ -323,6 +332,10 @@ class Generator:
             raise ProtocolError(f"{client.url} ended an answer without a finished response", server=client.url)
         except asyncio.CancelledError:
             self._abort(client, request_id)
+            raise
+        except RequestRejectedError as error:
+            if last is None and self._adapter is None and self.pool.was_unloaded(adapter, error):
+                raise _UnloadedError from error
             raise
         except (ServerUnreachableError, ServerLostError, ProtocolError) as error:
             if not isinstance(error, ServerUnreachableError):
@@ -398,7 +411,8 @@ class Generator:
         client, error = broken.client, broken.error
         if isinstance(error, ServerUnreachableError) and error.is_local:
             raise error
-        if await asyncio.to_thread(dead_server, client, error) is not None:
+        has_left = self.pool.state.has_left(client.url)  # then its connections were cut
+        if not has_left and await asyncio.to_thread(dead_server, client, error) is not None:
             self.pool.record_death(client.url, error)
         if failures >= _MOST_FAILURES:
             raise ServerError(

@@ -7,7 +7,7 @@ import errno
 import json
 import ssl
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import httpx
@@ -58,7 +58,7 @@ class ServerCalls:
             SGLangError: as :meth:`SGLangClient.send`.
         """
         try:
-            with self._connection() as http:
+            with self._connection(request) as http:
                 response = await http.send(self._built(http, request, timeout_s))
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise self._translated(error, request) from error
@@ -81,7 +81,7 @@ class ServerCalls:
         """
         url = self.client.url
         try:
-            with self._connection() as http:
+            with self._connection(request) as http:
                 response = await http.send(self._built(http, request, None), stream=True)
                 try:
                     if not response.is_success:
@@ -110,7 +110,7 @@ class ServerCalls:
             await asyncio.wait(self._closing)
 
     @contextmanager
-    def _connection(self) -> Iterator[httpx.AsyncClient]:
+    def _connection(self, request: HttpRequest) -> Iterator[httpx.AsyncClient]:
         """One connection, the one that was used last. httpx's own pool looks at all of them for each request.
 
         It is used again after an answer, and after a stream that was closed early. httpcore shields its bookkeeping
@@ -119,7 +119,8 @@ class ServerCalls:
         """
         http = self._idle.pop() if self._idle else self._opened()
         try:
-            yield http
+            with self._counted(http) if request.timeout == "generate" else nullcontext():
+                yield http
         except GeneratorExit:
             self._idle.append(http)
             raise
@@ -127,6 +128,16 @@ class ServerCalls:
             self._discard(http)
             raise
         self._idle.append(http)
+
+    def _counted(self, http: httpx.AsyncClient) -> AbstractContextManager[None]:
+        """Let whoever takes the server out of the pool know of this request, and break it."""
+        loop = asyncio.get_running_loop()
+
+        def cut() -> None:
+            with suppress(RuntimeError):  # the loop has ended, and all its requests
+                loop.call_soon_threadsafe(self._discard, http)
+
+        return self.client.sent_elsewhere(cut)
 
     def _discard(self, http: httpx.AsyncClient) -> None:
         self._all.discard(http)

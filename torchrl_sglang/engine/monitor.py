@@ -35,6 +35,7 @@ _MAX_RESTARTS = 3
 _WINDOW_S = 600.0
 """A server that crashes a fourth time within this time has a lasting fault: it is not restarted."""
 _JOIN_TIMEOUT_S = 30.0
+_OFFLOADED = "it crashed while GPU memory is offloaded, and is started again after resume_memory()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +123,12 @@ def restart_server(
         server.kill()
         mark = _mark_of_outdated(pool, client)
         require_use()
-        server.start(progress=require_use, weight_version=mark)
-        if pool.state.has_left(client.url):  # whoever has removed it may have ended the process before the start
-            server.kill()
-            require_use()
+        try:
+            server.start(progress=require_use, weight_version=mark)
+        finally:
+            if pool.state.has_left(client.url):  # whoever has removed it may have ended the process before the start
+                server.stop(kill=True)
+        require_use()
         version = mark or "default"
         try:
             version = client.connect().weight_version
@@ -204,7 +207,12 @@ def _begin_restarts(engine: Watched, restarts: _Restarts) -> None:
     pool, ending, crashes = engine.pool, restarts.ending, restarts.crashes
     restarts.tasks[:] = [task for task in restarts.tasks if not task.done]
     for client, server in engine.launched:
-        if server.has_crashed and not ending.is_set() and pool.state.restart_begun(client.url):
+        if not server.has_crashed or ending.is_set():
+            continue
+        if pool.state.offloaded_urls:  # its GPU memory is in use by now
+            if pool.state.server(client.url).reason != _OFFLOADED:
+                pool.quarantine(client.url, _OFFLOADED)
+        elif pool.state.restart_begun(client.url):
             call = partial(_restart_crashed, pool, client, server, crashes[client.url], ending)
             recorded = partial(_log_failure, pool, client.url, call, ending)
             restarts.tasks.append(Task(recorded, name=f"restart-{client.url}"))
@@ -291,10 +299,17 @@ def _load_saved(pool: SGLangPool, client: SGLangClient) -> bool:
 
 @contextmanager
 def _no_update_under_way(pool: SGLangPool, ending: threading.Event) -> Iterator[bool]:
-    """Hold the pool's update lock and yield ``True``, or ``False`` if the engine ends first."""
+    """Hold the pool's update lock and yield ``True``, or ``False`` if the engine ends first.
+
+    A server that was started while others released their GPU memory has released its own, and is paused until then.
+    """
     held = False
     while not held and not ending.is_set():
         held = pool.update_lock.acquire(timeout=_POLL_S, purpose="a restarted server's return into routing")
+        if held and pool.state.offloaded_urls:
+            pool.update_lock.release()
+            held = False
+            ending.wait(_POLL_S)
     try:
         yield held and not ending.is_set()
     finally:

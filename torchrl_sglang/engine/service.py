@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams
+from torchrl_sglang.config import ClientConfig, RouterConfig
 from torchrl_sglang.engine.fleet import Launcher
+from torchrl_sglang.engine.generation import EngineGeneration
 from torchrl_sglang.engine.launching import LocalLauncher, client_config, refuse_unknown, server_configs
 from torchrl_sglang.engine.members import EngineMembers
 from torchrl_sglang.engine.memory import ALL_TAGS, EngineMemory, MemoryTag
 from torchrl_sglang.engine.monitor import CrashMonitor, admit, restart_server
 from torchrl_sglang.engine.weights import EngineWeights
 from torchrl_sglang.errors import ConfigError, ServerStartError, SGLangError
-from torchrl_sglang.model_files import load_tokenizer
-from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import RouterClient, SGLangPool
 from torchrl_sglang.pool.earlier_weights import warn_of_earlier_weights
 from torchrl_sglang.progress import shown_progress
-from torchrl_sglang.protocol.control import build_flush
-from torchrl_sglang.protocol.messages import GenerateReply
 from torchrl_sglang.server import SGLangRouter, SGLangServer, start_fleet, stop_fleet
-from torchrl_sglang.text_tokens import encode_texts
+from torchrl_sglang.weights.transports.auto import TransportChoice
 from torchrl_sglang.weights.update.report import SyncReport
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["AsyncSGLang"]
 
 
-class AsyncSGLang(EngineMembers):
+class AsyncSGLang(EngineMembers, EngineGeneration):
     """One or more SGLang servers of one model: launched here, or running elsewhere.
 
     Use :meth:`from_pretrained` to launch servers and :meth:`connect` to attach to running ones. A launched engine
@@ -76,11 +70,11 @@ class AsyncSGLang(EngineMembers):
         restart: Literal["on-update", "on-failure", "never"] = "on-update",
         launcher: Launcher | None = None,
     ) -> None:
-        super().__init__(pool, servers, launcher)
+        EngineMembers.__init__(self, pool, servers, launcher)
+        EngineGeneration.__init__(self, pool)
         self.router = router
         self.weights = EngineWeights(pool, self.restart)
         self.memory = EngineMemory(pool)
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._restart = restart
         self._monitor = CrashMonitor(self) if restart == "on-failure" and servers else None
 
@@ -171,17 +165,6 @@ class AsyncSGLang(EngineMembers):
     # ------------------------------------------------------------------ what it is
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The served model's tokenizer, loaded on first use.
-
-        Raises:
-            ConfigError: the server's tokenizer path can't be read from this machine.
-        """
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.pool.info.tokenizer_path, self.pool.info.revision)
-        return self._tokenizer
-
-    @property
     def api_key(self) -> str | None:
         """The servers' key, for other clients (``Authorization: Bearer KEY``); ``None`` if they have none.
 
@@ -202,99 +185,6 @@ class AsyncSGLang(EngineMembers):
         """Number of servers."""
         return len(self.pool.clients)
 
-    # ------------------------------------------------------------------ generating
-
-    def generate(
-        self,
-        prompts: str | Sequence[str] | None = None,
-        sampling_params: SamplingParams | dict[str, Any] | None = None,
-        *,
-        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        return_logprobs: bool = True,
-        return_text: bool = True,
-        timeout_s: float | None = None,
-        **sampling: Any,
-    ) -> GenerateReply | list[GenerateReply]:
-        """Generate from text or token ids, one or many.
-
-        Args:
-            prompts: text; encoded with the served tokenizer, whose BOS is added unless the text begins with it.
-            sampling_params: how tokens are drawn.
-            input_ids: token ids instead of text.
-            return_logprobs: report the log-prob of every response token.
-            return_text: keep the server's decoded text in the replies.
-            timeout_s: seconds for the whole batch.
-            **sampling: single sampling arguments instead of ``sampling_params``, under any of the names that
-                :meth:`SamplingParams.from_kwargs` knows.
-
-        Returns:
-            One reply for a single prompt with ``n=1``, else a prompt-major list of ``B * n``.
-
-        Raises:
-            ConfigError: bad prompts or sampling arguments; nothing was sent.
-            ServerError: see :meth:`SGLangPool.generate`.
-        """
-        if (prompts is None) == (input_ids is None):
-            raise ConfigError("give either prompts (text) or input_ids (token ids)")
-        if prompts is not None:
-            texts = [prompts] if isinstance(prompts, str) else list(prompts)
-            ids_B_T = encode_texts(self.tokenizer, texts, open_end=True)
-            single = isinstance(prompts, str)
-        else:
-            assert input_ids is not None
-            single = len(input_ids) > 0 and isinstance(input_ids[0], int)
-            ids_B_T = [list(input_ids)] if single else [list(ids_T) for ids_T in input_ids]  # type: ignore[arg-type]
-        params = _sampling(sampling_params, sampling)
-        replies = self.pool.generate(ids_B_T, params, return_logprobs=return_logprobs, timeout_s=timeout_s)
-        if not return_text:
-            replies = [replace(reply, text="") for reply in replies]
-        return replies[0] if single and params.n == 1 else replies
-
-    def generate_batch(self, prompts: Sequence[str], **options: Any) -> list[GenerateReply]:
-        """Like :meth:`generate` for a list of texts; always a list."""
-        replies = self.generate(list(prompts), **options)
-        return replies if isinstance(replies, list) else [replies]
-
-    async def agenerate(self, *args: Any, **options: Any) -> GenerateReply | list[GenerateReply]:
-        """Like :meth:`generate`, for code that runs in an event loop."""
-        return await asyncio.to_thread(self.generate, *args, **options)
-
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        sampling_params: SamplingParams | dict[str, Any] | None = None,
-        return_logprobs: bool = False,
-        **sampling: Any,
-    ) -> Iterator[GenerateReply]:
-        """Generate one sequence and yield it as it grows; each reply holds all tokens so far.
-
-        Args:
-            prompt: text or token ids.
-            sampling_params: how tokens are drawn; ``n`` must be 1.
-            return_logprobs: report the log-prob of every response token.
-            **sampling: single sampling arguments, as in :meth:`generate`.
-
-        Raises:
-            ConfigError: bad prompt or sampling arguments; nothing was sent.
-            ServerError: also in the middle of the stream.
-        """
-        params = _sampling(sampling_params, sampling)
-        if params.n != 1:
-            raise ConfigError(f"a stream carries one sequence, got n={params.n}")
-        ids_T = encode_texts(self.tokenizer, [prompt], open_end=True)[0] if isinstance(prompt, str) else list(prompt)
-        return self.pool.stream(ids_T, params, return_logprobs=return_logprobs)
-
-    def flush_cache(self) -> None:
-        """Empty every server's prefix cache.
-
-        Raises:
-            RequestRejectedError: a server has requests running.
-        """
-        calls = {client.url: partial(client.send, build_flush()) for client in self.pool.clients}
-        for outcome in side_by_side(calls).values():
-            outcome.unwrap()
-
     # ------------------------------------------------------------------ weights and memory, under the names people know
 
     def update_weights(self, weights: Any) -> SyncReport | None:
@@ -307,9 +197,11 @@ class AsyncSGLang(EngineMembers):
         """Send one tensor: see :meth:`EngineWeights.update_weights_from_distributed`."""
         return self.weights.update_weights_from_distributed(name, dtype, shape, tensor)
 
-    def init_weight_update_group(self, master_address: str | None = None, master_port: int | None = None) -> None:
-        """Make the process group now: see :meth:`EngineWeights.init_weight_update_group`."""
-        self.weights.init_weight_update_group(master_address, master_port)
+    def init_weight_update_group(
+        self, master_address: str | None = None, master_port: int | None = None
+    ) -> dict[str, TransportChoice]:
+        """Make the process group now, if one is needed: see :meth:`EngineWeights.init_weight_update_group`."""
+        return self.weights.init_weight_update_group(master_address, master_port)
 
     def get_model_metadata(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Names, dtypes and shapes that :meth:`update_weights` expects."""
@@ -347,6 +239,7 @@ class AsyncSGLang(EngineMembers):
             ``False`` if this engine did not launch it, or was told never to restart: then nothing is done.
 
         Raises:
+            ConfigError: GPU memory is offloaded.
             ServerStartError: it did not become ready again, or is being restarted by somebody else.
         """
         server = next((server for client, server in self.launched if client.url == url), None)
@@ -357,6 +250,7 @@ class AsyncSGLang(EngineMembers):
         if lock.is_helper and self._monitor is not None and server.has_crashed:
             self._monitor.look(self)  # the update does not wait for the start
         with lock.held_for(f"a restart of {url}"):  # an update that finds a dead server calls this in its threads
+            self.pool.refuse_while_offloaded()
             if not state.restart_begun(url):
                 raise ServerStartError(f"{url} is being restarted already", server=url)
             self.pool.quarantine(url, "it is being restarted")
@@ -371,20 +265,26 @@ class AsyncSGLang(EngineMembers):
         return True
 
     def shutdown(self) -> None:
-        """Close connections and end the servers this engine launched. Safe to call twice."""
-        self._end_changes()
+        """Close connections and end the servers this engine launched. Safe to call twice.
+
+        Whatever can't be closed, also on Ctrl-C, the servers are ended.
+        """
         if self._monitor is not None:
             self._monitor.announce_end()
-        self.weights.close()
-        self.pool.close()
-        if self.router is not None:
-            self.router.stop()
-        stop_fleet(self.servers, kill=True)  # a server has nothing to save, and SIGTERM takes up to 10 s
-        if self._monitor is not None:
-            self._monitor.join()
-            stop_fleet(self.servers, kill=True)  # one that was just being restarted
+        with contextlib.ExitStack() as steps:  # the last one first
+            if self._monitor is not None:
+                steps.callback(self._end_processes)  # those that were just being restarted
+                steps.callback(self._monitor.join)
+            steps.callback(self._end_processes)
+            steps.callback(self.pool.close)
+            steps.callback(self.weights.close)
+            steps.callback(self._end_changes)
+
+    def _end_processes(self) -> None:
+        with contextlib.ExitStack() as steps:
+            steps.callback(stop_fleet, self.servers, kill=True)  # nothing to save, and SIGTERM takes up to 10 s
             if self.router is not None:
-                self.router.stop()
+                steps.callback(self.router.stop)
 
     def __enter__(self) -> AsyncSGLang:
         return self
@@ -400,16 +300,3 @@ class AsyncSGLang(EngineMembers):
 
     def __repr__(self) -> str:
         return f"AsyncSGLang({[client.url for client in self.pool.clients]}, owns={len(self.servers)})"
-
-
-def _sampling(given: SamplingParams | dict[str, Any] | None, single: dict[str, Any]) -> SamplingParams:
-    if given is not None and single:
-        raise ConfigError(f"give sampling_params or single arguments, not both: {sorted(single)}")
-    if isinstance(given, SamplingParams):
-        return given
-    if given is not None and not isinstance(given, Mapping):
-        raise ConfigError(
-            f"sampling_params must be a torchrl_sglang.SamplingParams or a dict, got {type(given).__name__} of "
-            f"{type(given).__module__}"
-        )
-    return SamplingParams.from_kwargs(**(given or single))

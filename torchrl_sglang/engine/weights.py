@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,9 +16,12 @@ from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.group.process_group import reachable_address
 from torchrl_sglang.weights.sync import WeightSync
+from torchrl_sglang.weights.transports.auto import TransportChoice
 from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["EngineWeights"]
+
+_log = logging.getLogger(__name__)
 
 
 class EngineWeights:
@@ -63,25 +67,45 @@ class EngineWeights:
         """The port that they are told; ``None`` when a free one is chosen with each group."""
         return self._settings.master_port
 
-    def init_weight_update_group(self, master_address: str | None = None, master_port: int | None = None) -> None:
-        """Make the process group that weights travel over; otherwise the first update makes it.
+    def init_weight_update_group(
+        self, master_address: str | None = None, master_port: int | None = None
+    ) -> dict[str, TransportChoice]:
+        """Make the process group that weights travel over, where one is needed; otherwise the first update makes it.
+
+        Servers that share this host's memory need none with ``transport="auto"``.
+        ``SyncConfig(transport="broadcast")`` makes a group with every server.
 
         Args:
             master_address: address of this process as the servers reach it; by default that of the interface that
-                leads to them.
+                leads to them. It is kept for servers that need a group later.
             master_port: port to listen on; by default a free one.
 
+        Returns:
+            Per server URL the transport of its weights, and why: ``"broadcast"`` where there is a group now.
+
         Raises:
-            ConfigError: the address can't be listened on, or the servers can't take weights.
+            ConfigError: the address can't be listened on, the servers can't take weights, or an address is given for a
+                transport without a group.
             WeightUpdateError: a server did not join.
         """
         given: dict[str, Any] = {"master_address": master_address, "master_port": master_port}
-        config = replace(self._settings, **{name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        if given and self._settings.transport not in ("auto", "broadcast"):
+            raise ConfigError(
+                f"SyncConfig(transport={self._settings.transport!r}) makes no process group: leave out "
+                f"{', '.join(given)}, or use transport='broadcast'"
+            )
+        config = replace(self._settings, **given)
         if config != self._settings:
             self.close()
             self._use(config)
             self._config = config
         self.sync.connect()
+        choices = self.sync.transport_choices
+        without = [url for url, choice in choices.items() if choice.transport != "broadcast"]
+        if without:
+            _log.info("no process group is needed for %s: %s", ", ".join(without), choices[without[0]].reason)
+        return choices
 
     def update_weights(self, weights: Any) -> SyncReport | None:
         """Send weights to all servers, as :class:`~torchrl_sglang.SGLangWeightSyncScheme` does.

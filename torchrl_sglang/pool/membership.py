@@ -11,19 +11,19 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config.checking import require_number
-from torchrl_sglang.errors import ConfigError, ServerTimeoutError, SGLangError
-from torchrl_sglang.parallel import Task, side_by_side
+from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
+from torchrl_sglang.parallel import Task, failure_of, side_by_side
 from torchrl_sglang.pool.checks import refuse_newcomers
+from torchrl_sglang.pool.draining import abort_all, await_idle
 from torchrl_sglang.pool.member_file import MemberFile
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.pool.update_lock import UpdateLock
-from torchrl_sglang.protocol.control import build_abort, build_loads, parse_loads
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.server_url import resolved_addresses
 
@@ -32,10 +32,7 @@ __all__ = ["Membership"]
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
-_LOADS_POLL_S = 0.5
 _RETRY_S = 10.0
-_ABORT_TIMEOUT_S = 5.0
-"""A server that has not answered its aborted requests by then hangs: their connections are broken."""
 _MAX_ASKED = 8
 """That many servers are asked which weights they hold; more know nothing else."""
 _WAITS = "it has joined, and does not hold the current weights yet; the next weight update brings them"
@@ -197,6 +194,7 @@ class Membership:
     ) -> None:
         """See :meth:`SGLangPool.remove`; ``on_left`` is called for each server after its last request."""
         self._refuse_in_copy()
+        self._pool.refuse_while_offloaded()  # one that leaves paused would stay so
         require_number("timeout_s", timeout_s, optional=True, at_least=0)
         leaving = self._start_leaving(urls)
         limits = [client.config.generate_limit_s() for client in leaving]
@@ -206,11 +204,13 @@ class Membership:
             self.publish()
             for client in leaving:
                 self._pool.leave_router(client.url)
-            busy = self._await_idle(leaving, deadline) if drain else list(leaving)
+            busy = await_idle(leaving, deadline) if drain else list(leaving)
+            with self._lock_while_memory_is_there():
+                pass
             on_failure.pop_all()
         with contextlib.ExitStack() as at_any_rate:  # from here on there is no way back, also on Ctrl-C
             at_any_rate.callback(self._end, leaving, on_left)
-            self._abort(busy)
+            abort_all(busy)
 
     def _start_leaving(self, urls: Sequence[str]) -> list[SGLangClient]:
         state = self._pool.state
@@ -245,47 +245,40 @@ class Membership:
                     self._pool.join_router(client.url)
         self.publish()
 
-    def _await_idle(self, clients: Sequence[SGLangClient], deadline: float) -> list[SGLangClient]:
-        """Wait until servers have no requests; returns those that still have some at the deadline."""
-        busy = list(clients)
-        ask_at = 0.0
-        while busy:
-            idle_here = [client for client in busy if client.num_generating == 0]
-            if idle_here and time.monotonic() >= ask_at:
-                loads = side_by_side({client.url: _Load(client) for client in idle_here})
-                busy = [client for client in busy if client.url not in loads or loads[client.url].unwrap()]
-                ask_at = time.monotonic() + _LOADS_POLL_S
-            if busy and time.monotonic() >= deadline:
-                return busy
-            if busy:
-                time.sleep(_POLL_S)
-        return []
-
-    def _abort(self, clients: Sequence[SGLangClient]) -> None:
-        """End the requests of servers; those of this process are generated elsewhere."""
-        if not clients:
-            return
-
-        def abort(client: SGLangClient) -> None:
-            with contextlib.suppress(SGLangError):
-                client.send(build_abort(), timeout_s=_ABORT_TIMEOUT_S)
-
-        Task(lambda: side_by_side({client.url: partial(abort, client) for client in clients}), name="abort")
-        deadline = time.monotonic() + _ABORT_TIMEOUT_S
-        while time.monotonic() < deadline and any(client.num_generating for client in clients):
+    @contextlib.contextmanager
+    def _lock_while_memory_is_there(self) -> Iterator[None]:
+        """Hold the update lock, not while GPU memory is offloaded: what was paused for it continues first."""
+        while True:
+            with self._pool.update_lock:
+                if not self._pool.state.offloaded_urls:
+                    yield
+                    return
             time.sleep(_POLL_S)
 
     def _end(self, clients: Sequence[SGLangClient], on_left: Callable[[str], None]) -> None:
+        """Take servers out, all of them, whatever fails on the way.
+
+        Raises:
+            ServerError: ``on_left`` has failed for several servers; names each. The error of a single one is raised
+                as it is.
+        """
         for client in clients:
             client.cut()  # what is still under way there is generated elsewhere
-        with self._pool.update_lock:  # an update under way still counts on them
+        with self._lock_while_memory_is_there():  # also, an update under way still counts on them
             sync = self._pool.weight_sync
-            if sync is not None:
-                sync.servers_leave()
+            unclean = None if sync is None else failure_of(sync.servers_leave)
             self._forget(clients)
-        for client in clients:
-            on_left(client.url)
+        failures = {client.url: failure_of(partial(on_left, client.url)) for client in clients}
         self.publish()
+        failed = {url: error for url, error in failures.items() if error is not None}
+        if len(failed) > 1 and all(isinstance(error, Exception) for error in failed.values()):
+            listed = "; ".join(f"{url}: {error}" for url, error in failed.items())
+            raise ServerError(
+                f"all {len(clients)} servers have left the pool, but {len(failed)} could not be ended: {listed}"
+            ) from next(iter(failed.values()))
+        errors = [error for error in (*failed.values(), unclean) if error is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, Exception)):  # Ctrl-C first
+            raise error
 
     # ------------------------------------------------------------------ copies
 
@@ -362,22 +355,6 @@ class Membership:
         if gone and len(self.clients) > len(gone):
             with self._pool.update_lock:
                 self._forget(gone)
-
-
-class _Load:
-    """Whether a server has requests, of any client. One that is gone has none that could be waited for."""
-
-    def __init__(self, client: SGLangClient) -> None:
-        self._client = client
-
-    def __call__(self) -> bool:
-        try:
-            legacy = not self._client.dialect.weight_session
-            return parse_loads(self._client.send(build_loads(legacy=legacy))) > 0
-        except ServerTimeoutError:  # it may be in the middle of a weight update
-            return True
-        except SGLangError:
-            return False
 
 
 def _is_version(version: str, number: int) -> bool:

@@ -131,14 +131,18 @@ class SGLangPool(PoolServers):
                 error.replies = {index: self._accepted(each, label) for index, each in error.replies.items()}
                 raise
             except RequestRejectedError as error:
-                if lora is not None or not self._was_unloaded(adapter, error):
+                if lora is not None or not self.was_unloaded(adapter, error):
                     raise
                 _log.warning("a batch is generated again: its adapter was unloaded before all of it was sent")
 
-    def _was_unloaded(self, adapter: str | None, error: RequestRejectedError) -> bool:
-        """Whether a request was refused because newer adapters of the trainer have replaced the one that it names."""
+    def was_unloaded(self, adapter: str | None, error: RequestRejectedError) -> bool:
+        """Whether a request was refused because the trainer's adapter that it names is not the current one any more.
+
+        Such a request has waited: newer adapters have replaced its own, or a verification has failed. It is sent again
+        as :meth:`resolve_adapter` says now, unless its caller has chosen the adapter.
+        """
         current = self.state.weights.adapter
-        if adapter is None or current is None or current.name == adapter:
+        if adapter is None or (current is not None and current.name == adapter):
             return False
         return adapter in error.detail
 
@@ -248,37 +252,49 @@ class SGLangPool(PoolServers):
         require_number("timeout_s", timeout_s, optional=True, above=0)
         require(sampling.n == 1, f"a stream carries one sequence, got n={sampling.n}")
         self.check([ids_T], sampling)
-        lora, label = self.resolve_adapter(lora)
-        request = build_generate(
-            [ids_T],
-            sampling,
-            return_logprobs=return_logprobs,
-            stream=True,
-            lora=lora,
-            cache_salt=self.state.weights.cache_salt,
-            media=None if media is None else [media],
-        )
         limit_s = max(client.config.generate_limit_s() for client in self.clients)
-        run = StreamRun(
-            request,
-            timeout_s=limit_s if timeout_s is None else timeout_s,
-            return_logprobs=return_logprobs,
-            state=self.state,
-            load=self.balancer,
-            checks=self.reply_checks,
-            servers=self._targets(through_router=self._router_forwards(request)),
-            find_dead=self._find_dead,
-            on_death=self._on_death,
-            key=key,
-        )
-        return self._stream(run, label)
+
+        def run_with(adapter: str | None) -> StreamRun:
+            request = build_generate(
+                [ids_T],
+                sampling,
+                return_logprobs=return_logprobs,
+                stream=True,
+                lora=adapter,
+                cache_salt=self.state.weights.cache_salt,
+                media=None if media is None else [media],
+            )
+            return StreamRun(
+                request,
+                timeout_s=limit_s if timeout_s is None else timeout_s,
+                return_logprobs=return_logprobs,
+                state=self.state,
+                load=self.balancer,
+                checks=self.reply_checks,
+                servers=self._targets(through_router=self._router_forwards(request)),
+                find_dead=self._find_dead,
+                on_death=self._on_death,
+                key=key,
+            )
+
+        return self._stream(run_with, lora)
 
     def _stream(
-        self, run: StreamRun, label: Callable[[GenerateReply], GenerateReply]
+        self, run_with: Callable[[str | None], StreamRun], lora: str | None
     ) -> Generator[GenerateReply, None, None]:
-        with self._no_workers_means("the stream was not begun"):
-            for reply in run.replies():
-                yield self._accepted([reply], label)[0]
+        has_begun = False
+        while True:
+            adapter, label = self.resolve_adapter(lora)
+            try:
+                with self._no_workers_means("the stream was not begun"):
+                    for reply in run_with(adapter).replies():
+                        has_begun = True
+                        yield self._accepted([reply], label)[0]
+                return
+            except RequestRejectedError as error:
+                if has_begun or lora is not None or not self.was_unloaded(adapter, error):
+                    raise
+                _log.warning("a stream is begun again: its adapter was unloaded before it was sent")
 
     def score(self, ids_B_T: Sequence[Sequence[int]], *, timeout_s: float | None = None) -> list[GenerateReply]:
         """Log-probs of given sequences: ``prompt_logprobs`` of each reply, the first entry ``None``."""

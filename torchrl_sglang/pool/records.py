@@ -67,6 +67,7 @@ class ServerState:
         restarts: how often its process was replaced. A new process is in no process group and has no adapter loaded.
         is_restarting: its process has ended and is being started again.
         offloaded_tags: what of its GPU memory is released.
+        before_offload: phase and reason from before its memory was released; ``None`` while it is not.
         is_leaving: it gets no new requests, and is removed from the pool when it has answered those that it has.
         revision: number of changes to this record.
     """
@@ -85,6 +86,7 @@ class ServerState:
     restarts: int = 0
     is_restarting: bool = False
     offloaded_tags: frozenset[str] = frozenset()
+    before_offload: tuple[Phase, str] | None = None
     is_leaving: bool = False
     revision: int = 0
 

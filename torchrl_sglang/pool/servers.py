@@ -101,7 +101,8 @@ class PoolServers:
                 request may take.
 
         Raises:
-            ConfigError: a server is no member, or no other one would be left that takes requests. Nothing was changed.
+            ConfigError: a server is no member, no other one would be left that takes requests, or GPU memory is
+                offloaded. Nothing was changed.
         """
         self.take_out([urls] if isinstance(urls, str) else list(urls), drain=drain, timeout_s=timeout_s)
 
@@ -292,13 +293,12 @@ class PoolServers:
         self.leave_router(url)
 
     def refuse_while_offloaded(self) -> None:
-        """Weights can't be sent to memory that is released.
+        """Weights can't be sent to memory that is released, and no server joins, leaves or is started meanwhile.
 
         Raises:
             ConfigError: a server's memory is offloaded.
         """
-        offloaded = [url for url, server in self.state.servers.items() if server.offloaded_tags]
-        if offloaded:
+        if offloaded := self.state.offloaded_urls:
             raise ConfigError(f"the GPU memory of {', '.join(offloaded)} is offloaded: resume_memory() first")
 
     def require_healthy(self, consequence: str) -> Sequence[SGLangClient]:

@@ -69,6 +69,11 @@ class PoolState:
         """The record of the weights."""
         return self._weights
 
+    @property
+    def offloaded_urls(self) -> tuple[str, ...]:
+        """The servers that have released GPU memory, or are about to. Until they are done, no process is started."""
+        return tuple(url for url, known in dict(self._servers).items() if known.before_offload is not None)
+
     # ------------------------------------------------------------------ events: members
 
     def joined(self, url: str, version: str, reason: str) -> ServerState:
@@ -158,11 +163,12 @@ class PoolState:
         """Somebody is about to start a server's process again.
 
         Returns:
-            ``False`` if somebody else is doing so already, or the server is leaving.
+            ``False`` if somebody else is doing so already, the server is leaving, or GPU memory is offloaded: a new
+            process would take it.
         """
         with self._lock:
             known = self.server(url)
-            if known.is_restarting or self.has_left(url):
+            if known.is_restarting or self.has_left(url) or self.offloaded_urls:
                 return False
             # Not a change of what the server holds: a finding about it from before stays up to date.
             self._put(replace(known, is_restarting=True))
@@ -197,7 +203,7 @@ class PoolState:
             known = self.server(url)
             if not known.is_verified:
                 known = self._put(replace(known, is_verified=True))
-            if known.is_leaving:
+            if known.is_leaving or known.offloaded_tags:
                 return False
             if known.revision != based_on.revision:
                 _log.info("%s stays %s: its state has changed since it was looked at", url, known.phase)
@@ -332,13 +338,37 @@ class PoolState:
     def memory_released(self, url: str, tags: Iterable[str], reason: str) -> None:
         """A server has released GPU memory, or is about to (then ``tags`` is empty)."""
         with self._lock:
-            released = self.server(url).offloaded_tags | set(tags)
-            self._change(url, phase="offloaded", reason=reason, offloaded_tags=released)
+            known = self.server(url)
+            self._change(
+                url,
+                phase="offloaded",
+                reason=reason,
+                offloaded_tags=known.offloaded_tags | set(tags),
+                before_offload=known.before_offload or (known.phase, known.reason),
+            )
 
     def memory_resumed(self, url: str, tags: Iterable[str]) -> ServerState:
         """A server has allocated GPU memory again."""
         with self._lock:
             return self._change(url, offloaded_tags=self.server(url).offloaded_tags - set(tags))
+
+    def offload_ended(self, url: str) -> ServerState:
+        """A server has all of its GPU memory: it waits for what it has waited for before it released some.
+
+        One that has served gets no requests before it is restored.
+        """
+        with self._lock:
+            known = self.server(url)
+            phase, reason = known.before_offload or (known.phase, known.reason)
+            if phase in ("serving", "updating"):
+                phase, reason = "quarantined", "it has its GPU memory again, and has not continued"
+            return self._change(url, phase=phase, reason=reason, before_offload=None)
+
+    def memory_lost(self, url: str, reason: str) -> ServerState:
+        """A server whose GPU memory was released is gone."""
+        with self._lock:
+            _log.warning("%s is taken out of routing: %s", url, reason)
+            return self._change(url, phase="dead", reason=reason, offloaded_tags=frozenset(), before_offload=None)
 
     # ------------------------------------------------------------------ changes
 
@@ -353,6 +383,7 @@ class PoolState:
                 restarts=known.restarts + 1,
                 is_restarting=known.is_restarting,
                 is_leaving=known.is_leaving,
+                before_offload=known.before_offload,
                 revision=known.revision + 1,
             )
         )

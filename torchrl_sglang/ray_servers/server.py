@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from torchrl_sglang.config import ServerConfig
@@ -70,23 +71,26 @@ class RayServer:
     def wait_ready(self, *, progress: Callable[[str], None] | None = None) -> None:
         """Wait until the launched server takes requests; kill it when it doesn't.
 
+        One that has run before keeps its bundle after a failure: it has to come back there, and to its address.
+
         Raises:
             ServerStartError: it did not become ready.
         """
         limit_s = start_limit_s(self.config) + _START_MARGIN_S
         deadline = time.monotonic() + limit_s
+        actor, starting = self.actor, self._starting  # stop() in another thread forgets them
         with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.stop, kill=True)
-            while not is_done(self._starting):
+            on_failure.callback(self.kill if self._url is not None else partial(self.stop, kill=True))
+            while not is_done(starting):
                 if time.monotonic() > deadline:
                     raise ServerStartError(
                         f"server {self._index} and its Ray actor were not ready after {limit_s:.0f} s and were killed: "
                         "see `ray status`"
                     )
                 if progress is not None:
-                    phase = self.actor.phase.remote()
+                    phase = actor.phase.remote()
                     progress(f"server {self._index}: {get_result(phase) if is_done(phase) else 'Ray starts its actor'}")
-            self._url = get_result(self._starting, ServerStartError)
+            self._url = get_result(starting, ServerStartError)
             # After a restart the server must be at the address that clients know.
             host, port = self._url.rsplit("://")[-1].rsplit(":", 1)
             self._host, self.config = self._host or host.strip("[]"), replace(self.config, port=int(port))

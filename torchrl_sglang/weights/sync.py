@@ -147,6 +147,7 @@ class WeightSync:
             WeightUpdateError: a server did not join.
         """
         with self._update_lock("making the process group"):
+            self._pool.refuse_while_offloaded()
             self.reach()
             self._others.end_dead_updates(self._answering(), None)
             self._choose_transport().connect(self._liveness.reachable())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -159,20 +160,23 @@ class BucketPacker:
         *,
         bucket_bytes: int,
         dtype_of: Callable[[TensorSpec], torch.dtype],
-        expected: Iterable[str] = (),
+        expected: Mapping[str, TensorSpec] | None = None,
     ) -> PackedBuckets:
         """Pack tensors in the order in which they come, for a source whose tensors are not known in advance.
 
-        Holds the tensors of one bucket until the bucket is full.
+        Holds the tensors of one bucket until the bucket is full. Memory that may be lacking is allocated before the
+        first bucket is given away, for as much as the expected tensors need.
 
         Args:
             tensors: ``(name, tensor)`` pairs.
             bucket_bytes: maximum size of a bucket; a larger unit gets a bucket of its own.
             dtype_of: the dtype in which a tensor is sent.
-            expected: names that will come; they tell which tensors must be in one request.
+            expected: the tensors that will come, by name; the names tell which must be in one request.
         """
         self._begin(None)
+        expected = expected or {}
         unit_sizes = Counter(unit_key(name) for name in expected)
+        is_first = True
         incomplete: dict[str, list[tuple[TensorSpec, torch.Tensor]]] = {}
         ready: list[tuple[TensorSpec, torch.Tensor]] = []
         for name, tensor in tensors:
@@ -185,6 +189,9 @@ class BucketPacker:
                 continue
             del incomplete[key]
             if ready and _nbytes(ready) + _nbytes(unit) > bucket_bytes:
+                if is_first:
+                    self._reserve_for_stream([spec for spec, _ in ready], bucket_bytes, expected, dtype_of)
+                is_first = False
                 yield self._pack_all(ready)
             ready += unit
             del unit
@@ -208,11 +215,38 @@ class BucketPacker:
 
     def _reserve(self, plan: Sequence[Bucket]) -> None:
         """Allocate both buffers where that may fail: before the first bucket is sent, which then was in vain."""
+        buckets = [plan[position::_NUM_BUFFERS] for position in range(min(_NUM_BUFFERS, len(plan)))]
+        self._reserve_bytes([max(bucket.nbytes for bucket in each) for each in buckets])
+
+    def _reserve_for_stream(
+        self,
+        first: Sequence[TensorSpec],
+        bucket_bytes: int,
+        expected: Mapping[str, TensorSpec],
+        dtype_of: Callable[[TensorSpec], torch.dtype],
+    ) -> None:
+        """As :meth:`_reserve`, for a first bucket of these tensors, and at most the expected ones after it."""
+        first_bytes = sum(spec.nbytes for spec in first)
+        units: Counter[str] = Counter()
+        for name, spec in expected.items():
+            units[unit_key(name)] += replace(spec, dtype=dtype_of(spec)).nbytes
+        seen_bytes = sum(units[key] for key in {unit_key(spec.name) for spec in first})
+        # The trainer's tensors may be wider than those of the checkpoint, from which they are expected.
+        scale = max(1.0, first_bytes / seen_bytes) if seen_bytes else 1.0
+        left_bytes = math.ceil(scale * (sum(units.values()) - seen_bytes))
+        largest = max(bucket_bytes, math.ceil(scale * max(units.values(), default=0)))
+        if left_bytes <= bucket_bytes:  # one more bucket
+            self._reserve_bytes([first_bytes, left_bytes] if left_bytes else [first_bytes])
+        else:
+            self._reserve_bytes([max(first_bytes, min(largest, left_bytes)), min(largest, left_bytes)])
+
+    def _reserve_bytes(self, sizes: Sequence[int]) -> None:
+        """Allocate the next buffers."""
         if self._allocate is None or self.is_staged or self._device is None or self._device.type != "cpu":
             return
         first = self._next_buffer
-        for position in range(min(_NUM_BUFFERS, len(plan))):
-            self._take_buffer(max(bucket.nbytes for bucket in plan[position::_NUM_BUFFERS]), self._device)
+        for nbytes in sizes:
+            self._take_buffer(nbytes, self._device)
         self._next_buffer = first
 
     def _shrink(self, num_buffers: int) -> None:

@@ -13,6 +13,7 @@ from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.buckets.packing import BucketPacker
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.group.process_group import choose_backend
 from torchrl_sglang.weights.transports.base import PackedWeights
 from torchrl_sglang.weights.transports.broadcast import BroadcastTransport
 from torchrl_sglang.weights.transports.bucket_tee import BucketTee
@@ -88,11 +89,14 @@ class AutoTransport:
         self.choices = self._choose(clients)
         near = [client for client in clients if self.choices[client.url].transport == "ipc"]
         far = [client for client in clients if client not in near]
-        for transport, its_clients in ((self._ipc, near), (self._broadcast, far)):
-            if its_clients:
-                transport.connect(its_clients)
-            else:
-                transport.close()
+        if near:
+            self._ipc.connect(near, in_main_memory=bool(far))  # from where gloo broadcasts them too
+        else:
+            self._ipc.close()
+        if far:
+            self._broadcast.connect(far)
+        else:
+            self._broadcast.close()
 
     def _choose(self, clients: Sequence[SGLangClient]) -> dict[str, TransportChoice]:
         checks = self._checks.check(clients)
@@ -103,9 +107,8 @@ class AutoTransport:
             else TransportChoice("broadcast", check.reason or no_room)
             for url, check in checks.items()
         }
-        is_mixed = len({choice.transport for choice in choices.values()}) > 1
-        on_gpu = any(client.info.device != "cpu" for client in clients)
-        if is_mixed and on_gpu and self._config.backend != "gloo":
+        far = [client for client in clients if choices[client.url].transport == "broadcast"]
+        if 0 < len(far) < len(clients) and choose_backend(self._config, far) != "gloo":
             # An NCCL broadcast needs the buckets on a GPU, and not every server here can open this process's GPU.
             reason = "other servers need an NCCL broadcast, and one set of buckets serves all"
             choices = {

@@ -121,8 +121,12 @@ class IpcTransport:
             return ""
         return f"{SHARED_MEMORY} has room for {room / 1e6:.1f} MB, and two buckets need {needed / 1e6:.1f} MB"
 
-    def connect(self, clients: Sequence[SGLangClient]) -> None:
+    def connect(self, clients: Sequence[SGLangClient], *, in_main_memory: bool = False) -> None:
         """Check that the servers can open this process's memory, and start the process that removes its segments.
+
+        Args:
+            clients: the servers.
+            in_main_memory: pack there, although every server may see the GPU: the buckets have another use too.
 
         Raises:
             ConfigError: a server can't open it.
@@ -137,7 +141,8 @@ class IpcTransport:
             )
         self._openers = {client.url: _openers(client, checks[client.url]) for client in clients}
         shares_gpus = (
-            torch.cuda.is_available()
+            not in_main_memory
+            and torch.cuda.is_available()
             and all(client.info.device == "cuda" for client in clients)
             and all(can_open_gpu_memory(pid) for pids in self._openers.values() for pid in pids)
         )

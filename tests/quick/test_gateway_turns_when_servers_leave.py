@@ -1,0 +1,71 @@
+"""Agents' turns on a server that leaves: draining waits for them, and without it they are generated elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.agent_kit import run
+from tests.fake_sglang import FakeServer, Fault
+from tests.quick.test_agents_elastic import busy_one
+from tests.quick.test_agents_generation import a_few_tokens, ask, check_log_probs, serving
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_draining_waits_for_turns(make: Callable[..., FakeServer], streams: bool) -> None:
+    servers = [make(step_s=0.02), make(step_s=0.02)]
+    with serving(*servers) as sessions:
+        session, pool = sessions.create(), sessions.model.pool
+        seen: list[Any] = []
+
+        async def story() -> Any:
+            turn = asyncio.ensure_future(session.chat(ask(max_new_tokens=40), seen.append if streams else None))
+            await a_few_tokens(seen, servers, streams=streams)
+            busy = busy_one(servers)
+            (client,) = [client for client in pool.clients if client.url == busy.url]
+            assert client.num_generating == 1
+            busy.arm(Fault(path="/v1/loads", action="refuse", times=0))  # what it says of its load does not matter
+            removing = asyncio.ensure_future(asyncio.to_thread(pool.remove, busy.url))
+            done, _ = await asyncio.wait({turn, removing}, return_when=asyncio.FIRST_COMPLETED)
+            assert done == {turn}
+            assert busy.url in {client.url for client in pool.clients}
+            await removing
+            assert client.num_generating == 0
+            return await turn, busy.url
+
+        turn, url = run(story())
+        assert len(turn.choices[0].token_ids) == 40
+        assert url not in {client.url for client in pool.clients}
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_turns_on_a_server_that_hangs_are_cut_and_generated_elsewhere(
+    make: Callable[..., FakeServer], tiny_llama: Path, streams: bool
+) -> None:
+    servers = [make(step_s=0.02), make(step_s=0.02)]
+    with serving(*servers) as sessions:
+        session, pool = sessions.create(), sessions.model.pool
+        seen: list[Any] = []
+
+        async def story() -> Any:
+            turn = asyncio.ensure_future(session.chat(ask(max_new_tokens=40), seen.append if streams else None))
+            await a_few_tokens(seen, servers, streams=streams)
+            busy = busy_one(servers)
+            busy.arm(Fault(path="/abort_request", action="freeze"))
+            await asyncio.to_thread(partial(pool.remove, busy.url, drain=False))
+            assert len(pool.clients) == 1
+            return await turn
+
+        begun = time.monotonic()
+        turn = run(story())
+        assert time.monotonic() - begun < 30, "not only when the connection times out"
+        assert len(turn.choices[0].token_ids) == 40
+        (trajectory,) = session.trajectories()
+        check_log_probs([trajectory], tiny_llama)
+        assert all(turn.choices[0].token_ids[: len(report.token_ids)] == report.token_ids for report in seen)
