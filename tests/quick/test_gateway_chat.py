@@ -128,9 +128,9 @@ def test_a_retry_is_told_to_the_session(gateway: StandInGateway) -> None:
     path = f"/sessions/{gateway.session.id}/v1/chat/completions"
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
     gateway.send(path, body, headers={"Idempotency-Key": "abc", "x-stainless-retry-count": "2"})
-    assert (asked(gateway).idempotency_key, asked(gateway).is_retry) == ("abc", True)
+    assert (asked(gateway).idempotency_key, asked(gateway).attempt) == ("abc", 2)
     gateway.send(path, body, headers={"x-stainless-retry-count": "0"})
-    assert (asked(gateway).idempotency_key, asked(gateway).is_retry) == (None, False)
+    assert (asked(gateway).idempotency_key, asked(gateway).attempt) == (None, 0)
 
 
 def test_tools_and_their_calls_pass_through(gateway: StandInGateway) -> None:

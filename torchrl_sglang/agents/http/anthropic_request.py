@@ -52,7 +52,7 @@ def read_anthropic(body: Any, sending: Sending) -> Call:
             parallel_tool_calls=parallel,
             sampling={name: value for name, value in sampling.items() if value is not None},
             idempotency_key=sending.idempotency_key,
-            is_retry=sending.is_retry,
+            attempt=sending.attempt,
         ),
         model=model,
         stream=stream,

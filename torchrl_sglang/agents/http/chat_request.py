@@ -26,11 +26,11 @@ class Sending:
 
     Attributes:
         idempotency_key: its ``Idempotency-Key``, if it has one.
-        is_retry: it says that it has sent the request before (``x-stainless-retry-count`` of OpenAI's clients).
+        attempt: how often it says that it has sent the request before (``x-stainless-retry-count``).
     """
 
     idempotency_key: str | None = None
-    is_retry: bool = False
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ def read_chat(body: Any, sending: Sending) -> Call:
             sampling=sampling,
             top_logprobs=top,
             idempotency_key=sending.idempotency_key,
-            is_retry=sending.is_retry,
+            attempt=sending.attempt,
         ),
         model=model,
         stream=stream,
@@ -135,7 +135,7 @@ def read_text(body: Any, sending: Sending) -> Call:
             sampling=sampling,
             top_logprobs=top or 0,
             idempotency_key=sending.idempotency_key,
-            is_retry=sending.is_retry,
+            attempt=sending.attempt,
         ),
         model=model,
         stream=stream,

@@ -29,6 +29,8 @@ from torchrl_sglang.agents.types import ChatRequest, OnProgress, Turn
 
 __all__ = ["ModelRoutes"]
 
+_MOST_DIGITS = 9
+
 Reply = ChatReply | TextReply | ResponsesReply | AnthropicReply
 
 
@@ -162,5 +164,5 @@ def sending_of(request: Request) -> Sending:
     count = request.headers.get("x-stainless-retry-count", "0")
     return Sending(
         idempotency_key=request.headers.get("idempotency-key") or None,
-        is_retry=count.isdigit() and int(count) > 0,
+        attempt=int(count) if count.isdecimal() and len(count) < _MOST_DIGITS else 0,
     )

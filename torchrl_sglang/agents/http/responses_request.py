@@ -73,7 +73,7 @@ def read_responses(body: Any, sending: Sending, earlier: Sequence[Mapping[str, A
             sampling=sampling,
             top_logprobs=top,
             idempotency_key=sending.idempotency_key,
-            is_retry=sending.is_retry,
+            attempt=sending.attempt,
         ),
         model=model,
         stream=stream,

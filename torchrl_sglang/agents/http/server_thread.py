@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import uvicorn
 
-from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.errors import ConfigError, ServerTimeoutError
 
 __all__ = ["ServerThread"]
 
@@ -21,6 +22,9 @@ _KEEP_ALIVE_S = 75
 """An idle connection is closed after this; clients close theirs sooner, so none is closed while a request is sent."""
 _START_S = 30.0
 _STOP_S = 2
+_CALL_S = 120.0
+"""Calls take milliseconds, those that return long conversations a second."""
+_LOOK_AGAIN_S = 0.5
 _BACKLOG = 4096
 """Connections that wait to be accepted: a thousand agents may start at once."""
 
@@ -65,17 +69,33 @@ class ServerThread:
         """Whether it serves."""
         return self._thread.is_alive() and self._ready.done()
 
-    def call(self, work: Callable[[], Coroutine[Any, Any, T]], *, timeout_s: float | None = None) -> T:
+    def call(self, work: Callable[[], Coroutine[Any, Any, T]], *, timeout_s: float = _CALL_S) -> T:
         """Run a coroutine in the event loop, and return its result.
 
         Raises:
-            RuntimeError: called in the event loop itself, which would wait for itself; or it does not serve.
+            RuntimeError: called in the event loop itself, which would wait for itself; or it does not serve, or no
+                longer.
+            ServerTimeoutError: the event loop did not run it in time.
         """
         if self._loop is None or not self.is_alive:
-            raise RuntimeError("the gateway is not running")
+            raise RuntimeError("the gateway is not running: use it in a `with` block, or call start()")
         if threading.current_thread() is self._thread:
             raise RuntimeError("this method waits for the gateway's event loop, and was called in it")
-        return asyncio.run_coroutine_threadsafe(work(), self._loop).result(timeout_s)
+        running = asyncio.run_coroutine_threadsafe(work(), self._loop)
+        deadline = time.monotonic() + timeout_s
+        try:
+            while not running.done() and self._thread.is_alive() and time.monotonic() < deadline:
+                wait({running}, timeout=_LOOK_AGAIN_S)
+            if running.done() and not running.cancelled():
+                return running.result()
+        finally:
+            running.cancel()
+        if running.cancelled() and self._thread.is_alive() and time.monotonic() >= deadline:
+            raise ServerTimeoutError(
+                f"the gateway's event loop did not answer within {timeout_s:g} s: its thread gets no time, or other "
+                "work blocks it. Run the gateway in a process of its own (torchrl-sglang gateway)"
+            )
+        raise RuntimeError("the gateway was closed while this call waited for it")
 
     def stop(self) -> None:
         """End all requests, close all connections, and end the thread."""
