@@ -121,11 +121,8 @@ def _tool_choice(choice: Any) -> Any:
     if choice.get("type") == "function" and "function" not in choice:
         return {"type": "function", "function": {"name": choice.get("name")}}
     if choice.get("type") == "allowed_tools" and "allowed_tools" not in choice:
-        tools = [
-            {"type": "function", "function": dict(each)}
-            for each in choice.get("tools") or ()
-            if isinstance(each, Mapping)
-        ]
+        tools = Fields(choice, "tool_choice").list("tools") or []
+        tools = [{"type": "function", "function": Fields(each, "tool_choice.tools").all()} for each in tools]
         return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": tools}}
     return choice
 
