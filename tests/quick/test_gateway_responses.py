@@ -123,6 +123,23 @@ def test_a_stream_tells_the_answer_in_events(gateway: StandInGateway) -> None:
     assert places == {item["id"]: index for index, item in enumerate(done)}
 
 
+def test_an_empty_answer_is_a_message_without_text(gateway: StandInGateway) -> None:
+    gateway.session.answers += [make_turn(make_choice(content="", ids=(2,))) for _ in range(2)]
+    (item,) = respond(gateway).json()["output"]
+    assert (item["type"], item["content"][0]["text"]) == ("message", "")
+    text = respond(gateway, stream=True).text
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert kinds == [
+        *("created", "in_progress", "output_item.added", "content_part.added", "output_text.done"),
+        *("content_part.done", "output_item.done", "completed"),
+    ]
+    # what the client sends back is the answer that it got
+    again = respond(gateway, input=[{"role": "user", "content": "x"}, item, {"role": "user", "content": "y"}])
+    assert again.status_code == 200
+    assert [message["role"] for message in asked(gateway).messages] == ["user", "assistant", "user"]
+
+
 def test_a_failed_stream_ends_with_the_failure(gateway: StandInGateway) -> None:
     gateway.session.fail_after = ServerLostError("the server died")
     last = json.loads(respond(gateway, stream=True).text.strip().splitlines()[-1].removeprefix("data: "))

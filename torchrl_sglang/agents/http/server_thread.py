@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, wait
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import uvicorn
@@ -107,7 +109,7 @@ class ServerThread:
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._serve())
+            _event_loops().run(self._serve())
         except BaseException as error:  # raised in start()
             if self._ready.done():
                 raise
@@ -147,6 +149,11 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._end()
         await super().shutdown(sockets)
+
+
+def _event_loops() -> Any:
+    """uvloop, which takes less time, where it is installed; there is none for Windows."""
+    return import_module("uvloop" if find_spec("uvloop") else "asyncio")
 
 
 def _listen(host: str, port: int) -> socket.socket:
