@@ -60,7 +60,7 @@ class ResponsesReply:
             "output": list(self.items(choice)),
             "usage": {
                 "input_tokens": turn.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": turn.cached_tokens},
+                "input_tokens_details": {"cached_tokens": turn.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": turn.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": turn.prompt_tokens + turn.completion_tokens,
