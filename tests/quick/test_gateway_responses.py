@@ -49,7 +49,7 @@ def test_an_answer_has_the_form_of_the_responses_api(gateway: StandInGateway) ->
         "arguments": '{"a": 1}',
         "status": "completed",
     }
-    assert body["usage"]["input_tokens_details"] == {"cached_tokens": 4}
+    assert body["usage"]["input_tokens_details"] == {"cached_tokens": 4, "cache_write_tokens": 0}
     assert body["instructions"] == "Be kind."
 
 
