@@ -12,8 +12,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from torchrl_sglang.agents.generation import Generated, OnTokens
+from torchrl_sglang.agents.image_tokens import PromptImages
 from torchrl_sglang.agents.served_model import ServedModel
+from torchrl_sglang.agents.server_part import Generated, OnTokens
 from torchrl_sglang.agents.session import Session
 from torchrl_sglang.agents.sessions import Sessions
 from torchrl_sglang.agents.settings import SessionSettings
@@ -35,9 +36,9 @@ class Sampled:
 class ScriptedPool:
     """The part of a pool that sessions need besides generation."""
 
-    def __init__(self, *, vocab_size: int = 1000, context_length: int = 100_000) -> None:
+    def __init__(self, *, vocab_size: int = 1000, context_length: int = 100_000, model_path: str = "none") -> None:
         self.vocab_size, self.context_length, self.max_prompt_tokens = vocab_size, context_length, context_length - 1
-        self.info = ServerInfo(url="http://scripted", version="0.5.23", model_path="none", tokenizer_path="none")
+        self.info = ServerInfo(url="http://scripted", version="0.5.23", model_path=model_path, tokenizer_path="none")
         self.clients: tuple[Any, ...] = ()
 
     def connect(self) -> None:
@@ -58,12 +59,14 @@ class ScriptedPool:
 class ScriptedGenerator:
     """Samples what ``answer`` says for a prompt, and notes every call.
 
-    ``version`` is that of the weights; ``gate`` holds all calls while it is cleared.
+    ``version`` is that of the weights; ``gate`` holds all calls while it is cleared; ``expand`` puts the images' tokens
+    into a prompt.
     """
 
     answer: Callable[[list[int]], Sampled]
     version: int = 0
     calls: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    expand: Callable[[list[int], PromptImages], list[int]] | None = None
     started: int = 0
     gate: asyncio.Event | None = None
 
@@ -75,6 +78,7 @@ class ScriptedGenerator:
         top_logprobs: int = 0,
         preferred: str | None = None,
         timeout_s: float | None = None,
+        images: PromptImages | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Generated:
         self.started += 1
@@ -89,6 +93,7 @@ class ScriptedGenerator:
             finish_reason=sampled.finish_reason,
             matched=sampled.matched,
             server="http://scripted",
+            prompt_ids=None if images is None or self.expand is None else self.expand(list(ids_P), images),
         )
         for count in range(1, len(sampled.ids)) if on_tokens is not None else ():
             assert on_tokens is not None
@@ -96,7 +101,14 @@ class ScriptedGenerator:
         self.calls.append((tuple(ids_P), sampled.ids))
         return made
 
+    async def ask(self, request: Any, *, timeout_s: float) -> Any:
+        """What a server says of its model."""
+        return {"has_image_understanding": self.expand is not None}
+
     async def close(self) -> None:
+        """Nothing is open."""
+
+    def close_departed(self) -> None:
         """Nothing is open."""
 
 
@@ -106,10 +118,11 @@ def log_prob(token: int) -> float:
 
 
 def scripted(
-    tokenizer: Any, answer: Callable[[list[int]], Sampled], **settings: Any
+    tokenizer: Any, answer: Callable[[list[int]], Sampled], *, model_path: str = "none", **settings: Any
 ) -> tuple[Sessions, ScriptedGenerator]:
     """Sessions whose model samples what ``answer`` says."""
-    model = ServedModel(ScriptedPool(vocab_size=len(tokenizer)), tokenizer, SessionSettings(**settings))  # type: ignore[arg-type]
+    pool = ScriptedPool(vocab_size=len(tokenizer), model_path=model_path)
+    model = ServedModel(pool, tokenizer, SessionSettings(**settings))  # type: ignore[arg-type]
     generator = ScriptedGenerator(answer)
     model.generator = generator  # type: ignore[assignment]
     return Sessions(model), generator
@@ -228,7 +241,7 @@ class Agent:
             assert (choice.message.get("reasoning_content") or "").startswith(report.reasoning_content)
         if retry:
             leaves = len(self.session.trajectories())
-            again = chat(self.session, sent, is_retry=True, **request)
+            again = chat(self.session, sent, attempt=1, **request)
             assert again.is_repeated
             assert again.choices == turn.choices
             assert len(self.session.trajectories()) == leaves

@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from torchrl_sglang.agents import PACKAGES as _AGENTS_PACKAGES
 from torchrl_sglang.config import ClientConfig, RouterConfig, SamplingParams, ServerConfig, SyncConfig
 from torchrl_sglang.errors import (
     AgentsFailedError,
@@ -137,7 +138,7 @@ __all__ = [
 ]
 
 # Without the extra `agents`, `from torchrl_sglang import *` leaves its names out; importing one names the extra.
-if any(find_spec(package) is None for package in ("starlette", "uvicorn", "httpx")):
+if any(find_spec(package) is None for package in _AGENTS_PACKAGES):
     for _name in ("AgentCollector", "AgentGateway", "AgentSession", "RunFailure", "group_advantages"):
         __all__.remove(_name)
 

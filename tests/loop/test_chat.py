@@ -163,8 +163,8 @@ def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_vision_model(tmp_path_factory.mktemp("models") / "sees")
 
 
-def seen(folder: Path, ids_T: list[int], images: list[Any], count: int) -> list[int]:
-    """Greedy continuation of a prompt with images, put together from transformers' own parts in half precision."""
+def embedded(folder: Path, ids_T: list[int], images: list[Any]) -> tuple[Any, torch.Tensor]:
+    """A language model, and the embeddings of a prompt with images, put together from transformers' own parts."""
     from safetensors.torch import load_file
 
     processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
@@ -174,22 +174,29 @@ def seen(folder: Path, ids_T: list[int], images: list[Any], count: int) -> list[
     language = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.text_config.to_dict())).half().eval()
     language.load_state_dict({name: value for name, value in weights.items() if "mm_projector" not in name})
     linear = torch.nn.functional.linear
-    embedded: list[torch.Tensor] = []
+    parts: list[torch.Tensor] = []
     waiting = iter(images)
     with torch.no_grad():
         for is_image, group in itertools.groupby(ids_T, lambda i: i == config.image_token_index):
             if not is_image:
-                embedded.append(language.get_input_embeddings()(torch.tensor(list(group))))
+                parts.append(language.get_input_embeddings()(torch.tensor(list(group))))
                 continue
             for _ in group:
                 pixels = torch.as_tensor(processor.image_processor(next(waiting))["pixel_values"][0])[None].half()
                 features = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
                 p = "model.mm_projector"
                 hidden = torch.nn.functional.gelu(linear(features, weights[f"{p}.0.weight"], weights[f"{p}.0.bias"]))
-                embedded.append(linear(hidden, weights[f"{p}.2.weight"], weights[f"{p}.2.bias"])[0])
+                parts.append(linear(hidden, weights[f"{p}.2.weight"], weights[f"{p}.2.bias"])[0])
+    return language, torch.cat(parts)
+
+
+def seen(folder: Path, ids_T: list[int], images: list[Any], count: int) -> list[int]:
+    """Greedy continuation of a prompt with images, in half precision."""
+    language, embedded_T = embedded(folder, ids_T, images)
+    with torch.no_grad():
         out = language.generate(
-            inputs_embeds=torch.cat(embedded)[None],
-            attention_mask=torch.ones(1, sum(map(len, embedded)), dtype=torch.long),
+            inputs_embeds=embedded_T[None],
+            attention_mask=torch.ones(1, len(embedded_T), dtype=torch.long),
             max_new_tokens=count,
             do_sample=False,
         )

@@ -76,7 +76,7 @@ def test_a_trainer_that_is_killed_while_it_sends_leaves_a_server_that_answers_an
     start = time.monotonic()
     pool = SGLangPool([SGLangClient(url, ClientConfig(probe_timeout_s=5, control_timeout_s=5))])
     pool.connect()
-    # A server that waits in a broadcast does not answer for half an hour. Beside little else, this whole test takes 0.7 s.
+    # A server that waits in a broadcast does not answer for half an hour. On an idle machine the test takes 0.7 s.
     assert time.monotonic() - start < 4.9
     assert "dirty-1@" in pool.quarantined[url]
     wait_until(lambda: not segments_of(trainer.pid), "a segment stayed in shared memory", 15)

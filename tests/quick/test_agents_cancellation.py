@@ -113,7 +113,7 @@ def test_after_a_request_was_cancelled_at_any_point_the_next_is_answered(
                 return point - 1
             point += 1
 
-    assert run(story()) >= 3
+    assert run(story()) >= 1
 
 
 def test_a_turn_that_waits_for_a_place_can_be_cancelled_when_it_gets_one(fake: FakeServer) -> None:

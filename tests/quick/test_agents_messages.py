@@ -144,7 +144,11 @@ def test_of_equal_answers_the_one_that_the_conversation_went_on_from_is_taken_th
         ({"content": "x"}, "must be an object with 'role'"),
         ({"role": "user", "content": 5}, "must be a string or a list of parts"),
         ({"role": "user", "content": [{"type": "text"}]}, r"content\[0\] must be a part"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "takes text parts alone"),
+        (
+            {"role": "user", "content": [{"type": "video_url", "video_url": {"url": "x"}}]},
+            "takes text and images alone",
+        ),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "an image without a URL"),
         ({"role": "user", "content": "x", "tool_calls": [call(0)]}, "only the assistant calls tools"),
         ({"role": "assistant", "tool_calls": "x"}, "must be a list"),
         ({"role": "assistant", "tool_calls": [{"function": {}}]}, r"tool_calls\[0\] must be"),

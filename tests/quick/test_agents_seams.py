@@ -35,7 +35,7 @@ def test_equal_tokens_are_answered_as_their_request_asks(fake: FakeServer) -> No
         # a conversation that goes on from either of them is known to go on from both
         following = (user("dog"), plain.message, user("go on"))
         run(session.chat(ChatRequest(messages=following, sampling={"max_new_tokens": 2})))
-        again = run(session.chat(greedy(top_logprobs=2, is_retry=True)))
+        again = run(session.chat(greedy(top_logprobs=2, attempt=1)))
         assert not again.is_repeated
         assert len(session.trajectories()) == 1
 

@@ -62,12 +62,12 @@ def test_a_retry_gets_the_recorded_answer_until_the_conversation_goes_on(numbere
     sessions, model = numbered
     session = sessions.create()
     first = run(session.chat(ASK))
-    retry = run(session.chat(replace(ASK, is_retry=True)))
+    retry = run(session.chat(replace(ASK, attempt=1)))
     assert (retry.id, retry.choices, retry.is_repeated) == (first.id, first.choices, True)
     assert not first.is_repeated
     chat(session, [user("dog"), first.choices[0].message, user("fox")])
     # The agent has seen the answer, so this is a new request, whatever its first attempt met with.
-    assert not run(session.chat(replace(ASK, is_retry=True))).is_repeated
+    assert not run(session.chat(replace(ASK, attempt=1))).is_repeated
     assert model.started == 3
 
 
@@ -75,7 +75,7 @@ def test_a_retry_of_another_request_is_generated(numbered: Any) -> None:
     sessions, model = numbered
     session = sessions.create()
     run(session.chat(ASK))
-    assert not run(session.chat(replace(ASK, is_retry=True, sampling={"temperature": 0.5}))).is_repeated
+    assert not run(session.chat(replace(ASK, attempt=1, sampling={"temperature": 0.5}))).is_repeated
     assert model.started == 2
 
 
@@ -102,7 +102,7 @@ def test_retries_join_a_turn_under_way_and_it_ends_when_nobody_waits(numbered: A
         first = asyncio.ensure_future(session.chat(ASK))
         await asyncio.sleep(0)
         reports: list[Any] = []
-        second = asyncio.ensure_future(session.chat(replace(ASK, is_retry=True), reports.append))
+        second = asyncio.ensure_future(session.chat(replace(ASK, attempt=1), reports.append))
         await asyncio.sleep(0)
         first.cancel()  # the client has closed the first connection
         await asyncio.wait([first])
@@ -118,7 +118,7 @@ def test_retries_join_a_turn_under_way_and_it_ends_when_nobody_waits(numbered: A
         await asyncio.sleep(0)
         assert session.info().in_flight == 0
         model.gate.set()
-        assert not (await session.chat(replace(ASK, is_retry=False))).is_repeated
+        assert not (await session.chat(replace(ASK, attempt=0))).is_repeated
 
     run(story())
     assert model.started == 3
@@ -137,7 +137,7 @@ def test_a_retry_does_not_join_a_turn_that_is_being_aborted(numbered: Any) -> No
         await asyncio.sleep(0)  # it has told its turn to end, which has not done so yet
         assert session.info().in_flight == 1
         model.gate.set()
-        assert not (await session.chat(replace(ASK, is_retry=True))).is_repeated
+        assert not (await session.chat(replace(ASK, attempt=1))).is_repeated
 
     run(story())
     assert len(session.trajectories()) == 1
@@ -299,7 +299,7 @@ def test_sessions_are_found_by_id_and_key_and_bounded(tokenizer: Any) -> None:
         (ChatRequest(messages=({"role": "robot", "content": "x"},)), r"messages\[0\] has the role 'robot'"),
         (ChatRequest(messages=({"role": "user", "content": None},)), r"messages\[0\] has no content"),
         (
-            ChatRequest(messages=(user("x"), {"role": "user", "content": [{"type": "image_url"}]})),
+            ChatRequest(messages=(user("x"), {"role": "user", "content": [{"type": "video_url"}]})),
             r"messages\[1\].*text",
         ),
         (replace(ASK, sampling={"temprature": 1}), "Did you mean 'temperature'"),

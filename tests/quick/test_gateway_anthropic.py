@@ -58,8 +58,16 @@ def test_an_answer_has_anthropics_form(gateway: StandInGateway) -> None:
 )
 def test_it_says_why_it_ended(gateway: StandInGateway, choice: Any, reason: str, sequence: str | None) -> None:
     gateway.session.answers.append(make_turn(choice))
-    body = send(gateway).json()
+    body = send(gateway, stop_sequences=["END"]).json()
     assert (body["stop_reason"], body["stop_sequence"]) == (reason, sequence)
+
+
+def test_a_stop_string_of_the_gateways_own_is_not_told_to_the_client(gateway: StandInGateway) -> None:
+    gateway.session.answers.append(make_turn(make_choice(stop="</tool_call>")))
+    choice = {"type": "auto", "disable_parallel_tool_use": True}
+    body = send(gateway, tools=[TOOL], tool_choice=choice, stop_sequences=["END"]).json()
+    assert asked(gateway).parallel_tool_calls is False
+    assert (body["stop_reason"], body["stop_sequence"]) == ("end_turn", None)
 
 
 def test_blocks_become_messages(gateway: StandInGateway) -> None:

@@ -128,9 +128,9 @@ def test_a_retry_is_told_to_the_session(gateway: StandInGateway) -> None:
     path = f"/sessions/{gateway.session.id}/v1/chat/completions"
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
     gateway.send(path, body, headers={"Idempotency-Key": "abc", "x-stainless-retry-count": "2"})
-    assert (asked(gateway).idempotency_key, asked(gateway).is_retry) == ("abc", True)
+    assert (asked(gateway).idempotency_key, asked(gateway).attempt) == ("abc", 2)
     gateway.send(path, body, headers={"x-stainless-retry-count": "0"})
-    assert (asked(gateway).idempotency_key, asked(gateway).is_retry) == (None, False)
+    assert (asked(gateway).idempotency_key, asked(gateway).attempt) == (None, 0)
 
 
 def test_tools_and_their_calls_pass_through(gateway: StandInGateway) -> None:
@@ -321,7 +321,8 @@ ERRORS: list[tuple[SGLangError, int, str]] = [
     (OverloadedError("busy"), 429, "rate_limit_exceeded"),
     (ServerTimeoutError("slow"), 504, "upstream_timeout"),
     (ServerLostError("died"), 502, "upstream_error"),
-    (RequestRejectedError("no", status=400), 502, "upstream_error"),
+    (RequestRejectedError("the grammar can't be compiled", status=400), 400, "invalid_value"),
+    (RequestRejectedError("no", status=403), 502, "upstream_error"),
     (ProtocolError("odd"), 502, "upstream_error"),
     (ServerError("no server is left"), 503, "upstream_unavailable"),
     (ServerUnreachableError("nothing listens"), 503, "upstream_unavailable"),

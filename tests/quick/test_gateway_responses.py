@@ -49,7 +49,7 @@ def test_an_answer_has_the_form_of_the_responses_api(gateway: StandInGateway) ->
         "arguments": '{"a": 1}',
         "status": "completed",
     }
-    assert body["usage"]["input_tokens_details"] == {"cached_tokens": 4}
+    assert body["usage"]["input_tokens_details"] == {"cached_tokens": 4, "cache_write_tokens": 0}
     assert body["instructions"] == "Be kind."
 
 
@@ -121,6 +121,23 @@ def test_a_stream_tells_the_answer_in_events(gateway: StandInGateway) -> None:
     assert events[-1]["response"]["output"] == done
     places = {e["item_id"]: e["output_index"] for e in events if "item_id" in e}
     assert places == {item["id"]: index for index, item in enumerate(done)}
+
+
+def test_an_empty_answer_is_a_message_without_text(gateway: StandInGateway) -> None:
+    gateway.session.answers += [make_turn(make_choice(content="", ids=(2,))) for _ in range(2)]
+    (item,) = respond(gateway).json()["output"]
+    assert (item["type"], item["content"][0]["text"]) == ("message", "")
+    text = respond(gateway, stream=True).text
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert kinds == [
+        *("created", "in_progress", "output_item.added", "content_part.added", "output_text.done"),
+        *("content_part.done", "output_item.done", "completed"),
+    ]
+    # what the client sends back is the answer that it got
+    again = respond(gateway, input=[{"role": "user", "content": "x"}, item, {"role": "user", "content": "y"}])
+    assert again.status_code == 200
+    assert [message["role"] for message in asked(gateway).messages] == ["user", "assistant", "user"]
 
 
 def test_a_failed_stream_ends_with_the_failure(gateway: StandInGateway) -> None:

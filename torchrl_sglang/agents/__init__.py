@@ -2,3 +2,8 @@
 
 Needs the extra ``agents`` (an ASGI framework and server, and an async HTTP client), which is imported on first use.
 """
+
+__all__ = ["PACKAGES"]
+
+PACKAGES = ("starlette", "uvicorn", "aiohttp")
+"""What the extra ``agents`` brings and the gateway can't do without."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 
-_MISSING = [name for name in ("starlette", "uvicorn", "httpx") if importlib.util.find_spec(name) is None]
+from torchrl_sglang.agents import PACKAGES
+
+_MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 if _MISSING:
     raise ImportError(
         f"torchrl_sglang.agents needs {', '.join(_MISSING)}: pip install 'torchrl-sglang[agents]'", name=_MISSING[0]

@@ -258,6 +258,7 @@ async def _expire(sessions: Sessions) -> None:
     while True:
         await asyncio.sleep(_EXPIRE_EVERY_S)
         sessions.expire()
+        sessions.model.close_departed()
 
 
 def _check_access(host: str, admin_key: str | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torchrl_sglang.agents.conversation.answers import find_calls
 from torchrl_sglang.agents.conversation.template import AgentTemplate
 from torchrl_sglang.agents.generation import Generator
+from torchrl_sglang.agents.image_inputs import ImageInputs
 from torchrl_sglang.agents.settings import SessionSettings
 from torchrl_sglang.chat.defaults import GenerationDefaults
 from torchrl_sglang.chat.tool_call_reader import LOCAL, asked_calls, more_faithful
@@ -67,9 +68,11 @@ class ServedModel:
         self._known_sampling: dict[str, SamplingParams] = {}
         # raises if one is bad
         self._defaults.sampling(self.settings.overrides, prompt_length=0, context_length=pool.context_length)
+        config = read_model_json(info.model_path, "config.json", info.revision)
+        self.images = ImageInputs(lambda *args, **kwargs: self.generator.ask(*args, **kwargs), config)
         known = parser_for(
             template=self.settings.chat_template or template_text(self.tokenizer),
-            config=read_model_json(info.model_path, "config.json", info.revision),
+            config=config,
             model=info.model_path,
             server_flag=info.raw.get("tool_call_parser"),
         )
@@ -107,8 +110,17 @@ class ServedModel:
         length = self._defaults.max_new_tokens(given, prompt_length, context)
         return known if known.max_new_tokens == length else replace(known, max_new_tokens=length)
 
-    def check(self, ids_P: Sequence[int], sampling: SamplingParams) -> None:
+    def close_departed(self) -> None:
+        """Close the connections to servers that have left the pool."""
+        self.generator.close_departed()
+
+    def check(self, ids_P: Sequence[int], sampling: SamplingParams, *, num_tokens: int | None = None) -> None:
         """Refuse a prompt or settings that the servers can't serve.
+
+        Args:
+            ids_P: the prompt as it is sent.
+            sampling: the settings.
+            num_tokens: its length where images take more than one token each.
 
         Raises:
             ContextLengthError: prompt and response don't fit into the context.
@@ -116,14 +128,15 @@ class ServedModel:
         """
         longest, context = self.pool.max_prompt_tokens, self.pool.context_length
         limit = min((length for length in (longest, context) if length is not None), default=None)
-        if limit is not None and len(ids_P) > limit:
+        length = len(ids_P) if num_tokens is None else num_tokens
+        if limit is not None and length > limit:
             raise ContextLengthError(
-                f"the conversation has {len(ids_P)} tokens, and the servers take prompts of at most {limit}: shorten "
+                f"the conversation has {length} tokens, and the servers take prompts of at most {limit}: shorten "
                 "it, or launch the servers with a larger context_length"
             )
-        if context is not None and len(ids_P) + sampling.max_new_tokens > context:
+        if context is not None and length + sampling.max_new_tokens > context:
             raise ContextLengthError(
-                f"the conversation has {len(ids_P)} tokens, and a response of up to {sampling.max_new_tokens} is asked "
+                f"the conversation has {length} tokens, and a response of up to {sampling.max_new_tokens} is asked "
                 f"for: together more than the context of {context}. Shorten the conversation, or ask for fewer tokens"
             )
         self.pool.check([ids_P], sampling)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import socket
 import ssl
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from typing import Any
 
-import httpx
+import aiohttp
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.connections import IDLE_LIMIT_S, socket_options
@@ -30,8 +32,13 @@ __all__ = ["ServerCalls"]
 _LOCAL_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.ENETUNREACH}
 
 
+_connected: ContextVar[Callable[[Any], None]] = ContextVar("connected", default=lambda _connection: None)
+"""Called with the connection that a request gets."""
+_FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
+
+
 class ServerCalls:
-    """Sends requests to one server. Belongs to one event loop. Nothing is sent twice.
+    """Sends requests to one server. Belongs to one event loop. Nothing that may have run is sent twice.
 
     Args:
         client: the server, its keys, time-outs and certificates.
@@ -40,12 +47,13 @@ class ServerCalls:
     def __init__(self, client: SGLangClient) -> None:
         self.client = client
         authorities = trusted_authorities(client.config.ca_certificate)
-        self._verify: ssl.SSLContext | bool = False
+        self._tls: ssl.SSLContext | bool = True
         if client.url.startswith("https:"):
-            self._verify = ssl.create_default_context(cafile=authorities if isinstance(authorities, str) else None)
-        self._idle: list[httpx.AsyncClient] = []
-        self._all: set[httpx.AsyncClient] = set()
+            self._tls = ssl.create_default_context(cafile=authorities if isinstance(authorities, str) else None)
+        self._http: aiohttp.ClientSession | None = None
+        self._in_use = 0
         self._closing: set[asyncio.Task[None]] = set()
+        self._is_retired = False
 
     async def send(self, request: HttpRequest, *, timeout_s: float | None = None) -> Any:
         """Send a request and return the parsed JSON of the answer, or its text if it is not JSON.
@@ -58,18 +66,18 @@ class ServerCalls:
             SGLangError: as :meth:`SGLangClient.send`.
         """
         try:
-            with self._connection(request) as http:
-                response = await http.send(self._built(http, request, timeout_s))
-        except (httpx.HTTPError, httpx.StreamError) as error:
+            async with self._answer(request, timeout_s) as answer:
+                body = await answer.read()
+        except _FAILURES as error:
             raise self._translated(error, request) from error
-        self._refuse(response, request)
-        if "json" not in response.headers.get("content-type", ""):
-            return response.text
+        self._refuse(answer, body, request)
+        if "json" not in answer.content_type:
+            return body.decode(errors="replace")
         try:
-            return response.json()
+            return json.loads(body)
         except ValueError as error:
             raise ProtocolError(
-                f"{self.client.url} answered {request.path} with something that is not JSON: {response.text[:200]!r}",
+                f"{self.client.url} answered {request.path} with something that is not JSON: {body[:200]!r}",
                 server=self.client.url,
             ) from error
 
@@ -81,107 +89,114 @@ class ServerCalls:
         """
         url = self.client.url
         try:
-            with self._connection(request) as http:
-                response = await http.send(self._built(http, request, None), stream=True)
-                try:
-                    if not response.is_success:
-                        await response.aread()
-                        self._refuse(response, request)
-                    async for line in response.aiter_lines():
-                        if not line.startswith("data:"):
-                            continue
-                        data = line[5:].strip()
-                        if data == "[DONE]":
-                            return
-                        yield json.loads(data)
-                finally:
-                    await response.aclose()
-        except (httpx.HTTPError, httpx.StreamError) as error:
+            async with self._answer(request, None) as answer:
+                if not answer.ok:
+                    self._refuse(answer, await answer.read(), request)
+                async for line in _lines(answer.content):
+                    if not line.startswith(b"data:"):
+                        continue
+                    data = line[5:].strip()
+                    if data == b"[DONE]":
+                        return
+                    yield json.loads(data)
+        except _FAILURES as error:
             raise self._translated(error, request) from error
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ProtocolError(f"{url} streamed an event that is not JSON", server=url) from error
         raise stream_cut_short(request, url=url)
 
     async def close(self) -> None:
         """Close all connections."""
-        for http in list(self._all):
-            await http.aclose()
+        http, self._http = self._http, None
+        if http is not None:
+            await http.close()
         if self._closing:
             await asyncio.wait(self._closing)
 
-    @contextmanager
-    def _connection(self, request: HttpRequest) -> Iterator[httpx.AsyncClient]:
-        """One connection, the one that was used last. httpx's own pool looks at all of them for each request.
+    @property
+    def is_open(self) -> bool:
+        """Whether there may be open connections."""
+        return self._http is not None
 
-        It is used again after an answer, and after a stream that was closed early. httpcore shields its bookkeeping
-        from anyio's cancellation, not from :meth:`asyncio.Task.cancel`: after that its pool may count a connection as
-        in use for ever, and the next request would wait for it.
-        """
-        http = self._idle.pop() if self._idle else self._opened()
+    def retire(self) -> None:
+        """Close the connections as soon as none is in use."""
+        self._is_retired = True
+        if not self._in_use and self._http is not None:
+            task = asyncio.get_running_loop().create_task(self.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    @asynccontextmanager
+    async def _answer(self, request: HttpRequest, timeout_s: float | None) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._http is None:
+            self._http = self._opened()
+        self._in_use += 1
         try:
-            with self._counted(http) if request.timeout == "generate" else nullcontext():
-                yield http
-        except GeneratorExit:
-            self._idle.append(http)
-            raise
-        except BaseException:
-            self._discard(http)
-            raise
-        self._idle.append(http)
+            with self._counted() if request.timeout == "generate" else nullcontext():
+                # Without a time-out the caller sets the deadline: an answer takes as long as the slowest sequence.
+                async with self._http.request(
+                    request.method,
+                    self.client.url + request.path,
+                    data=None if request.body is None else json.dumps(request.body).encode(),
+                    headers=self.client.headers(request),
+                    timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=self.client.config.connect_timeout_s),
+                    allow_redirects=False,
+                ) as answer:
+                    yield answer
+        finally:
+            self._in_use -= 1
+            if self._is_retired:
+                self.retire()
 
-    def _counted(self, http: httpx.AsyncClient) -> AbstractContextManager[None]:
-        """Let whoever takes the server out of the pool know of this request, and break it."""
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Let whoever takes the server out of the pool know of this request, and break its connection."""
         loop = asyncio.get_running_loop()
+        connections: list[aiohttp.connector.Connection] = []
+        before = _connected.set(connections.append)
+
+        def abort() -> None:
+            for connection in connections:
+                if connection.transport is not None:  # the answer has been read meanwhile
+                    connection.transport.abort()
 
         def cut() -> None:
             with suppress(RuntimeError):  # the loop has ended, and all its requests
-                loop.call_soon_threadsafe(self._discard, http)
+                loop.call_soon_threadsafe(abort)
 
-        return self.client.sent_elsewhere(cut)
+        try:
+            with self.client.sent_elsewhere(cut):
+                yield
+        finally:
+            with suppress(ValueError):  # a stream is closed in another context than it began in
+                _connected.reset(before)
 
-    def _discard(self, http: httpx.AsyncClient) -> None:
-        self._all.discard(http)
-        task = asyncio.get_running_loop().create_task(http.aclose())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
-
-    def _opened(self) -> httpx.AsyncClient:
-        transport = httpx.AsyncHTTPTransport(
-            verify=self._verify,
-            trust_env=False,  # no proxy and no .netrc: the servers are the trainer's own
-            limits=httpx.Limits(max_connections=1, keepalive_expiry=IDLE_LIMIT_S),
-            socket_options=socket_options(),
+    def _opened(self) -> aiohttp.ClientSession:
+        connector = _Connector(
+            limit=0,  # who asks limits how much is under way
+            keepalive_timeout=IDLE_LIMIT_S,
+            ssl=self._tls,
+            socket_factory=_socket,
         )
-        http = httpx.AsyncClient(transport=transport, trust_env=False)
-        self._all.add(http)
-        return http
+        # no proxy and no .netrc: the servers are the trainer's own
+        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
 
-    def _built(self, http: httpx.AsyncClient, request: HttpRequest, timeout_s: float | None) -> httpx.Request:
-        # Without a time-out the caller sets the deadline: an answer may take as long as the slowest sequence.
-        return http.build_request(
-            request.method,
-            self.client.url + request.path,
-            content=None if request.body is None else json.dumps(request.body),
-            headers=self.client.headers(request),
-            timeout=httpx.Timeout(timeout_s, connect=self.client.config.connect_timeout_s),
-        )
-
-    def _refuse(self, response: httpx.Response, request: HttpRequest) -> None:
-        if not response.is_success:
+    def _refuse(self, answer: aiohttp.ClientResponse, body: bytes, request: HttpRequest) -> None:
+        if not 200 <= answer.status < 300:
             raise rejected(
                 request,
                 url=self.client.url,
-                status=response.status_code,
-                body=response.text,
-                reason=response.reason_phrase,
-                has_key="Authorization" in response.request.headers,
+                status=answer.status,
+                body=body.decode(errors="replace"),
+                reason=answer.reason or "",
+                has_key="Authorization" in self.client.headers(request),
             )
 
     def _translated(self, error: Exception, request: HttpRequest) -> SGLangError:
         """This package's error for a request that got no answer."""
         url = self.client.url
         where = f"{url}{request.path}"
-        if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+        if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ClientSSLError, aiohttp.ConnectionTimeoutError)):
             if refusal := explain_tls(_with_causes(error), url):
                 return refusal
             local = next((each for each in _causes(error) if _is_local(each)), None)
@@ -192,15 +207,24 @@ class ServerCalls:
             return ServerUnreachableError(
                 f"nothing accepts connections at {url}; is the server running and the address right?", server=url
             )
-        if isinstance(error, httpx.TimeoutException):
+        if isinstance(error, asyncio.TimeoutError):
             return ServerTimeoutError(f"{where} did not answer in time; the request may still be running", server=url)
-        if isinstance(error, httpx.DecodingError):
+        if any(isinstance(each, aiohttp.http_exceptions.ContentEncodingError) for each in _causes(error)):
             return ProtocolError(f"{where} sent something that can't be decoded: {error}", server=url)
         return ServerLostError(
             f"the connection to {where} broke after the request was sent ({error or type(error).__name__}); it may "
             "have run. If the server died, its log has the reason",
             server=url,
         )
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Tells a request which connection it was given."""
+
+    async def connect(self, req: Any, traces: list[Any], timeout: aiohttp.ClientTimeout) -> Any:
+        connection = await super().connect(req, traces, timeout)
+        _connected.get()(connection)
+        return connection
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
@@ -219,3 +243,21 @@ def _with_causes(error: BaseException) -> BaseException:
 
 def _is_local(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _LOCAL_ERRNOS
+
+
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """The lines of an answer, of any length: aiohttp's own iterator limits them."""
+    rest = b""
+    async for chunk in content.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
+
+
+def _socket(address: tuple[Any, ...]) -> socket.socket:
+    made = socket.socket(*address[:3])
+    for option in socket_options():
+        made.setsockopt(*option)
+    return made

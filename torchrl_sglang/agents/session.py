@@ -38,9 +38,11 @@ class Session:
     A request that is repeated is not generated twice:
 
     * two requests with the same ``idempotency_key`` are one, whenever they come;
-    * a request that says that it is a retry (``is_retry``) gets the answer to the last equal request, if that is under
-      way, or is recorded and no conversation has gone on from it;
-    * so does a request that equals one whose answer could not be delivered (:meth:`undelivered`).
+    * a request that equals one whose answer could not be delivered (:meth:`undelivered`) gets that answer, once;
+    * a request that says that it is a retry (``attempt``) belongs to an equal request of an earlier attempt: first to
+      one whose answer could not be delivered, then to one that failed, which is sampled anew; else it gets the answer
+      to the last one that is under way, or is recorded and no conversation has gone on from it. Each request has one
+      retry of each number, so equal requests that are sent side by side, and again, keep an answer each.
 
     Any other request is sampled anew, also an equal one: an agent may want several answers to one prompt. Answers with
     the same tokens from the same weights are one segment.
@@ -115,13 +117,13 @@ class Session:
     async def _turn(self, request: ChatRequest | TextRequest, sample: Sampler, on_progress: OnProgress | None) -> Turn:
         self._require_active()
         self._heard_at = time.monotonic()
-        known = self._records.find(_signature(request), request.idempotency_key, is_retry=request.is_retry)
+        known = self._records.find(_signature(request), request.idempotency_key, attempt=request.attempt)
         if isinstance(known, TurnRecord):
             return known.as_turn(is_repeated=True)
         joined = known is not None
         if known is None:
             known = PendingTurn(sample, streams=on_progress is not None)
-            self._records.begin(known, _signature(request), request.idempotency_key)
+            self._records.begin(known, _signature(request), request.idempotency_key, attempt=request.attempt)
         try:
             record = await known.result(on_progress)
         except asyncio.CancelledError:
@@ -219,5 +221,5 @@ class Session:
 
 def _signature(request: ChatRequest | TextRequest) -> str:
     """Equal for requests that ask for the same, apart from what says that they are repeated."""
-    asked = {f.name: getattr(request, f.name) for f in fields(request) if f.name not in ("idempotency_key", "is_retry")}
+    asked = {f.name: getattr(request, f.name) for f in fields(request) if f.name not in ("idempotency_key", "attempt")}
     return json.dumps([type(request).__name__, asked], sort_keys=True, default=repr)

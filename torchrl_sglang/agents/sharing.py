@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from torchrl_sglang.agents.types import Choice, OnProgress, Progress, Turn
 from torchrl_sglang.errors import ConfigError
 
 __all__ = ["PendingTurn", "TurnRecord", "TurnRecords"]
+
+_KEPT_FAILURES = 256
+"""Failed requests that are remembered; a retry comes within seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +126,11 @@ class _Entry:
     signature: bytes
     key: str | None
     turn: PendingTurn | TurnRecord
+    attempt: int = 0
+    """The latest attempt that was given this turn."""
     is_undelivered: bool = False
+    is_retried: bool = False
+    """A retry has come while the turn was being aborted."""
 
 
 class TurnRecords:
@@ -130,6 +138,7 @@ class TurnRecords:
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
+        self._failed: deque[tuple[bytes, int]] = deque(maxlen=_KEPT_FAILURES)
 
     @property
     def num_turns(self) -> int:
@@ -141,8 +150,13 @@ class TurnRecords:
         """Number of turns under way."""
         return len(self._entries) - self.num_turns
 
-    def find(self, signature: str, key: str | None, *, is_retry: bool) -> PendingTurn | TurnRecord | None:
+    def find(self, signature: str, key: str | None, *, attempt: int) -> PendingTurn | TurnRecord | None:
         """The turn that a request repeats; ``None`` if it has to be generated.
+
+        Args:
+            signature: equal for requests that ask for the same.
+            key: its idempotency key.
+            attempt: how often the client says that it has sent the request before.
 
         Raises:
             ConfigError: the key belongs to another request.
@@ -158,24 +172,39 @@ class TurnRecords:
                     f"the idempotency key {key!r:.100} was sent with another request before: use a new key for each"
                 )
             return same_key.turn
-        for entry in reversed(alive):
-            if entry.signature != digest:
-                continue
-            if is_retry and (isinstance(entry.turn, PendingTurn) or not entry.turn.is_continued):
-                return entry.turn
-            if entry.is_undelivered:
-                entry.is_undelivered = False
-                return entry.turn
-        return None
+        equal = [entry for entry in reversed(alive) if entry.signature == digest]
+        found = next((entry for entry in equal if entry.is_undelivered), None)
+        if found is None and attempt and not self._take_failed(digest, attempt):
+            found = next((entry for entry in equal if entry.attempt < attempt and _may_repeat(entry)), None)
+        if found is None:
+            return None
+        found.is_undelivered = False
+        found.attempt = max(found.attempt, attempt)
+        return found.turn
 
-    def begin(self, turn: PendingTurn, signature: str, key: str | None) -> None:
-        """A turn has begun. It is forgotten if it fails."""
-        entry = _Entry(_digest(signature), key, turn)
+    def _take_failed(self, digest: bytes, attempt: int) -> bool:
+        """Whether the request repeats one that failed; that one is forgotten."""
+        earlier = [failed for failed in self._failed if failed[0] == digest and failed[1] < attempt]
+        if earlier:
+            self._failed.remove(max(earlier, key=lambda failed: failed[1]))
+            return True
+        for entry in self._entries:
+            is_ending = isinstance(entry.turn, PendingTurn) and entry.turn.is_ending
+            if is_ending and not entry.is_retried and entry.signature == digest and entry.attempt < attempt:
+                entry.is_retried = True
+                return True
+        return False
+
+    def begin(self, turn: PendingTurn, signature: str, key: str | None, *, attempt: int = 0) -> None:
+        """A turn has begun. Of one that fails only this is kept: a retry is not a retry of another equal request."""
+        entry = _Entry(_digest(signature), key, turn, attempt)
         self._entries.append(entry)
 
         def ended(task: asyncio.Task[TurnRecord]) -> None:
             if task.cancelled() or task.exception() is not None:
                 self._entries.remove(entry)
+                if not entry.is_retried:
+                    self._failed.append((entry.signature, entry.attempt))
             else:
                 entry.turn = task.result()
 
@@ -192,6 +221,10 @@ class TurnRecords:
         for entry in list(self._entries):
             if isinstance(entry.turn, PendingTurn):
                 entry.turn.withdraw()
+
+
+def _may_repeat(entry: _Entry) -> bool:
+    return isinstance(entry.turn, PendingTurn) or not entry.turn.is_continued
 
 
 def _digest(signature: str) -> bytes:

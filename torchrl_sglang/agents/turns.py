@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 from array import array
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +16,9 @@ from torchrl_sglang.agents.conversation.messages import Message, read_messages
 from torchrl_sglang.agents.conversation.progress import ProgressText
 from torchrl_sglang.agents.conversation.texts import build_text_prompt
 from torchrl_sglang.agents.conversation.tree import Node, Tree
-from torchrl_sglang.agents.generation import Generated
+from torchrl_sglang.agents.image_tokens import PromptImages
 from torchrl_sglang.agents.served_model import ServedModel
+from torchrl_sglang.agents.server_part import Generated
 from torchrl_sglang.agents.sharing import TurnRecord
 from torchrl_sglang.agents.tool_choice import constrain, reads_calls
 from torchrl_sglang.agents.types import ChatRequest, OnProgress, Progress, TextRequest, TokenLogProb
@@ -24,7 +26,7 @@ from torchrl_sglang.chat.quoted_text import open_thinking
 from torchrl_sglang.chat.tool_schemas import read_tools
 from torchrl_sglang.chat_templates import check_template_kwargs
 from torchrl_sglang.config import SamplingParams
-from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.errors import ConfigError, RequestRejectedError
 
 __all__ = ["sample_chat", "sample_text"]
 
@@ -37,13 +39,15 @@ class _Job:
 
     Attributes:
         prompt: its prompt.
-        ids_P: all tokens of it.
+        ids_P: all tokens of it, as they are sent.
         sampling: how tokens are drawn, ``n`` choices.
         top_logprobs: number of the most likely tokens to report.
         tools: the tools whose calls are read from the answers; none for a text.
         is_chat: whether thinking is separated from the content.
         parallel: whether a message may have several calls.
         earlier_calls: number of calls in the conversation.
+        images: the prompt's images.
+        num_tokens: length of the prompt on the server, as far as it is known; ``None`` is that of ``ids_P``.
     """
 
     prompt: Prompt
@@ -54,6 +58,8 @@ class _Job:
     is_chat: bool = True
     parallel: bool = True
     earlier_calls: int = 0
+    images: PromptImages | None = None
+    num_tokens: int | None = None
 
 
 async def sample_chat(
@@ -72,7 +78,7 @@ async def sample_chat(
         ConfigError: something in the request can't be honoured.
         ServerError: no server generated the answer.
     """
-    match = tree.match(read_messages(request.messages))
+    match = tree.match(await model.images.checked(read_messages(request.messages)))
     tools = read_tools(list(request.tools)) if request.tools else []
     variables = {**model.settings.template_kwargs, **check_template_kwargs(request.template_kwargs)}
     prompt = build_prompt(
@@ -84,23 +90,30 @@ async def sample_chat(
     )
     ids_P = prompt.token_ids()
     thinks = open_thinking(prompt.text)
-    sampling = constrain(
-        model.sampling(request.sampling, len(ids_P)),
-        tools=tools,
-        tool_choice=request.tool_choice,
-        parallel=request.parallel_tool_calls is not False,
-        family=model.family,
-        thinking_end=None if thinks is None else thinks[1],
-    )
+
+    def sampling(length: int) -> SamplingParams:
+        return constrain(
+            model.sampling(request.sampling, length),
+            tools=tools,
+            tool_choice=request.tool_choice,
+            parallel=request.parallel_tool_calls is not False,
+            family=model.family,
+            thinking_end=None if thinks is None else thinks[1],
+        )
+
     job = _Job(
         prompt=prompt,
         ids_P=ids_P,
-        sampling=sampling,
+        sampling=sampling(len(ids_P)),
         top_logprobs=request.top_logprobs,
         tools=tools if reads_calls(tools, request.tool_choice) else (),
         parallel=request.parallel_tool_calls is not False,
         earlier_calls=sum(len(message.calls) for message in match.messages),
+        images=model.images.of_prompt(prompt, ids_P),
     )
+    if job.images is not None:
+        length = await _length_with_images(job, job.images, model, preferred)
+        job = replace(job, sampling=sampling(length), num_tokens=length)
     make = _maker(model, job, parent=match.node, new=match.new, position=len(match.messages))
     return await _run(job, model, tree, make, preferred, on_progress)
 
@@ -160,11 +173,10 @@ def _maker(model: ServedModel, job: _Job, *, parent: Node | None, new: tuple[Mes
             turn=turn,
             index=index,
             parent=parent,
-            base=job.prompt.base,
+            **_prompt_fields(job, made),
             new=new,
             answer=answer,
             prompt_text=prompt_text,
-            prompt_ids=array("q", job.prompt.ids),
             text=written.text,
             beyond=written.beyond,
             output_ids=array("q", made.output_ids),
@@ -192,7 +204,7 @@ async def _run(
     """Generate all choices side by side, and record them together: a turn that fails leaves nothing."""
     if not 0 <= job.top_logprobs <= _MOST_TOP_LOGPROBS:
         raise ConfigError(f"top_logprobs must be between 0 and {_MOST_TOP_LOGPROBS}, got {job.top_logprobs}")
-    model.check(job.ids_P, job.sampling)
+    model.check(job.ids_P, job.sampling, num_tokens=job.num_tokens)
     single = job.sampling if job.sampling.n == 1 else replace(job.sampling, n=1)
     seed = job.sampling.sampling_seed
 
@@ -205,18 +217,72 @@ async def _run(
             preferred=preferred,
             timeout_s=model.settings.turn_timeout_s,
             on_tokens=report,
+            **_images(job),
         )
 
-    made = await _all_or_none([one(index) for index in range(job.sampling.n)])
+    with _refused_images() if job.images is not None else nullcontext():
+        made = await _all_or_none([one(index) for index in range(job.sampling.n)])
     turn = f"turn_{secrets.token_hex(8)}"
     nodes = [await make(each, turn, index) for index, each in enumerate(made)]
     return TurnRecord(
         id=turn,
         nodes=[_recorded(tree, node) for node in nodes],
-        prompt_tokens=len(job.ids_P),
+        prompt_tokens=len(made[0].prompt_ids or job.ids_P),
         cached_tokens=max(each.cached_tokens for each in made),
         server=made[0].server,
     )
+
+
+def _images(job: _Job) -> dict[str, Any]:
+    return {} if job.images is None else {"images": job.images}
+
+
+def _prompt_fields(job: _Job, made: Generated) -> dict[str, Any]:
+    """The prompt's part of a node, as the server saw it.
+
+    A server that tokenized the conversation's beginning otherwise than it was recorded begins a new trajectory.
+    """
+    prompt, seen = job.prompt, made.prompt_ids
+    if job.images is None or seen is None:
+        return {"base": prompt.base, "prompt_ids": array("q", prompt.ids)}
+    known = job.images.known_ids
+    if tuple(seen[: len(known)]) != known:
+        return {
+            "base": None,
+            "prompt_ids": array("q", seen),
+            "sent_ids": array("q", job.ids_P),
+            "images": job.images.urls,
+        }
+    return {
+        "base": prompt.base,
+        "prompt_ids": array("q", seen[len(known) :]),
+        "sent_ids": array("q", prompt.ids),
+        "images": prompt.images,
+    }
+
+
+async def _length_with_images(job: _Job, images: PromptImages, model: ServedModel, preferred: str | None) -> int:
+    """Length of the prompt on the server; asked for if the answer may fill the context and images are new."""
+    context = model.pool.context_length
+    known = len(job.ids_P) + len(images.known_ids) - images.num_known_sent
+    if not job.prompt.images or context is None or known + job.sampling.max_new_tokens < context:
+        return known
+    model.check(job.ids_P, replace(job.sampling, max_new_tokens=1), num_tokens=known)
+    one_token = SamplingParams(max_new_tokens=1, temperature=0.0)
+    with _refused_images():
+        made = await model.generator.generate(job.ids_P, one_token, preferred=preferred, images=images)
+    return len(made.prompt_ids or job.ids_P)
+
+
+@contextmanager
+def _refused_images() -> Iterator[None]:
+    """What a server says against the images of a prompt, it says to the client."""
+    try:
+        yield
+    except RequestRejectedError as error:
+        if not 400 <= error.status < 500:
+            raise
+        raise ConfigError(f"the server refused the prompt with its images: {error.detail or error}") from error
 
 
 def _recorded(tree: Tree, node: Node) -> Node:

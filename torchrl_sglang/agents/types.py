@@ -47,7 +47,7 @@ class ChatRequest:
             ``max_new_tokens`` may fill the context.
         top_logprobs: number of the most likely tokens to report for each token.
         idempotency_key: two requests of a session with the same key are one request.
-        is_retry: the client says that it has sent this request before (``x-stainless-retry-count``).
+        attempt: how often the client says that it has sent this request before (``x-stainless-retry-count``).
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -58,7 +58,7 @@ class ChatRequest:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     top_logprobs: int = 0
     idempotency_key: str | None = None
-    is_retry: bool = False
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +71,14 @@ class TextRequest:
         sampling: as in :class:`ChatRequest`.
         top_logprobs: as in :class:`ChatRequest`.
         idempotency_key: as in :class:`ChatRequest`.
-        is_retry: as in :class:`ChatRequest`.
+        attempt: as in :class:`ChatRequest`.
     """
 
     prompt: str | tuple[int, ...]
     sampling: Mapping[str, Any] = field(default_factory=dict)
     top_logprobs: int = 0
     idempotency_key: str | None = None
-    is_retry: bool = False
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +188,8 @@ class Trajectory:
             as temperature 1) and for the others.
         exact_log_probs: whether the log-probs are those of the distribution that the tokens were drawn from: not if
             the agent asked for ``top_p``, ``top_k`` or ``min_p``.
+        images: URLs of the images in ``token_ids``, in their order. In ``token_ids`` each has as many tokens as the
+            server put in its place.
         session: id of the session.
         reward: the session's reward; ``None`` if there is none.
         info: what was given with the reward.
@@ -205,6 +207,7 @@ class Trajectory:
     shared_tokens: int = 0
     temperatures: tuple[float, ...] = ()
     exact_log_probs: bool = True
+    images: tuple[str, ...] = ()
     session: str = ""
     reward: float | None = None
     info: Mapping[str, Any] = field(default_factory=dict)

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +28,7 @@ from torchrl_sglang.errors import ConfigError
 __all__ = ["AgentCollector"]
 
 _STOP_S = 30.0
+_LOOK_AGAIN_S = 1.0
 
 
 class AgentCollector(BaseCollector):
@@ -350,6 +351,10 @@ class _LoopThread:
         require(not self._is_stopped, "the collector was shut down: make a new one")
         waiting = asyncio.run_coroutine_threadsafe(work(), self._loop)
         try:
+            while not waiting.done() and self._thread.is_alive():
+                wait({waiting}, timeout=_LOOK_AGAIN_S)
+            if not waiting.done():
+                raise CancelledError
             return waiting.result()
         except CancelledError as error:
             raise ConfigError("the collector was shut down while a batch was waited for") from error
@@ -362,7 +367,7 @@ class _LoopThread:
             return
         self._is_stopped = True
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_STOP_S if timeout_s is None else timeout_s)
+        self._thread.join(_STOP_S if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX))
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -78,7 +78,7 @@ def make_batch(groups: Sequence[Group], *, decode: Callable[[Sequence[int]], str
     The prompt of a row ends before its first token that is trained on, so what earlier rows of the session have is in
     the prompt of later ones. The response has sampled tokens and, between them, those of tools and of the template.
     ``masks.all_assistant_mask`` marks the sampled ones. Log-probs are NaN everywhere else, where TorchRL's losses
-    leave them out; ``generation.weight_version`` is -1 there.
+    leave them out; ``generation.weight_version`` is -1 there. ``images`` has the URLs of a row's images, as JSON.
 
     Args:
         groups: at least one.
@@ -146,6 +146,7 @@ def _sequence(trajectory: Trajectory, decode: Callable[[Sequence[int]], str]) ->
     return {
         **fields,
         "session": NonTensorData(trajectory.session),
+        "images": NonTensorData(json.dumps(trajectory.images)),
         "messages": NonTensorData(json.dumps(trajectory.messages, ensure_ascii=False, default=str)),
     }
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 import traceback
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeVar
 
 from torchrl_sglang.agents.collector.clean_up import until_done
@@ -25,8 +27,7 @@ _log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-_SILENCE_BEYOND_S = 60.0
-"""A session outlives the run's time-out by this, so that the time-out is what ends a silent run."""
+_GRACE_S = 60.0
 _SHOWN_ERROR = 2000
 
 
@@ -37,17 +38,23 @@ class SessionRuns:
         gateway: makes the sessions.
         runner: runs the agent.
         timeout_s: longest time of a run.
+        grace_s: a session outlives this time by so much, so that the time-out is what ends a silent run.
     """
 
-    def __init__(self, gateway: AgentGateway, runner: Runner, *, timeout_s: float) -> None:
+    def __init__(self, gateway: AgentGateway, runner: Runner, *, timeout_s: float, grace_s: float = _GRACE_S) -> None:
         self._gateway = gateway
         self._runner = runner
         self._timeout_s = timeout_s
+        self._longest_s = timeout_s + grace_s
         self._has_warned = False
+        self._made_at = 0.0
 
     async def run(self, task: NumberedTask, member: int) -> Run | RunFailure:
         """Run the agent once for a task, as the member of this number of its group."""
-        session = await self._session(task, member)
+        try:
+            session = await self._session(task, member)
+        except RunFailedError as error:
+            return RunFailure(kind=error.kind, message=str(error), group_id=task.number, member=member)
         try:
             returned = await self._within_time(self._runner(task.task, session.base_url, session.api_key))
             return await self._recorded(session, returned)
@@ -59,11 +66,16 @@ class SessionRuns:
             await self._delete(session)
 
     async def _session(self, task: NumberedTask, member: int) -> AgentSession:
-        """A new session; waits while the gateway keeps as many as it may."""
+        """A new session; waits while the gateway keeps as many as it may.
+
+        Raises:
+            RunFailedError: no run has got one for longer than a run takes.
+        """
+        begun_at = time.monotonic()
         tags = {"group_id": task.number, "member": member}
-        ttl_s = self._timeout_s + _SILENCE_BEYOND_S
+        make = partial(self._gateway.create_session, tags=tags, ttl_s=self._longest_s)
         while True:
-            making = asyncio.ensure_future(_called(lambda: self._gateway.create_session(tags=tags, ttl_s=ttl_s)))
+            making = asyncio.ensure_future(_called(make))
             try:
                 await until_done([making])
             except asyncio.CancelledError:
@@ -71,9 +83,18 @@ class SessionRuns:
                     await self._delete(making.result())
                 raise
             try:
-                return making.result()
+                session = making.result()
             except OverloadedError as error:
+                if time.monotonic() - max(begun_at, self._made_at) > self._longest_s:
+                    raise RunFailedError(
+                        "gateway",
+                        f"the gateway made no session for {self._longest_s:g} s ({error}): delete those that "
+                        "nobody uses, or raise SessionSettings.max_sessions above the collector's concurrency",
+                    ) from error
                 await asyncio.sleep(error.retry_after_s)
+            else:
+                self._made_at = time.monotonic()
+                return session
 
     async def _within_time(self, work: Awaitable[Reward | None]) -> Reward | None:
         """What the agent returned.

@@ -35,17 +35,23 @@ class Prompt:
 
     Attributes:
         base: the answer whose tokens it continues; ``None`` if all of it is rendered.
-        ids: tokens behind the base's.
+        ids: tokens behind the base's; an image is one placeholder.
         text: their text, as rendered.
+        images: URLs of the images in them.
     """
 
     base: Node | None
     ids: list[int]
     text: str
+    images: tuple[str, ...] = ()
 
     def token_ids(self) -> list[int]:
-        """All tokens of the prompt."""
-        return [*(self.base.token_ids() if self.base is not None else ()), *self.ids]
+        """All tokens of the prompt as they are sent: an image is one placeholder."""
+        return [*(self.base.token_ids_to_send() if self.base is not None else ()), *self.ids]
+
+    def all_images(self) -> tuple[str, ...]:
+        """URLs of all images of the prompt."""
+        return (*_images_of(self.base), *self.images)
 
 
 def build_prompt(
@@ -71,6 +77,9 @@ def build_prompt(
     renderer = template.renderer(tools, variables or {})
     form = template.form(match.messages, tools)
     text = renderer.render(form.messages, add_generation_prompt=True)
+    images = tuple(image.url for message in match.messages for image in message.images)
+    if images:
+        _require_place(text, form, renderer)
     found: tuple[Node, str] | None = None
     if match.node is not None:
         walk = _Walk(text, form, renderer, template, tools)
@@ -79,9 +88,38 @@ def build_prompt(
             behind = _after(renderer, form, match.node)
             found = found if behind is None else (match.node, behind)
     if found is None:
-        return Prompt(base=None, ids=renderer.encode(text), text=text)
+        return Prompt(base=None, ids=renderer.encode(text), text=text, images=images)
     base, behind = found
-    return Prompt(base=base, ids=_encode_behind(base, behind, renderer, template), text=behind)
+    before = _images_of(base)
+    if images[: len(before)] != before:  # the template hides earlier images
+        return Prompt(base=None, ids=renderer.encode(text), text=text, images=images)
+    ids = _encode_behind(base, behind, renderer, template)
+    return Prompt(base=base, ids=ids, text=behind, images=images[len(before) :])
+
+
+def _images_of(node: Node | None) -> tuple[str, ...]:
+    return () if node is None else tuple(url for one in node.chain() for url in one.images)
+
+
+def _require_place(text: str, form: Form, renderer: ChatRenderer) -> None:
+    """Require that the template writes a placeholder for images, neither nothing nor the list of parts.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    listed = [message["content"] for message in form.messages if isinstance(message["content"], list)]
+    blind = [
+        {**message, "content": "".join(part.get("text", "") for part in message["content"])}
+        if isinstance(message["content"], list)
+        else message
+        for message in form.messages
+    ]
+    try:
+        same = renderer.render(blind, add_generation_prompt=True) == text
+    except ConfigError:  # a template that takes lists of parts alone
+        same = False
+    if same or any(str(content) in text for content in listed):
+        raise ConfigError("this model's chat template has no place for images: send text alone")
 
 
 class _Walk:

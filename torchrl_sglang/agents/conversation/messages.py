@@ -7,7 +7,7 @@ other spaces or another order of keys, missing ids, fields of their own, thinkin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +16,15 @@ from torchrl_sglang.chat.response import ToolCall
 from torchrl_sglang.chat.tool_json import plain
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["Call", "Message", "read_messages", "same_answer", "split_thinking"]
+__all__ = ["Call", "Image", "Message", "read_messages", "same_answer", "split_thinking"]
 
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _LEFT_OUT_PARTS = ("thinking", "redacted_thinking", "reasoning", "tool_use", "tool_call", "function_call")
 """What some clients write into an assistant's content besides its text; calls are in ``tool_calls``, too."""
-_MEDIA_PARTS = ("image_url", "image", "input_image", "input_audio", "audio", "video", "video_url", "file")
+_IMAGE_PARTS = ("image_url", "image", "input_image")
+_OTHER_MEDIA_PARTS = ("input_audio", "audio", "video", "video_url", "file")
+_IMAGE_ROLES = ("user", "tool", "function")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +55,26 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """An image in a message.
+
+    Attributes:
+        url: ``http(s)://``, which the server fetches, or ``data:image/...;base64,...``.
+        at: number of characters of the message's text before it.
+    """
+
+    url: str
+    at: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One message.
 
     Attributes:
         role: ``system``, ``developer``, ``user``, ``assistant`` or ``tool``.
         content: its text; parts of a content are joined.
+        images: its images, in their order.
         calls: the assistant's tool calls.
         reasoning: the assistant's thinking; ``None`` if the client did not send any.
         call_id: of a tool's result, the id of its call.
@@ -73,10 +89,27 @@ class Message:
     call_id: str = ""
     name: str = ""
     raw: str = ""
+    images: tuple[Image, ...] = ()
+
+    def parts(self, of_image: Callable[[Image], dict[str, Any]]) -> str | list[dict[str, Any]]:
+        """The content: its text, or a list of parts if there are images."""
+        if not self.images:
+            return self.content
+        made: list[dict[str, Any]] = []
+        start = 0
+        for image in (*self.images, None):
+            end = len(self.content) if image is None else image.at
+            if end > start:
+                made.append({"type": "text", "text": self.content[start:end]})
+            if image is not None:
+                made.append(of_image(image))
+            start = end
+        return made
 
     def as_openai(self) -> dict[str, Any]:
         """The message in OpenAI's form."""
-        made: dict[str, Any] = {"role": self.role, "content": self.content}
+        content = self.parts(lambda image: {"type": "image_url", "image_url": {"url": image.url}})
+        made: dict[str, Any] = {"role": self.role, "content": content}
         if self.name:
             made["name"] = self.name
         if self.reasoning:
@@ -136,12 +169,14 @@ def _read_message(index: int, message: Any) -> Message:
         raise ConfigError(f"{where}.tool_calls must be a list, got {type(calls).__name__}")
     if calls and role != "assistant":
         raise ConfigError(f"{where} has tool_calls, but the role {role!r}: only the assistant calls tools")
+    content, images = _content(where, role, message.get("content"), bool(calls))
     reasoning = message.get("reasoning_content")
     reasoning = message.get("reasoning") if reasoning is None else reasoning
     name = message.get("name")
     return Message(
         role="tool" if role == "function" else role,
-        content=_text(where, role, message.get("content"), bool(calls)),
+        content=content,
+        images=images,
         calls=tuple(_read_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls)),
         reasoning=reasoning if isinstance(reasoning, str) and role == "assistant" else None,
         call_id=str(message.get("tool_call_id") or "") if role == "tool" else "",
@@ -149,28 +184,48 @@ def _read_message(index: int, message: Any) -> Message:
     )
 
 
-def _text(where: str, role: str, content: Any, has_calls: bool) -> str:
+def _content(where: str, role: str, content: Any, has_calls: bool) -> tuple[str, tuple[Image, ...]]:
+    """The text of a content, and its images."""
     if isinstance(content, str):
-        return content
+        return content, ()
     if content is None:
         if role in ("assistant", "tool", "function") or has_calls:
-            return ""
+            return "", ()
         raise ConfigError(f"{where} has no content: a message of the role {role!r} needs a string or a list of parts")
     if not isinstance(content, (list, tuple)):
         raise ConfigError(f"{where}.content must be a string or a list of parts, got {type(content).__name__}")
     if role == "assistant":
         content = [p for p in content if not (isinstance(p, Mapping) and p.get("type") in _LEFT_OUT_PARTS)]
-    return "".join(_part(f"{where}.content[{i}]", part) for i, part in enumerate(content))
+    text = ""
+    images: list[Image] = []
+    for index, part in enumerate(content):
+        place = f"{where}.content[{index}]"
+        if isinstance(part, Mapping) and part.get("type") in _IMAGE_PARTS:
+            if role not in _IMAGE_ROLES:
+                raise ConfigError(
+                    f"{place} is an image in a message of the role {role!r}: only users and tools send them"
+                )
+            images.append(Image(url=_image_url(place, part), at=len(text)))
+        else:
+            text += _part(place, part)
+    return text, tuple(images)
+
+
+def _image_url(where: str, part: Mapping[str, Any]) -> str:
+    for name in (part["type"], "image_url", "image", "url"):
+        value = part.get(name)
+        value = value.get("url") if isinstance(value, Mapping) else value
+        if isinstance(value, str) and value:
+            return value
+    raise ConfigError(f"{where} is an image without a URL: send {{'type': 'image_url', 'image_url': {{'url': ...}}}}")
 
 
 def _part(where: str, part: Any) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in _MEDIA_PARTS:
-        raise ConfigError(
-            f"{where} is of type {kind!r}: the gateway records tokens of text, and takes text parts alone"
-        )
+    if kind in _OTHER_MEDIA_PARTS:
+        raise ConfigError(f"{where} is of type {kind!r}: the gateway takes text and images alone")
     text = part.get(_TEXT_PARTS[kind]) if isinstance(part, Mapping) and kind in _TEXT_PARTS else None
     if not isinstance(text, str):
         raise ConfigError(f"{where} must be a part {{'type': 'text', 'text': ...}}, got {part!r:.100}")

@@ -128,7 +128,7 @@ class AgentTemplate:
             if one["role"] == "system" and made and not places:  # before the tools
                 one = {**one, "content": f"{one['content']}\n\n{made.pop()['content']}"}
             elif message.role == "tool" != one["role"] and places and messages[len(places) - 1].role == "tool":
-                one = {**one, "content": f"{made.pop()['content']}\n{one['content']}"}
+                one = {**one, "content": _joined(made.pop()["content"], "\n", one["content"])}
             made.append(one)
             places.append(len(made) - 1)
         return Form(messages=made, places=places) if self._takes_system else _without_system(made, places)
@@ -138,8 +138,9 @@ class AgentTemplate:
         if role == "developer" and not self._knows_developer:
             role = "system"
         if role == "tool" and not (self._knows_calls and self.knows_tools):
-            return {"role": "user", "content": f"<tool_response>\n{message.content}\n</tool_response>"}
-        made: dict[str, Any] = {"role": role, "content": message.content}
+            content = _joined("<tool_response>\n", _content(message), "\n</tool_response>")
+            return {"role": "user", "content": content}
+        made: dict[str, Any] = {"role": role, "content": _content(message)}
         if message.name:
             made["name"] = message.name
         if role == "tool" and message.call_id:
@@ -175,6 +176,25 @@ def _pattern(tokenizer: Any) -> re.Pattern[str] | None:
     texts = [str(tokenizer.decode([token], skip_special_tokens=False)).strip() for token in ids]
     marks = [token for token, text in zip(tokens, texts, strict=True) if token == text and len(token) > 1]
     return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True)))) if marks else None
+
+
+def _content(message: Message) -> str | list[dict[str, Any]]:
+    """The content as templates take it: images are parts without their URL."""
+    return message.parts(lambda _image: {"type": "image"})
+
+
+def _joined(*contents: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Contents one behind the other, as text if all are text."""
+    if all(isinstance(content, str) for content in contents):
+        return "".join(map(str, contents))
+    parts: list[dict[str, Any]] = []
+    for content in contents:
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if parts and part["type"] == parts[-1]["type"] == "text":
+                parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
+            else:
+                parts.append(part)
+    return parts
 
 
 def _inline(message: Message) -> str:
@@ -218,6 +238,8 @@ def _without_system(messages: Sequence[dict[str, Any]], places: Sequence[int]) -
                 continue
             message = {"role": "user", "content": ""}
         if waiting:
-            message, waiting = {**message, "content": f"{waiting}{message['content']}".rstrip("\n")}, ""
+            content = _joined(waiting, message["content"])
+            content = content.rstrip("\n") if isinstance(content, str) else content
+            message, waiting = {**message, "content": content}, ""
         made.append(message)
     return Form(messages=made, places=[moved[place] for place in places])

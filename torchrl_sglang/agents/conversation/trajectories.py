@@ -60,6 +60,7 @@ def _sequence(chain: list[Node]) -> Mapping[str, Any]:
         "log_probs": tuple(log_probs),
         "weight_versions": tuple(weight_versions),
         "temperatures": tuple(temperatures),
+        "images": tuple(url for node in chain for url in node.images),
         "exact_log_probs": all(node.exact_log_probs for node in chain),
     }
 

@@ -30,7 +30,9 @@ class Node:
         new: the messages between the parent's answer and this one.
         answer: the answer.
         prompt_text: the text that its prompt adds to the base's tokens; all of the prompt's without a base.
-        prompt_ids: the tokens of this text.
+        prompt_ids: the tokens of this text, as the server saw them: each image has all its tokens.
+        images: URLs of the images in them.
+        sent_ids: the same as it was sent, with one placeholder per image; ``None`` if nothing was expanded.
         text: the answer as it was generated, without the token or string that ended it.
         beyond: text of sampled tokens behind ``text``: the stop string that ended it.
         output_ids: the sampled tokens.
@@ -67,6 +69,8 @@ class Node:
     top_log_probs: tuple[tuple[TokenLogProb, ...], ...] = ()
     children: list[Node] = field(default_factory=list)
     is_base: bool = False
+    images: tuple[str, ...] = ()
+    sent_ids: array[int] | None = None
 
     def path(self) -> list[Node]:
         """The answers of the conversation up to this one."""
@@ -81,6 +85,14 @@ class Node:
         ids: list[int] = []
         for node in self.chain():
             ids += node.prompt_ids
+            ids += node.output_ids
+        return ids
+
+    def token_ids_to_send(self) -> list[int]:
+        """The same as it is sent to a server, with one placeholder per image."""
+        ids: list[int] = []
+        for node in self.chain():
+            ids += node.prompt_ids if node.sent_ids is None else node.sent_ids
             ids += node.output_ids
         return ids
 
@@ -192,4 +204,5 @@ def _is_same(client: Message, known: Message, names: Mapping[str, str]) -> bool:
     if client.role == "assistant":  # one that the client brought along, such as an example
         return same_answer(client, known)
     same_call = not client.call_id or names.get(client.call_id, client.call_id) == known.call_id
-    return client.content == known.content and same_call
+    same_content = (client.content, client.images) == (known.content, known.images)
+    return same_content and same_call

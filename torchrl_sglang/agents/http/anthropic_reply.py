@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,17 @@ class AnthropicReply:
     Attributes:
         id: of the answer.
         model: the served model's name.
+        stops: the stop strings that the client gave.
     """
 
     id: str
     model: str
+    stops: Sequence[str] = ()
 
     def whole(self, turn: Turn) -> dict[str, Any]:
         """The answer in one piece."""
         choice = turn.choices[0]
-        return {**self.head(), "content": list(blocks(choice)), **ending(choice), "usage": usage(turn)}
+        return {**self.head(), "content": list(blocks(choice)), **self.ending(choice), "usage": usage(turn)}
 
     def head(self) -> dict[str, Any]:
         """The answer before anything is written."""
@@ -46,6 +48,12 @@ class AnthropicReply:
             "stop_sequence": None,
             "usage": {"input_tokens": 0, "output_tokens": 0},
         }
+
+    def ending(self, choice: Choice) -> dict[str, Any]:
+        """Why an answer ended; the gateway may have stop strings of its own, such as after the only call."""
+        if choice.stop in self.stops and choice.finish_reason == "stop":
+            return {"stop_reason": "stop_sequence", "stop_sequence": choice.stop}
+        return {"stop_reason": _REASONS[choice.finish_reason], "stop_sequence": None}
 
 
 def blocks(choice: Choice) -> Iterator[dict[str, Any]]:
@@ -68,13 +76,6 @@ def call_block(call: Mapping[str, Any]) -> dict[str, Any]:
         "name": function["name"],
         "input": json.loads(function["arguments"] or "{}"),
     }
-
-
-def ending(choice: Choice) -> dict[str, Any]:
-    """Why an answer ended."""
-    if choice.stop is not None and choice.finish_reason == "stop":
-        return {"stop_reason": "stop_sequence", "stop_sequence": choice.stop}
-    return {"stop_reason": _REASONS[choice.finish_reason], "stop_sequence": None}
 
 
 def usage(turn: Turn) -> dict[str, Any]:
@@ -118,7 +119,7 @@ class AnthropicWriter:
             written = {"type": "input_json_delta", "partial_json": call["function"]["arguments"] or "{}"}
             yield self._delta(written)
             yield from self._close()
-        yield _event("message_delta", delta=ending(choice), usage=usage(turn))
+        yield _event("message_delta", delta=self._reply.ending(choice), usage=usage(turn))
         yield _event("message_stop")
 
     def failure(self, error: ApiError) -> Iterator[bytes]:

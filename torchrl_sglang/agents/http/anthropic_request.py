@@ -10,6 +10,7 @@ from torchrl_sglang.agents.http.api_errors import bad_request
 from torchrl_sglang.agents.http.chat_messages import check_messages, check_tools, read_tool_choice
 from torchrl_sglang.agents.http.chat_request import Call, Sending
 from torchrl_sglang.agents.http.fields import Fields
+from torchrl_sglang.agents.http.sampling_fields import MOST_INTEGER
 from torchrl_sglang.agents.types import ChatRequest
 
 __all__ = ["read_anthropic"]
@@ -36,7 +37,7 @@ def read_anthropic(body: Any, sending: Sending) -> Call:
     sampling: dict[str, Any] = {"max_new_tokens": limit}
     for name in ("temperature", "top_p"):
         sampling[name] = fields.number(name)
-    sampling["top_k"] = fields.integer("top_k", at_least=0)
+    sampling["top_k"] = fields.integer("top_k", at_least=0, at_most=MOST_INTEGER)
     stops = fields.list("stop_sequences") or []
     if not all(isinstance(stop, str) and stop for stop in stops):
         raise bad_request(f"stop_sequences must be non-empty strings, got {stops!r:.100}", "stop_sequences")
@@ -52,7 +53,7 @@ def read_anthropic(body: Any, sending: Sending) -> Call:
             parallel_tool_calls=parallel,
             sampling={name: value for name, value in sampling.items() if value is not None},
             idempotency_key=sending.idempotency_key,
-            is_retry=sending.is_retry,
+            attempt=sending.attempt,
         ),
         model=model,
         stream=stream,

@@ -64,7 +64,7 @@ async def _health(_request: Request) -> Response:
 
 def error_response(request: Request, error: ApiError) -> Response:
     """An error in the form of the API that the request uses."""
-    is_anthropic = request.url.path.endswith("/messages")
+    is_anthropic = "/messages" in request.url.path or "anthropic-version" in request.headers
     body = error.anthropic() if is_anthropic else error.openai()
     return JSONResponse(body, error.status, headers=error.headers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,6 +105,11 @@ def check_tools(tools: Sequence[Any] | None) -> tuple[dict[str, Any], ...]:
             )
         function = Fields(fields.object("function", required=True), fields.path("function"))
         name = function.required_text("name")
+        if not name.strip() or json.dumps(name, ensure_ascii=False)[1:-1] != name:
+            raise bad_request(
+                f"tools[{index}] has the name {name!r:.80}: a name has letters, digits, '_' and '-'",
+                function.path("name"),
+            )
         function.text("description")
         function.object("parameters")
         function.flag("strict")

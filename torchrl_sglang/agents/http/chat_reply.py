@@ -6,38 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torchrl_sglang.agents.http.openai_reply import OpenAIReply
 from torchrl_sglang.agents.http.reply_deltas import Delta
-from torchrl_sglang.agents.http.token_texts import TokenTexts
 from torchrl_sglang.agents.types import Choice, TokenLogProb, Turn
 
-__all__ = ["ChatReply", "usage"]
-
-
-def usage(turn: Turn) -> dict[str, Any]:
-    """The numbers of tokens of a turn."""
-    return {
-        "prompt_tokens": turn.prompt_tokens,
-        "completion_tokens": turn.completion_tokens,
-        "total_tokens": turn.prompt_tokens + turn.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": turn.cached_tokens},
-    }
+__all__ = ["ChatReply"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChatReply:
-    """Writes the answer to one request.
-
-    Attributes:
-        id: of the answer.
-        created: Unix time.
-        model: the served model's name.
-        texts: the texts of tokens; ``None`` without ``logprobs``.
-    """
-
-    id: str
-    created: int
-    model: str
-    texts: TokenTexts | None
+class ChatReply(OpenAIReply):
+    """Writes the answer to one request."""
 
     def whole(self, turn: Turn) -> dict[str, Any]:
         """The answer in one piece."""
@@ -51,10 +29,9 @@ class ChatReply:
             for choice in turn.choices
         ]
         return {
-            **self._head("chat.completion"),
+            **self.head("chat.completion"),
             "choices": choices,
-            "usage": usage(turn),
-            "system_fingerprint": fingerprint(turn.choices),
+            **self.ending(turn),
         }
 
     def begin(self, index: int) -> dict[str, Any]:
@@ -78,16 +55,13 @@ class ChatReply:
 
     def usage_piece(self, turn: Turn) -> dict[str, Any]:
         """The piece that ends a stream with ``stream_options.include_usage``."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(turn)}
+        return {**self.head("chat.completion.chunk"), "choices": [], "usage": self.usage(turn)}
 
     def _chunk(
         self, index: int, delta: Mapping[str, Any], log_probs: Any = None, finish_reason: str | None = None
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": finish_reason}
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**self.head("chat.completion.chunk"), "choices": [choice]}
 
     def _log_probs(
         self, ids: Sequence[int], log_probs: Sequence[float], top: Sequence[Sequence[TokenLogProb]]
@@ -106,9 +80,3 @@ class ChatReply:
         assert self.texts is not None
         text, data = self.texts.text_and_bytes(token_id)
         return {"token": text, "logprob": log_prob, "bytes": list(data)}
-
-
-def fingerprint(choices: Sequence[Choice]) -> str | None:
-    """Names the weights that generated the last token."""
-    versions = [choice.weight_versions[-1] for choice in choices if choice.weight_versions]
-    return f"weights-{max(versions)}" if versions else None

@@ -12,10 +12,10 @@ from torchrl_sglang.agents.http.fields import Fields
 from torchrl_sglang.agents.http.sampling_fields import MOST_TOP_LOGPROBS, read_grammar, read_sampling
 from torchrl_sglang.agents.types import ChatRequest, TextRequest
 
-__all__ = ["Call", "Sending", "read_chat", "read_text"]
+__all__ = ["WITHOUT_EFFECT", "Call", "Sending", "read_chat", "read_text"]
 
 # They tell OpenAI's platform something, and change no token.
-_WITHOUT_EFFECT = (
+WITHOUT_EFFECT = (
     *("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"),
 )
 
@@ -26,11 +26,11 @@ class Sending:
 
     Attributes:
         idempotency_key: its ``Idempotency-Key``, if it has one.
-        is_retry: it says that it has sent the request before (``x-stainless-retry-count`` of OpenAI's clients).
+        attempt: how often it says that it has sent the request before (``x-stainless-retry-count``).
     """
 
     idempotency_key: str | None = None
-    is_retry: bool = False
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ def read_chat(body: Any, sending: Sending) -> Call:
             sampling=sampling,
             top_logprobs=top,
             idempotency_key=sending.idempotency_key,
-            is_retry=sending.is_retry,
+            attempt=sending.attempt,
         ),
         model=model,
         stream=stream,
@@ -135,7 +135,7 @@ def read_text(body: Any, sending: Sending) -> Call:
             sampling=sampling,
             top_logprobs=top or 0,
             idempotency_key=sending.idempotency_key,
-            is_retry=sending.is_retry,
+            attempt=sending.attempt,
         ),
         model=model,
         stream=stream,
@@ -146,7 +146,7 @@ def read_text(body: Any, sending: Sending) -> Call:
 
 def _read_common(fields: Fields) -> tuple[str, bool, bool]:
     """The model's name, whether to stream, and whether to end a stream with its usage."""
-    fields.ignore(*_WITHOUT_EFFECT)
+    fields.ignore(*WITHOUT_EFFECT)
     model = fields.required_text("model")
     stream = bool(fields.flag("stream"))
     options = fields.object("stream_options")

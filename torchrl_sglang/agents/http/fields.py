@@ -45,6 +45,11 @@ class Fields:
         """The field's path in the request."""
         return f"{self.where}.{name}" if self.where else name
 
+    def all(self) -> dict[str, Any]:
+        """All fields, as they are."""
+        self._known.update(self._value)
+        return dict(self._value)
+
     def any(self, name: str) -> Any:
         """A field of any type; ``None`` if it is absent."""
         self._known.add(name)
@@ -95,6 +100,7 @@ class Fields:
             raise bad_request(f"{self.path(name)} must be a whole number, got {value!r}", self.path(name))
         if (at_least is not None and value < at_least) or (at_most is not None and value > at_most):
             bounds = f"at least {at_least}" if at_most is None else f"between {at_least} and {at_most}"
+            bounds = bounds if at_least is not None else f"at most {at_most}"
             raise bad_request(f"{self.path(name)} must be {bounds}, got {value!r}", self.path(name))
         return int(value)
 

@@ -29,6 +29,8 @@ from torchrl_sglang.agents.types import ChatRequest, OnProgress, Turn
 
 __all__ = ["ModelRoutes"]
 
+_MOST_DIGITS = 9
+
 Reply = ChatReply | TextReply | ResponsesReply | AnthropicReply
 
 
@@ -100,7 +102,9 @@ class ModelRoutes:
         """``POST .../messages``, Anthropic's."""
         session = self._serving.session(request)
         call = read_anthropic(await self._serving.body(request), sending_of(request))
-        return await self._answer(request, session, call, AnthropicReply(id=_new_id("msg_"), model=self._model_name))
+        stops = tuple(call.request.sampling.get("stop") or ())
+        reply = AnthropicReply(id=_new_id("msg_"), model=self._model_name, stops=stops)
+        return await self._answer(request, session, call, reply)
 
     @property
     def _model_name(self) -> str:
@@ -132,9 +136,7 @@ class ModelRoutes:
         if call.stream:
             writer = _writer(reply, include_usage=call.include_usage)
             return await event_stream(request, RunningTurn(run), writer, undelivered=session.undelivered)
-        turn = await until_disconnect(request, run(None))
-        if await request.is_disconnected():
-            session.undelivered(turn)
+        turn = await until_disconnect(request, run(None), undelivered=session.undelivered)
         return JSONResponse(reply.whole(turn))
 
 
@@ -162,5 +164,5 @@ def sending_of(request: Request) -> Sending:
     count = request.headers.get("x-stainless-retry-count", "0")
     return Sending(
         idempotency_key=request.headers.get("idempotency-key") or None,
-        is_retry=count.isdigit() and int(count) > 0,
+        attempt=int(count) if count.isdecimal() and len(count) < _MOST_DIGITS else 0,
     )

@@ -60,7 +60,7 @@ class ResponsesReply:
             "output": list(self.items(choice)),
             "usage": {
                 "input_tokens": turn.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": turn.cached_tokens},
+                "input_tokens_details": {"cached_tokens": turn.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": turn.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": turn.prompt_tokens + turn.completion_tokens,
@@ -90,8 +90,8 @@ class ResponsesReply:
         reasoning = message.get("reasoning_content")
         if reasoning:
             yield self.reasoning_item(reasoning)
-        if message.get("content"):
-            yield self.message_item(message["content"], status, self._log_probs(choice))
+        if message.get("content") or not (reasoning or message.get("tool_calls")):  # an answer has at least one item
+            yield self.message_item(message.get("content") or "", status, self._log_probs(choice))
         for index, call in enumerate(message.get("tool_calls") or ()):
             yield self.call_item(call, index)
 
@@ -168,6 +168,8 @@ class ResponsesWriter:
         choice = turn.choices[0]
         yield from self._write(self._deltas.rest(choice))
         items = list(self._reply.items(choice))
+        if any(item["type"] == "message" for item in items):
+            yield from self._open_message()
         yield from self._close(items)
         for index, call in enumerate(choice.message.get("tool_calls") or ()):
             done = self._reply.call_item(call, index)

@@ -7,17 +7,13 @@ from typing import Any
 
 from torchrl_sglang.agents.http.api_errors import bad_request
 from torchrl_sglang.agents.http.chat_messages import check_messages, check_tools, read_tool_choice
-from torchrl_sglang.agents.http.chat_request import Call, Sending
+from torchrl_sglang.agents.http.chat_request import WITHOUT_EFFECT, Call, Sending
 from torchrl_sglang.agents.http.fields import Fields
 from torchrl_sglang.agents.http.sampling_fields import MOST_TOP_LOGPROBS, read_grammar, read_sampling
 from torchrl_sglang.agents.types import ChatRequest
 
 __all__ = ["read_input", "read_responses"]
 
-_WITHOUT_EFFECT = (
-    *("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"),
-    *("stream_options", "include"),
-)
 _LOG_PROBS = "message.output_text.logprobs"
 
 
@@ -33,7 +29,7 @@ def read_responses(body: Any, sending: Sending, earlier: Sequence[Mapping[str, A
         ApiError: a field that is wrong, unknown, or can't be honoured; ``param`` names it.
     """
     fields = Fields(body)
-    fields.ignore(*_WITHOUT_EFFECT, "previous_response_id")
+    fields.ignore(*WITHOUT_EFFECT, "stream_options", "include", "previous_response_id")
     model = fields.required_text("model")
     instructions = fields.text("instructions")
     messages = [*earlier, *read_input(fields.any("input"))]
@@ -73,7 +69,7 @@ def read_responses(body: Any, sending: Sending, earlier: Sequence[Mapping[str, A
             sampling=sampling,
             top_logprobs=top,
             idempotency_key=sending.idempotency_key,
-            is_retry=sending.is_retry,
+            attempt=sending.attempt,
         ),
         model=model,
         stream=stream,
@@ -121,11 +117,8 @@ def _tool_choice(choice: Any) -> Any:
     if choice.get("type") == "function" and "function" not in choice:
         return {"type": "function", "function": {"name": choice.get("name")}}
     if choice.get("type") == "allowed_tools" and "allowed_tools" not in choice:
-        tools = [
-            {"type": "function", "function": dict(each)}
-            for each in choice.get("tools") or ()
-            if isinstance(each, Mapping)
-        ]
+        tools = Fields(choice, "tool_choice").list("tools") or []
+        tools = [{"type": "function", "function": Fields(each, "tool_choice.tools").all()} for each in tools]
         return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": tools}}
     return choice
 

@@ -81,8 +81,15 @@ class RunningTurn:
         await _cancel(self._task)
 
 
-async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def until_disconnect(
+    request: Request, work: Coroutine[Any, Any, T], *, undelivered: Callable[[T], None] | None = None
+) -> T:
     """The result of ``work``, which is cancelled when the client closes the connection.
+
+    Args:
+        request: the request.
+        work: what is waited for.
+        undelivered: called with the result if the client is gone by then.
 
     Raises:
         ClientDisconnect: the client is gone.
@@ -93,7 +100,12 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
-        return task.result()
+        result = task.result()
+        if undelivered is not None:
+            await asyncio.sleep(0)  # a disconnection of this moment is noticed
+            if gone.done():
+                undelivered(result)
+        return result
     finally:
         gone.cancel()
         await _cancel(task)

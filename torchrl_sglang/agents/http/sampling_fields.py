@@ -7,10 +7,12 @@ from typing import Any
 from torchrl_sglang.agents.http.api_errors import bad_request
 from torchrl_sglang.agents.http.fields import Fields
 
-__all__ = ["MOST_TOP_LOGPROBS", "read_grammar", "read_sampling"]
+__all__ = ["MOST_INTEGER", "MOST_TOP_LOGPROBS", "read_grammar", "read_sampling"]
 
 MOST_TOP_LOGPROBS = 20
 """As in OpenAI's API."""
+MOST_INTEGER = 2**31 - 1
+"""What a server's tensors hold: a larger number ends its process."""
 _MOST_CHOICES = 128
 _NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 # Not OpenAI's: what vLLM and SGLang take, which clients send in `extra_body`.
@@ -28,7 +30,7 @@ def read_sampling(fields: Fields) -> dict[str, Any]:
     given: dict[str, Any] = {name: fields.number(name) for name in (*_NUMBERS, *_MORE_NUMBERS)}
     given["n"] = fields.integer("n", at_least=1, at_most=_MOST_CHOICES)
     given["seed"] = fields.integer("seed")
-    given.update({name: fields.integer(name) for name in _MORE_INTEGERS})
+    given.update({name: fields.integer(name, at_most=MOST_INTEGER) for name in _MORE_INTEGERS})
     given.update({name: fields.text(name) for name in _GRAMMARS})
     given["ignore_eos"] = fields.flag("ignore_eos")
     given["stop"] = _read_stop(fields)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import uvicorn
 
-from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.errors import ConfigError, ServerTimeoutError
 
 __all__ = ["ServerThread"]
 
@@ -21,6 +24,9 @@ _KEEP_ALIVE_S = 75
 """An idle connection is closed after this; clients close theirs sooner, so none is closed while a request is sent."""
 _START_S = 30.0
 _STOP_S = 2
+_CALL_S = 120.0
+"""Calls take milliseconds, those that return long conversations a second."""
+_LOOK_AGAIN_S = 0.5
 _BACKLOG = 4096
 """Connections that wait to be accepted: a thousand agents may start at once."""
 
@@ -65,17 +71,33 @@ class ServerThread:
         """Whether it serves."""
         return self._thread.is_alive() and self._ready.done()
 
-    def call(self, work: Callable[[], Coroutine[Any, Any, T]], *, timeout_s: float | None = None) -> T:
+    def call(self, work: Callable[[], Coroutine[Any, Any, T]], *, timeout_s: float = _CALL_S) -> T:
         """Run a coroutine in the event loop, and return its result.
 
         Raises:
-            RuntimeError: called in the event loop itself, which would wait for itself; or it does not serve.
+            RuntimeError: called in the event loop itself, which would wait for itself; or it does not serve, or no
+                longer.
+            ServerTimeoutError: the event loop did not run it in time.
         """
         if self._loop is None or not self.is_alive:
-            raise RuntimeError("the gateway is not running")
+            raise RuntimeError("the gateway is not running: use it in a `with` block, or call start()")
         if threading.current_thread() is self._thread:
             raise RuntimeError("this method waits for the gateway's event loop, and was called in it")
-        return asyncio.run_coroutine_threadsafe(work(), self._loop).result(timeout_s)
+        running = asyncio.run_coroutine_threadsafe(work(), self._loop)
+        deadline = time.monotonic() + timeout_s
+        try:
+            while not running.done() and self._thread.is_alive() and time.monotonic() < deadline:
+                wait({running}, timeout=_LOOK_AGAIN_S)
+            if running.done() and not running.cancelled():
+                return running.result()
+        finally:
+            running.cancel()
+        if running.cancelled() and self._thread.is_alive() and time.monotonic() >= deadline:
+            raise ServerTimeoutError(
+                f"the gateway's event loop did not answer within {timeout_s:g} s: its thread gets no time, or other "
+                "work blocks it. Run the gateway in a process of its own (torchrl-sglang gateway)"
+            )
+        raise RuntimeError("the gateway was closed while this call waited for it")
 
     def stop(self) -> None:
         """End all requests, close all connections, and end the thread."""
@@ -87,7 +109,7 @@ class ServerThread:
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._serve())
+            _event_loops().run(self._serve())
         except BaseException as error:  # raised in start()
             if self._ready.done():
                 raise
@@ -127,6 +149,11 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._end()
         await super().shutdown(sockets)
+
+
+def _event_loops() -> Any:
+    """uvloop, which takes less time, where it is installed; there is none for Windows."""
+    return import_module("uvloop" if find_spec("uvloop") else "asyncio")
 
 
 def _listen(host: str, port: int) -> socket.socket:

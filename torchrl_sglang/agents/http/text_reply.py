@@ -6,29 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchrl_sglang.agents.http.chat_reply import fingerprint, usage
+from torchrl_sglang.agents.http.openai_reply import OpenAIReply
 from torchrl_sglang.agents.http.reply_deltas import Delta
-from torchrl_sglang.agents.http.token_texts import TokenTexts
 from torchrl_sglang.agents.types import Choice, TokenLogProb, Turn
 
 __all__ = ["TextReply"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextReply:
-    """Writes the answer to one request.
+class TextReply(OpenAIReply):
+    """Writes the answer to one request."""
 
-    Attributes:
-        id: of the answer.
-        created: Unix time.
-        model: the served model's name.
-        texts: the texts of tokens; ``None`` without ``logprobs``.
-    """
-
-    id: str
-    created: int
-    model: str
-    texts: TokenTexts | None
     _offsets: dict[int, int] = field(default_factory=dict, init=False, repr=False)
     """Per choice, characters of its tokens so far."""
 
@@ -44,10 +32,9 @@ class TextReply:
             for choice in turn.choices
         ]
         return {
-            **self._head(),
+            **self.head("text_completion"),
             "choices": choices,
-            "usage": usage(turn),
-            "system_fingerprint": fingerprint(turn.choices),
+            **self.ending(turn),
         }
 
     def begin(self, index: int) -> None:
@@ -57,18 +44,15 @@ class TextReply:
         """Pieces with what a choice has gained."""
         log_probs = self._log_probs(delta.index, delta.token_ids, delta.log_probs, delta.top_log_probs)
         if delta.text or (log_probs and delta.token_ids):
-            yield {**self._head(), "choices": [self._choice(delta.index, delta.text, log_probs, None)]}
+            yield {**self.head("text_completion"), "choices": [self._choice(delta.index, delta.text, log_probs, None)]}
 
     def end(self, choice: Choice) -> Iterator[dict[str, Any]]:
         """The piece that says why a choice ended."""
-        yield {**self._head(), "choices": [self._choice(choice.index, "", None, choice.finish_reason)]}
+        yield {**self.head("text_completion"), "choices": [self._choice(choice.index, "", None, choice.finish_reason)]}
 
     def usage_piece(self, turn: Turn) -> dict[str, Any]:
         """The piece that ends a stream with ``stream_options.include_usage``."""
-        return {**self._head(), "choices": [], "usage": usage(turn)}
-
-    def _head(self) -> dict[str, Any]:
-        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+        return {**self.head("text_completion"), "choices": [], "usage": self.usage(turn)}
 
     @staticmethod
     def _choice(index: int, text: str, log_probs: Any, finish_reason: str | None) -> dict[str, Any]:

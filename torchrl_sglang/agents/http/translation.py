@@ -47,6 +47,8 @@ def api_error(error: SGLangError) -> ApiError:
         return ApiError(409, message, code="session_finished")
     if isinstance(error, OverloadedError):
         return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=error.retry_after_s)
+    if isinstance(error, RequestRejectedError) and error.status == 400:  # such as a grammar that can't be compiled
+        return ApiError(400, message, code="invalid_value")
     if isinstance(error, ServerTimeoutError):
         return ApiError(504, message, code="upstream_timeout")
     if isinstance(error, (ServerLostError, RequestRejectedError, ProtocolError)):

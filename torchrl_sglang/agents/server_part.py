@@ -1,0 +1,324 @@
+"""Generates one part of a sequence on one server: the request, its answer or events, and its abort.
+
+Shapes: ``P`` prompt tokens, ``R`` sampled tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torchrl_sglang.agents.image_tokens import PromptImages
+from torchrl_sglang.agents.server_calls import ServerCalls
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import SamplingParams
+from torchrl_sglang.errors import (
+    ProtocolError,
+    RequestRejectedError,
+    ServerError,
+    ServerLostError,
+    ServerUnreachableError,
+    SGLangError,
+    WeightSyncError,
+)
+from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.pool.checks import refuse_mixed_weights
+from torchrl_sglang.pool.state import ServerState
+from torchrl_sglang.protocol.control import build_abort
+from torchrl_sglang.protocol.generate import build_generate, parse_one, token_versions
+from torchrl_sglang.protocol.media import Media
+from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest
+from torchrl_sglang.protocol.stream_events import StreamedReply
+from torchrl_sglang.protocol.version import version_number
+
+__all__ = ["Broken", "Generated", "Label", "OnTokens", "ServerParts", "UnloadedError"]
+
+_log = logging.getLogger(__name__)
+
+_ABORT_TIMEOUT_S = 10.0
+_VERIFIED_POLL_S = 0.02
+
+
+@dataclass(slots=True, kw_only=True)
+class Generated:
+    """A sequence, finished or so far.
+
+    Attributes:
+        output_ids: sampled tokens, length ``R``.
+        log_probs: natural-log probability of each, length ``R``.
+        versions: number of the weights that generated each, length ``R``; of a sequence that is not finished yet only
+            those of its finished parts.
+        top_log_probs: per token ``[log_prob, id, text]`` of the most likely ones, if requested.
+        finish_reason: ``"stop"`` or ``"length"``.
+        matched: the stop token or string that ended it.
+        abort_message: what the server said when it aborted the last part.
+        cached_tokens: prompt tokens from the prefix cache.
+        server: URL of the server that generated the last part.
+        resumes: how often it was continued.
+        prompt_ids: the prompt as the server saw it, images expanded; ``None`` for a prompt without images.
+    """
+
+    output_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    top_log_probs: list[Any] = field(default_factory=list)
+    finish_reason: str = ""
+    matched: int | str | None = None
+    abort_message: str = ""
+    cached_tokens: int = 0
+    server: str = ""
+    resumes: int = 0
+    prompt_ids: list[int] | None = None
+
+    def with_part(self, reply: GenerateReply, top: Sequence[Any], *, versions: Sequence[int]) -> Generated:
+        """The sequence with a further part."""
+        return Generated(
+            output_ids=self.output_ids + reply.output_ids,
+            log_probs=self.log_probs + (reply.output_logprobs or []),
+            versions=[*self.versions, *versions],
+            top_log_probs=[*self.top_log_probs, *top],
+            finish_reason=reply.finish_reason,
+            matched=reply.matched,
+            abort_message=reply.abort_message,
+            cached_tokens=self.cached_tokens if self.resumes or self.output_ids else reply.cached_tokens,
+            server=reply.server,
+            resumes=self.resumes,
+            prompt_ids=self.prompt_ids,
+        )
+
+
+OnTokens = Callable[[Generated], None]
+
+
+Label = Callable[[GenerateReply], GenerateReply]
+"""Gives a reply the weight version of the adapter that it was made with."""
+
+
+class Broken(Exception):
+    """A server left a part unfinished; ``part`` is the sequence with what came of it, in a stream."""
+
+    def __init__(
+        self,
+        *,
+        client: SGLangClient,
+        error: SGLangError,
+        known: ServerState,
+        label: Label,
+        part: Generated | None = None,
+    ) -> None:
+        super().__init__(str(error))
+        self.client, self.error, self.part, self.known, self.label = client, error, part, known, label
+
+
+class UnloadedError(Exception):
+    """A part was not begun, since the trainer's adapter that it named is not the current one any more."""
+
+
+class ServerParts:
+    """Generates parts of sequences on the servers of a pool. Belongs to one event loop.
+
+    Args:
+        pool: connected servers.
+        adapter: name of a loaded LoRA adapter to use instead of the trainer's.
+    """
+
+    def __init__(self, pool: SGLangPool, *, adapter: str | None = None) -> None:
+        self._pool = pool
+        self._adapter = adapter
+        self._calls: dict[str, ServerCalls] = {}
+        self._aborts: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Finish pending aborts and close all connections."""
+        if self._aborts:
+            await asyncio.wait(self._aborts, timeout=_ABORT_TIMEOUT_S)
+        for calls in self._calls.values():
+            await calls.close()
+        self._calls.clear()
+
+    def calls(self, client: SGLangClient) -> ServerCalls:
+        """The connections to a server."""
+        known = self._calls.get(client.url)
+        if known is None or known.client is not client:
+            if known is not None:
+                known.retire()
+            known = self._calls[client.url] = ServerCalls(client)
+        return known
+
+    def close_departed(self) -> None:
+        """Close the connections to servers that have left the pool; those in use are closed after their answer."""
+        present = {client.url for client in self._pool.clients}
+        for url in [url for url in self._calls if url not in present]:
+            self._calls.pop(url).retire()
+
+    async def generate(
+        self,
+        client: SGLangClient,
+        ids_P: Sequence[int],
+        sampling: SamplingParams,
+        done: Generated,
+        *,
+        top_logprobs: int = 0,
+        images: PromptImages | None = None,
+        on_tokens: OnTokens | None = None,
+    ) -> Generated:
+        """The sequence with what one server adds to it.
+
+        Args:
+            client: the server.
+            ids_P: prompt token ids, each image one placeholder.
+            sampling: how the rest is drawn.
+            done: what is there of it.
+            top_logprobs: number of the most likely tokens to report for each.
+            images: the prompt's images.
+            on_tokens: called with the sequence so far.
+
+        Raises:
+            Broken: the server did not finish its part.
+            UnloadedError: its adapter was unloaded before it was sent.
+            SGLangError: the server refused the request.
+        """
+        adapter, label = self._pool.resolve_adapter(self._adapter)
+        request_id = uuid.uuid4().hex
+        request = build_generate(
+            [[*ids_P, *done.output_ids]],
+            sampling,
+            stream=on_tokens is not None,
+            request_ids=[request_id],
+            lora=adapter,
+            cache_salt=self._pool.state.weights.cache_salt,
+            media=None if images is None else [Media(images=images.urls)],
+        )
+        further: dict[str, Any] = {} if images is None else {"return_prompt_token_ids": True}
+        if top_logprobs:
+            further["top_logprobs_num"] = top_logprobs
+        if further:
+            request = replace(request, body={**(request.body or {}), **further})
+        before = self._pool.state.servers
+        last: Generated | None = None
+        try:
+            async with aclosing(self._events(client, request, stream=on_tokens is not None)) as items:
+                async for item in items:
+                    reply = parse_one(item, server=client.url)
+                    top = item["meta_info"].get("output_top_logprobs") or [] if top_logprobs else []
+                    if item["meta_info"].get("finish_reason") is not None:
+                        await self._check(reply, before, client, label, streamed=last is not None)
+                        reply = label(reply)
+                        if images is not None and reply.output_ids:
+                            done = _with_prompt(done, images, ids_P, item, reply)
+                        whole = done.with_part(reply, top, versions=token_versions(reply))
+                        if on_tokens is not None:
+                            on_tokens(whole)
+                        return whole
+                    last = done.with_part(reply, top, versions=[])
+                    if on_tokens is not None:
+                        on_tokens(last)
+            raise ProtocolError(f"{client.url} ended an answer without a finished response", server=client.url)
+        except asyncio.CancelledError:
+            self._abort(client, request_id)
+            raise
+        except RequestRejectedError as error:
+            if last is None and self._adapter is None and self._pool.was_unloaded(adapter, error):
+                raise UnloadedError from error
+            raise
+        except (ServerUnreachableError, ServerLostError, ProtocolError) as error:
+            if not isinstance(error, ServerUnreachableError):
+                self._abort(client, request_id)
+            known = before.get(client.url) or self._pool.state.server(client.url)
+            raise Broken(client=client, error=error, known=known, label=label, part=last) from error
+
+    async def _events(self, client: SGLangClient, request: HttpRequest, *, stream: bool) -> AsyncGenerator[Any, None]:
+        """The whole answer, or the events of a stream, each with all tokens so far."""
+        calls = self.calls(client)
+        if not stream:
+            answer = await calls.send(request)
+            if not isinstance(answer, list) or len(answer) != 1:
+                raise ProtocolError(f"{client.url} answered one prompt with {str(answer)[:100]!r}", server=client.url)
+            yield answer[0]
+            return
+        sequence = StreamedReply(client.url)
+        async with aclosing(calls.stream(request)) as events:
+            async for event in events:
+                yield sequence.add(event)
+
+    async def _check(
+        self,
+        reply: GenerateReply,
+        before: Mapping[str, ServerState],
+        client: SGLangClient,
+        label: Label,
+        *,
+        streamed: bool,
+    ) -> None:
+        """Require that a reply was made with known weights, as :meth:`SGLangPool.generate` does.
+
+        Raises:
+            Broken: it was not: it is thrown away.
+            ProtocolError: a log-prob is NaN.
+        """
+        if any(map(math.isnan, reply.output_logprobs or ())):
+            raise ServerError(
+                f"{client.url} computed NaN or infinite log-probs: its weights or activations overflow. The turn is "
+                "thrown away",
+                server=client.url,
+            )
+        checks = self._pool.reply_checks
+        deadline = time.monotonic() + client.config.update_timeout_s
+        while checks.is_unverified([reply]) and time.monotonic() < deadline:
+            await asyncio.sleep(_VERIFIED_POLL_S)
+        error: SGLangError | None = None
+        try:
+            refuse_mixed_weights([reply])
+        except WeightSyncError as mixed:
+            error = mixed
+        # What a leaving server aborts is continued elsewhere, as what a weight update aborts: its tokens are good.
+        if checks.is_wrong(replace(reply, finish_reason="stop"), before):
+            error = ServerError(f"{client.url} held other weights than expected", server=client.url)
+        if error is not None:
+            _log.warning("a turn is generated again: %s", error)
+            if streamed:
+                raise error
+            raise Broken(client=client, error=error, known=self._pool.state.server(client.url), label=label)
+        self._pool.state.replies_seen([version_number(reply.weight_version)], client.url)
+
+    def _abort(self, client: SGLangClient, request_id: str) -> None:
+        """End a request on its server, in the background."""
+
+        async def abort() -> None:
+            try:
+                await self.calls(client).send(build_abort(request_id), timeout_s=_ABORT_TIMEOUT_S)
+            except SGLangError as error:
+                _log.debug("the abort of a request was not answered: %s", error)
+
+        task = asyncio.get_running_loop().create_task(abort())
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
+
+def _with_prompt(
+    done: Generated, images: PromptImages, ids_P: Sequence[int], item: Mapping[str, Any], reply: GenerateReply
+) -> Generated:
+    """The sequence with the prompt as the server saw it, for its first part and for all further ones.
+
+    Raises:
+        ServerError: the server saw other tokens of the answer than were sampled, or another prompt than before.
+    """
+    sent = [*ids_P, *done.output_ids]
+    reported = item.get("prompt_token_ids")
+    seen = images.seen_by_server(sent, reported, reply.prompt_tokens, server=reply.server)
+    split = len(seen) - len(done.output_ids)
+    prompt_ids, rest = seen[:split], seen[split:]
+    if rest != done.output_ids or done.prompt_ids not in (None, prompt_ids):
+        raise ServerError(
+            f"{reply.server} tokenized a prompt with images anew when the answer was continued: the tokens it saw are "
+            "not those that were sampled. Ask again",
+            server=reply.server,
+        )
+    return replace(done, prompt_ids=prompt_ids)
