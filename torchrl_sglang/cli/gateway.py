@@ -15,17 +15,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from torchrl_sglang.cli.launching import add_server_options, launch, server_config
 from torchrl_sglang.cli.target import add_generation_options, generation_settings
+from torchrl_sglang.cli.termination import Termination
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.config.api_keys import new_key, read_key
 from torchrl_sglang.errors import ServerError
@@ -85,9 +84,8 @@ def run(args: argparse.Namespace) -> int:
     settings = SessionSettings(
         generation=generation_settings(args), adapter=args.adapter, session_timeout_s=args.session_timeout
     )
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _servers(args, client.api_key) as (urls, launched):
+        with Termination() as termination, _servers(args, client.api_key) as (urls, launched):
             gateway = AgentGateway(
                 urls,
                 tokenizer=None if args.tokenizer is None else load_tokenizer(args.tokenizer),
@@ -104,11 +102,9 @@ def run(args: argparse.Namespace) -> int:
                 gc.freeze()
                 print(f"ready {gateway.url}", flush=True)
                 print("Ctrl-C stops the gateway", file=sys.stderr, flush=True)
-                _wait(gateway, launched)
+                _wait(gateway, launched, termination)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr, flush=True)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -125,18 +121,15 @@ def _servers(args: argparse.Namespace, key: str | None) -> Iterator[tuple[list[s
         server.stop()
 
 
-def _wait(gateway: AgentGateway, launched: SGLangServer | None) -> None:
-    """Wait for Ctrl-C.
+def _wait(gateway: AgentGateway, launched: SGLangServer | None, termination: Termination) -> None:
+    """Wait for Ctrl-C or SIGTERM.
 
     Raises:
         ServerError: the launched server or the gateway ended.
     """
     while gateway.is_running:
+        termination.check()
         if launched is not None:
             launched.check()
         time.sleep(_POLL_S)
     raise ServerError("the gateway's thread ended; its traceback is above")
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

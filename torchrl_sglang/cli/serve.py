@@ -10,13 +10,12 @@ From then on it copies the server's log to standard error.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from torchrl_sglang.cli.launching import add_server_options, launch, server_config
+from torchrl_sglang.cli.termination import Termination
 from torchrl_sglang.config import ServerConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.server import SGLangServer
@@ -49,19 +48,16 @@ def run(args: argparse.Namespace) -> int:
         )
     key = False if args.no_api_key else None
     config = server_config(args, host=args.host, port=args.port, api_key=key, api_key_file=args.api_key_file)
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return _serve(config, quiet=args.quiet)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with Termination() as termination:
+        return _serve(config, termination, quiet=args.quiet)
 
 
-def _serve(config: ServerConfig, *, quiet: bool) -> int:
+def _serve(config: ServerConfig, termination: Termination, *, quiet: bool) -> int:
     server = launch(config)
     try:
         print(f"ready {server.url}", flush=True)
         print("Ctrl-C stops the server", file=sys.stderr, flush=True)
-        _follow(server, quiet=quiet)
+        _follow(server, termination, quiet=quiet)
     except KeyboardInterrupt:
         print("\nstopping the server", file=sys.stderr, flush=True)
     finally:
@@ -69,14 +65,11 @@ def _serve(config: ServerConfig, *, quiet: bool) -> int:
     return 0
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _follow(server: SGLangServer, *, quiet: bool) -> None:
+def _follow(server: SGLangServer, termination: Termination, *, quiet: bool) -> None:
     """Copy the log to standard error as it grows; raises when the server ends."""
     position = server.log_path.stat().st_size if server.log_path is not None else 0
     while True:
+        termination.check()
         server.check()
         if not quiet and server.log_path is not None:
             with server.log_path.open("rb") as log:
