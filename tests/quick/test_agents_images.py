@@ -260,6 +260,32 @@ def test_a_prompt_that_can_not_be_known_is_refused(
         ONE.seen_by_server(sent_ids, reported, count, server="s")
 
 
+# As SmolVLM's: it goes through the parts of every content, and a text has none.
+PARTS_ALONE = """\
+<|im_start|>{% for m in messages %}{{ m.role | capitalize }}\
+{% if m.content[0].type == 'image' %}:{% else %}: {% endif %}\
+{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% elif p.type == 'image' %}<image>{% endif %}{% endfor %}\
+<|im_end|>
+{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"""
+
+
+def test_a_template_that_reads_parts_alone_gets_texts_as_parts(sees: Any) -> None:
+    sessions, model = scripted(sees, lambda _: says(sees, " A dog.", "<|im_end|>"), chat_template=PARTS_ALONE)
+    model.expand = expand(sees.convert_tokens_to_ids("<image>"), {RED: 4})
+    session = sessions.create()
+    talk: list[Any] = [{"role": "system", "content": "Be brief."}, shows(RED, "What is it?")]
+    for question in ("Sure?", "Really?"):
+        answer = chat(session, talk, sampling={"max_new_tokens": 8}).choices[0].message
+        talk += [answer, user(question)]
+    chat(session, talk, sampling={"max_new_tokens": 8})
+    text = sees.decode(sent(model))
+    for said in ("Be brief.", "What is it?", "Sure?", "Really?"):
+        assert said in text
+    assert text.count("A dog.") == 2
+    (leaf,) = session.trajectories()
+    assert sum(leaf.loss_mask) == sum(len(ids) for _, ids in model.calls)
+
+
 def test_requests_with_images_are_told_apart(seeing: Any) -> None:
     sessions, _, _ = seeing
     session = sessions.create()
