@@ -19,7 +19,7 @@ from torchrl_sglang.agents.image_tokens import PromptImages
 from torchrl_sglang.agents.session import Session
 from torchrl_sglang.agents.sessions import Sessions
 from torchrl_sglang.agents.types import ChatRequest
-from torchrl_sglang.errors import ConfigError, ContextLengthError, ProtocolError, RequestRejectedError
+from torchrl_sglang.errors import ConfigError, ContextLengthError, RequestRejectedError
 
 pillow = pytest.importorskip("PIL.Image")
 
@@ -236,6 +236,8 @@ ONE = PromptImages(urls=(RED,), placeholder=9)
 
 def test_a_model_that_puts_images_in_later_is_known_by_the_number_of_tokens() -> None:
     assert ONE.seen_by_server([5, 9, 6], [5, 9, 6], 6, server="s") == [5, 9, 9, 9, 9, 6]
+    # an answer that is continued: its tokens follow the prompt
+    assert ONE.seen_by_server([5, 9, 6, 7], [5, 9, 6, 7], 7, server="s") == [5, 9, 9, 9, 9, 6, 7]
     later = PromptImages(urls=(RED, BLUE), num_known_sent=4, known_ids=(5, 9, 9, 9, 6, 7), placeholder=9)
     sent_ids = [5, 9, 6, 7, 8, 9]
     assert later.seen_by_server(sent_ids, sent_ids, 9, server="s") == [5, 9, 9, 9, 6, 7, 8, 9, 9]
@@ -244,20 +246,44 @@ def test_a_model_that_puts_images_in_later_is_known_by_the_number_of_tokens() ->
 
 
 @pytest.mark.parametrize(
-    ("sent_ids", "reported", "count", "error", "message"),
+    ("sent_ids", "reported", "count", "message"),
     [
-        ([5, 9, 9], [5, 9, 9], 9, ConfigError, "send one new image per request"),
-        ([5, 9], None, 4, ProtocolError, "newer SGLang"),
-        ([5, 9], [5, "x"], 2, ProtocolError, "newer SGLang"),
-        ([5, 9], [5, 9, 9], 2, ProtocolError, "which tokens it saw is not known"),
-        ([5, 9], [4, 9], 5, ProtocolError, "which tokens it saw is not known"),
+        ([5, 9, 9], [5, 9, 9], 9, "send one new image per request"),
+        ([5, 9], None, 4, "newer SGLang"),
+        ([5, 9], [5, "x"], 2, "newer SGLang"),
+        ([5, 9], [5, 9, 9], 2, "which tokens it saw is not known"),
+        ([5, 9], [4, 9], 5, "which tokens it saw is not known"),
     ],
 )
-def test_a_prompt_that_can_not_be_known_is_refused(
-    sent_ids: Any, reported: Any, count: int, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
+def test_a_prompt_that_can_not_be_known_is_refused(sent_ids: Any, reported: Any, count: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         ONE.seen_by_server(sent_ids, reported, count, server="s")
+
+
+# As SmolVLM's: it goes through the parts of every content, and a text has none.
+PARTS_ALONE = """\
+<|im_start|>{% for m in messages %}{{ m.role | capitalize }}\
+{% if m.content[0].type == 'image' %}:{% else %}: {% endif %}\
+{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% elif p.type == 'image' %}<image>{% endif %}{% endfor %}\
+<|im_end|>
+{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"""
+
+
+def test_a_template_that_reads_parts_alone_gets_texts_as_parts(sees: Any) -> None:
+    sessions, model = scripted(sees, lambda _: says(sees, " A dog.", "<|im_end|>"), chat_template=PARTS_ALONE)
+    model.expand = expand(sees.convert_tokens_to_ids("<image>"), {RED: 4})
+    session = sessions.create()
+    talk: list[Any] = [{"role": "system", "content": "Be brief."}, shows(RED, "What is it?")]
+    for question in ("Sure?", "Really?"):
+        answer = chat(session, talk, sampling={"max_new_tokens": 8}).choices[0].message
+        talk += [answer, user(question)]
+    chat(session, talk, sampling={"max_new_tokens": 8})
+    text = sees.decode(sent(model))
+    for said in ("Be brief.", "What is it?", "Sure?", "Really?"):
+        assert said in text
+    assert text.count("A dog.") == 2
+    (leaf,) = session.trajectories()
+    assert sum(leaf.loss_mask) == sum(len(ids) for _, ids in model.calls)
 
 
 def test_requests_with_images_are_told_apart(seeing: Any) -> None:

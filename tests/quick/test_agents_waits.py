@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from torchrl_sglang import SessionSettings
+from tests.fake_sglang import FakeServer
+from torchrl_sglang import AgentCollector, AgentGateway, SessionSettings
 from torchrl_sglang.agents.collector.failures import RunFailure
 from torchrl_sglang.agents.collector.session_runs import SessionRuns
 from torchrl_sglang.agents.collector.task_stream import NumberedTask
 from torchrl_sglang.agents.http.server_thread import ServerThread
-from torchrl_sglang.errors import ConfigError, OverloadedError, ServerTimeoutError
+from torchrl_sglang.errors import ConfigError, OverloadedError, ServerTimeoutError, SGLangError
 
 
 @pytest.fixture
@@ -98,3 +99,31 @@ def test_time_limits_of_all_sizes_are_taken_or_refused_with_their_name(name: str
     for bad in (float("inf"), float("nan"), 1e10, 0, -1, "5", True):
         with pytest.raises(ConfigError, match=name):
             SessionSettings(**{name: bad})
+
+
+@pytest.mark.torchrl
+def test_collecting_ends_when_the_gateway_is_closed(fake: FakeServer) -> None:
+    begun = threading.Event()
+
+    async def agent(*_: Any) -> float:
+        begun.set()
+        await asyncio.Event().wait()
+        return 1.0
+
+    errors: list[BaseException] = []
+    with AgentGateway(fake.url) as gateway:
+        collector = AgentCollector(gateway, agent, ["a"] * 9, group_size=2, timeout_s=1.0)
+
+        def collect() -> None:
+            try:
+                next(iter(collector))
+            except (RuntimeError, SGLangError) as error:
+                errors.append(error)
+
+        collecting = threading.Thread(target=collect)
+        collecting.start()
+        assert begun.wait(60)
+    collecting.join(60)
+    assert not collecting.is_alive()
+    assert len(errors) == 1
+    collector.shutdown(timeout=float("inf"))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchrl_sglang.errors import ConfigError, ProtocolError
+from torchrl_sglang.errors import ConfigError
 
 __all__ = ["PromptImages"]
 
@@ -44,8 +44,7 @@ class PromptImages:
             server: base URL of the server, for errors.
 
         Raises:
-            ProtocolError: the server does not report the tokens of prompts, or not all of them.
-            ConfigError: how many tokens each image takes can't be known.
+            ConfigError: the server does not report the tokens of prompts, or how many each image takes can't be known.
 
         Examples:
             >>> images = PromptImages(urls=("http://host/a.png",), placeholder=9)
@@ -55,18 +54,16 @@ class PromptImages:
             [5, 9, 9, 9, 6]
         """
         if not isinstance(reported_ids, list) or not all(type(token) is int for token in reported_ids):
-            raise ProtocolError(
+            raise ConfigError(
                 f"{server} does not report the tokens of prompts with images (return_prompt_token_ids), so they can't "
-                "be recorded: images need a newer SGLang",
-                server=server,
+                "be recorded: images need a newer SGLang"
             )
         if len(reported_ids) == count:
             return reported_ids
         if reported_ids != list(sent_ids) or len(reported_ids) > count:
-            raise ProtocolError(
-                f"{server} reports a prompt of {len(reported_ids)} tokens, and counts {count}: which tokens it saw is "
-                "not known",
-                server=server,
+            raise ConfigError(
+                f"{server} reports a prompt with images of {len(reported_ids)} tokens, and counts {count}: which "
+                "tokens it saw is not known, so the turn can't be recorded. Send text alone to this model"
             )
         tail = list(sent_ids[self.num_known_sent :])
         places = [at for at, token in enumerate(tail) if token == self.placeholder]

@@ -107,22 +107,25 @@ class ServerCalls:
 
     async def close(self) -> None:
         """Close all connections."""
-        http, self._http = self._http, None
-        if http is not None:
-            await http.close()
+        self._start_closing()
         if self._closing:
             await asyncio.wait(self._closing)
 
     @property
     def is_open(self) -> bool:
         """Whether there may be open connections."""
-        return self._http is not None
+        return self._http is not None or bool(self._closing)
 
     def retire(self) -> None:
         """Close the connections as soon as none is in use."""
         self._is_retired = True
-        if not self._in_use and self._http is not None:
-            task = asyncio.get_running_loop().create_task(self.close())
+        if not self._in_use:
+            self._start_closing()
+
+    def _start_closing(self) -> None:
+        http, self._http = self._http, None
+        if http is not None:
+            task = asyncio.get_running_loop().create_task(http.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 

@@ -133,22 +133,24 @@ class ServerParts:
         self._pool = pool
         self._adapter = adapter
         self._calls: dict[str, ServerCalls] = {}
+        self._retired: list[ServerCalls] = []
         self._aborts: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
         """Finish pending aborts and close all connections."""
         if self._aborts:
             await asyncio.wait(self._aborts, timeout=_ABORT_TIMEOUT_S)
-        for calls in self._calls.values():
+        for calls in [*self._calls.values(), *self._retired]:
             await calls.close()
         self._calls.clear()
+        self._retired.clear()
 
     def calls(self, client: SGLangClient) -> ServerCalls:
         """The connections to a server."""
         known = self._calls.get(client.url)
         if known is None or known.client is not client:
             if known is not None:
-                known.retire()
+                self._retire(known)
             known = self._calls[client.url] = ServerCalls(client)
         return known
 
@@ -156,7 +158,11 @@ class ServerParts:
         """Close the connections to servers that have left the pool; those in use are closed after their answer."""
         present = {client.url for client in self._pool.clients}
         for url in [url for url in self._calls if url not in present]:
-            self._calls.pop(url).retire()
+            self._retire(self._calls.pop(url))
+
+    def _retire(self, calls: ServerCalls) -> None:
+        calls.retire()
+        self._retired = [each for each in (*self._retired, calls) if each.is_open]
 
     async def generate(
         self,
