@@ -126,8 +126,10 @@ class EngineGeneration:
         """Empty every server's prefix cache.
 
         Raises:
+            ConfigError: GPU memory is offloaded.
             RequestRejectedError: a server has requests running.
         """
+        self.pool.refuse_while_offloaded()
         calls = {client.url: partial(client.send, build_flush()) for client in self.pool.clients}
         for outcome in side_by_side(calls).values():
             outcome.unwrap()
