@@ -42,12 +42,12 @@ Unit: one bare gloo broadcast of the same bytes, already in one tensor, to an ot
 checks all values, pauses and continues the servers, and verifies what they hold; settings are the defaults where the
 row says nothing else. Phases are in the same unit; verification runs after generation continues.
 
-Where the time of `ipc` goes, measured step by step on 2 cores in the same unit: the trainer copies all weights (0.4) and
-checks them on the way (0.1); the server copies them into its parameters (0.7 in one request, 0.06 more for each further
-one); trainer and server score four tokens (0.8 each when alone, 1.1 side by side: each reads all weights once); the
-server hashes a sixteenth of the bytes (0.25). So verification alone takes 1.2 on a CPU. Two attempts gained little and
-were left out: to score on the trainer while it packs (nothing: packing took longer by as much), and to pack with two
-threads (0.1).""",
+Where the time of `ipc` goes, measured step by step on 2 cores in the same unit: the trainer copies all weights (0.4)
+and checks them on the way (0.1); the server copies them into its parameters (0.7 in one request, 0.06 more for each
+further one); trainer and server score four tokens (0.8 each when alone, 1.1 side by side: each reads all weights
+once); the server hashes a sixteenth of the bytes (0.25). So verification alone takes 1.2 on a CPU. Two attempts
+gained little and were left out: to score on the trainer while it packs (nothing: packing took longer by as much), and
+to pack with two threads (0.1).""",
     "policy": """\
 One call of `SGLangWrapper` beside one `requests.post` of the same ids and settings. CPU time is the wrapper's own
 beyond the bare client's, as a share of the time of a call: it varies less than the ratio.""",
