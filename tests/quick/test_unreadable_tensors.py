@@ -1,4 +1,4 @@
-"""Tensors whose values are not in memory one after the other: refused by name before anything is sent, never a crash."""
+"""Tensors whose values are not in memory one after the other are refused by name, before anything is sent."""
 
 from __future__ import annotations
 
