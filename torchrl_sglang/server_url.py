@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["base_url", "resolved_addresses", "unresolvable_host"]
+__all__ = ["base_url", "resolved_addresses", "unresolvable_host", "url_list"]
 
 _ENDPOINTS = re.compile(
     r"/(v1(/.*)?|generate|health(_generate)?|ready|model_info|get_model_info|server_info|get_server_info|docs|metrics)$"
@@ -64,6 +65,23 @@ def base_url(url: Any) -> str:
     return _joined(parts, path)
 
 
+def url_list(urls: Any) -> list[Any]:
+    """The URLs of servers that were given as one string, or as several in any iterable.
+
+    Raises:
+        ConfigError: it is neither.
+
+    Examples:
+        >>> url_list("http://a:30000"), url_list(("http://a:30000", "http://b:30000"))
+        (['http://a:30000'], ['http://a:30000', 'http://b:30000'])
+    """
+    if isinstance(urls, str):
+        return [urls]
+    if isinstance(urls, Iterable) and not isinstance(urls, (bytes, bytearray)):
+        return list(urls)
+    raise ConfigError(f"servers are named by a URL such as {_EXAMPLE}, or several, got {urls!r}")
+
+
 def resolved_addresses(url: str) -> frozenset[tuple[str, int]]:
     """The network addresses and ports that a base URL stands for; none if its host is unknown.
 
@@ -102,6 +120,8 @@ def _is_model(text: str) -> bool:
 
 
 def _split(full: str) -> SplitResult | None:
+    if not full.isprintable() or " " in full:
+        return None
     try:
         parts = urlsplit(full)
         _ = parts.port  # raises if it is no number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -39,6 +40,7 @@ class InfoEndpoints:
         control: Control,
     ) -> None:
         self._settings = settings
+        self._random_seed = random.SystemRandom().randrange(2**30)  # drawn at the start, as SGLang does
         self._config = config
         self._vocabulary = vocabulary
         self._locks = locks
@@ -102,6 +104,7 @@ class InfoEndpoints:
             "dp_size": 1,
             "pp_size": 1,
             "nnodes": 1,
+            "random_seed": self._random_seed,
             "device": "cpu",
             "base_gpu_id": 0,
             "quantization": None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +17,7 @@ from torchrl_sglang import AsyncSGLang
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import ServerListFollower, SGLangPool
+from torchrl_sglang.pool.member_file import MemberFile
 
 
 class Process:
@@ -84,3 +88,32 @@ def test_the_file_of_copies_is_written_by_one_thread_at_a_time(make: Callable[..
     assert first.wait(30)
     assert second.wait(30)
     assert max(most) == 1
+
+
+def test_a_full_disk_leaves_the_old_file_of_copies_and_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = MemberFile(tmp_path / "members.json")
+    file.write(["http://a:1"])
+    written = os.write
+
+    def full(descriptor: int, content: bytes) -> int:
+        if len(content) < 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(descriptor, content[: len(content) // 2])
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            file.write(["http://a:1", "http://b:1"])
+    assert MemberFile(file.path).read_if_new() == ["http://a:1"]
+    assert list(tmp_path.iterdir()) == [file.path]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    file.delete()
+
+
+def test_a_pipe_among_the_files_of_copies_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "torchrl-sglang-members-x.json")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    MemberFile().write(["http://a:1"])

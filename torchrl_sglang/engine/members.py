@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 from torchrl_sglang.client import SGLangClient
@@ -13,6 +13,7 @@ from torchrl_sglang.pool import ServerListFollower, SGLangPool
 from torchrl_sglang.pool.server_list import ListSource
 from torchrl_sglang.progress import shown_progress
 from torchrl_sglang.server import SGLangServer
+from torchrl_sglang.server_url import url_list
 
 __all__ = ["EngineMembers"]
 
@@ -68,9 +69,9 @@ class EngineMembers:
             ServerStartError: one did not become ready; nothing is left running.
             ServerError: one can't be reached.
         """
-        if isinstance(servers, (str, list, tuple)):
+        if isinstance(servers, Iterable) and not isinstance(servers, (bytes, bytearray)):
             require(gpus is None, "gpus are those of servers to launch: a running server has its own")
-            return self.pool.add(servers)
+            return self.pool.add(url_list(servers))
         with shown_progress(progress) as show:
             return self._fleet.add(cast("int", servers), gpus=gpus, progress=show)
 
@@ -85,7 +86,7 @@ class EngineMembers:
         Raises:
             ConfigError: as :meth:`SGLangPool.remove`. Nothing was changed.
         """
-        self._fleet.remove([urls] if isinstance(urls, str) else list(urls), drain=drain, timeout_s=timeout_s)
+        self._fleet.remove(url_list(urls), drain=drain, timeout_s=timeout_s)
 
     def scale_to(
         self,
@@ -126,7 +127,7 @@ class EngineMembers:
             What follows the list, in a thread of its own, until its :meth:`stop` or :meth:`shutdown`.
 
         Raises:
-            ConfigError: ``source`` is no list of servers.
+            ConfigError: ``source`` is no list of servers, or this engine is a copy.
         """
         fleet = weakref.ref(self._fleet)
 

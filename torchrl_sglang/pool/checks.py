@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 from torchrl_sglang.errors import ConfigError, WeightSyncError
 from torchrl_sglang.model_files import read_model_json
 from torchrl_sglang.protocol.messages import GenerateReply, ServerInfo, WeightSpan
 from torchrl_sglang.protocol.model_limits import find_unsupported
 from torchrl_sglang.protocol.version import WeightVersion
+from torchrl_sglang.server_url import resolved_addresses
 
-__all__ = ["label_with_version", "refuse_different_models", "refuse_mixed_weights", "refuse_newcomers"]
+__all__ = [
+    "label_with_version",
+    "refuse_different_models",
+    "refuse_mixed_weights",
+    "refuse_newcomers",
+    "refuse_same_server",
+]
 
 _ALIKE = ("dp_size", "pp_size", "quantization", "device", "lora_enabled")
 _ALIKE_FLAGS = ("max_lora_rank", "lora_target_modules")
@@ -42,6 +50,32 @@ def refuse_different_models(infos: Sequence[ServerInfo]) -> None:
                 f"{info.revision}: one pool needs servers of one model"
             )
         _refuse_unsupported_model(info)
+
+
+def refuse_same_server(new: Sequence[ServerInfo], members: Sequence[ServerInfo] = ()) -> None:
+    """Require that no two URLs lead to one server, which would be sent every weight update twice at once.
+
+    A server at an address that another one has is another server if its path differs, or the random seed that SGLang
+    draws at its start: an ingress has one address for many.
+
+    Args:
+        new: the servers to check, each against those before it and the members.
+        members: the servers of the pool.
+
+    Raises:
+        ConfigError: two are one.
+    """
+    known = {info.url: _place(info) for info in members}
+    for info in new:
+        addresses, *place = _place(info)
+        for url, (known_addresses, *known_place) in known.items():
+            if place == known_place and addresses & known_addresses:
+                raise ConfigError(f"{info.url} is a server of this pool already, under the name {url}")
+        known[info.url] = (addresses, *place)
+
+
+def _place(info: ServerInfo) -> tuple[frozenset[tuple[str, int]], str, object]:
+    return resolved_addresses(info.url), urlsplit(info.url).path, info.raw.get("random_seed")
 
 
 def refuse_newcomers(new: Sequence[ServerInfo], members: Sequence[ServerInfo], *, updates: bool) -> None:

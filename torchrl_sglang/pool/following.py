@@ -33,7 +33,7 @@ class ServerListFollower:
     """Adds the servers that appear in a list to a pool, and removes those that disappear. A ``with`` block.
 
     A list that can't be read, or is empty, changes nothing. A server that can't be added is tried again every ten
-    seconds; the log says why. Removed servers finish their requests.
+    seconds; the log says why, once. Removed servers finish their requests.
 
     Args:
         pool: the servers. Collected when nobody uses it any more, which ends the thread.
@@ -44,7 +44,7 @@ class ServerListFollower:
         keep: returns URLs of members that the list does not concern: those that an engine has launched.
 
     Raises:
-        ConfigError: ``source`` is no list of servers.
+        ConfigError: ``source`` is no list of servers, or ``pool`` is a copy.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class ServerListFollower:
         grace_s: float | None = None,
         keep: Callable[[], Collection[str]] = tuple,
     ) -> None:
+        pool.refuse_in_copy()
         require_number("poll_s", poll_s, above=0)
         require_number("grace_s", grace_s, optional=True, at_least=0)
         self._read = reader_of(source)
@@ -66,6 +67,7 @@ class ServerListFollower:
         self._missing_since: dict[str, float] = {}
         self._retry_at: dict[str, float] = {}
         self._said = ""
+        self._said_of: dict[str, str] = {}
         self._ending = threading.Event()
         self._thread = threading.Thread(
             target=_follow, args=(weakref.ref(self), self._ending, poll_s), name="sglang-follow-list", daemon=True
@@ -110,18 +112,26 @@ class ServerListFollower:
         try:
             pool.add(url)
             self._retry_at.pop(url, None)
+            self._said_of.pop(url, None)
             _log.info("%s was added: it is on the list", url)
         except SGLangError as error:
             self._retry_at[url] = time.monotonic() + _RETRY_S
-            _log.warning("%s is on the list and can't be added: %s", url, error)
+            self._note_of(url, f"{url} is on the list and can't be added: {error}")
 
     def _remove(self, pool: SGLangPool, url: str) -> None:
         try:
             pool.remove(url)
             self._missing_since.pop(url, None)
+            self._said_of.pop(url, None)
             _log.info("%s was removed: it is no longer on the list", url)
         except SGLangError as error:
-            self._note(f"{url} is no longer on the list and can't be removed: {error}")
+            self._note_of(url, f"{url} is no longer on the list and can't be removed: {error}")
+
+    def _note_of(self, url: str, text: str) -> None:
+        """Log what lasts of one server once, however often it is tried again."""
+        if self._said_of.get(url) != text:
+            self._said_of[url] = text
+            _log.warning("%s", text)
 
     def _note(self, text: str) -> None:
         """Log a lasting state once."""

@@ -14,7 +14,7 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 __all__ = ["MemberFile"]
@@ -58,9 +58,15 @@ class MemberFile:
         with suppress(FileNotFoundError):
             new.unlink()
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(descriptor, json.dumps(list(urls)).encode())
-        new.replace(self.path)
+        with ExitStack() as on_failure:
+            on_failure.callback(os.close, descriptor)
+            on_failure.callback(new.unlink, missing_ok=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            content = json.dumps(list(urls)).encode()
+            while content:  # a disk that becomes full takes a part of it, and raises at the next
+                content = content[os.write(descriptor, content) :]
+            new.replace(self.path)
+            on_failure.pop_all()
         held, self._held = self._held, [descriptor]
         if self._owner is not None:
             self._owner.detach()
@@ -109,6 +115,9 @@ def _close(held: list[int]) -> None:
 def _delete_abandoned(folder: Path) -> None:
     """Delete the files on which nobody holds a lock: their writers were killed."""
     for path in folder.glob(f"{_PREFIX}*.json"):
-        with suppress(OSError), path.open() as file:  # another user's, or deleted meanwhile, or in use
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+        with suppress(OSError):  # another user's, or deleted meanwhile, or in use
+            if not path.is_file():  # opening somebody's pipe would wait for ever
+                continue
+            with path.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()

@@ -19,13 +19,12 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
 from torchrl_sglang.parallel import Task, failure_of, side_by_side
-from torchrl_sglang.pool.checks import refuse_newcomers
+from torchrl_sglang.pool.checks import refuse_newcomers, refuse_same_server
 from torchrl_sglang.pool.draining import abort_all, await_idle
 from torchrl_sglang.pool.member_file import MemberFile
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.pool.update_lock import UpdateLock
 from torchrl_sglang.protocol.version import WeightVersion
-from torchrl_sglang.server_url import resolved_addresses
 
 __all__ = ["Membership"]
 
@@ -97,7 +96,7 @@ class Membership:
 
     def add(self, urls: Sequence[str]) -> tuple[str, ...]:
         """See :meth:`SGLangPool.add`."""
-        self._refuse_in_copy()
+        self.refuse_in_copy()
         if not urls:
             raise ConfigError("name at least one server to add")
         pool = self._pool
@@ -107,11 +106,13 @@ class Membership:
         pool.connect()
         outcomes = side_by_side({client.url: client.connect for client in new})
         infos = [outcomes[client.url].unwrap() for client in new]
+        refuse_same_server(infos, [client.info for client in self.clients])
         refuse_newcomers(infos, [client.info for client in self.clients], updates=pool.weight_sync is not None)
         with contextlib.ExitStack() as on_failure:
             with pool.update_lock:
                 with self._lock:
                     self._refuse_members(new)
+                    refuse_same_server(infos, [client.info for client in self.clients])
                     pool.refuse_while_offloaded()
                     for info in infos:
                         pool.state.joined(info.url, info.weight_version, _WAITS)
@@ -123,20 +124,16 @@ class Membership:
         return tuple(client.url for client in new)
 
     def _refuse_members(self, new: Sequence[SGLangClient]) -> None:
-        """Require that no server is named that is a member already, also under another name.
+        """Require that no server is named that is a member already.
 
         Raises:
             ConfigError: one is.
         """
-        known = {client.url: resolved_addresses(client.url) for client in self.clients}
+        known = {client.url for client in self.clients}
         for client in new:
             if client.url in known:
                 raise ConfigError(f"{client.url} is a server of this pool already")
-            addresses = resolved_addresses(client.url)
-            other = next((url for url, own in known.items() if own & addresses), None)
-            if other is not None:
-                raise ConfigError(f"{client.url} is a server of this pool already, under the name {other}")
-            known[client.url] = addresses
+            known.add(client.url)
 
     def _bring_up_to_date(self, new: Sequence[SGLangClient]) -> None:
         """Route requests to the newcomers that hold the current weights, or can get them now."""
@@ -193,7 +190,7 @@ class Membership:
         on_left: Callable[[str], None] = lambda url: None,
     ) -> None:
         """See :meth:`SGLangPool.remove`; ``on_left`` is called for each server after its last request."""
-        self._refuse_in_copy()
+        self.refuse_in_copy()
         self._pool.refuse_while_offloaded()  # one that leaves paused would stay so
         require_number("timeout_s", timeout_s, optional=True, at_least=0)
         leaving = self._start_leaving(urls)
@@ -282,7 +279,8 @@ class Membership:
 
     # ------------------------------------------------------------------ copies
 
-    def _refuse_in_copy(self) -> None:
+    def refuse_in_copy(self) -> None:
+        """Raise if this pool is a copy, whose members are those of the original."""
         if self._is_copy:
             raise ConfigError(
                 "this pool is a copy, in another process or of a copied object: servers join and leave through the "

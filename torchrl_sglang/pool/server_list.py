@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import socket
+import stat
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +17,8 @@ __all__ = ["ListSource", "read_server_file", "reader_of", "write_server_file"]
 ListSource = Path | str | Callable[[], Iterable[str]]
 """A file with a URL per line, a DNS name with a port (``"dns://servers.example:30000"``), or a function."""
 
+_SETTLE_S = 0.2
+_SETTLE_LIMIT_S = 5.0
 _DNS = re.compile(r"dns://(?P<host>[^/:]+|\[[0-9a-fA-F:]+\]):(?P<port>[0-9]{1,5})/?")
 
 
@@ -41,8 +45,10 @@ def reader_of(source: ListSource) -> Callable[[], list[str]]:
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise ConfigError(f"{source!r} is one server, not a list: engine.add({source!r})")
     if isinstance(source, (str, Path)):
+        if not str(source):
+            raise ConfigError("the name of the file with the list of servers is empty")
         path = Path(source)
-        return lambda: read_server_file(path)
+        return lambda: _read_settled(path)
     raise ConfigError(
         "a list of servers is a file with a URL per line, dns://HOST:PORT, or a function that returns URLs, got "
         f"{type(source).__name__}"
@@ -56,11 +62,40 @@ def read_server_file(path: Path) -> list[str]:
         ServerError: the file can't be read, or a line is no URL.
     """
     try:
-        text = path.read_text()
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe might wait for ever
+            raise OSError("it is no regular file")
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors write
     except (OSError, UnicodeDecodeError) as error:
         raise ServerError(f"the list of servers {path} can't be read: {error}") from error
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return _checked(line for line in lines if line)
+
+
+def _read_settled(path: Path) -> list[str]:
+    """Read a file that somebody may be writing: a list without its last lines would remove servers.
+
+    Raises:
+        ServerError: as :func:`read_server_file`, or it keeps changing.
+    """
+    deadline = time.monotonic() + _SETTLE_LIMIT_S
+    while time.monotonic() < deadline:
+        before = _stamp(path)
+        if before is not None and time.time() - before[0] / 1e9 > _SETTLE_S:
+            urls = read_server_file(path)
+        else:
+            time.sleep(_SETTLE_S)
+            urls = read_server_file(path)
+        if _stamp(path) == before:
+            return urls
+    raise ServerError(f"the list of servers {path} is being written all the time")
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def write_server_file(path: Path, urls: Sequence[str]) -> None:
@@ -105,4 +140,6 @@ def _resolve(host: str, port: int) -> list[str]:
     except (OSError, UnicodeError) as error:
         raise ServerError(f"the name {host!r} can't be resolved: {error}") from error
     addresses = sorted({str(address[0]) for *_, address in found})
+    # With both families each server has two addresses, and would be two members.
+    addresses = [each for each in addresses if ":" not in each] or addresses
     return [f"http://[{each}]:{port}" if ":" in each else f"http://{each}:{port}" for each in addresses]

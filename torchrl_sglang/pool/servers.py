@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config.checking import require
 from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
 from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.parallel import side_by_side
-from torchrl_sglang.pool.checks import refuse_different_models
+from torchrl_sglang.pool.checks import refuse_different_models, refuse_same_server
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.pool.member_file import MemberFile
 from torchrl_sglang.pool.membership import Membership
@@ -19,6 +20,7 @@ from torchrl_sglang.pool.router_client import RouterClient
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.pool.update_lock import UpdateLock
 from torchrl_sglang.protocol.messages import ServerInfo
+from torchrl_sglang.server_url import url_list
 
 __all__ = ["PoolServers"]
 
@@ -85,7 +87,7 @@ class PoolServers:
                 matter here; or the others' GPU memory is offloaded. The pool is as before.
             ServerError: a server can't be reached, or ended while it was brought up to date. The pool is as before.
         """
-        return self._membership.add([urls] if isinstance(urls, str) else list(urls))
+        return self._membership.add(url_list(urls))
 
     def remove(self, urls: str | Sequence[str], *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take servers out of the pool, while the others generate. The processes go on running.
@@ -104,7 +106,7 @@ class PoolServers:
             ConfigError: a server is no member, no other one would be left that takes requests, or GPU memory is
                 offloaded. Nothing was changed.
         """
-        self.take_out([urls] if isinstance(urls, str) else list(urls), drain=drain, timeout_s=timeout_s)
+        self.take_out(url_list(urls), drain=drain, timeout_s=timeout_s)
 
     def take_out(
         self,
@@ -122,7 +124,16 @@ class PoolServers:
             timeout_s: as there.
             on_left: called for each server when nothing is sent to it any more.
         """
+        require(isinstance(drain, bool), f"drain must be True or False, got {drain!r}")
         self._membership.remove(urls, drain=drain, timeout_s=timeout_s, on_left=on_left)
+
+    def refuse_in_copy(self) -> None:
+        """Raise if this pool is a copy: servers join and leave through the original.
+
+        Raises:
+            ConfigError: it is one.
+        """
+        self._membership.refuse_in_copy()
 
     def connect(self) -> None:
         """Ask every server what it serves, once.
@@ -132,7 +143,7 @@ class PoolServers:
 
         Raises:
             ServerUnreachableError: a server (or the router) does not listen.
-            ConfigError: the servers serve different models, or one that does not generate.
+            ConfigError: the servers serve different models, or one that does not generate, or two URLs lead to one.
             ServerTimeoutError: the router does not admit a server.
         """
         if self._connected:
@@ -142,6 +153,7 @@ class PoolServers:
         outcomes = side_by_side({client.url: client.connect for client in clients})
         infos = [outcomes[client.url].unwrap() for client in clients]
         refuse_different_models(infos)
+        refuse_same_server(infos)
         for info in infos:
             if info.weight_version.startswith("dirty-"):
                 held = info.weight_version

@@ -56,6 +56,11 @@ class PushPlanner:
         return self._checkpoint
 
     @property
+    def known_checkpoint(self) -> Checkpoint | None:
+        """:attr:`checkpoint` if it was read or given."""
+        return self._checkpoint
+
+    @property
     def known_nbytes(self) -> int:
         """Bytes of the checkpoint; 0 before it was read."""
         return 0 if self._checkpoint is None else self._checkpoint.nbytes

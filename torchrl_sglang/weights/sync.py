@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import uuid
 import weakref
@@ -40,12 +41,15 @@ __all__ = ["WeightSync"]
 
 _log = logging.getLogger(__name__)
 
+_of_parents: list[object] = []
 _PREPARING, _READING_CHECKSUMS = "preparing the servers", "reading the servers' checksums"
 """What the sending rank does between two agreements of all ranks."""
 
 
 class WeightSync:
     """Sends a trainer's weights to the servers of one pool. Process groups are kept from sync to sync.
+
+    A forked child that pushes is another trainer, with process groups of its own.
 
     Engine, scheme and sender of a pool share one object (:meth:`of`). If user code has made one first, it is that.
 
@@ -71,12 +75,19 @@ class WeightSync:
         checkpoint: Checkpoint | None = None,
         restart: Callable[[str], bool] | None = None,
     ) -> None:
-        self.owner = uuid.uuid4().hex[:8]
         self.config = config or SyncConfig()
-        self.last_report: SyncReport | None = None
         self._is_made_by_hand = True
         self._config_is_given = config is not None
         self._pool = pool
+        self._users: weakref.WeakKeyDictionary[Any, SyncConfig | None] = weakref.WeakKeyDictionary()
+        self._begin(checkpoint, restart)
+
+    def _begin(self, checkpoint: Checkpoint | None, restart: Callable[[str], bool] | None) -> None:
+        """Start as a trainer that has sent nothing yet."""
+        pool = self._pool
+        self.owner = uuid.uuid4().hex[:8]
+        self.last_report: SyncReport | None = None
+        self._pid = os.getpid()
         self._planner = PushPlanner(pool, self.config, self.owner, checkpoint)
         self._checksums = ChecksumVerifier(pool.state, self.config)
         self._liveness = LivenessCheck(pool, restart, patience_s=self.config.fixed_timeout_s)
@@ -86,9 +97,15 @@ class WeightSync:
         self._last_weights: Any = None
         self._newcomers = NewcomerUpdates(pool, self._planner, self.config, self.owner)
         self._pending: PendingSync | None = None
-        self._users: weakref.WeakKeyDictionary[Any, SyncConfig | None] = weakref.WeakKeyDictionary()
         if pool.weight_sync is None:
             pool.weight_sync = self
+
+    def _begin_in_child(self) -> None:
+        """In a forked child, start anew: process groups and sessions with the servers are the parent's."""
+        if self._pid == os.getpid():
+            return
+        _of_parents.append(self._transport)  # destroying its groups would wait for threads that only the parent has
+        self._begin(self._planner.known_checkpoint, self._liveness.restart)
 
     @classmethod
     def of(
@@ -146,6 +163,7 @@ class WeightSync:
             ConfigError: the servers can't take weights by this transport.
             WeightUpdateError: a server did not join.
         """
+        self._begin_in_child()
         with self._update_lock("making the process group"):
             self._pool.refuse_while_offloaded()
             self.reach()
@@ -228,6 +246,7 @@ class WeightSync:
         Raises:
             SGLangError: it failed, and its result was not retrieved.
         """
+        self._begin_in_child()
         pending, self._pending = self._pending, None
         if pending is not None and not pending.retrieved:
             pending.result()
@@ -260,6 +279,7 @@ class WeightSync:
             ConfigError: a server can't take weights by this transport, or an adapter needs another base model than its.
             WeightUpdateError: a server failed.
         """
+        self._begin_in_child()
         with self._pool.update_lock:
             if self.last_report is None:
                 return list(clients)
@@ -267,12 +287,14 @@ class WeightSync:
 
     def servers_leave(self) -> None:
         """Servers are about to leave the pool: process groups are destroyed, and the next push makes new ones."""
+        self._begin_in_child()
         with self._pool.update_lock:
             if self._transport is not None:
                 self._transport.close()
 
     def close(self) -> None:
         """Wait for a push under way, then destroy the process group. The servers go on serving."""
+        self._begin_in_child()
         if self._pending is not None:
             self._pending.join()
         if self._transport is not None:

@@ -12,13 +12,14 @@ forwarded port, and a server in a container has another ``/dev/shm``. So the ker
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
@@ -29,6 +30,7 @@ from torchrl_sglang.weights.shared_memory.keeper import SHARED_MEMORY
 __all__ = ["HostCheck", "ServerProcess", "check_same_host"]
 
 _PROC = Path("/proc")
+_OWN_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _ACCEPT_TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 5.0
 _POLL_S = 0.02
@@ -52,8 +54,11 @@ class ServerProcess:
     started: str
 
     def is_alive(self) -> bool:
-        """Whether it still runs."""
-        fields = _stat(self.pid)
+        """Whether it still runs; yes, where this process can't look."""
+        try:
+            fields = _stat(self.pid)
+        except OSError:
+            return True
         return fields is not None and fields[19] == self.started
 
 
@@ -88,11 +93,21 @@ def check_same_host(url: str, socket_folder: Path) -> HostCheck:
         url: base URL of the server.
         socket_folder: a folder that the server must see, too.
     """
+    try:
+        return _check(url, socket_folder)
+    except OSError as error:
+        if error.errno not in _OWN_LIMITS:
+            raise
+        return HostCheck(reason=f"this process could not look at it: {error.strerror} (ulimit -n)", may_change=True)
+
+
+def _check(url: str, socket_folder: Path) -> HostCheck:
     if not (_PROC / "self" / "fd").is_dir() or not SHARED_MEMORY.is_dir():
         return HostCheck(reason="this system has no /proc or no /dev/shm")
     try:
         owners = _owners_of_other_end(url)
     except OSError as error:
+        _refuse_own_limits(error)
         return HostCheck(reason=f"no connection: {error.strerror or error}", may_change=True)
     if owners is None:
         return HostCheck(reason=f"it did not accept a connection within {_ACCEPT_TIMEOUT_S:g} s", may_change=True)
@@ -111,6 +126,7 @@ def check_same_host(url: str, socket_folder: Path) -> HostCheck:
         with _tokens(SHARED_MEMORY, socket_folder) as tokens:
             reasons = [reason for pid in schedulers if (reason := _why_not_visible(pid, tokens))]
     except OSError as error:
+        _refuse_own_limits(error)
         reason = (
             f"no file can be written to {SHARED_MEMORY} or {socket_folder} ({error.strerror}): is one of them full?"
         )
@@ -149,7 +165,8 @@ def _inode_of(*, local: tuple[str, int], remote: tuple[str, int]) -> str | None:
     for table in ("tcp", "tcp6"):
         try:
             lines = (_PROC / "net" / table).read_text().splitlines()[1:]
-        except OSError:
+        except OSError as error:
+            _refuse_own_limits(error)
             continue
         for line in lines:
             fields = line.split()
@@ -180,9 +197,9 @@ def _holders(link: str) -> set[int]:
 
 def _open_files(pid: int) -> Iterator[str]:
     """What the descriptors of a process refer to; nothing for a process of another user."""
-    with suppress(OSError):
+    with _passed_over():
         for descriptor in (_PROC / str(pid) / "fd").iterdir():
-            with suppress(OSError):  # closed meanwhile
+            with _passed_over():  # closed meanwhile
                 yield str(descriptor.readlink())
 
 
@@ -205,7 +222,8 @@ def _is_scheduler(pid: int) -> bool:
     """Whether one of its threads has a scheduler's name, which they inherit from the first."""
     try:
         return any(_comm(task) == _SCHEDULER for task in (_PROC / str(pid) / "task").iterdir())
-    except OSError:
+    except OSError as error:
+        _refuse_own_limits(error)
         return False
 
 
@@ -234,6 +252,7 @@ def _why_not_visible(pid: int, tokens: dict[Path, bytes]) -> str:
         except FileNotFoundError:
             return f"its scheduler (process {pid}) has another {path.parent}: it runs in a container"
         except OSError as error:
+            _refuse_own_limits(error)
             return f"its scheduler (process {pid}) can't be looked at ({error.strerror}): it may be another user's"
         if seen != token:
             return f"its scheduler (process {pid}) has another {path.parent}"
@@ -241,6 +260,23 @@ def _why_not_visible(pid: int, tokens: dict[Path, bytes]) -> str:
     if user not in (os.geteuid(), 0):
         return f"its scheduler (process {pid}) runs as user {user}, who can't open this user's memory"
     return ""
+
+
+# ------------------------------------------------------------------ this process's own limits
+
+
+def _refuse_own_limits(error: OSError) -> None:
+    """Raise an error that says nothing of the file that was to be opened, but of this process."""
+    if error.errno in _OWN_LIMITS:
+        raise error
+
+
+@contextmanager
+def _passed_over() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        _refuse_own_limits(error)
 
 
 # ------------------------------------------------------------------ /proc
@@ -255,7 +291,8 @@ def _stat(pid: int) -> list[str] | None:
     try:
         # "pid (name) state ppid ...": the name may contain spaces and brackets.
         fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except OSError as error:
+        _refuse_own_limits(error)
         return None
     return None if fields[0] in ("Z", "X") else fields
 
@@ -263,7 +300,8 @@ def _stat(pid: int) -> list[str] | None:
 def _comm(folder: Path) -> str:
     try:
         return (folder / "comm").read_text().strip()
-    except OSError:
+    except OSError as error:
+        _refuse_own_limits(error)
         return ""
 
 
@@ -277,6 +315,6 @@ def _user(pid: int) -> int | None:
         for line in (_PROC / str(pid) / "status").read_text().splitlines():
             if line.startswith("Uid:"):
                 return int(line.split()[4])
-    except OSError:
-        pass
+    except OSError as error:
+        _refuse_own_limits(error)
     return None

@@ -24,6 +24,7 @@ from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 from torchrl_sglang.weights.checkpoint.values import check_finite, find_non_finite, raise_if_non_finite
 from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.names import without_wrappers
+from torchrl_sglang.weights.source.readable import refuse_unreadable
 from torchrl_sglang.weights.source.shards import full_tensor
 
 __all__ = ["open_iterator"]
@@ -51,6 +52,7 @@ class _Renamer:
         for pair in pairs:
             name, tensor = _require_pair(pair)
             del pair
+            refuse_unreadable(name, tensor)
             checkpoint_name = self._name_map.get(name) or self._find_checkpoint_name(name)
             if not self._is_skipped(name, checkpoint_name):
                 yield checkpoint_name, full_tensor(tensor)

@@ -18,6 +18,7 @@ from torch import nn
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 from torchrl_sglang.weights.source.peft_merge import plan_merge
+from torchrl_sglang.weights.source.readable import refuse_unreadable
 from torchrl_sglang.weights.source.shards import full_tensor, local_tensor
 
 __all__ = ["LazyTensor", "collection_tensors", "module_tensors"]
@@ -66,14 +67,10 @@ def module_tensors(module: nn.Module) -> list[LazyTensor]:
     without PEFT.
 
     Raises:
-        ConfigError: the parameters' values are not available (FSDP1's flat shards, DeepSpeed ZeRO-3, meta device).
+        ConfigError: the parameters' values are not available (FSDP1's flat shards, DeepSpeed ZeRO-3, meta device), or
+            are not stored one after the other (sparse, nested, quantised).
     """
-    tensors = list(_walk(module, ""))
-    for tensor in tensors:
-        _refuse_flat_shards(tensor.name)
-        for part in tensor.parts:
-            _refuse_unavailable(tensor.name, part)
-    return tensors
+    return list(_walk(module, ""))
 
 
 def collection_tensors(weights: Mapping[Any, Any] | TensorDictBase) -> list[LazyTensor]:
@@ -87,8 +84,7 @@ def collection_tensors(weights: Mapping[Any, Any] | TensorDictBase) -> list[Lazy
     # Parameter (a state dict) does not tell them apart: every tensor counts as a parameter.
     leaves = list(_leaves(weights))
     has_parameters = any(isinstance(value, nn.Parameter) for _, value in leaves)
-    for name, tensor in leaves:
-        _refuse_unavailable(name, tensor)
+    for name, _ in leaves:
         if not _PEFT_SEGMENTS.isdisjoint(name.split(".")):
             raise ConfigError(
                 f"{name!r} belongs to a PEFT adapter, which can't be merged without its module's scale: pass the PEFT "
@@ -104,6 +100,9 @@ def _walk(module: nn.Module, path: str) -> Iterator[LazyTensor]:
     plan = plan_merge(module)
     if plan is not None:
         for name, merged in plan.parameters.items():
+            _refuse_flat_shards(path + name)
+            for part in merged.parts:
+                refuse_unreadable(path + name, part)
             yield LazyTensor(
                 name=path + name,
                 shape=tuple(merged.base.shape),
@@ -118,8 +117,10 @@ def _walk(module: nn.Module, path: str) -> Iterator[LazyTensor]:
             yield from _walk(plan.replacement, path)
         return
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        _refuse_flat_shards(path + name)
         yield _unmerged_tensor(path + name, parameter, is_buffer=False)
     for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+        _refuse_flat_shards(path + name)
         yield _unmerged_tensor(path + name, buffer, is_buffer=True)
     for name, child in module._modules.items():  # named_children() omits a module's second name
         if child is not None:
@@ -141,6 +142,7 @@ def _leaves(weights: Mapping[Any, Any] | TensorDictBase, path: str = "") -> Iter
 
 
 def _unmerged_tensor(name: str, tensor: torch.Tensor, *, is_buffer: bool) -> LazyTensor:
+    refuse_unreadable(name, tensor)
     return LazyTensor(
         name=name,
         shape=tuple(tensor.shape),
@@ -156,19 +158,9 @@ def _unmerged_tensor(name: str, tensor: torch.Tensor, *, is_buffer: bool) -> Laz
 def _memory(tensor: torch.Tensor) -> Hashable:
     """Equal for tensors with the same elements in memory; a tensor without elements equals only itself."""
     local = local_tensor(tensor)
-    if local.numel() == 0 or local.is_meta:
+    if local.numel() == 0:
         return id(tensor)
     return (local.device, local.data_ptr(), tuple(local.shape), local.stride(), local.dtype)
-
-
-def _refuse_unavailable(name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_meta:
-        raise ConfigError(f"{name!r} is on the meta device and has no values: load the model without offloading it")
-    if hasattr(tensor, "ds_shape"):
-        raise ConfigError(
-            f"{name!r} is partitioned by DeepSpeed ZeRO-3, so this rank does not hold all of it: gather it "
-            "(deepspeed.zero.GatheredParameters) inside an iterator of (name, tensor) pairs and pass that"
-        )
 
 
 def _refuse_flat_shards(name: str) -> None:

@@ -255,13 +255,21 @@ class UpdateSession:
                 if not is_marked and not self._config.takeover:
                     raise WeightUpdateError(
                         f"{client.url} has an update session open that another program has opened, and may be in use. "
-                        "If it is not, close it with SyncConfig(takeover=True)"
+                        f"If it is not, close it with SyncConfig(takeover=True){self._hint_of_two_names()}"
                     ) from error
                 self._call(client, control.build_end_update(), "closing a left-over update session")
                 self._call(client, request, "opening the update session")
             self._state.session_opened(client.url)
 
         return begin
+
+    def _hint_of_two_names(self) -> str:
+        several = len(self._clients) > 1
+        return (
+            ". If two URLs of this pool lead to the same server, the session is its own: name it once"
+            if several
+            else ""
+        )
 
     # ------------------------------------------------------------------ finishing
 
