@@ -285,8 +285,8 @@ def message_forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]
     """The messages as they are; then, for templates that refuse these, with what they lack.
 
     Missing ids of tool calls are nine letters and digits, as Mistral's templates want them, and the tools' results get
-    the ids of the calls in their order. Then a content of ``None`` becomes an empty text. Then all ids become nine letters
-    and digits.
+    the ids of the calls in their order. Then a content of ``None`` becomes an empty text. Then all ids become nine
+    letters and digits.
 
     Examples:
         >>> call = {"type": "function", "function": {"name": "f", "arguments": {}}}

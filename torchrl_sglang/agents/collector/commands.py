@@ -60,7 +60,7 @@ class CommandAgent:
                 f"run_agent: there is no program {words[0]!r}. It is started without a shell: for a "
                 "shell's features use bash -c '...' with \"$OPENAI_BASE_URL\""
             )
-        unknown = [name for word in words for name in re.findall(r"\{(\w+)\}", word) if name in _LIKELY_MISTAKES]
+        unknown = [name for word in words for name in re.findall(r"(?<!\$)\{(\w+)\}", word) if name in _LIKELY_MISTAKES]
         if unknown:
             raise ConfigError(
                 f"run_agent has {{{unknown[0]}}}: what is replaced are {{base_url}}, {{api_key}} and {{task}}"
