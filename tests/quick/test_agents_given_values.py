@@ -73,7 +73,10 @@ DEEP: dict[str, Any] = {}
 DEEP["again"] = DEEP
 
 
-@pytest.mark.parametrize("given", [{"x": object()}, {"x": {"y": math.nan}}, {"x": {1}}, {"x": b"a"}, {(1,): 1}, DEEP, [1]])
+NO_JSON = [{"x": object()}, {"x": {"y": math.nan}}, {"x": {1}}, {"x": b"a"}, {(1,): 1}, DEEP, [1]]
+
+
+@pytest.mark.parametrize("given", NO_JSON)
 def test_what_json_can_not_hold_is_refused_when_it_is_given(gateway: AgentGateway, given: Any) -> None:
     session = gateway.create_session()
     with pytest.raises(ConfigError, match="info"):
