@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ Message = Mapping[str, Any]
 REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """What a chat template, or the code that renders it, raises for a conversation that it does not take."""
 _MARK = "7f3b-the-answer"
+_SHORT_ID = re.compile("[a-zA-Z0-9]{9}")
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RESULT_ROLES = ("tool", "ipython")
 _SET_HERE = (
@@ -283,7 +285,8 @@ def message_forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]
     """The messages as they are; then, for templates that refuse these, with what they lack.
 
     Missing ids of tool calls are nine letters and digits, as Mistral's templates want them, and the tools' results get
-    the ids of the calls in their order. Then a content of ``None`` becomes an empty text.
+    the ids of the calls in their order. Then a content of ``None`` becomes an empty text. Then all ids become nine
+    letters and digits.
 
     Examples:
         >>> call = {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -299,6 +302,30 @@ def message_forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]
     filled = [{**m, "content": ""} if m.get("content") is None else m for m in named]
     if filled != named:
         yield filled
+    short = _with_short_ids(filled)
+    if short != filled:
+        yield short
+
+
+def _with_short_ids(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages with ids of nine letters and digits, equal for equal ids."""
+    made = []
+    for given in messages:
+        message = dict(given)
+        if isinstance(message.get("tool_call_id"), str):
+            message["tool_call_id"] = _short_id(message["tool_call_id"])
+        if isinstance(calls := message.get("tool_calls"), list) and all(isinstance(call, Mapping) for call in calls):
+            message["tool_calls"] = [
+                {**call, "id": _short_id(call["id"])} if isinstance(call.get("id"), str) else call for call in calls
+            ]
+        made.append(message)
+    return made
+
+
+def _short_id(call_id: str) -> str:
+    if _SHORT_ID.fullmatch(call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode(errors="surrogatepass")).hexdigest()[:9]
 
 
 def name_tool_results(messages: Sequence[Message], *, make_ids: bool = False) -> list[dict[str, Any]]:

@@ -108,8 +108,8 @@ def test_a_command_line_is_split_as_a_shell_would() -> None:
             r"code 3: no model\n\*\*\*",
         ),
         ("import os; os.kill(os.getpid(), 9)", "error", "code 137: it wrote no error"),
-        ("print('nan')", "bad reward", "the reward is nan"),
-        ("print('{\"reward\": null}')", "bad reward", "returned None"),
+        ("print('nan')", "bad reward", "a finite number, got nan"),
+        ("print('{\"reward\": null}')", "bad reward", "got None"),
     ],
 )
 def test_a_program_that_fails_is_a_failed_run(code: str, kind: str, message: str) -> None:

@@ -194,11 +194,11 @@ class AgentGateway:
 
         Args:
             session_id: the session.
-            value: a finite number.
+            value: a finite number, also NumPy's or torch's.
             info: anything else to know, as JSON.
 
         Raises:
-            ConfigError: the reward is no finite number.
+            ConfigError: the reward is no finite number, or JSON can't hold the info.
             UnknownSessionError: there is none of this id.
             SessionFinishedError: it has another reward, or has expired.
         """

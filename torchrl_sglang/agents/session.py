@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 from torchrl_sglang.agents.conversation.trajectories import make_trajectories, sampled_tokens
 from torchrl_sglang.agents.conversation.tree import Tree
+from torchrl_sglang.agents.given_values import as_json_object, as_reward
 from torchrl_sglang.agents.served_model import ServedModel
 from torchrl_sglang.agents.sharing import PendingTurn, TurnRecord, TurnRecords
 from torchrl_sglang.agents.turns import sample_chat, sample_text
@@ -25,7 +25,7 @@ from torchrl_sglang.agents.types import (
     Trajectory,
     Turn,
 )
-from torchrl_sglang.errors import ConfigError, SessionFinishedError, UnknownSessionError
+from torchrl_sglang.errors import SessionFinishedError, UnknownSessionError
 
 __all__ = ["Session"]
 
@@ -65,7 +65,7 @@ class Session:
         self.key = f"sk-{secrets.token_urlsafe(32)}"
         self.status: SessionStatus = "active"
         self._model = model
-        self._tags = dict(tags or {})
+        self._tags = as_json_object("tags", tags)
         self._timeout_s = model.settings.session_timeout_s if timeout_s is None else timeout_s
         self._created_at = self._heard_at = time.monotonic()
         self._chats, self._texts = Tree(), Tree()
@@ -151,19 +151,18 @@ class Session:
         """Finish the session with a reward. Turns under way are aborted. Giving the same reward again does nothing.
 
         Args:
-            value: the reward, a finite number.
+            value: the reward, a finite number, also NumPy's or torch's.
             info: anything else to know, as JSON.
 
         Raises:
-            ConfigError: the reward is no finite number.
+            ConfigError: the reward is no finite number, or JSON can't hold the info.
             SessionFinishedError: the session has another reward, or has expired.
         """
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConfigError(f"reward must be a finite number, got {value!r:.100}")
-        if self.status == "finished" and (self._reward, self._info) == (float(value), dict(info or {})):
+        given = as_reward(value), as_json_object("info", info)
+        if self.status == "finished" and (self._reward, self._info) == given:
             return
         self._require_active()
-        self._reward, self._info = float(value), dict(info or {})
+        self._reward, self._info = given
         self._end("finished")
 
     def trajectories(self) -> list[Trajectory]:

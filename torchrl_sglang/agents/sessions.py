@@ -48,8 +48,6 @@ class Sessions:
             OverloadedError: there are as many sessions as may be.
         """
         require_number("ttl_s", ttl_s, optional=True, above=0)
-        if tags is not None and not isinstance(tags, Mapping):
-            raise ConfigError(f"tags must be an object, got {type(tags).__name__}")
         most = self.model.settings.max_sessions
         if len(self._sessions) >= most:
             self.expire()
@@ -73,9 +71,12 @@ class Sessions:
             key: the key that came with a request; ``None`` is for callers who need none.
 
         Raises:
+            ConfigError: the id is no string.
             UnknownSessionError: there is none.
             SessionKeyError: the key is missing or wrong.
         """
+        if not isinstance(session_id, str):
+            raise ConfigError(f"a session is named by its id, a string such as session.id; got {session_id!r:.100}")
         session = self._sessions.get(session_id)
         if session is None:
             raise UnknownSessionError(

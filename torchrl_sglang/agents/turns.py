@@ -90,13 +90,15 @@ async def sample_chat(
     )
     ids_P = prompt.token_ids()
     thinks = open_thinking(prompt.text)
+    # A template that refuses several calls in a message could not write the answer into the next prompt.
+    parallel = request.parallel_tool_calls is not False and model.template.takes_several_calls
 
     def sampling(length: int) -> SamplingParams:
         return constrain(
             model.sampling(request.sampling, length),
             tools=tools,
             tool_choice=request.tool_choice,
-            parallel=request.parallel_tool_calls is not False,
+            parallel=parallel,
             family=model.family,
             thinking_end=None if thinks is None else thinks[1],
         )
@@ -107,7 +109,7 @@ async def sample_chat(
         sampling=sampling(len(ids_P)),
         top_logprobs=request.top_logprobs,
         tools=tools if reads_calls(tools, request.tool_choice) else (),
-        parallel=request.parallel_tool_calls is not False,
+        parallel=parallel,
         earlier_calls=sum(len(message.calls) for message in match.messages),
         images=model.images.of_prompt(prompt, ids_P),
     )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError, wait
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +14,7 @@ from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
 from torchrl_sglang.agents.collector.failures import RunFailure
 from torchrl_sglang.agents.collector.groups import Groups, GroupSettings
+from torchrl_sglang.agents.collector.loop_thread import LoopThread
 from torchrl_sglang.agents.collector.rows import make_batch
 from torchrl_sglang.agents.collector.runners import RunAgent, make_runner
 from torchrl_sglang.agents.collector.session_runs import SessionRuns
@@ -26,9 +24,6 @@ from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.errors import ConfigError
 
 __all__ = ["AgentCollector"]
-
-_STOP_S = 30.0
-_LOOK_AGAIN_S = 1.0
 
 
 class AgentCollector(BaseCollector):
@@ -165,7 +160,7 @@ class AgentCollector(BaseCollector):
         pool = gateway.sessions.model.pool
         runs = SessionRuns(gateway, make_runner(run_agent), timeout_s=timeout_s)
         self._groups = Groups(runs.run, self._tasks, settings, weight_version=lambda: pool.weight_version)
-        self._loop = _LoopThread(self._groups)
+        self._loop = LoopThread(self._groups)
         self._stop: Any = weakref.finalize(self, self._loop.stop)
         self._weight_sync_schemes = dict(weight_sync_schemes) if weight_sync_schemes else None
         for model_id, scheme in (self._weight_sync_schemes or {}).items():
@@ -187,6 +182,8 @@ class AgentCollector(BaseCollector):
             SGLangError: the gateway failed.
         """
         while self.total_frames < 0 or self._frames < self.total_frames:
+            if self.pre_collect_hook is not None:
+                self.pre_collect_hook()
             groups = self._loop.call(self._groups.take)
             if not groups:
                 return
@@ -194,6 +191,8 @@ class AgentCollector(BaseCollector):
             batch = make_batch(groups, decode=decode)
             self._frames += len(batch)
             self._batches += 1
+            if self.post_collect_hook is not None:
+                self.post_collect_hook(batch)
             yield batch
 
     def __len__(self) -> int:
@@ -330,53 +329,3 @@ class AgentCollector(BaseCollector):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown()
-
-
-class _LoopThread:
-    """An event loop in a daemon thread, in which the agents run: neither the gateway nor the trainer waits for them."""
-
-    def __init__(self, groups: Groups) -> None:
-        self._groups = groups
-        self._loop = asyncio.new_event_loop()
-        self._is_stopped = False
-        self._thread = threading.Thread(target=self._run, name="agent-collector", daemon=True)
-        self._thread.start()
-
-    def call(self, work: Any) -> Any:
-        """Run an async function in the loop, and return its result.
-
-        Raises:
-            ConfigError: the collector was shut down.
-        """
-        require(not self._is_stopped, "the collector was shut down: make a new one")
-        waiting = asyncio.run_coroutine_threadsafe(work(), self._loop)
-        try:
-            while not waiting.done() and self._thread.is_alive():
-                wait({waiting}, timeout=_LOOK_AGAIN_S)
-            if not waiting.done():
-                raise CancelledError
-            return waiting.result()
-        except CancelledError as error:
-            raise ConfigError("the collector was shut down while a batch was waited for") from error
-        finally:
-            waiting.cancel()  # after Ctrl-C
-
-    def stop(self, timeout_s: float | None = None) -> None:
-        """End the agents, then the thread."""
-        if self._is_stopped:
-            return
-        self._is_stopped = True
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_STOP_S if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX))
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_forever()
-            self._loop.run_until_complete(self._groups.close())
-            for task in asyncio.all_tasks(self._loop):  # someone who waits for a batch
-                task.cancel()
-            self._loop.run_until_complete(self._loop.shutdown_default_executor())
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        finally:
-            self._loop.close()

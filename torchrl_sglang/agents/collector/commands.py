@@ -29,6 +29,8 @@ _MOST_OUTPUT_BYTES = 1 << 20
 _SHOWN_ERRORS = 2000
 _END_S = 10.0
 """Until a keeper has killed its processes: milliseconds, unless the machine swaps."""
+_PIPES_S = 1.0
+"""Until the pipes of a keeper that has ended are closed, unless a process that it could not kill holds them."""
 _LONGEST_ARGUMENT = 128 * 1024 - 1
 """Linux's limit for one argument, in bytes."""
 
@@ -60,7 +62,7 @@ class CommandAgent:
                 f"run_agent: there is no program {words[0]!r}. It is started without a shell: for a "
                 "shell's features use bash -c '...' with \"$OPENAI_BASE_URL\""
             )
-        unknown = [name for word in words for name in re.findall(r"\{(\w+)\}", word) if name in _LIKELY_MISTAKES]
+        unknown = [name for word in words for name in re.findall(r"(?<!\$)\{(\w+)\}", word) if name in _LIKELY_MISTAKES]
         if unknown:
             raise ConfigError(
                 f"run_agent has {{{unknown[0]}}}: what is replaced are {{base_url}}, {{api_key}} and {{task}}"
@@ -124,6 +126,11 @@ class CommandAgent:
             code = await keeper.wait()
         finally:
             await _end(keeper)
+            # Until its pipes are closed, asyncio holds them open, and complains about them once the loop is closed.
+            closing = [asyncio.ensure_future(_last(stream)) for stream in (keeper.stdout, keeper.stderr)]
+            await asyncio.wait(closing, timeout=_PIPES_S)
+            for each in closing:
+                each.cancel()
         if code != 0:
             shown = errors.decode(errors="replace").strip()[-_SHOWN_ERRORS:].replace(api_key, "***")
             raise RunFailedError("error", f"the program exited with code {code}: {shown or 'it wrote no error'}")

@@ -15,7 +15,7 @@ from torchrl_sglang.agents.collector.clean_up import until_done
 from torchrl_sglang.agents.collector.failures import Counts, RunFailure, SkipReason
 from torchrl_sglang.agents.collector.rows import Group, Run
 from torchrl_sglang.agents.collector.task_stream import NumberedTask, TaskStream
-from torchrl_sglang.errors import AgentsFailedError
+from torchrl_sglang.errors import AgentsFailedError, ConfigError
 
 __all__ = ["GroupSettings", "Groups"]
 
@@ -104,6 +104,7 @@ class Groups:
         """The groups of the next batch; fewer at the end of the tasks, none after it.
 
         Raises:
+            ConfigError: there is no task at all.
             AgentsFailedError: ``max_skips`` groups one after the other were replaced, ``max_failures`` failed, or all
                 tasks gave no good group.
         """
@@ -155,6 +156,11 @@ class Groups:
         return first if is_whole and all(place.group is not None for place in first) else None
 
     def _deliver(self, ready: Sequence[_Place]) -> list[Group]:
+        if not ready and not self._tasks.has_given:
+            raise ConfigError(
+                "tasks gave nothing: it is an iterator that has no task, or has been used up before. Give a list, or a "
+                "new iterator"
+            )
         if not ready and not self.counts.groups and self._skipped_in_a_row:
             raise self._failed(f"all {len(self._skipped_in_a_row)} tasks were tried, and none gave a group to train on")
         groups = []

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torchrl_sglang.agents.collector.failures import RunFailedError
+from torchrl_sglang.agents.given_values import as_json_object, as_reward
+from torchrl_sglang.errors import ConfigError
 
 __all__ = ["Reward", "read_last_line", "read_returned"]
 
+_WORDS = {"true": True, "false": False}
+"""What Python and JavaScript print of a comparison."""
 _FORM = 'a number, or {"reward": NUMBER, "info": {...}}'
 
 
@@ -45,16 +48,14 @@ def read_returned(returned: Any) -> Reward | None:
     """
     if returned is None:
         return None
-    info: Any = {}
+    info: Any = None
     if isinstance(returned, Mapping):
         unknown = sorted(map(str, set(returned) - {"reward", "info"}))
         if "reward" not in returned or unknown:
             what = f"unknown fields {unknown}" if unknown else "no field 'reward'"
             raise RunFailedError("bad reward", f"the agent returned a mapping with {what}; it must be {_FORM}")
-        returned, info = returned["reward"], returned.get("info") or {}
-        if not isinstance(info, Mapping):
-            raise RunFailedError("bad reward", f"info must be a mapping, got {type(info).__name__}")
-    return Reward(value=_number(returned), info=dict(info))
+        returned, info = returned["reward"], returned.get("info")
+    return _reward(returned, info)
 
 
 def read_last_line(output: str) -> Reward | None:
@@ -74,6 +75,8 @@ def read_last_line(output: str) -> Reward | None:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     if not lines:
         return None
+    if lines[-1].lower() in _WORDS:
+        return read_returned(_WORDS[lines[-1].lower()])
     try:
         return read_returned(float(lines[-1]))
     except ValueError:
@@ -85,14 +88,8 @@ def read_last_line(output: str) -> Reward | None:
     return read_returned(said) if isinstance(said, dict) and "reward" in said else None
 
 
-def _number(value: Any) -> float:
+def _reward(value: Any, info: Any) -> Reward:
     try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        kind = type(value).__name__
-        raise RunFailedError("bad reward", f"the agent returned {value!r:.80} ({kind}); it must be {_FORM}") from error
-    if not math.isfinite(number):
-        raise RunFailedError("bad reward", f"the reward is {number}; it must be a finite number")
-    return number
+        return Reward(value=as_reward(value), info=as_json_object("info", info))
+    except ConfigError as error:
+        raise RunFailedError("bad reward", f"{error}. The agent must return {_FORM}") from error

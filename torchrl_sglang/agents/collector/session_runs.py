@@ -119,8 +119,8 @@ class SessionRuns:
         finally:
             if not running.done():
                 running.cancel()
-                # an agent may clean up, but not hold up the others
-                await asyncio.wait({running}, timeout=_CLEAN_UP_S)
+                # an agent may clean up, but not hold up the others; also if the run is given up meanwhile
+                await until_done([asyncio.ensure_future(asyncio.wait({running}, timeout=_CLEAN_UP_S))])
 
     async def _recorded(self, session: AgentSession, returned: Reward | None) -> Run:
         """The finished session.

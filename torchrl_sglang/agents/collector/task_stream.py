@@ -60,6 +60,11 @@ class TaskStream:
         """Whether a task was taken."""
         return self._source is not None
 
+    @property
+    def has_given(self) -> bool:
+        """Whether there was a task, now or before a resume."""
+        return self._next > 0
+
     def seed(self, seed: int) -> None:
         """Shuffle each pass in an order that the seed determines; only a sequence can be shuffled.
 

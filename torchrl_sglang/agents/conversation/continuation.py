@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torchrl_sglang.agents.conversation.forms import Form, render_form
 from torchrl_sglang.agents.conversation.messages import Call, split_thinking
-from torchrl_sglang.agents.conversation.template import AgentTemplate, Form
+from torchrl_sglang.agents.conversation.template import AgentTemplate
 from torchrl_sglang.agents.conversation.tree import Match, Node
 from torchrl_sglang.chat.quoted_text import open_thinking
 from torchrl_sglang.chat.tool_calls import read_tool_calls
@@ -75,8 +76,7 @@ def build_prompt(
         ConfigError: the template refuses the conversation.
     """
     renderer = template.renderer(tools, variables or {})
-    form = template.form(match.messages, tools)
-    text = renderer.render(form.messages, add_generation_prompt=True)
+    form, text = render_form(template.form(match.messages, tools), renderer)
     images = tuple(image.url for message in match.messages for image in message.images)
     if images:
         _require_place(text, form, renderer)

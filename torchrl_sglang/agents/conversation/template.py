@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from torchrl_sglang.agents.conversation.forms import Form, join_contents, with_first_system, without_system
 from torchrl_sglang.agents.conversation.messages import Call, Message
 from torchrl_sglang.chat.tool_parsers import template_text
 from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.text_tokens import special_ids
 
-__all__ = ["AgentTemplate", "Form"]
+__all__ = ["AgentTemplate"]
 
 _KEPT_RENDERERS = 32
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -35,19 +35,6 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
-    """Messages as a template takes them.
-
-    Attributes:
-        messages: the messages.
-        places: per message of the conversation, its index in ``messages``.
-    """
-
-    messages: list[dict[str, Any]]
-    places: list[int]
-
-
 class AgentTemplate:
     """Renders conversations by the model's own chat template.
 
@@ -66,6 +53,7 @@ class AgentTemplate:
         special: ids of tokens that mark places in a conversation, and of those that end an answer.
         end_texts: texts of the tokens that end an answer.
         knows_tools: whether the template writes tools.
+        takes_several_calls: whether the template takes several calls in one message, which Llama 3's refuses.
     """
 
     def __init__(self, tokenizer: Any, *, chat_template: str | None = None) -> None:
@@ -88,6 +76,9 @@ class AgentTemplate:
         self._marks = _pattern(tokenizer)
         self._renderers: dict[str, ChatRenderer] = {}
         self._takes_system = _renders(plain, [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}])
+        later = [("user", "?"), ("assistant", "?"), ("system", "?"), ("user", "?")]
+        self._takes_later_system = _renders(plain, [{"role": role, "content": text} for role, text in later])
+        self.takes_several_calls = _renders(plain, _calls(2)) or not _renders(plain, _calls(1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special tokens included."""
@@ -133,17 +124,20 @@ class AgentTemplate:
             if one["role"] == "system" and made and not places:  # before the tools
                 one = {**one, "content": f"{one['content']}\n\n{made.pop()['content']}"}
             elif message.role == "tool" != one["role"] and places and messages[len(places) - 1].role == "tool":
-                one = {**one, "content": _joined(made.pop()["content"], "\n", one["content"])}
+                one = {**one, "content": join_contents(made.pop()["content"], "\n", one["content"])}
             made.append(one)
             places.append(len(made) - 1)
-        return Form(messages=made, places=places) if self._takes_system else _without_system(made, places)
+        form = Form(messages=made, places=places)
+        if not self._takes_system:
+            return without_system(form)
+        return form if self._takes_later_system else with_first_system(form)
 
     def _one(self, message: Message) -> dict[str, Any]:
         role = message.role
         if role == "developer" and not self._knows_developer:
             role = "system"
         if role == "tool" and not (self._knows_calls and self.knows_tools):
-            content = _joined("<tool_response>\n", _content(message), "\n</tool_response>")
+            content = join_contents("<tool_response>\n", _content(message), "\n</tool_response>")
             return {"role": "user", "content": content}
         made: dict[str, Any] = {"role": role, "content": _content(message)}
         if message.name:
@@ -188,20 +182,6 @@ def _content(message: Message) -> str | list[dict[str, Any]]:
     return message.parts(lambda _image: {"type": "image"})
 
 
-def _joined(*contents: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Contents one behind the other, as text if all are text."""
-    if all(isinstance(content, str) for content in contents):
-        return "".join(map(str, contents))
-    parts: list[dict[str, Any]] = []
-    for content in contents:
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if parts and part["type"] == parts[-1]["type"] == "text":
-                parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
-            else:
-                parts.append(part)
-    return parts
-
-
 def _inline(message: Message) -> str:
     thinking = f"<think>\n{message.reasoning}\n</think>\n\n" if message.reasoning else ""
     return thinking + message.content
@@ -222,6 +202,15 @@ def _renders(renderer: ChatRenderer, messages: Sequence[Mapping[str, Any]]) -> b
     except ConfigError:
         return False
     return True
+
+
+def _calls(count: int) -> list[dict[str, Any]]:
+    """A conversation with a message of so many calls, and their results."""
+    ids = [f"probe000{index}" for index in range(count)]
+    function = {"name": "f", "arguments": {}}
+    calls = [{"id": each, "type": "function", "function": function} for each in ids]
+    results = [{"role": "tool", "tool_call_id": each, "content": "?"} for each in ids]
+    return [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
 
 
 class _PartsTokenizer:
@@ -255,29 +244,3 @@ def _drops_text(renderer: ChatRenderer) -> bool:
     except ConfigError:
         return False
     return _PROBE not in texts[0] and _PROBE in texts[1]
-
-
-def _without_system(messages: Sequence[dict[str, Any]], places: Sequence[int]) -> Form:
-    r"""System messages put at the front of the user's message that follows, or in a user's message of their own.
-
-    Examples:
-        >>> talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-        >>> _without_system(talk, [0, 1])
-        Form(messages=[{'role': 'user', 'content': 'Be brief.\n\nHi'}], places=[0, 0])
-    """
-    made: list[dict[str, Any]] = []
-    moved: list[int] = []
-    waiting = ""
-    for index, message in enumerate(messages):
-        moved.append(len(made))
-        if message["role"] == "system":
-            waiting += f"{message['content']}\n\n"
-            if index + 1 < len(messages) and messages[index + 1]["role"] in ("user", "system"):
-                continue
-            message = {"role": "user", "content": ""}
-        if waiting:
-            content = _joined(waiting, message["content"])
-            content = content.rstrip("\n") if isinstance(content, str) else content
-            message, waiting = {**message, "content": content}, ""
-        made.append(message)
-    return Form(messages=made, places=[moved[place] for place in places])

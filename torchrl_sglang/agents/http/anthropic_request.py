@@ -87,6 +87,13 @@ def _system(fields: Fields) -> Iterator[dict[str, Any]]:
 def _messages(messages: Sequence[Any]) -> Iterator[dict[str, Any]]:
     if not messages:
         raise bad_request("messages is empty: give at least one message", "messages")
+    if isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
+        raise bad_request(
+            "the last message is the assistant's: that an answer continues a given beginning can't be honoured. End "
+            "with a message of the user, and ask there for the form of the answer",
+            f"messages[{len(messages) - 1}]",
+            "unsupported_parameter",
+        )
     for index, message in enumerate(messages):
         fields = Fields(message, f"messages[{index}]")
         role = fields.text("role", choices=("user", "assistant"), required=True)

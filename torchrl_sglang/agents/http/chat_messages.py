@@ -26,10 +26,16 @@ def check_messages(messages: Sequence[Any]) -> tuple[dict[str, Any], ...]:
     """
     if not messages:
         raise bad_request("messages is empty: give at least one message", "messages")
-    return tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+    checked, waiting = [], 0
+    for index, message in enumerate(messages):
+        one = _message(message, f"messages[{index}]", waiting)
+        waiting = len(one.get("tool_calls") or ()) or waiting - (one["role"] == "tool")
+        checked.append(one)
+    return tuple(checked)
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
+def _message(message: Any, where: str, waiting: int) -> dict[str, Any]:
+    """A message; ``waiting`` calls before it have no result yet, so that a result without an id has a call."""
     fields = Fields(message, where)
     if isinstance(message, Mapping) and message.get("role") == "function":
         raise bad_request(f"{where}.role 'function' is OpenAI's old form: send role 'tool'", f"{where}.role")
@@ -42,12 +48,13 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise bad_request(f"{where} has tool_calls, which only assistant messages have", f"{where}.tool_calls")
     for index, call in enumerate(calls):
         _check_call(Fields(call, f"{where}.tool_calls[{index}]"))
-    if role == "tool":
+    if role == "tool" and waiting <= 0:
         fields.required_text("tool_call_id")
+    fields.text("tool_call_id")
     fields.text("name")
     content = fields.any("content")
     if content is None:
-        if role != "assistant":
+        if role not in ("assistant", "tool"):
             raise bad_request(f"{where}.content is missing", f"{where}.content", "missing_required_parameter")
         if fields.text("refusal") is not None:
             checked["content"] = message["refusal"]
