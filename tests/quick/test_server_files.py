@@ -13,7 +13,8 @@ import pytest
 
 from tests.fake_sglang import FakeServer
 from torchrl_sglang import AsyncSGLang, ConfigError, ServerError
-from torchrl_sglang.pool.server_list import read_server_file, reader_of
+from torchrl_sglang.cli.main import main
+from torchrl_sglang.pool.server_list import read_server_file, reader_of, write_server_file
 
 Make = Callable[..., FakeServer]
 
@@ -71,3 +72,42 @@ def test_what_lasts_is_logged_once(make: Make, caplog: pytest.LogCaptureFixture)
     assert caplog.text.count("can't be removed") == 1
     assert caplog.text.count("can't be added") == 1
     engine.shutdown()
+
+
+def test_links_to_the_file_and_its_permissions_stay(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.txt", tmp_path / "link.txt"
+    real.write_text("http://a:1\n")
+    real.chmod(0o664)
+    link.symlink_to(real)
+    write_server_file(link, ["http://b:1"])
+    assert link.is_symlink()
+    assert real.read_text() == "http://b:1\n"
+    assert real.stat().st_mode & 0o777 == 0o664
+    assert sorted(tmp_path.iterdir()) == [link, real]
+
+
+def test_no_change_by_the_command_line_is_lost(make: Make, tmp_path: Path) -> None:
+    servers = [make().url for _ in range(6)]
+    file = tmp_path / "servers.txt"
+    file.write_text(f"{servers[0]}\n")
+    commands = [threading.Thread(target=main, args=(["servers", str(file), "--add", url],)) for url in servers[1:]]
+    for command in commands:
+        command.start()
+    for command in commands:
+        command.join()
+    assert sorted(read_server_file(file)) == sorted(servers)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_command_line_refuses_a_second_name_and_shows_an_empty_list(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = make().url
+    file = tmp_path / "servers.txt"
+    file.write_text("")
+    assert main(["servers", str(file)]) == 0
+    assert "names no server" in capsys.readouterr().out
+    file.write_text(f"{url}\n")
+    assert main(["servers", str(file), "--add", url.replace("127.0.0.1", "localhost")]) == 2
+    assert "under the name" in capsys.readouterr().err
+    assert read_server_file(file) == [url]

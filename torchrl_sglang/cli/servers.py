@@ -36,18 +36,29 @@ def run(args: argparse.Namespace) -> int:
     """Change the list if asked to, then print a line for each server of it."""
     from torchrl_sglang.client import SGLangClient
     from torchrl_sglang.parallel import side_by_side
-    from torchrl_sglang.pool.server_list import read_server_file, write_server_file
+    from torchrl_sglang.pool.checks import refuse_same_server
+    from torchrl_sglang.pool.server_list import read_server_file, server_file_locked, write_server_file
 
     config = ClientConfig(api_key_file=args.api_key_file, ca_certificate=args.ca_certificate)
-    listed = read_server_file(args.file) if args.file.exists() or not args.add else []
-    changed = _changed(listed, [base_url(url) for url in args.add], [base_url(url) for url in args.remove])
+
+    def read() -> list[str]:
+        return read_server_file(args.file) if args.file.exists() or not args.add else []
+
+    added, removed = [base_url(url) for url in args.add], [base_url(url) for url in args.remove]
+    listed = read()
+    changed = _changed(listed, added, removed)
     clients = {url: SGLangClient(url, config) for url in changed}
     states = side_by_side({url: partial(_state, client) for url, client in clients.items()})
     if changed != listed:
-        for url in changed:
-            if url not in listed:
-                states[url].unwrap()
-        write_server_file(args.file, changed)
+        new = [url for url in changed if url not in listed]
+        for url in new:
+            states[url].unwrap()
+        answering = [clients[url].info for url in changed if url in listed and states[url].error is None]
+        refuse_same_server([clients[url].info for url in new], answering)
+        with server_file_locked(args.file):  # somebody else may have changed it meanwhile
+            write_server_file(args.file, _changed(read(), added, removed))
+    if not changed:
+        print(f"{args.file} names no server: a trainer that follows it keeps those that it has")
     for url, state in states.items():
         print(f"{url}  {state.value if state.error is None else f'does not answer: {state.error}'}")
     return 0
@@ -64,7 +75,7 @@ def _changed(listed: Sequence[str], added: Sequence[str], removed: Sequence[str]
             raise ConfigError(f"{url} is on the list already")
     for url in removed:
         if url not in listed:
-            raise ConfigError(f"{url} is not on the list, which has {', '.join(listed)}")
+            raise ConfigError(f"{url} is not on the list, which has {', '.join(listed) or 'none'}")
     changed = [url for url in dict.fromkeys((*listed, *added)) if url not in removed]
     if removed and not changed:
         raise ConfigError("no server would be left, and a trainer ignores an empty list: add another one first")

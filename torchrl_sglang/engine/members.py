@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config.checking import require
@@ -44,7 +43,7 @@ class EngineMembers:
 
     def add(
         self,
-        servers: int | str | Sequence[str],
+        servers: int | str | Iterable[str],
         *,
         gpus: Sequence[Sequence[int]] | None = None,
         progress: Callable[[str], None] | bool | None = None,
@@ -69,13 +68,13 @@ class EngineMembers:
             ServerStartError: one did not become ready; nothing is left running.
             ServerError: one can't be reached.
         """
-        if isinstance(servers, Iterable) and not isinstance(servers, (bytes, bytearray)):
+        if isinstance(servers, Iterable):
             require(gpus is None, "gpus are those of servers to launch: a running server has its own")
             return self.pool.add(url_list(servers))
         with shown_progress(progress) as show:
-            return self._fleet.add(cast("int", servers), gpus=gpus, progress=show)
+            return self._fleet.add(servers, gpus=gpus, progress=show)
 
-    def remove(self, urls: str | Sequence[str], *, drain: bool = True, timeout_s: float | None = None) -> None:
+    def remove(self, urls: str | Iterable[str], *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take servers out, while the others generate. Those that this engine has launched are ended.
 
         Args:

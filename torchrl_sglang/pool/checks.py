@@ -71,7 +71,7 @@ def refuse_same_server(new: Sequence[ServerInfo], members: Sequence[ServerInfo] 
         for url, (known_addresses, *known_place) in known.items():
             if place == known_place and addresses & known_addresses:
                 raise ConfigError(f"{info.url} is a server of this pool already, under the name {url}")
-        known[info.url] = (addresses, *place)
+        known[info.url] = _place(info)
 
 
 def _place(info: ServerInfo) -> tuple[frozenset[tuple[str, int]], str, object]:

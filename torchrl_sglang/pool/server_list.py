@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import re
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from torchrl_sglang.errors import ConfigError, ServerError, StorageError
 from torchrl_sglang.server_url import base_url
 
-__all__ = ["ListSource", "read_server_file", "reader_of", "write_server_file"]
+__all__ = ["ListSource", "read_server_file", "reader_of", "server_file_locked", "write_server_file"]
 
 ListSource = Path | str | Callable[[], Iterable[str]]
 """A file with a URL per line, a DNS name with a port (``"dns://servers.example:30000"``), or a function."""
@@ -99,17 +103,37 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def write_server_file(path: Path, urls: Sequence[str]) -> None:
-    """Replace such a file; a reader sees either the old or the new list.
+    """Replace such a file; a reader sees either the old or the new list. Links to it and its permissions stay.
 
     Raises:
         StorageError: it can't be written; the old one stays.
     """
-    new = path.with_name(f".{path.name}.new")
+    target = path.resolve()
+    new = target.with_name(f".{target.name}.{uuid.uuid4().hex}.new")
     try:
-        new.write_text("".join(f"{url}\n" for url in urls))
-        new.replace(path)
+        try:
+            new.write_text("".join(f"{url}\n" for url in urls))
+            if target.exists():
+                new.chmod(stat.S_IMODE(target.stat().st_mode))
+            new.replace(target)
+        finally:
+            new.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"the list of servers {path} can't be written: {error}", path=str(path)) from error
+
+
+@contextlib.contextmanager
+def server_file_locked(path: Path) -> Iterator[None]:
+    """Nobody else who asks for this lock changes a file of this folder during the block.
+
+    The lock is one of the folder, so that nothing is left behind. Where the file system has none, there is no lock.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder = os.open(path.resolve().parent, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
 
 
 def _called(source: Callable[[], Iterable[str]]) -> list[str]:

@@ -69,7 +69,7 @@ class PoolServers:
         """All servers, also quarantined ones, and those that are about to leave."""
         return self._membership.clients
 
-    def add(self, urls: str | Sequence[str]) -> tuple[str, ...]:
+    def add(self, urls: str | Iterable[str]) -> tuple[str, ...]:
         """Take running servers into the pool, while the others generate.
 
         A newcomer gets requests when it holds the weights that the others hold: at once if it holds them already, or
@@ -89,7 +89,7 @@ class PoolServers:
         """
         return self._membership.add(url_list(urls))
 
-    def remove(self, urls: str | Sequence[str], *, drain: bool = True, timeout_s: float | None = None) -> None:
+    def remove(self, urls: str | Iterable[str], *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take servers out of the pool, while the others generate. The processes go on running.
 
         They get no new requests. Those that they have are finished, or generated again by the other servers: each

@@ -16,6 +16,7 @@ from torch import nn
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
+from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.errors import ConfigError, ServerTimeoutError, WeightSyncError, WeightUpdateError
 from torchrl_sglang.parallel import Task, side_by_side
 from torchrl_sglang.pool import ServerState, SGLangPool
@@ -41,6 +42,7 @@ __all__ = ["WeightSync"]
 
 _log = logging.getLogger(__name__)
 
+_LARGEST_VERSION = 2**63 - 1
 _of_parents: list[object] = []
 _PREPARING, _READING_CHECKSUMS = "preparing the servers", "reading the servers' checksums"
 """What the sending rank does between two agreements of all ranks."""
@@ -216,6 +218,7 @@ class WeightSync:
             WeightUpdateError: a server refused, died, hung or failed verification; ``server_weights`` says what each
                 server holds. The next push sends everything again and heals what can be healed.
         """
+        require_number("version", version, whole=True, optional=True, at_least=0, at_most=_LARGEST_VERSION)
         self.wait()
         return self._push(weights, version, partial)
 
@@ -234,6 +237,7 @@ class WeightSync:
             ConfigError: the model is sharded; gathering it in a thread could interleave with the training's own
                 collectives.
         """
+        require_number("version", version, whole=True, optional=True, at_least=0, at_most=_LARGEST_VERSION)
         self.wait()
         if isinstance(weights, nn.Module) and is_sharded(weights):
             raise ConfigError("a sharded model can't be sent in the background: use push, or gather it first")
@@ -345,7 +349,7 @@ class WeightSync:
             self._last_weights = None if source.one_shot else weights  # every rank calls heal()
             self._help(ranks, source, transport.name, partial)
             return None
-        number = self._pool.state.weights.next_version if version is None else version
+        number = self._pool.state.weights.next_version if version is None else int(version)
         target = WeightVersion(number=number, owner=self.owner)
         report = SyncReport(version=number, transport=transport.name)
         with report.phase("prepare"):

@@ -6,7 +6,7 @@ Buckets are filled by copying a tensor's bytes. A tensor without memory of its o
 from __future__ import annotations
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.weights.source.shards import local_tensor
@@ -28,7 +28,7 @@ def refuse_unreadable(name: str, tensor: torch.Tensor) -> None:
         torchrl_sglang.errors.ConfigError: 'w' can't be sent: it is a sparse_coo tensor. Pass it as a dense one
         (tensor.to_dense())
     """
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         problem = "has no shape and no values yet: call the model once, which makes its lazy parameters"
     elif hasattr(tensor, "ds_shape"):
         problem = (
