@@ -220,7 +220,8 @@ class Generator:
             ) from error
         version = broken.label(GenerateReply(output_ids=[], weight_version=known.version)).weight_version
         count = len(broken.part.output_ids) - len(broken.part.versions)
-        return replace(broken.part, versions=[*broken.part.versions, *[version_number(version)] * count])
+        versions = [*broken.part.versions, *[version_number(version)] * count]
+        return replace(broken.part, versions=versions, resumes=broken.part.resumes + 1)
 
 
 def _has_grammar(sampling: SamplingParams) -> bool:

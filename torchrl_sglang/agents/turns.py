@@ -20,6 +20,7 @@ from torchrl_sglang.agents.image_tokens import PromptImages
 from torchrl_sglang.agents.served_model import ServedModel
 from torchrl_sglang.agents.server_part import Generated
 from torchrl_sglang.agents.sharing import TurnRecord
+from torchrl_sglang.agents.stop_strings import cut_at_stop
 from torchrl_sglang.agents.tool_choice import constrain, reads_calls
 from torchrl_sglang.agents.types import ChatRequest, OnProgress, Progress, TextRequest, TokenLogProb
 from torchrl_sglang.chat.quoted_text import open_thinking
@@ -212,7 +213,7 @@ async def _run(
 
     async def one(index: int) -> Generated:
         report = None if on_progress is None else _reporter(index, job, model, on_progress)
-        return await model.generator.generate(
+        made = await model.generator.generate(
             job.ids_P,
             single if seed is None else replace(single, sampling_seed=seed + index),
             top_logprobs=job.top_logprobs,
@@ -221,6 +222,7 @@ async def _run(
             on_tokens=report,
             **_images(job),
         )
+        return _ended(made, job, model)
 
     with _refused_images() if job.images is not None else nullcontext():
         made = await _all_or_none([one(index) for index in range(job.sampling.n)])
@@ -323,6 +325,7 @@ def _reporter(index: int, job: _Job, model: ServedModel, on_progress: OnProgress
 
     def report(so_far: Generated) -> None:
         text.push(so_far.output_ids)
+        so_far = _ended(so_far, job, model) if text.is_stopped else so_far
         on_progress(
             Progress(
                 index=index,
@@ -336,6 +339,12 @@ def _reporter(index: int, job: _Job, model: ServedModel, on_progress: OnProgress
         )
 
     return report
+
+
+def _ended(made: Generated, job: _Job, model: ServedModel) -> Generated:
+    """The sequence, which ends with the first stop string."""
+    sampling = job.sampling
+    return cut_at_stop(made, sampling.stop, decode=model.template.decode, min_new_tokens=sampling.min_new_tokens)
 
 
 def _top(made: Generated, model: ServedModel) -> tuple[tuple[TokenLogProb, ...], ...]:

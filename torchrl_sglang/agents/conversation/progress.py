@@ -32,6 +32,7 @@ class ProgressText:
         text: all certain text, special tokens left out.
         content: the part of it that belongs to the message's content.
         reasoning: the part of it that belongs to its thinking.
+        is_stopped: it has a stop string.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ProgressText:
         holds_all: bool = False,
     ) -> None:
         self.text = self.content = self.reasoning = ""
+        self.is_stopped = False
         self._template = template
         self._stops = tuple(stops)
         self._deltas = TextDeltas(stops)
@@ -64,7 +66,7 @@ class ProgressText:
         ids = list(output_ids)
         if ids and ids[-1] in self._template.special:  # it may be the token that ends the answer
             ids.pop()
-        if len(ids) <= self._read or self._holds_all or self._template.is_byte(ids[-1]):
+        if self.is_stopped or len(ids) <= self._read or self._holds_all or self._template.is_byte(ids[-1]):
             return
         # A window of tokens, as some tokenizers decode a token in another way at the beginning of a text.
         before = self._template.decode(ids[self._start : self._read]) if self._read else ""
@@ -74,7 +76,9 @@ class ProgressText:
         earlier = len(self._decoded)
         self._decoded += window[len(before) :]
         self._start, self._read = self._read, len(ids)
-        self._certain += self._deltas.push(self._decoded[: self._stopped_at(earlier)])
+        end = self._stopped_at(earlier)
+        self.is_stopped = end < len(self._decoded)
+        self._certain += self._deltas.push(self._decoded[:end])
         self._divide()
 
     def _stopped_at(self, earlier: int) -> int:

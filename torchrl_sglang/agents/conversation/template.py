@@ -76,9 +76,10 @@ class AgentTemplate:
         self._marks = _pattern(tokenizer)
         self._renderers: dict[str, ChatRenderer] = {}
         self._takes_system = _renders(plain, [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}])
-        later = [("user", "?"), ("assistant", "?"), ("system", "?"), ("user", "?")]
-        self._takes_later_system = _renders(plain, [{"role": role, "content": text} for role, text in later])
-        self.takes_several_calls = _renders(plain, _calls(2)) or not _renders(plain, _calls(1))
+        # mistral-common's tokenizers raise errors of their own for what they don't take.
+        later = [{"role": role, "content": "?"} for role in ("user", "assistant", "system", "user")]
+        self._takes_later_system = not source or _renders(plain, later)
+        self.takes_several_calls = not source or _renders(plain, _calls(2)) or not _renders(plain, _calls(1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special tokens included."""

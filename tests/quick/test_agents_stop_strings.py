@@ -1,0 +1,87 @@
+"""Stop strings that lie across the place where an answer was interrupted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.agent_kit import Sampled, ScriptedGenerator, chat, scripted, user
+from tests.matrix.templates import TEMPLATES
+from tests.matrix.tokenizer_kinds import make_tokenizer
+from torchrl_sglang.agents.server_part import Generated
+
+END = "<|im_end|>"
+
+
+class Interrupted(ScriptedGenerator):
+    """A model whose answers were interrupted, so that no server saw a stop string whole."""
+
+    async def generate(self, *given: Any, on_tokens: Any = None, **named: Any) -> Generated:
+        def report(so_far: Generated) -> None:
+            on_tokens(replace(so_far, resumes=1))
+
+        made = await super().generate(*given, on_tokens=report if on_tokens is not None else None, **named)
+        return replace(made, resumes=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    tokenizer = make_tokenizer("byte-level BPE")
+    tokenizer.chat_template = TEMPLATES["ChatML"].source
+    return tokenizer
+
+
+def letters(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """A token per character."""
+    return tuple(i for letter in text for i in tokenizer(letter, add_special_tokens=False)["input_ids"])
+
+
+def session_of(tokenizer: Any, *answers: Sampled) -> Any:
+    waiting = list(answers)
+    sessions, _ = scripted(tokenizer, lambda _: waiting.pop(0))
+    sessions.model.generator = Interrupted(lambda _: waiting.pop(0))  # type: ignore[assignment]
+    return sessions.create()
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_the_answer_ends_with_the_stop_string_and_what_follows_is_not_recorded(tokenizer: Any, streams: bool) -> None:
+    ids = letters(tokenizer, "think\nObs: made up")
+    session = session_of(tokenizer, Sampled(ids, finish_reason="length"))
+    reports: list[Any] = []
+    turn = chat(session, [user("q")], reports.append if streams else None, sampling={"stop": ["XX", "\nObs:"]})
+    choice = turn.choices[0]
+    kept = letters(tokenizer, "think\nObs:")
+    assert choice.message["content"] == "think"
+    assert (choice.finish_reason, choice.stop) == ("stop", "\nObs:")
+    assert choice.token_ids == kept
+    assert len(choice.log_probs) == len(choice.weight_versions) == len(kept)
+    (trajectory,) = session.trajectories()
+    assert trajectory.token_ids[-len(kept) :] == kept
+    assert sum(trajectory.loss_mask) == len(kept)
+    assert all(len(report.token_ids) <= len(kept) and "think".startswith(report.content) for report in reports)
+
+
+def test_a_stop_string_before_the_least_number_of_tokens_does_not_count(tokenizer: Any) -> None:
+    ids = letters(tokenizer, "a.b.c")
+    session = session_of(tokenizer, Sampled(ids, finish_reason="length"))
+    turn = chat(session, [user("q")], sampling={"stop": ["."], "min_tokens": 5, "max_tokens": 5})
+    assert turn.choices[0].token_ids == ids
+
+
+def test_an_answer_that_the_server_ended_at_its_stop_string_stays_as_it_is(tokenizer: Any) -> None:
+    ids = letters(tokenizer, "a b.")
+    session = session_of(tokenizer, Sampled(ids, finish_reason="stop", matched="."))
+    turn = chat(session, [user("q")], sampling={"stop": ["."]})
+    assert turn.choices[0].token_ids == ids
+    assert turn.choices[0].message["content"] == "a b"
+
+
+def test_an_answer_without_a_stop_string_keeps_its_end(tokenizer: Any) -> None:
+    end = tokenizer.convert_tokens_to_ids(END)
+    ids = (*letters(tokenizer, "a b"), end)
+    session = session_of(tokenizer, Sampled(ids, finish_reason="stop", matched=end))
+    turn = chat(session, [user("q")], sampling={"stop": ["c"]})
+    assert turn.choices[0].token_ids == ids
+    assert turn.choices[0].stop is None
