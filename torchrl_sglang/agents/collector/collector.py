@@ -182,8 +182,7 @@ class AgentCollector(BaseCollector):
             SGLangError: the gateway failed.
         """
         while self.total_frames < 0 or self._frames < self.total_frames:
-            if self.pre_collect_hook is not None:
-                self.pre_collect_hook()
+            self._call_hook("pre_collect_hook")
             groups = self._loop.call(self._groups.take)
             if not groups:
                 return
@@ -191,9 +190,13 @@ class AgentCollector(BaseCollector):
             batch = make_batch(groups, decode=decode)
             self._frames += len(batch)
             self._batches += 1
-            if self.post_collect_hook is not None:
-                self.post_collect_hook(batch)
+            self._call_hook("post_collect_hook", batch)
             yield batch
+
+    def _call_hook(self, name: str, *args: Any) -> None:
+        hook = getattr(self, name, None)  # TorchRL 0.12's collectors have none
+        if hook is not None:
+            hook(*args)
 
     def __len__(self) -> int:
         """Number of batches, known with ``total_frames`` only."""
