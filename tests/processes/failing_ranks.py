@@ -59,7 +59,7 @@ def failing_ranks(model: nn.Module, url: str, folder: Path) -> dict[str, str]:
     def only(failing: int, **wrong: Any) -> dict[str, Any]:
         return wrong if rank == failing else {}
 
-    tensors = dict(model.named_parameters())
+    tensors = model.state_dict()  # after a forward named_parameters() has whole tensors, which FSDP2 frees later
     cases: dict[str, Callable[[], str]] = {
         "the last one reaches no server": lambda: push(**only(LAST, on="http://127.0.0.1:9")),
         "the first one reaches no server": lambda: push(**only(FIRST, on="http://127.0.0.1:9")),

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial as bind
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchrl_sglang.client import SGLangClient
@@ -106,6 +107,7 @@ class WeightSync:
         """In a forked child, start anew: process groups and sessions with the servers are the parent's."""
         if self._pid == os.getpid():
             return
+        torch.set_num_threads(1)  # of OpenMP's threads none is left: to compute with several would wait for ever
         _of_parents.append(self._transport)  # destroying its groups would wait for threads that only the parent has
         self._begin(self._planner.known_checkpoint, self._liveness.restart)
 
