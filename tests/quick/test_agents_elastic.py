@@ -16,6 +16,7 @@ from tests.agent_kit import run
 from tests.fake_sglang import FakeServer
 from tests.quick.test_agents_generation import a_few_tokens, ask, check_log_probs, paths, serving
 from torchrl_sglang.agents.served_model import ServedModel
+from torchrl_sglang.agents.session import Session
 from torchrl_sglang.agents.sessions import Sessions
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import ServerLostError
@@ -28,6 +29,21 @@ def busy_one(servers: list[FakeServer]) -> FakeServer:
     return next(server for server in servers if paths(server, "/generate"))
 
 
+def turn_while(
+    session: Session, servers: list[FakeServer], meanwhile: Callable[[FakeServer], None], *, streams: bool
+) -> tuple[Any, list[Any]]:
+    """A turn of 40 tokens and what it reported; ``meanwhile`` runs in a thread, with the server that generates it."""
+    seen: list[Any] = []
+
+    async def story() -> Any:
+        turn = asyncio.ensure_future(session.chat(ask(max_new_tokens=40), seen.append if streams else None))
+        await a_few_tokens(seen, servers, streams=streams)
+        await asyncio.to_thread(meanwhile, busy_one(servers))
+        return await turn
+
+    return run(story()), seen
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_turn_is_continued_elsewhere_when_its_server_leaves(
     make: Callable[..., FakeServer], tiny_llama: Path, streams: bool
@@ -35,15 +51,7 @@ def test_a_turn_is_continued_elsewhere_when_its_server_leaves(
     servers = [make(step_s=0.02), make(step_s=0.02)]
     with serving(*servers) as sessions:
         session, pool = sessions.create(), sessions.model.pool
-        seen: list[Any] = []
-
-        async def story() -> Any:
-            turn = asyncio.ensure_future(session.chat(ask(max_new_tokens=40), seen.append if streams else None))
-            await a_few_tokens(seen, servers, streams=streams)
-            await asyncio.to_thread(partial(pool.remove, busy_one(servers).url, drain=False))
-            return await turn
-
-        turn = run(story())
+        turn, seen = turn_while(session, servers, lambda busy: pool.remove(busy.url, drain=False), streams=streams)
         assert len(turn.choices[0].token_ids) == 40
         assert len(pool.clients) == 1
         (trajectory,) = session.trajectories()

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.agent_kit import run
 from tests.fake_sglang import FakeServer, Fault
-from tests.quick.test_agents_elastic import busy_one
-from tests.quick.test_agents_generation import a_few_tokens, ask, check_log_probs, paths, serving
+from tests.quick.test_agents_elastic import busy_one, turn_while
+from tests.quick.test_agents_generation import check_log_probs, paths, serving
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -22,20 +18,16 @@ def test_draining_waits_for_turns(make: Callable[..., FakeServer], streams: bool
     servers = [make(step_s=0.02), make(step_s=0.02)]
     with serving(*servers) as sessions:
         session, pool = sessions.create(), sessions.model.pool
-        seen: list[Any] = []
 
-        async def story() -> Any:
-            turn = asyncio.ensure_future(session.chat(ask(max_new_tokens=40), seen.append if streams else None))
-            await a_few_tokens(seen, servers, streams=streams)
-            busy = busy_one(servers)
+        def drain(busy: FakeServer) -> None:
             (client,) = [client for client in pool.clients if client.url == busy.url]
             assert client.num_generating == 1
             busy.arm(Fault(path="/v1/loads", action="refuse", times=0))  # what it says of its load does not matter
-            await asyncio.to_thread(pool.remove, busy.url)
+            pool.remove(busy.url)
             assert client.num_generating == 0
-            return await turn, busy
 
-        turn, left = run(story())
+        turn, _ = turn_while(session, servers, drain, streams=streams)
+        left = busy_one(servers)
         assert len(turn.choices[0].token_ids) == 40
         assert left.url not in {client.url for client in pool.clients}
         assert sum(paths(server, "/generate") for server in servers) == 1, "it was continued elsewhere"
@@ -49,19 +41,14 @@ def test_turns_on_a_server_that_hangs_are_cut_and_generated_elsewhere(
     servers = [make(step_s=0.02), make(step_s=0.02)]
     with serving(*servers) as sessions:
         session, pool = sessions.create(), sessions.model.pool
-        seen: list[Any] = []
 
-        async def story() -> Any:
-            turn = asyncio.ensure_future(session.chat(ask(max_new_tokens=40), seen.append if streams else None))
-            await a_few_tokens(seen, servers, streams=streams)
-            busy = busy_one(servers)
+        def cut(busy: FakeServer) -> None:
             busy.arm(Fault(path="/abort_request", action="freeze"))
-            await asyncio.to_thread(partial(pool.remove, busy.url, drain=False))
+            pool.remove(busy.url, drain=False)
             assert len(pool.clients) == 1
-            return await turn
 
         begun = time.monotonic()
-        turn = run(story())
+        turn, seen = turn_while(session, servers, cut, streams=streams)
         assert time.monotonic() - begun < 30, "not only when the connection times out"
         assert len(turn.choices[0].token_ids) == 40
         (trajectory,) = session.trajectories()

@@ -349,7 +349,7 @@ class WeightSync:
             source = self._planner.open_source(weights)
         if not source.is_sender:
             self._last_weights = None if source.one_shot else weights  # every rank calls heal()
-            self._help(ranks, source, transport.name, partial)
+            self._help(ranks, source, transport, partial)
             return None
         number = self._pool.state.weights.next_version if version is None else int(version)
         target = WeightVersion(number=number, owner=self.owner)
@@ -405,12 +405,12 @@ class WeightSync:
         _log.info("weights %d on %d servers in %.3f s", number, len(clients), report.total_s)
         return report
 
-    def _help(self, ranks: Ranks | None, source: WeightSource, transport: str, partial: bool) -> None:
+    def _help(self, ranks: Ranks | None, source: WeightSource, transport: WeightTransport[Any], partial: bool) -> None:
         """Gather with the sending rank, which goes through the same collectives in :meth:`_push_now`."""
         with together(ranks, _PREPARING):
             pass
-        size = self.config.bucket_size(self._planner.checkpoint.nbytes)
-        plan = self._planner.plan(source, partial=partial, transport=transport, bucket_bytes=size)
+        size = self._bucket_bytes(source, transport)
+        plan = self._planner.plan(source, partial=partial, transport=transport.name, bucket_bytes=size)
         self._planner.check_values(source, plan, while_packing=False)
         with together(ranks, _READING_CHECKSUMS):
             pass
