@@ -20,7 +20,15 @@ from torch.multiprocessing.reductions import rebuild_storage_filename
 
 from tests.fake_sglang import FakeServer, FakeServerProcess, FakeSettings, Fault
 from tests.fake_sglang.model import read_checkpoint
-from torchrl_sglang import ConfigError, SyncConfig, WeightCoverageError, WeightSync, WeightUpdateError
+from torchrl_sglang import (
+    AsyncSGLang,
+    ConfigError,
+    SGLangWeightSyncScheme,
+    SyncConfig,
+    WeightCoverageError,
+    WeightSync,
+    WeightUpdateError,
+)
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import StorageError
 from torchrl_sglang.pool import SGLangPool
@@ -442,6 +450,18 @@ def test_a_process_that_ends_before_it_opens_a_segment_is_not_waited_for() -> No
     os.kill(opener, signal.SIGKILL)
     os.waitpid(opener, 0)
     assert await_gone(process.pid, 10) == []
+
+
+def test_an_engine_that_is_shut_down_frees_the_memory_of_a_scheme_that_still_lives(
+    make: Callable[..., FakeServer], tensors: dict[str, torch.Tensor]
+) -> None:
+    before = own_segments()
+    with AsyncSGLang.connect(make().url) as engine:
+        scheme = SGLangWeightSyncScheme(engine, config=config_of("ipc"))
+        scheme.sync.push(tensors)
+        assert len(own_segments()) > len(before)
+    assert own_segments() == before
+    scheme.shutdown()
 
 
 def test_segments_of_a_trainer_that_was_killed_together_with_its_helper_are_removed_by_the_next() -> None:
