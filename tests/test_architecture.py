@@ -61,7 +61,7 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
     "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": (
         *("checkpoint", "source", "buckets", "checksums", "group", "update", "shared_memory"),
-        *("transports", "planning", "newcomers", "pending_sync", "sync", "scheme"),
+        *("transports", "planning", "newcomers", "held_weights", "push", "pending_sync", "sync", "scheme"),
     ),
 }
 

@@ -20,7 +20,7 @@ def test_a_rank_that_helps_to_gather_helps_again(
     sync: Any = WeightSync(SGLangPool([SGLangClient(make().url)]), SyncConfig(transport="broadcast"))
     helped: list[object] = []
     monkeypatch.setattr(sync._planner, "open_source", lambda weights: SimpleNamespace(is_sender=False, one_shot=False))
-    monkeypatch.setattr(sync, "_help", lambda *arguments: helped.append(arguments))
+    monkeypatch.setattr(sync._pusher, "_help", lambda *arguments: helped.append(arguments))
     with pytest.raises(ConfigError, match="no weights to send again"):
         sync.heal()
     sync.push({})

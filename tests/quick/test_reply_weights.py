@@ -122,7 +122,7 @@ def test_answers_given_before_the_verification_wait_for_it(
         assert may_verify.wait(60)
         verify_servers(*args, **options)
 
-    monkeypatch.setattr("torchrl_sglang.weights.sync.verify_servers", verify_later)
+    monkeypatch.setattr("torchrl_sglang.weights.push.verify_servers", verify_later)
     server, other = make(), make()
     pool = pool_of(server, other)
     pool.quarantine(other.url, "so that the prompt goes to the first server")

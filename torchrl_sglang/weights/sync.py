@@ -1,4 +1,4 @@
-"""Sends a trainer's weights to all servers: open, check, pack, send, verify."""
+"""A pool's one weight sync: what engine, scheme and user code call to send a trainer's weights to its servers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial as bind
 from typing import Any
 
 import torch
@@ -18,26 +17,21 @@ from torch import nn
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.config.checking import require_number
-from torchrl_sglang.errors import ConfigError, ServerTimeoutError, WeightSyncError, WeightUpdateError
-from torchrl_sglang.parallel import Task, side_by_side
-from torchrl_sglang.pool import ServerState, SGLangPool
-from torchrl_sglang.protocol.version import WeightVersion
-from torchrl_sglang.weights.buckets.layout import Bucket
+from torchrl_sglang.errors import ConfigError, ServerTimeoutError, WeightUpdateError
+from torchrl_sglang.parallel import Task
+from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
-from torchrl_sglang.weights.checksums.verifier import ChecksumVerifier, PushChecksums
 from torchrl_sglang.weights.newcomers import NewcomerUpdates
 from torchrl_sglang.weights.pending_sync import PendingSync
 from torchrl_sglang.weights.planning import PushPlanner
-from torchrl_sglang.weights.source.interface import WeightSource
-from torchrl_sglang.weights.source.shards import Ranks, is_sharded, ranks_of_weights, together
+from torchrl_sglang.weights.push import OpenedWeights, Pusher
+from torchrl_sglang.weights.source.shards import is_sharded, ranks_of_weights, together
 from torchrl_sglang.weights.transports.auto import TransportChoice
-from torchrl_sglang.weights.transports.base import PackedWeights, TransportSession, WeightTransport
-from torchrl_sglang.weights.transports.choice import choices_of, make_transport, num_copies
-from torchrl_sglang.weights.transports.staging import bucket_bytes, is_staged
+from torchrl_sglang.weights.transports.base import WeightTransport
+from torchrl_sglang.weights.transports.choice import choices_of, make_transport
 from torchrl_sglang.weights.update.liveness import LivenessCheck
 from torchrl_sglang.weights.update.other_trainers import OtherTrainers
 from torchrl_sglang.weights.update.report import SyncReport
-from torchrl_sglang.weights.update.verification import verify_servers
 
 __all__ = ["WeightSync"]
 
@@ -45,8 +39,6 @@ _log = logging.getLogger(__name__)
 
 _LARGEST_VERSION = 2**63 - 1
 _of_parents: list[object] = []
-_PREPARING, _READING_CHECKSUMS = "preparing the servers", "reading the servers' checksums"
-"""What the sending rank does between two agreements of all ranks."""
 
 
 class WeightSync:
@@ -92,13 +84,19 @@ class WeightSync:
         self.last_report: SyncReport | None = None
         self._pid = os.getpid()
         self._planner = PushPlanner(pool, self.config, self.owner, checkpoint)
-        self._checksums = ChecksumVerifier(pool.state, self.config)
         self._liveness = LivenessCheck(pool, restart, patience_s=self.config.fixed_timeout_s)
         self._others = OtherTrainers(pool, self.owner, takeover=self.config.takeover)
         self._transport: WeightTransport[Any] | None = None
-        self._reached: dict[str, int] = {}
-        self._last_weights: Any = None
         self._newcomers = NewcomerUpdates(pool, self._planner, self.config, self.owner)
+        self._pusher = Pusher(
+            pool,
+            self.config,
+            self.owner,
+            planner=self._planner,
+            liveness=self._liveness,
+            others=self._others,
+            newcomers=self._newcomers,
+        )
         self._pending: PendingSync | None = None
         if pool.weight_sync is None:
             pool.weight_sync = self
@@ -171,7 +169,7 @@ class WeightSync:
         with self._update_lock("making the process group"):
             self._pool.refuse_while_offloaded()
             self.reach()
-            self._others.end_dead_updates(self._answering(), None)
+            self._others.end_dead_updates(self._liveness.answering, None)
             self._choose_transport().connect(self._liveness.reachable())
 
     @property
@@ -264,9 +262,9 @@ class WeightSync:
             ConfigError: nothing was pushed yet, or it came as an iterator that can't be read twice.
             WeightUpdateError: as :meth:`push`.
         """
-        if self._last_weights is None:
+        if self._pusher.last_weights is None:
             raise ConfigError("there are no weights to send again: push(model) them")
-        return self.push(self._last_weights)
+        return self.push(self._pusher.last_weights)
 
     def bring_up_to_date(self, clients: Sequence[SGLangClient]) -> list[SGLangClient]:
         """Send the weights of the last push to servers that have just joined; only these are paused.
@@ -305,7 +303,7 @@ class WeightSync:
             self._pending.join()
         if self._transport is not None:
             self._transport.close()
-        self._last_weights = None
+        self._pusher.last_weights = None
         self._newcomers.forget()
         if self._pool.weight_sync is self:
             self._pool.weight_sync = None
@@ -319,6 +317,22 @@ class WeightSync:
             finally:
                 if partial:  # a shared folder does not hold all of the newest version
                     self._pool.state.weights_saved(None)
+
+    def _push_now(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
+        start = time.monotonic()
+        ranks = ranks_of_weights(weights)
+        with together(ranks, "reaching the servers and opening its weights"):
+            self.reach(self.config.fixed_timeout_s)
+            self._pool.refuse_while_offloaded()
+            transport = self._choose_transport()
+            source = self._planner.open_source(weights)
+        opened = OpenedWeights(weights=weights, source=source, ranks=ranks, partial=partial)
+        report = self._pusher.push(opened, transport, version)
+        if report is not None:
+            report.total_s = time.monotonic() - start
+            self.last_report = report
+            _log.info("weights %d on %d servers in %.3f s", report.version, len(report.server_weights), report.total_s)
+        return report
 
     @contextmanager
     def _update_lock(self, purpose: str) -> Iterator[None]:
@@ -339,235 +353,12 @@ class WeightSync:
                 ) from error
             yield
 
-    def _push_now(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
-        start = time.monotonic()
-        ranks = ranks_of_weights(weights)
-        with together(ranks, "reaching the servers and opening its weights"):
-            self.reach(self.config.fixed_timeout_s)
-            self._pool.refuse_while_offloaded()
-            transport = self._choose_transport()
-            source = self._planner.open_source(weights)
-        if not source.is_sender:
-            self._last_weights = None if source.one_shot else weights  # every rank calls heal()
-            self._help(ranks, source, transport, partial)
-            return None
-        number = self._pool.state.weights.next_version if version is None else int(version)
-        target = WeightVersion(number=number, owner=self.owner)
-        report = SyncReport(version=number, transport=transport.name)
-        with report.phase("prepare"):
-            with together(ranks, _PREPARING):
-                clients = self._prepare(transport, partial)
-            size = self._bucket_bytes(source, transport)
-            plan = self._planner.plan(source, partial=partial, transport=transport.name, bucket_bytes=size)
-            report.transport = transport.name  # "auto" has chosen
-            report.is_staged = is_staged(self.config, transport, self._planner.num_bytes(plan))
-            values = self._planner.check_values(source, plan, while_packing=report.is_staged)
-            with together(ranks, _READING_CHECKSUMS):
-                checksums = self._begin_checksums(clients, source, self._planner.expected_plan(source, plan, size))
-        self._last_weights = None if source.one_shot else weights
-        self._newcomers.forget()
-        on_packed = None if checksums is None else checksums.take
-        packed = self._planner.pack(
-            source,
-            plan,
-            transport.packer,
-            report,
-            on_packed,
-            bucket_bytes=size,
-            is_staged=report.is_staged,
-            values=values,
-        )
-        deadline = time.monotonic() + self._limit_s(plan, num_copies(transport, len(clients)), len(clients))
-        servers = self._pool.state.servers
-        incomplete = [client for client in clients if partial and servers[client.url].complete_from != self.owner]
-        updated: dict[str, ServerState] = {}
-        try:
-            require = self._require_same_processes if partial or self.config.only_trainable else None
-            session = _send(transport, packed, clients, target, deadline, report, require)
-            for client in incomplete:
-                self._pool.state.incomplete_found(client.url)
-            updated = {client.url: self._pool.state.server(client.url) for client in clients}
-            self._verify(clients, source, session, checksums, report)
-        except BaseException as error:
-            transport.close()  # servers that have received everything are still in a group
-            if isinstance(error, WeightSyncError):
-                new = [client for client in clients if error.server_weights.get(client.url) == "new"]
-                self._serve(new, number, updated)
-            for client in clients:
-                self._pool.state.verification_ended(client.url)
-            raise
-        self._serve(clients, number, updated)
-        report.server_weights = {url: state.weights for url, state in updated.items()}
-        report.total_s = time.monotonic() - start
-        self.last_report = report
-        if not partial and not source.one_shot:
-            self._newcomers.remember(weights, target)
-        _log.info("weights %d on %d servers in %.3f s", number, len(clients), report.total_s)
-        return report
-
-    def _help(self, ranks: Ranks | None, source: WeightSource, transport: WeightTransport[Any], partial: bool) -> None:
-        """Gather with the sending rank, which goes through the same collectives in :meth:`_push_now`."""
-        with together(ranks, _PREPARING):
-            pass
-        size = self._bucket_bytes(source, transport)
-        plan = self._planner.plan(source, partial=partial, transport=transport.name, bucket_bytes=size)
-        self._planner.check_values(source, plan, while_packing=False)
-        with together(ranks, _READING_CHECKSUMS):
-            pass
-        self._planner.gather_only(source, plan)
-
-    def _bucket_bytes(self, source: WeightSource, transport: WeightTransport[Any]) -> int:
-        """Most bytes per bucket; the ranks of a sharded source, which gather in the order of the buckets, know it."""
-        nbytes = self._planner.checkpoint.nbytes
-        return self.config.bucket_size(nbytes) if source.is_sharded else bucket_bytes(self.config, transport, nbytes)
-
-    def _limit_s(self, plan: Sequence[Bucket], num_copies: int, num_servers: int) -> float:
-        """How long a push may take, in seconds; ``plan`` is empty for a source that can be read only once."""
-        num_bytes = self._planner.num_bytes(plan)
-        num_buckets = len(plan) or 1 + num_bytes // self.config.bucket_size(num_bytes)
-        return self.config.deadline_s(num_bytes * num_copies, num_buckets * num_servers)
-
-    def _prepare(self, transport: WeightTransport[Any], partial: bool) -> list[SGLangClient]:
-        """The servers that this push goes to, connected by the transport."""
-        try:
-            patience_s = self.config.deadline_s(self._planner.checkpoint.nbytes)
-            self._others.end_dead_updates(self._answering(), patience_s)
-            clients = self._liveness.reachable()
-            self._reached = {client.url: self._pool.state.server(client.url).restarts for client in clients}
-            if partial:  # a newcomer needs all tensors: it waits for a push of all
-                servers = self._pool.state.servers
-                clients = [client for client in clients if servers[client.url].phase != "joining"]
-            if partial or self.config.only_trainable:
-                self._require_own_weights(clients, partial)
-            transport.connect(clients)
-        except WeightSyncError as error:
-            self._liveness.record_failure(error)
-            raise
-        return clients
-
-    def _answering(self) -> list[SGLangClient]:
-        state = self._pool.state
-        return [client for client in self._pool.clients if state.server(client.url).weights != "stuck"]
-
-    def _require_own_weights(self, clients: Sequence[SGLangClient], partial: bool) -> None:
-        """Before only some tensors are sent: every server must hold the others, as this trainer knows them.
-
-        Raises:
-            ConfigError: a server does not, and the caller has no other tensors to send.
-        """
-        state = self._pool.state
-        versions = side_by_side({client.url: client.weight_version for client in clients})
-        for client in clients:
-            held = versions[client.url].unwrap()
-            version = WeightVersion.parse(held)
-            if held != state.server(client.url).version or version.dirty:
-                if partial:
-                    raise ConfigError(
-                        f"{client.url} holds version {held!r}, which this trainer did not send: push all weights first"
-                    )
-                state.incomplete_found(client.url)
-            elif partial and max(0, version.number) != state.weights.version:
-                raise ConfigError(
-                    f"{client.url} holds version {held!r} and has missed updates, the last one to version "
-                    f"{state.weights.version}: push all weights first"
-                )
-
-    def _require_same_processes(self) -> None:
-        """Before only some tensors are sent: the servers must be the processes that were found to hold the others.
-
-        Raises:
-            WeightUpdateError: one was restarted while the weights were packed.
-        """
-        for url, restarts in self._reached.items():
-            if self._pool.state.server(url).restarts != restarts:
-                raise WeightUpdateError(
-                    f"{url} was restarted while the weights were packed, and lacks those that are not sent. Nothing "
-                    "was sent: push again"
-                )
-
-    def _serve(
-        self, clients: Sequence[SGLangClient], number: int, found: Mapping[str, ServerState] | None = None
-    ) -> None:
-        """Route requests to servers that hold all of version ``number``."""
-        known = found or self._pool.state.servers
-        calls = {each.url: bind(self._pool.restore, each.url, based_on=known[each.url]) for each in clients}
-        for outcome in side_by_side(calls).values():  # a router checks each server before it admits it
-            outcome.unwrap()
-        if clients:
-            self._pool.state.weights_served(number)
-
-    def _begin_checksums(
-        self, clients: Sequence[SGLangClient], source: WeightSource, plan: Sequence[Bucket]
-    ) -> PushChecksums | None:
-        """Choose what to verify by checksums; ``None`` for an adapter, which changes none of the servers' tensors."""
-        if self.config.verify == "off" or source.peft_config is not None:
-            return None
-        planner = self._planner
-        checksums = self._checksums.begin(clients, planner.checkpoint, source, plan, planner.served_dtype)
-        checksums.read_before()
-        return checksums
-
-    def _verify(
-        self,
-        clients: Sequence[SGLangClient],
-        source: WeightSource,
-        session: TransportSession,
-        checksums: PushChecksums | None,
-        report: SyncReport,
-    ) -> None:
-        """Require that every server holds what was sent and answers as the trainer's model.
-
-        Raises:
-            WeightUpdateError: one does not; the session has put it back or taken it out of service.
-        """
-        if self.config.verify == "off":
-            return
-        try:
-            with report.phase("verify"):
-                verify_servers(
-                    clients,
-                    vocab_size=self._pool.vocab_size,
-                    source=source,
-                    config=self.config,
-                    served_dtype=self._planner.served_dtype,
-                    checksums=checksums,
-                    report=report,
-                    lora=session.adapter,
-                )
-        except WeightUpdateError as error:
-            session.reject(error)
-            raise
-
     def _choose_transport(self) -> WeightTransport[Any]:
         if self._transport is None:
             self._transport = make_transport(self._pool, self.config, self.owner, self._planner.checkpoint)
             # Also runs at exit, while sockets and threads still work: a scheme held by a collector is collected later.
             weakref.finalize(self, self._transport.close)
         return self._transport
-
-
-def _send(
-    transport: WeightTransport[Any],
-    packed: PackedWeights,
-    clients: Sequence[SGLangClient],
-    version: WeightVersion,
-    deadline: float,
-    report: SyncReport,
-    require: Callable[[], None] | None,
-) -> TransportSession:
-    """One update on the servers, without verification; returns its finished session. ``require`` may refuse it."""
-    session: TransportSession
-    try:
-        with report.phase("prepare"):
-            transport.stage(packed, version, report)
-        session = transport.open_session(clients, version, deadline, report)  # knows the servers' processes
-        if require is not None:
-            require()
-        with session:
-            transport.send(session, packed, deadline)
-    finally:
-        packed.close()  # however this ended, the other ranks of a sharded source go on
-    return session
 
 
 def _held_weakly(restart: Callable[[str], bool]) -> Callable[[str], bool]:

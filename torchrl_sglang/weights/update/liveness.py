@@ -45,6 +45,11 @@ class LivenessCheck:
         self._patience_s = patience_s
         self._waited_for: set[tuple[str, int]] = set()
 
+    @property
+    def answering(self) -> list[SGLangClient]:
+        """The servers that are not known to hang; nothing is asked."""
+        return [client for client in self._pool.clients if not self._is_stuck(client)]
+
     def reachable(self) -> list[SGLangClient]:
         """The servers that answer. A server that does not is left out with a warning, and needs a sync when it is back.
 
