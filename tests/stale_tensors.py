@@ -90,5 +90,5 @@ def reload_on_one_server(sync: WeightSync, url: str, folder: Path) -> None:
     _transport(sync).afterwards = reload
 
 
-def _payload(name: str, tensor: torch.Tensor) -> str:
+def _payload(name: str, tensor: torch.Tensor) -> bytes:
     return by_value(Bucket.of([TensorSpec.of(name, tensor)]), tensor.contiguous().view(-1).view(torch.uint8))

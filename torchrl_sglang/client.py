@@ -197,7 +197,7 @@ class SGLangClient:
         return self._connections.session(_purpose(request)).request(
             request.method,
             self.url + request.path,
-            data=None if request.body is None else json.dumps(request.body),
+            data=request.content(),
             headers=self.headers(request),
             timeout=(self.config.connect_timeout_s, wait_s),
             stream=stream,

@@ -18,6 +18,7 @@ _ALLOWED = {
     ("torch", "Tensor"),
     ("torch", "UntypedStorage"),
     ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_tensor_v3"),
     ("torch.multiprocessing.reductions", "rebuild_cuda_tensor"),
     ("torch.multiprocessing.reductions", "rebuild_storage_filename"),
     ("torch.multiprocessing.reductions", "rebuild_typed_storage"),
@@ -29,12 +30,21 @@ _ALLOWED = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _load_storage
         if (module, name) not in _ALLOWED:
             raise RuntimeError(f"Blocked unsafe global ({module}.{name}) during pickle deserialization")
         return super().find_class(module, name)
 
 
-def read_payload(text: str) -> list[tuple[str, torch.Tensor]]:
+def _load_storage(data: bytes) -> Any:
+    storage = torch.load(io.BytesIO(data), weights_only=True)
+    if not isinstance(storage, (torch.storage.TypedStorage, torch.UntypedStorage)):
+        raise pickle.UnpicklingError(f"Expected a Torch storage, got {type(storage).__name__}")
+    return storage
+
+
+def read_payload(text: str | bytes) -> list[tuple[str, torch.Tensor]]:
     """The tensors of one rank's payload; those in shared memory are views of it.
 
     Raises:

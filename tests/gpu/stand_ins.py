@@ -70,7 +70,7 @@ class Receiver:
 
         [payload] = request.body["serialized_named_tensors"]
         try:
-            self.seen |= self.ask(do="load", payload=payload, hold=self.hold)["tensors"]
+            self.seen |= self.ask(do="load", payload=payload.decode(), hold=self.hold)["tensors"]
         except (RuntimeError, OSError) as error:
             raise RequestRejectedError(str(error), server=self.url, status=500, detail=str(error)) from error
         return {"success": True}

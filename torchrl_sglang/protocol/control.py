@@ -154,7 +154,7 @@ def build_update_from_disk(path: str, *, version: str, flush_cache: bool = True)
     return _post("/update_weights_from_disk", body, timeout="update")
 
 
-def build_update_from_tensors(payloads: Sequence[str], *, flush_cache: bool = False) -> HttpRequest:
+def build_update_from_tensors(payloads: Sequence[bytes], *, flush_cache: bool = False) -> HttpRequest:
     """Load one bucket, of which the request holds the tensors or says where they lie. Needs a weight-update session.
 
     Args:
@@ -165,7 +165,7 @@ def build_update_from_tensors(payloads: Sequence[str], *, flush_cache: bool = Fa
     return _post("/update_weights_from_tensor", body, timeout="update")
 
 
-def build_load_lora_from_tensors(name: str, config: Mapping[str, Any], payloads: Sequence[str]) -> HttpRequest:
+def build_load_lora_from_tensors(name: str, config: Mapping[str, Any], payloads: Sequence[bytes]) -> HttpRequest:
     """Load an adapter from tensors in the request: one base64 pickle per tensor-parallel rank."""
     body = {"lora_name": name, "config_dict": dict(config), "serialized_named_tensors": list(payloads)}
     return _post("/load_lora_adapter_from_tensors", body, timeout="update")

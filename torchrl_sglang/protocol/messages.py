@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +20,7 @@ class HttpRequest:
     Attributes:
         method: HTTP method.
         path: absolute path on the server.
-        body: JSON body; ``None`` sends none.
+        body: JSON body; ``None`` sends none. A list of ``bytes`` in it is sent as strings: base64, tens of megabytes.
         timeout: which time-out applies.
         repeatable: the request only reads, so it may be sent again even if the first one may have run.
     """
@@ -29,6 +30,28 @@ class HttpRequest:
     body: Mapping[str, Any] | None = None
     timeout: TimeoutKind = "control"
     repeatable: bool = False
+
+    def content(self) -> bytes | None:
+        """The body as JSON text.
+
+        ``json`` looks at each character of a string for what it must escape: for 64 MiB of base64 longer than it takes
+        to make them.
+
+        Examples:
+            >>> HttpRequest(method="POST", path="/", body={"a": [1, 2], "b": [b"YQ==", b"Yg=="]}).content()
+            b'{"a": [1, 2], "b": ["YQ==", "Yg=="]}'
+            >>> HttpRequest(method="POST", path="/", body={}).content()
+            b'{}'
+        """
+        if self.body is None:
+            return None
+        parts = []
+        for name, value in self.body.items():
+            if isinstance(value, list) and value and isinstance(value[0], bytes):
+                parts.append(b'%s: ["%s"]' % (json.dumps(name).encode(), b'", "'.join(value)))
+            else:
+                parts.append(json.dumps({name: value})[1:-1].encode())
+        return b"{%s}" % b", ".join(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,7 +72,7 @@ class HttpTransport:
         loop = TensorLoop(session.clients, self._pool.state, self, self._config, deadline)
         send_tensors(session, loop, packed)
 
-    def sending(self, bucket: Bucket, flat: torch.Tensor, clients: Sequence[SGLangClient]) -> Mapping[str, list[str]]:
+    def sending(self, bucket: Bucket, flat: torch.Tensor, clients: Sequence[SGLangClient]) -> Mapping[str, list[bytes]]:
         """See :class:`~torchrl_sglang.weights.transports.tensor_loop.BucketPayloads`."""
         payload = by_value(bucket, flat)
         return {client.url: [payload] * client.info.tp_size for client in clients}

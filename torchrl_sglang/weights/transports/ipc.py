@@ -183,7 +183,7 @@ class IpcTransport:
         loop = TensorLoop(session.clients, self._pool.state, self, self._config, deadline)
         send_tensors(session, loop, packed)
 
-    def sending(self, bucket: Bucket, flat: torch.Tensor, clients: Sequence[SGLangClient]) -> Mapping[str, list[str]]:
+    def sending(self, bucket: Bucket, flat: torch.Tensor, clients: Sequence[SGLangClient]) -> Mapping[str, list[bytes]]:
         """See :class:`~torchrl_sglang.weights.transports.tensor_loop.BucketPayloads`."""
         if flat.is_cuda:
             payload = by_cuda_handle(bucket, self._handle_of(flat))

@@ -51,7 +51,7 @@ class LoraTransport:
         self._has_experts = checkpoint.has_experts
         self._loaded: list[str] = []
         self._infos: Sequence[ServerInfo] = ()
-        self._sent: dict[str, tuple[str, dict[str, object]]] = {}
+        self._sent: dict[str, tuple[bytes, dict[str, object]]] = {}
 
     @property
     def packer(self) -> BucketPacker:
@@ -164,7 +164,7 @@ class AdapterSession:
         self._pool.state.version_claimed(WeightVersion.parse(self._new.version).number)
         return self
 
-    def load(self, payload: str, config: dict[str, object], deadline: float) -> None:
+    def load(self, payload: bytes, config: dict[str, object], deadline: float) -> None:
         """Load the adapter on every server.
 
         Raises:

@@ -35,7 +35,7 @@ _NOTHING_LOADED = "must run between begin_weight_update"
 class BucketPayloads(Protocol):
     """Makes the payloads of buckets, and learns when a bucket's memory is no longer used."""
 
-    def sending(self, bucket: Bucket, flat: torch.Tensor, clients: Sequence[SGLangClient]) -> Mapping[str, list[str]]:
+    def sending(self, bucket: Bucket, flat: torch.Tensor, clients: Sequence[SGLangClient]) -> Mapping[str, list[bytes]]:
         """Payloads per server URL, one for each of its ranks. These servers are about to be told."""
 
     def answered(self, flat: torch.Tensor) -> None:
