@@ -28,6 +28,7 @@ from torchrl_sglang.chat.tool_schemas import read_tools
 from torchrl_sglang.chat_templates import check_template_kwargs
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError, RequestRejectedError
+from torchrl_sglang.protocol.stop_strings import StopStrings
 
 __all__ = ["sample_chat", "sample_text"]
 
@@ -210,19 +211,21 @@ async def _run(
     model.check(job.ids_P, job.sampling, num_tokens=job.num_tokens)
     single = job.sampling if job.sampling.n == 1 else replace(job.sampling, n=1)
     seed = job.sampling.sampling_seed
+    stops = StopStrings.of(job.sampling, model.template.decode)
 
     async def one(index: int) -> Generated:
-        report = None if on_progress is None else _reporter(index, job, model, on_progress)
+        report = None if on_progress is None else _reporter(index, job, model, stops, on_progress)
         made = await model.generator.generate(
             job.ids_P,
             single if seed is None else replace(single, sampling_seed=seed + index),
             top_logprobs=job.top_logprobs,
             preferred=preferred,
             timeout_s=model.settings.turn_timeout_s,
+            stops=stops,
             on_tokens=report,
             **_images(job),
         )
-        return _ended(made, job, model)
+        return cut_at_stop(made, stops)
 
     with _refused_images() if job.images is not None else nullcontext():
         made = await _all_or_none([one(index) for index in range(job.sampling.n)])
@@ -312,7 +315,9 @@ async def _all_or_none(work: Sequence[Coroutine[Any, Any, Generated]]) -> list[G
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _reporter(index: int, job: _Job, model: ServedModel, on_progress: OnProgress) -> Callable[[Generated], None]:
+def _reporter(
+    index: int, job: _Job, model: ServedModel, stops: StopStrings, on_progress: OnProgress
+) -> Callable[[Generated], None]:
     text = ProgressText(
         model.template,
         stops=job.sampling.stop,
@@ -325,7 +330,7 @@ def _reporter(index: int, job: _Job, model: ServedModel, on_progress: OnProgress
 
     def report(so_far: Generated) -> None:
         text.push(so_far.output_ids)
-        so_far = _ended(so_far, job, model) if text.is_stopped else so_far
+        so_far = cut_at_stop(so_far, stops) if text.is_stopped else so_far
         on_progress(
             Progress(
                 index=index,
@@ -339,12 +344,6 @@ def _reporter(index: int, job: _Job, model: ServedModel, on_progress: OnProgress
         )
 
     return report
-
-
-def _ended(made: Generated, job: _Job, model: ServedModel) -> Generated:
-    """The sequence, which ends with the first stop string."""
-    sampling = job.sampling
-    return cut_at_stop(made, sampling.stop, decode=model.template.decode, min_new_tokens=sampling.min_new_tokens)
 
 
 def _top(made: Generated, model: ServedModel) -> tuple[tuple[TokenLogProb, ...], ...]:

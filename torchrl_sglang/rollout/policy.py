@@ -28,6 +28,7 @@ from torchrl_sglang.rollout.prompts import (
     read_tokens,
 )
 from torchrl_sglang.rollout.requests import RequestBatcher, generate_prompts, score_sequences, truncate_left
+from torchrl_sglang.rollout.resuming import stop_strings
 from torchrl_sglang.rollout.sampling_mask import warn_of_truncation, with_sampling_mask
 from torchrl_sglang.rollout.settings import RolloutSettings
 from torchrl_sglang.rollout.signature import policy_signature
@@ -370,6 +371,7 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
             prompt_logprobs=settings.writes_prompt_log_probs,
             progress=settings.progress,
             batcher=self._batcher,
+            stops=lambda: stop_strings(sampling, lambda: self.tokenizer),
         )
         return generated_rows(answers, settings, sampling, self._padding(answers.prompts), self._text_tokenizer())
 
