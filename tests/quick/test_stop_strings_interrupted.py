@@ -1,4 +1,4 @@
-"""Stop strings that lie across an interruption: found in rollouts and agents' turns, with little sampled behind them."""
+"""Stop strings across an interruption: found in rollouts and agents' turns, with little sampled behind them."""
 
 from __future__ import annotations
 

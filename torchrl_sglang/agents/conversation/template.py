@@ -18,7 +18,6 @@ __all__ = ["AgentTemplate"]
 
 _KEPT_RENDERERS = 32
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_PROBE = "7f3b text"
 _TOOL_PROMPT = """\
 # Tools
 
@@ -59,11 +58,7 @@ class AgentTemplate:
     def __init__(self, tokenizer: Any, *, chat_template: str | None = None) -> None:
         self.tokenizer = tokenizer
         self._chat_template = chat_template
-        self._rendering: Any = tokenizer
         plain = ChatRenderer(tokenizer, chat_template=chat_template)
-        if _drops_text(plain):
-            self._rendering = _PartsTokenizer(tokenizer)
-            plain = ChatRenderer(self._rendering, chat_template=chat_template)
         source = chat_template or template_text(tokenizer)
         # mistral-common's tokenizers have no template, and know all of it
         self.knows_tools = not source or "tools" in source
@@ -105,7 +100,7 @@ class AgentTemplate:
                 self._renderers.clear()
             given = {"tools": [dict(tool) for tool in tools]} if tools and self.knows_tools else {}
             self._renderers[key] = ChatRenderer(
-                self._rendering, chat_template=self._chat_template, variables={**variables, **given}
+                self.tokenizer, chat_template=self._chat_template, variables={**variables, **given}
             )
         return self._renderers[key]
 
@@ -212,36 +207,3 @@ def _calls(count: int) -> list[dict[str, Any]]:
     calls = [{"id": each, "type": "function", "function": function} for each in ids]
     results = [{"role": "tool", "tool_call_id": each, "content": "?"} for each in ids]
     return [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
-
-
-class _PartsTokenizer:
-    """A tokenizer whose template gets every content as a list of parts."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._tokenizer(*args, **kwargs)
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-        made = [{**message, "content": _as_parts(message.get("content"))} for message in messages]
-        return self._tokenizer.apply_chat_template(made, **options)
-
-
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _drops_text(renderer: ChatRenderer) -> bool:
-    """Whether a template reads contents that are lists of parts, and drops those that are texts, as SmolVLM's does."""
-    try:
-        texts = [
-            renderer.render([{"role": "user", "content": content}], add_generation_prompt=True)
-            for content in (_PROBE, _as_parts(_PROBE))
-        ]
-    except ConfigError:
-        return False
-    return _PROBE not in texts[0] and _PROBE in texts[1]
