@@ -103,9 +103,8 @@ class ServedModel:
         if key not in self._known_sampling:
             if len(self._known_sampling) >= _KEPT_SETTINGS:
                 self._known_sampling.clear()
-            self._known_sampling[key] = self._defaults.sampling(
-                given, prompt_length=prompt_length, context_length=context
-            )
+            made = self._defaults.sampling(given, prompt_length=prompt_length, context_length=context)
+            self._known_sampling[key] = made.for_vocabulary(self.pool.vocab_size)
         known = self._known_sampling[key]
         length = self._defaults.max_new_tokens(given, prompt_length, context)
         return known if known.max_new_tokens == length else replace(known, max_new_tokens=length)

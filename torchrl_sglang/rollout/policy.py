@@ -355,6 +355,7 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         return Padding(enabled=True, value=self.padding_value, prompt_width=prompts.width or 0)
 
     def _generate(self, prompts: Prompts, sampling: SamplingParams, settings: RolloutSettings) -> list[TensorDict]:
+        sampling = sampling.for_vocabulary(self.pool.vocab_size)
         if settings.exact_log_probs:
             sampling = with_sampling_mask(sampling, self.pool.vocab_size)
         elif sampling.truncates and settings.writes_log_probs:
