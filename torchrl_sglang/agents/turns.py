@@ -169,7 +169,7 @@ def _maker(model: ServedModel, job: _Job, *, parent: Node | None, new: tuple[Mes
                 prompt_ids=job.ids_P,
                 output_ids=made.output_ids,
                 template=model.template,
-                parser=model.family,
+                parser=model.parser,
                 earlier_calls=job.earlier_calls,
                 most_calls=None if job.parallel else 1,
             )

@@ -17,6 +17,7 @@ from torchrl_sglang.text_tokens import special_ids
 __all__ = ["AgentTemplate"]
 
 _KEPT_RENDERERS = 32
+_TOOL_ROLE = re.compile(r"""['"]tool['"]""")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TOOL_PROMPT = """\
 # Tools
@@ -52,6 +53,7 @@ class AgentTemplate:
         special: ids of tokens that mark places in a conversation, and of those that end an answer.
         end_texts: texts of the tokens that end an answer.
         knows_tools: whether the template writes tools.
+        knows_calls: whether it writes calls; DeepSeek's do, and write no tools.
         takes_several_calls: whether the template takes several calls in one message, which Llama 3's refuses.
     """
 
@@ -62,7 +64,8 @@ class AgentTemplate:
         source = chat_template or template_text(tokenizer)
         # mistral-common's tokenizers have no template, and know all of it
         self.knows_tools = not source or "tools" in source
-        self._knows_calls = not source or "tool_calls" in source
+        self.knows_calls = not source or "tool_calls" in source
+        self._knows_results = self.knows_calls and (self.knows_tools or bool(_TOOL_ROLE.search(source)))
         self._knows_reasoning = "reasoning_content" in source
         self._knows_developer = "developer" in source
         self.turn_end_ids = tuple(sorted(plain.turn_end_ids()))
@@ -132,7 +135,7 @@ class AgentTemplate:
         role = message.role
         if role == "developer" and not self._knows_developer:
             role = "system"
-        if role == "tool" and not (self._knows_calls and self.knows_tools):
+        if role == "tool" and not self._knows_results:
             content = join_contents("<tool_response>\n", _content(message), "\n</tool_response>")
             return {"role": "user", "content": content}
         made: dict[str, Any] = {"role": role, "content": _content(message)}
@@ -145,7 +148,7 @@ class AgentTemplate:
         return made
 
     def _answer(self, message: Message) -> dict[str, Any]:
-        if message.calls and not self._knows_calls:
+        if message.calls and not self.knows_calls:
             return {"content": message.raw or f"{_inline(message)}{_as_text(message.calls)}".strip()}
         made: dict[str, Any] = {}
         if message.reasoning and self._knows_reasoning:
