@@ -48,8 +48,8 @@ def constrain(
         family: SGLang's name of the parser for the model's calls; ``None`` if it is not known.
         thinking_end: the tag that ends the thinking which the prompt has opened.
 
-    Under a JSON schema (``response_format``) a response with tools to choose from is calls, or JSON of that schema. Where
-    calls are forced, the schema is for a later one, as in OpenAI's API.
+    Under a JSON schema (``response_format``) a response with tools to choose from is calls, or JSON of that schema.
+    Where calls are forced, the schema is for a later one, as in OpenAI's API.
 
     Raises:
         ConfigError: the choice names no tool, or can't be forced on this model.

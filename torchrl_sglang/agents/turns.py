@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torchrl_sglang.agents.conversation.answers import decode_answer, finish_reason, read_answer
@@ -33,6 +34,8 @@ from torchrl_sglang.protocol.stop_strings import StopStrings
 __all__ = ["sample_chat", "sample_text"]
 
 _MOST_TOP_LOGPROBS = 100
+_LONG_TEXT = 100_000
+"""Characters that take some ten milliseconds to tokenize."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +86,16 @@ async def sample_chat(
     match = tree.match(await model.images.checked(read_messages(request.messages)))
     tools = read_tools(list(request.tools)) if request.tools else []
     variables = {**model.settings.template_kwargs, **check_template_kwargs(request.template_kwargs)}
-    prompt = build_prompt(
-        match,
-        model.template,
-        tools=tools,
-        variables=variables,
-        on_rewrite=model.settings.on_rewrite,
+    prompt = await _built(
+        sum(len(message.content) for message in match.messages),
+        partial(
+            build_prompt,
+            match,
+            model.template,
+            tools=tools,
+            variables=variables,
+            on_rewrite=model.settings.on_rewrite,
+        ),
     )
     ids_P = prompt.token_ids()
     thinks = open_thinking(prompt.text)
@@ -128,7 +135,7 @@ async def sample_text(
     """Generate the continuation of a text or of tokens, and record it. Arguments and errors as :func:`sample_chat`."""
     if request.prompt and not isinstance(request.prompt, str):  # an id that is no token's can't be decoded
         model.check(request.prompt, model.sampling(request.sampling, len(request.prompt)))
-    prompt = build_text_prompt(request.prompt, tree, model.template)
+    prompt = await _built(len(request.prompt), partial(build_text_prompt, request.prompt, tree, model.template))
     ids_P = prompt.token_ids()
     job = _Job(
         prompt=prompt,
@@ -141,6 +148,11 @@ async def sample_text(
     position = 1 if prompt.base is None else prompt.base.position + 2
     make = _maker(model, job, parent=prompt.base, new=(asked,), position=position)
     return await _run(job, model, tree, make, preferred, on_progress)
+
+
+async def _built(length: int, build: Callable[[], Prompt]) -> Prompt:
+    """The prompt of a text of this length. A long one is tokenized in a thread: other agents are served meanwhile."""
+    return build() if length < _LONG_TEXT else await asyncio.to_thread(build)
 
 
 MakeNode = Callable[[Generated, str, int], Coroutine[Any, Any, Node]]

@@ -107,7 +107,8 @@ def generate_resuming(
         _Response(prompt=prompts_B_P[index // sampling.n], reply=reply, scores_prompt=prompt_logprobs)
         for index, reply in enumerate(replies_S)
     ]
-    known = stops() if stops is not None and any(is_resumable(reply, sampling) for reply in replies_S) else None
+    resumed = max_resumes > 0 and any(is_resumable(reply, sampling) for reply in replies_S)
+    known = stops() if resumed and stops is not None else None
     while True:
         groups: dict[_Part, list[_Response]] = defaultdict(list)
         for response in responses:
