@@ -19,11 +19,13 @@ __all__ = [
     "refuse_mixed_weights",
     "refuse_newcomers",
     "refuse_same_server",
+    "refuse_unlike",
 ]
 
 _ALIKE = ("dp_size", "pp_size", "quantization", "device", "lora_enabled")
 _ALIKE_FLAGS = ("max_lora_rank", "lora_target_modules")
 """What decides whether a server takes weights and adapters as the others do."""
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 _MUCH_SHORTER = 0.9
 """Where the cache limits the context, equal servers differ a little, by the memory that each has found."""
 
@@ -49,7 +51,25 @@ def refuse_different_models(infos: Sequence[ServerInfo]) -> None:
                 f"{first.url} serves revision {first.revision} of {first.model_path!r} and {info.url} revision "
                 f"{info.revision}: one pool needs servers of one model"
             )
+        if (unlike := _unlike_sizes(first, info)) is not None:
+            raise ConfigError(
+                f"{first.url} serves {first.model_path!r} and {info.url} serves {info.model_path!r}, models of other "
+                f"sizes ({unlike}): one pool needs servers of one model"
+            )
         _refuse_unsupported_model(info)
+
+
+def _unlike_sizes(first: ServerInfo, other: ServerInfo) -> str | None:
+    """A size in which the models of two servers differ, of the checkpoints that can be read here; ``None`` if none."""
+    if other.model_path == first.model_path:
+        return None
+    configs = [read_model_json(info.model_path, "config.json", info.revision) or {} for info in (first, other)]
+    sizes = [{**config, **(config.get("text_config") or {})} for config in configs]
+    for name in _SIZES:
+        values = [size.get(name) for size in sizes]
+        if None not in values and values[0] != values[1]:
+            return f"{name} is {values[0]} and {values[1]}"
+    return None
 
 
 def refuse_same_server(new: Sequence[ServerInfo], members: Sequence[ServerInfo] = ()) -> None:
@@ -90,6 +110,27 @@ def refuse_newcomers(new: Sequence[ServerInfo], members: Sequence[ServerInfo], *
         ConfigError: a newcomer serves another model, takes shorter prompts than were accepted so far, would not take
             weights as the members do, or is in the middle of an update.
     """
+    refuse_unlike(new, members, updates=updates)
+    for info in new:
+        if info.weight_version.startswith("dirty-"):
+            raise ConfigError(
+                f"{info.url} holds half-updated or unverified weights ({info.weight_version}): another process is "
+                "updating it, or died in an update. Restart it before it joins, or wait until that update is over"
+            )
+
+
+def refuse_unlike(new: Sequence[ServerInfo], members: Sequence[ServerInfo], *, updates: bool) -> None:
+    """Require that servers are like those of a pool, whatever weights they hold.
+
+    Args:
+        new: the servers to check.
+        members: the servers of the pool, or what one of ``new`` was before its process was replaced.
+        updates: this process sends weights to the pool.
+
+    Raises:
+        ConfigError: one serves another model, takes shorter prompts than were accepted so far, or would not take
+            weights as the members do.
+    """
     refuse_different_models([members[0], *new])
     for info in new:
         limits = [each.context_length for each in members if each.context_length is not None]
@@ -105,11 +146,6 @@ def refuse_newcomers(new: Sequence[ServerInfo], members: Sequence[ServerInfo], *
                     f"{info.url} was started with {name}={_setting(info, name)!r}, and this pool's servers with "
                     f"{held[0]!r}: weight updates need servers that are alike. Start it with the same settings"
                 )
-        if info.weight_version.startswith("dirty-"):
-            raise ConfigError(
-                f"{info.url} holds half-updated or unverified weights ({info.weight_version}): another process is "
-                "updating it, or died in an update. Restart it before it joins, or wait until that update is over"
-            )
 
 
 def _setting(info: ServerInfo, name: str) -> object:

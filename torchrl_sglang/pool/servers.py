@@ -12,7 +12,7 @@ from torchrl_sglang.config.checking import require
 from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
 from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.parallel import side_by_side
-from torchrl_sglang.pool.checks import refuse_different_models, refuse_same_server
+from torchrl_sglang.pool.checks import refuse_different_models, refuse_same_server, refuse_unlike
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.pool.member_file import MemberFile
 from torchrl_sglang.pool.membership import Membership
@@ -296,8 +296,40 @@ class PoolServers:
     def _server_returned(self, before: ServerState, version: str) -> None:
         if before.phase in ("dirty", "joining"):
             self.restore(before.url, based_on=before, updated_to=version)
-        else:
-            self.restore(before.url, based_on=before, new_process_with=version)
+            return
+        client = next((each for each in self.clients if each.url == before.url), None)
+        if client is None:
+            return
+        try:
+            self.reconnect(client)
+        except ConfigError as error:
+            self.state.came_back_different(before, str(error))
+            return
+        self.restore(before.url, based_on=before, new_process_with=version)
+
+    def reconnect(self, client: SGLangClient) -> ServerInfo:
+        """Ask a member whose process was replaced what it serves now, and how.
+
+        Raises:
+            ConfigError: another model than before, or with settings that don't fit the other servers. What is known
+                of it stays as it was.
+            ServerError: it does not answer.
+        """
+        before, updates = client.known_info, self.weight_sync is not None
+        infos = [each.known_info for each in self.clients if each is not client]
+        others = [info for info in infos if info is not None]
+
+        def check(info: ServerInfo) -> None:
+            if before is None:
+                return
+            refuse_unlike([info], [before, *others], updates=updates)
+            if self.state.weights.version == 0 and not updates and info.model_path != before.model_path:
+                raise ConfigError(
+                    f"{info.url} has come back with another checkpoint, {info.model_path!r} instead of "
+                    f"{before.model_path!r}: start it with the one that it had, or make a new pool"
+                )
+
+        return client.connect(check)
 
     def offload(self, url: str, tags: Iterable[str] = ()) -> None:
         """Take a server out of routing because it is about to release GPU memory, or has released ``tags`` of it."""
