@@ -50,6 +50,7 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
             "state",
             "update_lock",
             "checks",
+            "balanced_addresses",
             "reply_weights",
             "router_client",
             "affinity",

@@ -15,6 +15,7 @@ from torchrl_sglang.server_url import resolved_addresses
 
 __all__ = [
     "label_with_version",
+    "process_mark",
     "refuse_different_models",
     "refuse_mixed_weights",
     "refuse_newcomers",
@@ -75,8 +76,8 @@ def _unlike_sizes(first: ServerInfo, other: ServerInfo) -> str | None:
 def refuse_same_server(new: Sequence[ServerInfo], members: Sequence[ServerInfo] = ()) -> None:
     """Require that no two URLs lead to one server, which would be sent every weight update twice at once.
 
-    A server at an address that another one has is another server if its path differs, or the random seed that SGLang
-    draws at its start: an ingress has one address for many.
+    A server at an address that another one has is another server if its path or its process differs: an ingress has one
+    address for many.
 
     Args:
         new: the servers to check, each against those before it and the members.
@@ -90,12 +91,29 @@ def refuse_same_server(new: Sequence[ServerInfo], members: Sequence[ServerInfo] 
         addresses, *place = _place(info)
         for url, (known_addresses, *known_place) in known.items():
             if place == known_place and addresses & known_addresses:
-                raise ConfigError(f"{info.url} is a server of this pool already, under the name {url}")
+                fixed = (
+                    " (if they are two behind one address: both report the same --random-seed, leave it out)"
+                    if urlsplit(info.url).hostname != urlsplit(url).hostname
+                    else ""
+                )
+                raise ConfigError(f"{info.url} is a server of this pool already, under the name {url}{fixed}")
         known[info.url] = _place(info)
 
 
 def _place(info: ServerInfo) -> tuple[frozenset[tuple[str, int]], str, object]:
-    return resolved_addresses(info.url), urlsplit(info.url).path, info.raw.get("random_seed")
+    return resolved_addresses(info.url), urlsplit(info.url).path, process_mark(info)
+
+
+def process_mark(info: ServerInfo) -> tuple[object, str] | None:
+    """What tells a server's process from others: the random seed that SGLang draws, and how long its start took.
+
+    The seed may be fixed with ``--random-seed``; the times are there from SGLang 0.5.23 on, to the microsecond.
+
+    Returns:
+        ``None`` if the server reports neither.
+    """
+    seed, times = info.raw.get("random_seed"), info.raw.get("startup_time")
+    return None if seed is None and not times else (seed, repr(times))
 
 
 def refuse_newcomers(new: Sequence[ServerInfo], members: Sequence[ServerInfo], *, updates: bool) -> None:

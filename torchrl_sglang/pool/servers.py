@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.config.checking import require
 from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
 from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.parallel import side_by_side
+from torchrl_sglang.pool.balanced_addresses import refuse_balanced_addresses
 from torchrl_sglang.pool.checks import refuse_different_models, refuse_same_server, refuse_unlike
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.pool.member_file import MemberFile
@@ -69,7 +71,7 @@ class PoolServers:
         """All servers, also quarantined ones, and those that are about to leave."""
         return self._membership.clients
 
-    def add(self, urls: str | Iterable[str]) -> tuple[str, ...]:
+    def add(self, urls: str | Iterable[str], *, client: ClientConfig | None = None) -> tuple[str, ...]:
         """Take running servers into the pool, while the others generate.
 
         A newcomer gets requests when it holds the weights that the others hold: at once if it holds them already, or
@@ -77,17 +79,19 @@ class PoolServers:
         which it takes part in. Only the newcomer is paused for it. A weight update under way is waited for.
 
         Args:
-            urls: base URL, or several. The servers must have the keys that the others have.
+            urls: base URL, or several.
+            client: how to talk to them: their keys, certificate and time-outs. ``None`` is as with the first server.
 
         Returns:
             Their base URLs.
 
         Raises:
             ConfigError: a server is a member already, serves another model, or was started with other settings that
-                matter here; or the others' GPU memory is offloaded. The pool is as before.
+                matter here; or the others' GPU memory is offloaded; or there is a router, and the key is another one.
+                The pool is as before.
             ServerError: a server can't be reached, or ended while it was brought up to date. The pool is as before.
         """
-        return self._membership.add(url_list(urls))
+        return self._membership.add(url_list(urls), client)
 
     def remove(self, urls: str | Iterable[str], *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take servers out of the pool, while the others generate. The processes go on running.
@@ -143,7 +147,8 @@ class PoolServers:
 
         Raises:
             ServerUnreachableError: a server (or the router) does not listen.
-            ConfigError: the servers serve different models, or one that does not generate, or two URLs lead to one.
+            ConfigError: the servers serve different models, or one that does not generate, or two URLs lead to one
+                server, or one URL to several.
             ServerTimeoutError: the router does not admit a server.
         """
         if self._connected:
@@ -152,6 +157,7 @@ class PoolServers:
         clients = self.clients  # of a copy, more may join meanwhile
         outcomes = side_by_side({client.url: client.connect for client in clients})
         infos = [outcomes[client.url].unwrap() for client in clients]
+        refuse_balanced_addresses(clients)
         refuse_different_models(infos)
         refuse_same_server(infos)
         for info in infos:
