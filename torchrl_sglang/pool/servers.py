@@ -288,8 +288,7 @@ class PoolServers:
         take (``ClientConfig.update_timeout_s``).
         """
         self._membership.refresh()
-        if self.state.weights.adapter is None:  # a new process has no adapter
-            self._dead_servers.poll(self.clients)
+        self._dead_servers.poll(self.clients)
         deadline = time.monotonic() + max(client.config.update_timeout_s for client in self.clients)
         while not self.healthy and self._is_updated_elsewhere and time.monotonic() < deadline:
             time.sleep(_POLL_S)
@@ -300,6 +299,9 @@ class PoolServers:
         return any(server.phase == "dirty" for server in self.state.servers.values())
 
     def _server_returned(self, before: ServerState, version: str) -> None:
+        if self.state.weights.adapter is not None:
+            self._returned_without_adapter(before, version)
+            return
         if before.phase in ("dirty", "joining"):
             self.restore(before.url, based_on=before, updated_to=version)
             return
@@ -312,6 +314,25 @@ class PoolServers:
             self.state.came_back_different(before, str(error))
             return
         self.restore(before.url, based_on=before, new_process_with=version)
+
+    def _returned_without_adapter(self, before: ServerState, version: str) -> None:
+        """A new process has no adapter: it gets that of the last push, if this process sends weights.
+
+        An update under way brings it too, or a later poll does.
+        """
+        client = next((each for each in self.clients if each.url == before.url), None)
+        sync = self.weight_sync
+        if client is None or sync is None or not self.update_lock.acquire(timeout=0):
+            return
+        try:
+            if self.state.server(before.url).revision == before.revision:
+                self.reconnect(client)
+                self.state.restarted(before.url, version)
+                sync.bring_up_to_date([client])
+        except ConfigError as error:
+            self.state.came_back_different(self.state.server(before.url), str(error))
+        finally:
+            self.update_lock.release()
 
     def reconnect(self, client: SGLangClient) -> ServerInfo:
         """Ask a member whose process was replaced what it serves now, and how.
