@@ -351,13 +351,18 @@ class SGLangPool(PoolServers):
         assert self.router is not None
         return [self.router.client] * min(num_requests, MAX_REQUESTS)
 
+    def _lacks_adapter(self, error: SGLangError) -> bool:
+        """Whether a server does not know the trainer's current adapter: then its process is a new one."""
+        adapter = self.state.weights.adapter
+        return adapter is not None and isinstance(error, RequestRejectedError) and adapter.name in error.detail
+
     def _find_dead(self, client: SGLangClient, error: SGLangError) -> SGLangClient | None:
         """The server that a failed request was on, if it is known to be dead: only then the request is sent again."""
         self._membership.refresh()  # of a copy: the server may have left
         if self.router is None or client is not self.router.client:
             if self.state.has_left(client.url) and not isinstance(error, RequestRejectedError):
                 return client
-            return dead_server(client, error)
+            return client if self._lacks_adapter(error) else dead_server(client, error)
         url = worker_in_error(error, self.state.known_urls)
         if url is None:
             return None

@@ -159,6 +159,19 @@ class PoolState:
             _log.warning("%s is taken out of routing: %s", url, reason)
             return self._new_process(replace(known, phase="quarantined", reason=reason), version)
 
+    def came_back_different(self, before: ServerState, reason: str) -> None:
+        """A dead server answers again, and was found not to fit: it stays out until a process that fits is there.
+
+        Args:
+            before: its record when that was found out.
+            reason: what does not fit.
+        """
+        with self._lock:
+            known = self.server(before.url)
+            if known.revision == before.revision and known.reason != reason:
+                _log.warning("%s stays out of routing: %s", before.url, reason)
+                self._change(before.url, reason=reason)
+
     def restart_begun(self, url: str) -> bool:
         """Somebody is about to start a server's process again.
 
