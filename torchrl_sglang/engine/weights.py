@@ -45,8 +45,8 @@ class EngineWeights:
 
     def close(self) -> None:
         """Destroy the process group and free shared memory, also for schemes: the engine closes the pool next."""
-        self._sync = None
         sync: WeightSync | None = self._pool.weight_sync
+        self._sync = None
         if sync is not None:
             sync.close()
 
@@ -98,7 +98,8 @@ class EngineWeights:
             )
         config = replace(self._settings, **given)
         if config != self._settings:
-            self.close()
+            if self._sync is not None:
+                self._sync.release(self)
             self._use(config)
             self._config = config
         self.sync.connect()
