@@ -20,7 +20,8 @@ PACKAGE = "torchrl_sglang"
 # PEERS, the line with the engine, import each other, and of those `rollout` and `weights` never meet.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"disk_space", "text_tokens"}),
+    frozenset({"disk_space", "fast_tokenizers"}),
+    frozenset({"text_tokens"}),
     frozenset({"chat_templates"}),
     frozenset({"cached_folder", "progress"}),
     frozenset({"smollm2"}),
