@@ -55,12 +55,14 @@ def render_form(form: Form, renderer: ChatRenderer) -> tuple[Form, str]:
 
 
 def _forms(form: Form) -> Iterator[Form]:
+    yield form
     made = [form]
-    for each in (with_first_system(form), without_system(form)):
-        made += [each, _with_joined_users(each)]
-    for index, each in enumerate(made):
-        if each not in made[:index]:
-            yield each
+    for change in (with_first_system, without_system):
+        changed = change(form)
+        for each in (changed, _with_joined_users(changed)):
+            if each not in made:
+                made.append(each)
+                yield each
 
 
 def _has_all(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
