@@ -21,6 +21,8 @@ PACKAGE = "torchrl_sglang"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"disk_space", "message_forms", "text_tokens"}),
+    frozenset({"disk_space", "fast_tokenizers"}),
+    frozenset({"text_tokens"}),
     frozenset({"chat_templates"}),
     frozenset({"cached_folder", "progress"}),
     frozenset({"smollm2"}),

@@ -112,18 +112,14 @@ class Generator:
         limit_s = timeout_s
         if limit_s is None:
             limit_s = self.pool.clients[0].config.generate_limit_s(sampling.max_new_tokens)
-        work = asyncio.ensure_future(self._generate(ids_P, sampling, top_logprobs, preferred, images, stops, on_tokens))
+        deadline = _Deadline(limit_s)
         try:
-            # Not wait_for: up to Python 3.11 it forgets that it was cancelled if the work ends at the same moment.
-            await asyncio.wait({work}, timeout=limit_s)
-            if work.done():
-                return work.result()
+            return await self._generate(ids_P, sampling, top_logprobs, preferred, images, stops, on_tokens)
+        except asyncio.CancelledError:
+            if not deadline.was_the_cause():
+                raise
         finally:
-            if not work.done():
-                work.cancel()
-                await asyncio.wait({work})
-            if not work.cancelled():
-                work.exception()  # marks it as seen
+            deadline.cancel()
         raise ServerTimeoutError(
             f"the turn was not generated within {limit_s:g} s, waiting for a server included "
             "(ClientConfig.generate_timeout_s sets the limit); it was aborted"
@@ -233,6 +229,36 @@ class Generator:
         count = len(broken.part.output_ids) - len(broken.part.versions)
         versions = [*broken.part.versions, *[version_number(version)] * count]
         return replace(broken.part, versions=versions, resumes=broken.part.resumes + 1)
+
+
+class _Deadline:
+    """Cancels the current task after a time.
+
+    Neither ``asyncio.timeout``, which Python 3.10 has not, nor ``wait_for``, which takes a task of its own, and up to
+    Python 3.11 forgets that it was cancelled if the work ends at the same moment.
+    """
+
+    __slots__ = ("_has_fired", "_task", "_timer")
+
+    def __init__(self, limit_s: float) -> None:
+        self._task = asyncio.current_task()
+        self._has_fired = False
+        self._timer = asyncio.get_running_loop().call_later(limit_s, self._fire)
+
+    def _fire(self) -> None:
+        self._has_fired = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def was_the_cause(self) -> bool:
+        """Whether this, and nobody else, has cancelled the task, which then counts as not cancelled."""
+        if not self._has_fired or self._task is None:
+            return False
+        return sys.version_info < (3, 11) or self._task.uncancel() == 0
+
+    def cancel(self) -> None:
+        """The work has ended."""
+        self._timer.cancel()
 
 
 def _has_grammar(sampling: SamplingParams) -> bool:

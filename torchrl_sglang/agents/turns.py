@@ -243,6 +243,7 @@ async def _run(
         made = await _all_or_none([one(index) for index in range(job.sampling.n)])
     turn = f"turn_{secrets.token_hex(8)}"
     nodes = [await make(each, turn, index) for index, each in enumerate(made)]
+    await asyncio.sleep(0)  # whoever ends the turn at this moment does so before it is recorded
     return TurnRecord(
         id=turn,
         nodes=[_recorded(tree, node) for node in nodes],

@@ -234,11 +234,12 @@ class PoolState:
         """Replies came, made with weights of these version numbers, from this server if it is known."""
         versions = list(versions)
         with self._lock:
-            newest = max([self._weights.newest_seen, *versions])
-            self._weights = replace(self._weights, newest_seen=newest)
+            newest = max(versions, default=0)
+            if newest > self._weights.newest_seen:
+                self._weights = replace(self._weights, newest_seen=newest)
             known = self._servers.get(server)
-            if known is not None and max(versions, default=0) > known.newest_seen:
-                self._put(replace(known, newest_seen=max(versions)))
+            if known is not None and newest > known.newest_seen:
+                self._put(replace(known, newest_seen=newest))
 
     # ------------------------------------------------------------------ events: a weight update
 

@@ -56,14 +56,22 @@ def render_form(form: Form, renderer: ChatRenderer) -> tuple[Form, str]:
 
 
 def _forms(form: Form) -> Iterator[Form]:
+    yield form
     made = [form]
-    without = (with_first_system(form), without_system(form))
-    for each in without:
-        made += [each, _with_joined_users(each)]
-    made += map(_alternating, without)
-    for index, each in enumerate(made):
-        if each not in made[:index]:
+    for each in _other_forms(form):
+        if each not in made:
+            made.append(each)
             yield each
+
+
+def _other_forms(form: Form) -> Iterator[Form]:
+    changes = (with_first_system, without_system)
+    for change in changes:
+        changed = change(form)
+        yield changed
+        yield _with_joined_users(changed)
+    for change in changes:
+        yield _alternating(change(form))
 
 
 def _has_all(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:

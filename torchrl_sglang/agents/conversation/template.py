@@ -12,6 +12,7 @@ from torchrl_sglang.agents.conversation.messages import Call, Message
 from torchrl_sglang.chat.tool_parsers import template_text
 from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.fast_tokenizers import decode_plainly
 from torchrl_sglang.text_tokens import special_ids
 
 __all__ = ["AgentTemplate"]
@@ -81,7 +82,10 @@ class AgentTemplate:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special tokens included."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text = decode_plainly(self.tokenizer, ids)
+        if text is None:
+            text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(text)
 
     def is_byte(self, token: int) -> bool:
         """Whether a token is a single byte, whose text depends on the bytes that follow it."""
