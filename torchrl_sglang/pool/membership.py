@@ -27,6 +27,7 @@ from torchrl_sglang.pool.member_file import MemberFile
 from torchrl_sglang.pool.router_client import RouterClient
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.pool.update_lock import UpdateLock
+from torchrl_sglang.protocol.messages import ServerInfo
 from torchrl_sglang.protocol.version import WeightVersion
 
 __all__ = ["Membership"]
@@ -51,6 +52,10 @@ class Members(Protocol):
     @property
     def healthy(self) -> tuple[SGLangClient, ...]:
         """The servers that requests are routed to."""
+
+    @property
+    def known_infos(self) -> Sequence[ServerInfo]:
+        """What the members have reported of themselves."""
 
     def connect(self) -> None:
         """Connect the members."""
@@ -103,28 +108,27 @@ class Membership:
         self.refuse_in_copy()
         if not urls:
             raise ConfigError("name at least one server to add")
+        pool, common = self._pool, self.clients[0].config
+        config = common if config is None else config
+        require(isinstance(config, ClientConfig), f"client must be a ClientConfig, got a {type(config).__name__}")
         require(
-            config is None or isinstance(config, ClientConfig), f"client must be a ClientConfig, got {config!r:.40}"
+            pool.router is None or config.api_key == common.api_key,
+            "a router sends one key to all its servers: start the new ones with the key of the others",
         )
-        pool = self._pool
-        if config is not None and pool.router is not None and config.api_key != self.clients[0].config.api_key:
-            raise ConfigError(
-                "a router sends one key to all its servers: start the new ones with the key of the others"
-            )
-        new = [SGLangClient(url, config or self.clients[0].config) for url in urls]
+        new = [SGLangClient(url, config) for url in urls]
         self._refuse_members(new)
         pool.refuse_while_offloaded()
         pool.connect()
         outcomes = side_by_side({client.url: client.connect for client in new})
         infos = [outcomes[client.url].unwrap() for client in new]
         refuse_balanced_addresses(new)
-        refuse_same_server(infos, [client.info for client in self.clients])
-        refuse_newcomers(infos, [client.info for client in self.clients], updates=pool.weight_sync is not None)
+        refuse_same_server(infos, pool.known_infos)
+        refuse_newcomers(infos, pool.known_infos, updates=pool.weight_sync is not None)
         with contextlib.ExitStack() as on_failure:
             with pool.update_lock:
                 with self._lock:
                     self._refuse_members(new)
-                    refuse_same_server(infos, [client.info for client in self.clients])
+                    refuse_same_server(infos, pool.known_infos)
                     pool.refuse_while_offloaded()
                     for info in infos:
                         pool.state.joined(info.url, info.weight_version, _WAITS)
@@ -305,15 +309,23 @@ class Membership:
             self._served.add(url)
             self.publish()
 
+    def for_copies(self) -> tuple[SGLangClient, ...]:
+        """The members that a copy may use: not those that wait for the weights of the others, and that leave."""
+        usable = self._served if self._pool.weight_sync is not None else {client.url for client in self.clients}
+        has_left = self._pool.state.has_left
+        return tuple(client for client in self.clients if client.url in usable and not has_left(client.url))
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether these are the members of a copied pool, which the original decides on."""
+        return self._is_copy
+
     def publish(self) -> None:
         """Write down for copies which servers there are."""
         if self._is_copy:
             return
-        state = self._pool.state
         with self._publishing:  # the last one to write has read the members last
-            usable = self._served if self._pool.weight_sync is not None else {client.url for client in self.clients}
-            shown = [each for each in self.clients if each.url in usable and not state.has_left(each.url)]
-            common = self.clients[0].config
+            shown, common = self.for_copies(), self.clients[0].config
             try:
                 self._file.write({each.url: None if each.config == common else each.config for each in shown})
             except OSError as error:

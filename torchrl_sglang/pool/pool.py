@@ -313,8 +313,8 @@ class SGLangPool(PoolServers):
                 f"the vocabulary of {self.info.model_path!r} can't be read from here, and an unknown token id kills an "
                 "SGLang server: pass vocab_size=... when connecting (or unchecked_vocab=True)"
             )
-        for client in self.clients:
-            check_sampling(sampling, vocab_size=vocab_size, info=client.info)
+        for info in self.known_infos:
+            check_sampling(sampling, vocab_size=vocab_size, info=info)
         if sampling.min_new_tokens and vocab_size is not None:
             self._end_tokens.check(self.info, vocab_size)
         check_prompts(
@@ -343,7 +343,7 @@ class SGLangPool(PoolServers):
         """Whether there is a router, and a request keeps its meaning when it goes through it."""
         if self.router is None:
             return False
-        filled_in = frozenset[str]().union(*(client.info.preferred_sampling for client in self.clients))
+        filled_in = frozenset[str]().union(*(info.preferred_sampling for info in self.known_infos))
         return router_forwards(request, filled_in=filled_in)
 
     def _router_slots(self, num_requests: int) -> Sequence[SGLangClient]:

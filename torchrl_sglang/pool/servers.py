@@ -55,7 +55,8 @@ class PoolServers:
         self._init_runtime(self.clients, self._membership.file_of_copies())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"clients": self.clients, "router": self.router, "members": self._membership.file_of_copies().path}
+        clients = self._membership.for_copies() or self.clients
+        return {"clients": clients, "router": self.router, "members": self._membership.file_of_copies().path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.router = state["router"]
@@ -143,7 +144,8 @@ class PoolServers:
         """Ask every server what it serves, once.
 
         A server whose weights are half-updated (its version is marked dirty) gets no requests until the update that
-        another process has begun is over, or until a full sync.
+        another process has begun is over, or until a full sync. A copy of a pool, whose servers have answered before,
+        does with those that answer now.
 
         Raises:
             ServerUnreachableError: a server (or the router) does not listen.
@@ -156,6 +158,12 @@ class PoolServers:
         self._membership.refresh()
         clients = self.clients  # of a copy, more may join meanwhile
         outcomes = side_by_side({client.url: client.connect for client in clients})
+        errors = {url: outcome.error for url, outcome in outcomes.items()}
+        if self._membership.is_copy and None in errors.values():
+            for url in [url for url, error in errors.items() if isinstance(error, ServerError)]:
+                del outcomes[url]
+                self.state.died(url, f"it did not answer when this copy of the pool connected ({errors[url]})")
+        clients = tuple(client for client in clients if client.url in outcomes)
         infos = [outcomes[client.url].unwrap() for client in clients]
         refuse_balanced_addresses(clients)
         refuse_different_models(infos)
@@ -177,7 +185,13 @@ class PoolServers:
     def info(self) -> ServerInfo:
         """What the first server reports of itself; connects on first use."""
         self.connect()
-        return self.clients[0].info
+        return self.known_infos[0]
+
+    @property
+    def known_infos(self) -> Sequence[ServerInfo]:
+        """What the servers have reported of themselves when they were last asked, without those that never answered."""
+        infos = [client.known_info for client in self.clients]
+        return [info for info in infos if info is not None]
 
     @property
     def vocab_size(self) -> int | None:
@@ -196,7 +210,7 @@ class PoolServers:
 
     def _smallest(self, name: str) -> int | None:
         self.connect()
-        values = [getattr(client.info, name) for client in self.clients]
+        values = [getattr(info, name) for info in self.known_infos]
         return min((value for value in values if value is not None), default=None)
 
     @property
@@ -343,13 +357,13 @@ class PoolServers:
             ServerError: it does not answer.
         """
         before, updates = client.known_info, self.weight_sync is not None
-        infos = [each.known_info for each in self.clients if each is not client]
-        others = [info for info in infos if info is not None]
+        members = self.known_infos
 
         def check(info: ServerInfo) -> None:
+            if members:
+                refuse_unlike([info], members, updates=updates)
             if before is None:
                 return
-            refuse_unlike([info], [before, *others], updates=updates)
             if self.state.weights.version == 0 and not updates and info.model_path != before.model_path:
                 raise ConfigError(
                     f"{info.url} has come back with another checkpoint, {info.model_path!r} instead of "
