@@ -79,7 +79,10 @@ def scores_of(model: Any, ids: tuple[int, ...]) -> list[float]:
     return [0.0, *scores.gather(-1, ids_1T[0, 1:, None])[:, 0].tolist()]
 
 
-@pytest.mark.parametrize(("path", "mode"), [("chat", "retract"), ("chat", "abort"), ("completions", "retract")])
+@pytest.mark.parametrize(
+    ("path", "mode"),
+    [("chat", "retract"), ("chat", "abort"), pytest.param("completions", "retract", marks=pytest.mark.slow)],
+)
 def test_a_stream_goes_on_across_an_update_and_each_token_has_the_version_that_made_it(
     pristine_server: SGLangServer, tiny_llama: Path, tiny_llama_b: Path, mode: Any, path: str
 ) -> None:
@@ -128,6 +131,7 @@ def check_stream(read: Read, leaf: Trajectory, tokenizer: Any, models: Mapping[i
     return set(versions)
 
 
+@pytest.mark.slow
 def test_a_stop_string_across_an_update_ends_the_answer_where_it_would_have_ended(
     pristine_server: SGLangServer, tiny_llama: Path
 ) -> None:
