@@ -44,10 +44,17 @@ row says nothing else. Phases are in the same unit; verification runs after gene
 
 Where the time of `ipc` goes, measured step by step on 2 cores in the same unit: the trainer copies all weights (0.4)
 and checks them on the way (0.1); the server copies them into its parameters (0.7 in one request, 0.06 more for each
-further one); trainer and server score four tokens (0.8 each when alone, 1.1 side by side: each reads all weights
-once); the server hashes a sixteenth of the bytes (0.25). So verification alone takes 1.2 on a CPU. Two attempts
-gained little and were left out: to score on the trainer while it packs (nothing: packing took longer by as much), and
-to pack with two threads (0.1).""",
+further one), while the trainer's model computes the log-probs of the four tokens that verification compares; the server
+scores them (0.6 to 0.8: it reads all weights once) and hashes a sixteenth of the bytes (0.25). To pause, begin and end
+takes 0.14. The server does all of its part in one thread, which bounds the sum.
+
+What was tried and left out: fewer tokens (a model of this kind takes longer for two or three than for four, and one
+token would leave attention untested); scoring on the trainer while it packs (packing took longer by as much); packing
+with two threads (0.1); huge pages for the server's memory (nothing). With `broadcast` sender and receiver keep both
+cores busy, so the trainer's model computes afterwards.
+
+`http` waits for SGLang, which reads the JSON and decodes its base64 in one thread of Python's standard library: that is
+more than half of the time. The trainer's part (base64, one copy) and the load of the bucket before run beside it.""",
     "policy": """\
 One call of `SGLangWrapper` beside one `requests.post` of the same ids and settings. CPU time is the wrapper's own
 beyond the bare client's, as a share of the time of a call: it varies less than the ratio.""",

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -37,12 +38,22 @@ import torch.distributed as dist
 from measuring import MALLOC, Recorder, Timing, add_common_arguments, ensure_malloc_settings
 from transformers import AutoModelForCausalLM
 
-from torchrl_sglang import AsyncSGLang, SGLangClient, SGLangError, SGLangPool, SyncConfig, SyncReport, WeightSync
+from torchrl_sglang import (
+    AsyncSGLang,
+    SamplingParams,
+    SGLangClient,
+    SGLangError,
+    SGLangPool,
+    SyncConfig,
+    SyncReport,
+    WeightSync,
+)
 
 TRANSPORTS = ("ipc", "broadcast", "http", "disk")
 MANY_SERVERS = ("ipc", "broadcast")  # the others are measured with one server
 MEMORY_BUCKETS_MB = 64
 START_TIMEOUT_S = 600
+PROMPTS, TOKENS = 16, 8  # a rollout that takes longer than a sync: 1 to 2 s on one core
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +122,6 @@ def make_cases(args: argparse.Namespace) -> Iterator[Case]:
         if args.unchecked:
             yield _case(transport, first, "not verified", verify="off")
             yield _case(transport, first, "not verified or checked", verify="off", check_values=False)
-    if "disk" in args.transports:  # afterwards the server's checkpoint is a temporary folder
-        yield _case("disk", first)
 
 
 def _case(transport: str, num_servers: int, label: str = "", **settings: Any) -> Case:
@@ -161,6 +170,40 @@ def _details(base: list[Timing], other: list[Timing]) -> dict[str, Any]:
         "pause": last.pause,
         "mb": last.num_bytes / 1e6,
     }
+
+
+def measure_in_background(url: str, model: torch.nn.Module, raw: RawBroadcast, args: Any, record: Recorder) -> None:
+    """How long a push with ``blocking=False`` holds the trainer's thread, and what it costs the next rollout."""
+    ids = [[(7919 * index) % 300 + 1] * 8 for index in range(PROMPTS)]
+    sampling = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
+    for transport in (each for each in args.transports if each in MANY_SERVERS):
+        for verify in ("probe", "off") if args.unchecked else ("probe",):
+            name = f"{transport}, 1 server, blocking=False{'' if verify == 'probe' else ', not verified'}"
+            pool = SGLangPool([SGLangClient(url)])
+            config = SyncConfig(transport=transport, verify=verify, blocking=False)
+            with contextlib.closing(WeightSync(pool, config)) as sync:
+                sync.connect()
+                start = functools.partial(sync.push_in_background, model)
+                rollout = functools.partial(pool.generate, ids, sampling)
+                runs = {
+                    "raw broadcast": raw,
+                    "until the call returns": start,
+                    "a rollout alone": rollout,
+                    "until that rollout and the sync end": functools.partial(_both, start, rollout),
+                }
+                record.measure(
+                    name,
+                    runs,
+                    pairs=args.pairs,
+                    before_each=sync.wait,
+                    settings={"transport": transport, "verify": verify, "servers": 1, "tokens": PROMPTS * TOKENS},
+                )
+
+
+def _both(start: Callable[[], Any], rollout: Callable[[], object]) -> None:
+    pending = start()
+    rollout()
+    pending.result()
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -251,6 +294,9 @@ def run(path: str, args: argparse.Namespace, record: Recorder) -> None:
         try:
             for case in make_cases(args):
                 measure(case, urls, model, raw, record, args.pairs)
+            measure_in_background(urls[0], model, raw, args, record)
+            if "disk" in args.transports:  # afterwards the server's checkpoint is a temporary folder
+                measure(_case("disk", args.servers[0]), urls, model, raw, record, args.pairs)
         finally:
             raw.close()
     seconds = {row["name"]: row["seconds"] for row in record.rows if "seconds" in row}

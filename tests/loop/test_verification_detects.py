@@ -106,7 +106,16 @@ def test_a_server_that_keeps_old_values_is_detected_at_that_sync(
             assert report.num_checksums >= tp_size * 15
             assert not pool.quarantined
             old = tensors_of(model, folder)
-        name = "model.layers.0.self_attn.o_proj.weight"
+        name, other = (f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1))
+        step(model)
+        new = tensors_of(model, folder)
+        exchanged = {name: new[other], other: new[name]}
+        keep_old(sync, exchanged, lambda each, bucket: each in exchanged)
+        with pytest.raises(WeightUpdateError, match="does not hold what was sent"):
+            sync.push(model)
+        keep_old(sync, new, lambda each, bucket: False)
+        sync.push(model)
+        old = new
         step(model)
         put_back_on_one_rank(sync, name, old[name], tensors_of(model, folder)[name], rank=tp_size - 1)
         with pytest.raises(WeightUpdateError, match="does not hold what was sent") as caught:

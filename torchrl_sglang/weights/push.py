@@ -27,7 +27,7 @@ from torchrl_sglang.weights.transports.staging import bucket_bytes, is_staged
 from torchrl_sglang.weights.update.liveness import LivenessCheck
 from torchrl_sglang.weights.update.other_trainers import OtherTrainers
 from torchrl_sglang.weights.update.report import SyncReport
-from torchrl_sglang.weights.update.verification import verify_servers
+from torchrl_sglang.weights.update.verification import Probe, verify_servers
 
 __all__ = ["OpenedWeights", "Pusher"]
 
@@ -63,6 +63,7 @@ class _Prepared:
         num_bytes: how much is sent to each server.
         num_buckets: in how many buckets.
         checksums: what is compared afterwards, if anything is.
+        probe: the prompt that is scored afterwards, if one is.
         report: counts and phases of this push.
     """
 
@@ -72,6 +73,7 @@ class _Prepared:
     num_bytes: int
     num_buckets: int
     checksums: PushChecksums | None
+    probe: Probe | None
     report: SyncReport
 
 
@@ -182,6 +184,7 @@ class Pusher:
             num_bytes=num_bytes,
             num_buckets=len(plan) or 1 + num_bytes // self._config.bucket_size(num_bytes),  # no plan: read only once
             checksums=checksums,
+            probe=None if self._config.verify == "off" else Probe(clients, self._pool.vocab_size, source),
             report=report,
         )
 
@@ -256,6 +259,9 @@ class Pusher:
             for client in clients:
                 state.verification_ended(client.url)
             raise
+        finally:
+            if prepared.probe is not None:
+                prepared.probe.end()
         return updated
 
     def _send(
@@ -272,6 +278,8 @@ class Pusher:
             with report.phase("prepare"):
                 self._stage(transport, prepared)
             report.transport = transport.name  # "auto" may have changed its mind
+            if prepared.probe is not None and report.is_staged and transport.name == "ipc":
+                prepared.probe.start()  # this process only waits until the servers have loaded everything
             deadline = start + self._limit_s(prepared, transport)
             session = transport.open_session(prepared.clients, prepared.version, deadline, report)
             if require is not None:
@@ -301,13 +309,13 @@ class Pusher:
         Raises:
             WeightUpdateError: one does not; the session has put it back or taken it out of service.
         """
-        if self._config.verify == "off":
+        if prepared.probe is None:
             return
         try:
             with prepared.report.phase("verify"):
                 verify_servers(
                     prepared.clients,
-                    vocab_size=self._pool.vocab_size,
+                    probe=prepared.probe,
                     source=source,
                     config=self._config,
                     served_dtype=self._planner.served_dtype,

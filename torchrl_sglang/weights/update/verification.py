@@ -8,9 +8,11 @@ apart, but the checksums can; the scores show whether the server computes what t
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,7 +28,7 @@ from torchrl_sglang.weights.source.shards import is_sharded
 from torchrl_sglang.weights.update.likely_cause import likely_cause
 from torchrl_sglang.weights.update.report import SyncReport
 
-__all__ = ["probe_ids", "trainer_logprobs", "verify_servers"]
+__all__ = ["Probe", "probe_ids", "trainer_logprobs", "verify_servers"]
 
 _one_at_a_time = threading.Lock()
 _PROBE_TOKENS = 12
@@ -43,10 +45,69 @@ def probe_ids(vocab_size: int, num_tokens: int = _PROBE_TOKENS) -> list[int]:
     return [1 + (index * 7919) % (vocab_size - 1) for index in range(num_tokens)]
 
 
+class Probe:
+    """The fixed prompt of one push, and the log-probs that the trainer's model gives it.
+
+    Args:
+        clients: the servers that are updated.
+        vocab_size: number of valid token ids; ``None``, where it is unknown, makes an empty prompt.
+        source: the trainer's weights. Without a model among them, and if it is sharded (it computes only when all ranks
+            call it), the servers' log-probs are compared with each other.
+
+    Attributes:
+        ids: the prompt.
+        model: the trainer's model, if it can be asked.
+    """
+
+    def __init__(self, clients: Sequence[SGLangClient], vocab_size: int | None, source: WeightSource) -> None:
+        # On a GPU more tokens cost nothing, and more experts of a mixture take part. On a CPU they cost time, but not
+        # below 4: SmolLM2-135M on one core took 53 ms for 1 token, 80 for 2, 101 for 3, 70 for 4 and 96 for 12.
+        self._on_cpu = all(client.info.device == "cpu" for client in clients)
+        num_tokens = _PROBE_TOKENS_ON_CPU if self._on_cpu else _PROBE_TOKENS
+        self.ids = [] if vocab_size is None else probe_ids(vocab_size, num_tokens)
+        self.model = None if source.module is None or is_sharded(source.module) else source.module
+        self._num_servers = len(clients)
+        self._task: Task[torch.Tensor] | None = None
+
+    def start(self) -> None:
+        """Let the trainer's model compute in a thread, while servers on this host load weights that wait in memory.
+
+        Does nothing unless a core is idle meanwhile: a server loads with one.
+        """
+        is_idle = self._on_cpu and self._num_servers < len(os.sched_getaffinity(0))
+        if is_idle and self.ids and self.model is not None and next(self.model.parameters()).device.type == "cpu":
+            self._task = Task(partial(self._compute, self.model), name="trainer-logprobs")
+
+    def expected(self) -> torch.Tensor | None:
+        """The trainer's log-probs: float64, ``(len(ids) - 1,)``; ``None`` if no model can be asked.
+
+        Raises:
+            WeightUpdateError: the model can't be called.
+        """
+        if not self.ids or self.model is None:
+            return None
+        return self._compute(self.model) if self._task is None else self._task.outcome().unwrap()
+
+    def end(self) -> None:
+        """Wait until nothing computes with the model any more."""
+        if self._task is not None:
+            self._task.wait()
+
+    def _compute(self, model: nn.Module) -> torch.Tensor:
+        try:
+            with _half_of_the_cores() if self._on_cpu else nullcontext():
+                return trainer_logprobs(model, self.ids)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise WeightUpdateError(
+                "the weights were sent, but they can't be verified: the trainer's model can't be called as "
+                f"model(input_ids=...).logits ({error}). SyncConfig(verify='off') switches verification off"
+            ) from error
+
+
 def verify_servers(
     clients: Sequence[SGLangClient],
     *,
-    vocab_size: int | None,
+    probe: Probe,
     source: WeightSource,
     config: SyncConfig,
     served_dtype: torch.dtype | None,
@@ -58,9 +119,8 @@ def verify_servers(
 
     Args:
         clients: the servers that were updated.
-        vocab_size: number of valid token ids; ``None``, where it is unknown, scores no prompt.
-        source: the trainer's weights. Without a model among them, and if it is sharded (it computes only when all ranks
-            call it), the servers' log-probs are compared with each other.
+        probe: the prompt.
+        source: the trainer's weights.
         config: tolerance.
         served_dtype: what the servers compute in. If trainer and servers compute in float32, the tolerance is narrow.
         checksums: those of this push.
@@ -71,30 +131,24 @@ def verify_servers(
         WeightUpdateError: a server did not answer, holds other tensors or scores as another model; ``server_weights``
             names it.
     """
-    # On a GPU more tokens cost nothing, and more experts of a mixture take part. On a CPU they cost time: for
-    # SmolLM2-135M, 4 tokens took 0.11 s on a server's one core and 12 took 0.15.
-    on_cpu = all(client.info.device == "cpu" for client in clients)
-    ids = [] if vocab_size is None else probe_ids(vocab_size, _PROBE_TOKENS_ON_CPU if on_cpu else _PROBE_TOKENS)
-    scoring = {client.url: Task(_Scoring(client, ids, lora), name=f"score-{client.url}") for client in clients if ids}
     if checksums is not None:
+        # Before the prompt: to hash keeps a core busy, to score the memory, which the trainer's model needs now.
         checksums.start_reading(clients)
-    complaints: dict[str, str] = {}
-    gaps: dict[str, float] = {}
-    cause = ""
-    if scoring:
-        model = None if source.module is None or is_sharded(source.module) else source.module
-        expected = None if model is None else _expected_logprobs(model, ids, on_cpu=on_cpu)  # meanwhile
-        complaints, gaps = _compare_scores(scoring, model, expected, config, served_dtype)
-        if gaps.keys() & complaints.keys():
-            served = clients[0].info.architectures
-            cause = likely_cause(model, source.architecture, served=served, served_dtype=served_dtype)
+    asked = clients if probe.ids else ()
+    scoring = {client.url: Task(_Scoring(client, probe.ids, lora), name=f"score-{client.url}") for client in asked}
+    expected = probe.expected()
+    stale: Mapping[str, str] = {}
+    failed: Mapping[str, SGLangError] = {}
     if checksums is not None:
-        # Not beside the model's own computation: on a CPU the servers need the other cores.
-        stale, failed = checksums.compare()
-        complaints = {**complaints, **_unanswered(failed), **stale}
+        stale, failed = checksums.compare()  # hashes here what was sent, while the servers score
         report.num_checksums = checksums.verdict.num_equal
         report.not_compared = checksums.not_compared
-    _raise_if_any(complaints, cause, is_adapter=lora is not None)
+    complaints, gaps = _compare_scores(scoring, probe.model, expected, config, served_dtype)
+    cause = ""
+    if gaps.keys() & complaints.keys():
+        served = clients[0].info.architectures
+        cause = likely_cause(probe.model, source.architecture, served=served, served_dtype=served_dtype)
+    _raise_if_any({**complaints, **_unanswered(failed), **stale}, cause, is_adapter=lora is not None)
     report.max_logprob_gap = max(gaps.values(), default=None)
 
 
@@ -121,17 +175,6 @@ def _compare_scores(
             if not gap <= atol:  # also catches NaN
                 complaints[url] = f"{url} differs from {whose} by {gap:.2g} in log-prob (tolerance {atol:g})"
     return complaints, gaps
-
-
-def _expected_logprobs(model: nn.Module, ids: Sequence[int], *, on_cpu: bool) -> torch.Tensor:
-    try:
-        with _half_of_the_cores() if on_cpu else nullcontext():
-            return trainer_logprobs(model, ids)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        raise WeightUpdateError(
-            "the weights were sent, but they can't be verified: the trainer's model can't be called as "
-            f"model(input_ids=...).logits ({error}). SyncConfig(verify='off') switches verification off"
-        ) from error
 
 
 @contextmanager
