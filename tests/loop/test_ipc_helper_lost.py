@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.loop.sync_cases import assert_serves
+from tests.loop.sync_cases import assert_serves, load
 from torchrl_sglang import SGLangClient, SGLangPool, SyncConfig, WeightSync, WeightUpdateError
 from torchrl_sglang.server import SGLangServer
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_server_that_may_be_reading_a_segment_lives_on_and_takes_the_next_sync(
-    pristine_server: SGLangServer, model_a: Any, model_b: Any, number: signal.Signals
+    pristine_server: SGLangServer, tiny_llama: Path, tiny_llama_b: Path, number: signal.Signals
 ) -> None:
+    model_a, model_b = load(tiny_llama), load(tiny_llama_b)
     url, process = pristine_server.url, pristine_server.pid
     config = SyncConfig(transport="ipc", bucket_bytes=20_000, stage="off", check_values=False)
     with closing(WeightSync(SGLangPool([SGLangClient(url)]), config)) as sync:
