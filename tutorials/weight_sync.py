@@ -3,9 +3,9 @@ Weight sync: from one probability to a killed server
 ====================================================
 
 During training, the servers that generate for a model need its current weights: after every step
-the trainer sends them over the network, without a restart. This tutorial tracks one token's
-probability across updates, follows a response that is being generated *during* an update, and then
-causes failures on purpose to show how they are reported. It needs no GPU.
+the trainer sends them, without a restart. This tutorial tracks one token's probability across
+updates, follows a response that is being generated *during* an update, and then causes failures on
+purpose to show how they are reported. It needs no GPU.
 
 ``TUTORIAL_URL=http://a:30000,http://b:30000`` uses servers that are already running.
 """
@@ -102,7 +102,9 @@ print(f"largest difference between servers and trainer after a sync: {difference
 # %%
 # ``update_weights`` returns only after the verification: every server scores a fixed prompt, and the
 # log-probs are compared with each other and with the trainer's. Its report lists what was done and
-# how long each phase took.
+# how long each phase took. The servers run on the trainer's host, so they read the weights from memory
+# that it shares with them (``ipc``). Servers on other hosts get them by ``broadcast``, and both may be
+# in one update.
 
 megabytes = report.num_bytes / 1e6
 print(f"version {report.version}: {megabytes:.1f} MB in {report.num_buckets} buckets by {report.transport}")

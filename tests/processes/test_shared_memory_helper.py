@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import rebuild_storage_filename
 
 from tests.fake_sglang import FakeServer, FakeSettings
 from tests.fake_sglang.model import read_checkpoint
@@ -127,6 +128,30 @@ def test_no_server_is_told_of_a_segment_after_the_helper_was_lost_in_the_middle_
     assert sync.push(newer) is not None
     assert holds(server, newer)
     sync.close()
+    assert own_segments() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_server_that_has_a_segment_open_when_the_helper_is_lost_lives_on(
+    number: signal.Signals,
+) -> None:
+    """torch closes a file in a destructor, where an error ends the process."""
+    pool = SegmentPool()
+    segment = pool.of(pool.make(1000))
+    helper = helper_of(pool)
+    server = os.fork()
+    if server == 0:
+        name = f"/{segment.name}".encode()
+        storage = rebuild_storage_filename(torch.UntypedStorage, segment.manager.encode(), name, 1000)
+        pool._connections = None  # another process than the trainer
+        os.kill(helper, number)
+        while number == signal.SIGKILL and is_running(helper):
+            time.sleep(0.01)
+        del storage
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) == 7
+    os.kill(helper, signal.SIGKILL)
+    pool.close()
     assert own_segments() == []
 
 

@@ -113,7 +113,7 @@ def _gpus() -> Check:
         return Check(
             name="GPUs",
             status="skip",
-            detail="none visible: SGLang runs on its CPU engine, and weights are sent over gloo",
+            detail="none visible: SGLang runs on its CPU engine, with its weights in main memory",
         )
     found = [torch.cuda.get_device_properties(index) for index in range(count)]
     listed = ", ".join(f"{each.name} ({each.total_memory / 2**30:.0f} GiB)" for each in found)
@@ -146,7 +146,7 @@ def _server(python: str, versions: Mapping[str, Any], launches: bool, *, cpu: bo
 
 def _nccl(server_versions: Mapping[str, Any]) -> Check:
     if torch.version.cuda is None or torch.cuda.device_count() == 0:
-        return Check(name="NCCL", status="skip", detail="no GPU here, gloo is used")
+        return Check(name="NCCL", status="skip", detail="no GPU here: a broadcast goes over gloo")
     trainers = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     servers = server_versions["nccl"]
     if trainers == servers:

@@ -1,7 +1,7 @@
 """A helper process of the trainer: removes its shared memory segments when nobody can open them any more.
 
-Run as a script (``python keeper.py PID SECONDS``), with the standard library alone, so that it starts in 20 ms. It does
-two things:
+Run as a script (``python keeper.py PID SECONDS DESCRIPTOR``), with the standard library alone, so that it starts in
+20 ms. It does two things:
 
 * Servers open a segment with torch's ``rebuild_storage_filename``, which tells a manager over a Unix socket that it is
   about to open a file, waits up to 1 s for its ``OK``, and later tells it that it has closed the file. This process
@@ -14,6 +14,10 @@ The trainer writes lines to its standard input: ``expect NAME PID...`` before it
 processes open a segment, ``idle NAME`` when all these requests are answered, ``drop NAME`` to have it removed, ``end``
 to have all removed. The end of the input, or of the trainer's process, is an ``end`` too; a child that the trainer has
 forked keeps the input open. The process ends when nothing is left to do.
+
+A server that closes a file while nobody holds the other end of its connection ends, and no error can be caught. So each
+connection is also given to the trainer, over the Unix socket of the given descriptor, and lives until this process and
+the trainer have both ended.
 
 The socket lies in ``/dev/shm`` beside the segments: who can open these can reach it, whatever its ``TMPDIR`` is.
 
@@ -50,6 +54,7 @@ class _Client:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.num_open = 0
+        self.is_shared = False
         self._received = b""
         self._message_bytes = 0
 
@@ -79,9 +84,12 @@ class Keeper:
     Args:
         trainer: pid of the trainer.
         patience_s: how long a segment that is to be removed waits for servers that have not opened it yet.
+        shared: the trainer has the other end, and gets the servers' connections.
     """
 
-    def __init__(self, trainer: int, patience_s: float) -> None:
+    def __init__(self, trainer: int, patience_s: float, shared: socket.socket) -> None:
+        self._shared = shared
+        self._shared.setblocking(False)
         self._patience_s = patience_s
         self._expected: dict[str, list[int]] = {}  # per segment the processes that are going to open it
         self._dropped: dict[str, float] = {}
@@ -132,6 +140,10 @@ class Keeper:
         try:
             for pid, is_closed, name in client.read():
                 client.num_open += -1 if is_closed else 1
+                if pid != 0 and not client.is_shared:  # the trainer itself asks with 0
+                    client.is_shared = True
+                    with suppress(OSError):  # the trainer has ended
+                        socket.send_fds(self._shared, [b"+"], [client.connection.fileno()])
                 if not is_closed:
                     client.connection.sendall(b"OK")
                 elif pid in self._expected.get(name, ()):
@@ -210,7 +222,7 @@ def main() -> None:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
-        keeper = Keeper(int(sys.argv[1]), float(sys.argv[2]))
+        keeper = Keeper(int(sys.argv[1]), float(sys.argv[2]), socket.socket(fileno=int(sys.argv[3])))
     except OSError as error:
         sys.exit(sys.stdout.write(f"{error.strerror}: {error.filename or SHARED_MEMORY}\n"))
     sys.stdout.write(f"{keeper.path}\n")

@@ -15,8 +15,8 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ _MESSAGE = struct.pack("=i?60s", 0, False, b"")
 """As a server announces that it opens a segment; see :mod:`.keeper`."""
 
 _numbers = itertools.count()
+_of_lost_processes: list[socket.socket] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class SegmentPool:
         self.no_room = ""
         self._may_lack_room = may_lack_room
         self._process: subprocess.Popen[str] | None = None
+        self._connections: socket.socket | None = None  # holds the servers' connections to the process; never read
         self._manager = ""
         self._owner = ""
         self._segments: dict[int, Segment] = {}
@@ -108,24 +110,19 @@ class SegmentPool:
         self.close()
         remove_abandoned_segments()
         command = [sys.executable, "-I", "-S", keeper.__file__, str(os.getpid()), str(_PATIENCE_S)]
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                cwd="/",
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise _not_started(command, str(error)) from error
-        assert process.stdout is not None
-        with process.stdout:
-            answer = process.stdout.readline().strip()
-        if not answer.startswith("/"):
-            process.wait()
-            raise _not_started(command, answer)
+        with ExitStack() as stack:
+            try:
+                ours, theirs = map(stack.enter_context, socket.socketpair())
+                process = _start([*command, str(theirs.fileno())], theirs)
+            except OSError as error:
+                raise _not_started(command, str(error)) from error
+            assert process.stdout is not None
+            with process.stdout:
+                answer = process.stdout.readline().strip()
+            if not answer.startswith("/"):
+                process.wait()
+                raise _not_started(command, answer)
+            self._connections = ours.dup()
         self._process, self._manager, self._pid = process, answer, os.getpid()
         self._owner = TrainerMark.of_process(process.pid).place
         return answer
@@ -187,8 +184,16 @@ class SegmentPool:
         segments, process = list(self._segments.values()), self._process
         self._segments, self._process, self.no_room = {}, None, ""
         needed, self._about_to_be_opened = self._about_to_be_opened, set()
+        connections, self._connections = self._connections, None
         if process is None or self._pid != os.getpid():  # a forked child leaves its parent's alone
             return
+        self._end(process, segments, needed)
+        if connections is not None and needed and process.returncode != 0:
+            _of_lost_processes.append(connections)  # a server may still have a segment open
+        elif connections is not None:
+            connections.close()
+
+    def _end(self, process: subprocess.Popen[str], segments: Sequence[Segment], needed: Collection[str]) -> None:
         assert process.stdin is not None
         for segment in segments:
             if segment.name not in needed:
@@ -218,6 +223,19 @@ class SegmentPool:
             self._process.stdin.flush()
         except BrokenPipeError as error:
             raise _ended() from error
+
+
+def _start(command: Sequence[str], shared: socket.socket) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd="/",
+        start_new_session=True,
+        pass_fds=(shared.fileno(),),
+    )
 
 
 def _not_started(command: Sequence[str], why: str) -> ConfigError:
