@@ -2,6 +2,7 @@
 
     python benchmarks/agent_gateway.py                       # launches a server with a tiny model
     python benchmarks/agent_gateway.py --url http://host:30000 --sessions 64 --pairs 9
+    python benchmarks/agent_gateway.py --server-threads 1    # a server that leaves a core to the others
 
 The two run alternately, so that other programs on the machine slow both alike:
 
@@ -9,24 +10,28 @@ The two run alternately, so that other programs on the machine slow both alike:
     gateway  64 agents, each with a session of its own, post the messages whose rendering these ids are
 
 Both clients run in a process of their own. Printed are the medians over the pairs: throughput gateway / raw (target:
-0.95 or more), the difference of the median latency (target: 3 ms or less), the gateway's CPU time per turn. All ask
-at the same moment, so each turn also waits for the gateway's work on those before it. Then the same with requests
-that arrive one after the other, over twice the time that raw took: the machine is half idle. Then the memory of 1,000
-idle sessions with one turn each (target: less than 200 MB), and how many tokens of the second turn's prompt came from
-the prefix cache.
+0.95 or more), the difference of the median latency (target: 3 ms or less), the CPU time per turn, and how many cores
+were busy, on a machine that runs nothing else. There are four loads:
+
+    at once      all ask at the same moment, so each turn also waits for the gateway's work on those before it
+    turn by turn each session has several turns, one after the other, as an agent has
+    spread       requests arrive one after the other, over twice the time that raw took: the machine is half idle
+    streamed     at once, answered in pieces: the time to the first token, and between tokens
+
+Then the memory of 1,000 idle sessions with one turn each (target: less than 200 MB), and how many tokens of the second
+turn's prompt came from the prefix cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,33 +41,28 @@ import psutil
 
 IDLE_SESSIONS = 1000
 QUESTION = "How are you today? " * 4
+REPLIES = ("Tell me more.", "And then?")
+CLIENT = Path(__file__).with_name("agent_client.py")
+
+Sessions = list[dict[str, Any]]
 
 
-async def ask_all(plan: dict[str, Any]) -> dict[str, Any]:
-    """Run one turn of every session, begun over ``spread_s`` seconds; the seconds of all, and of each."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as http:
-
-        async def ask(index: int, call: dict[str, Any]) -> tuple[float, Any]:
-            await asyncio.sleep(plan["spread_s"] * index / len(plan["calls"]))
-            begun = time.perf_counter()
-            answer = await http.post(call["url"], content=call["body"], headers=call["headers"])
-            answer.raise_for_status()
-            return time.perf_counter() - begun, answer.json()
-
-        begun = time.perf_counter()
-        answers = await asyncio.gather(*(ask(index, call) for index, call in enumerate(plan["calls"])))
-        whole = time.perf_counter() - begun
-    return {"whole": whole, "each": [seconds for seconds, _ in answers], "answers": [answer for _, answer in answers]}
+def run_client(sessions: Sessions, *, spread_s: float = 0.0, stream: bool = False) -> dict[str, Any]:
+    """Run sessions in a client process; its times, and the CPU seconds of the client and of the whole machine."""
+    plan = json.dumps({"sessions": sessions, "spread_s": spread_s, "stream": stream})
+    client, machine = _children_s(), _machine_s()
+    done = subprocess.run([sys.executable, str(CLIENT)], input=plan, capture_output=True, text=True, check=True)
+    return {**json.loads(done.stdout), "client": _children_s() - client, "machine": _machine_s() - machine}
 
 
-def run_client(calls: list[dict[str, Any]], spread_s: float = 0.0) -> dict[str, Any]:
-    """The same in a process of its own, which imports little: this file imports torchrl_sglang where it is needed."""
-    command = [sys.executable, __file__, "--as-client"]
-    done = subprocess.run(
-        command, input=json.dumps({"calls": calls, "spread_s": spread_s}), capture_output=True, text=True, check=True
-    )
-    return dict(json.loads(done.stdout))
+def _children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _machine_s() -> float:
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
 
 class Gateway:
@@ -77,111 +77,129 @@ class Gateway:
             raise SystemExit("the gateway did not start")
         self.url = line.split()[1]
         self.usage = psutil.Process(self._process.pid)
+        self._http = httpx.Client(trust_env=False, timeout=60)
 
-    def session(self) -> dict[str, str]:
-        return dict(httpx.post(f"{self.url}/sessions", trust_env=False).json())
+    def session(self, question: str, new_tokens: int, replies: tuple[str, ...] = ()) -> dict[str, Any]:
+        """A new session, and what its agent sends."""
+        made = self._http.post(f"{self.url}/sessions").json()
+        sampling = {"max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+        body = {"model": "m", "messages": [{"role": "user", "content": question}], **sampling}
+        headers = {"authorization": f"Bearer {made['api_key']}"}
+        url = f"{made['base_url']}/chat/completions"
+        return {"id": made["id"], "url": url, "headers": headers, "bodies": [body], "replies": replies}
 
-    def trajectories(self, session: dict[str, str]) -> list[dict[str, Any]]:
-        headers = {"authorization": f"Bearer {session['api_key']}"}
+    def prompts(self, session: dict[str, Any]) -> list[list[int]]:
+        """The token ids of each prompt that a session has sent."""
         url = f"{self.url}/sessions/{session['id']}/trajectories"
-        return list(httpx.get(url, headers=headers, trust_env=False).json())
+        (leaf,) = self._http.get(url, headers=session["headers"]).json()
+        mask = [0, *leaf["loss_mask"]]
+        return [leaf["token_ids"][:i] for i in range(len(mask) - 1) if mask[i + 1] and not mask[i]]
 
     def cpu_s(self) -> float:
         times = self.usage.cpu_times()
         return float(times.user + times.system)
 
     def stop(self) -> None:
+        self._http.close()
         self._process.terminate()
         self._process.wait(timeout=60)
 
 
-def chat_call(session: dict[str, str], messages: list[dict[str, Any]], new_tokens: int) -> dict[str, Any]:
-    body = {"model": "m", "messages": messages, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
-    headers = {"authorization": f"Bearer {session['api_key']}", "content-type": "application/json"}
-    return {"url": f"{session['base_url']}/chat/completions", "body": json.dumps(body), "headers": headers}
-
-
-def raw_call(url: str, ids_T: list[int], new_tokens: int) -> dict[str, Any]:
+def raw_session(url: str, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
     sampling = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
-    body = {"input_ids": ids_T, "sampling_params": sampling, "return_logprob": True}
-    return {"url": f"{url}/generate", "body": json.dumps(body), "headers": {"content-type": "application/json"}}
+    bodies = [{"input_ids": ids_T, "sampling_params": sampling, "return_logprob": True} for ids_T in prompts]
+    return {"url": f"{url}/generate", "headers": {}, "bodies": bodies}
 
 
-def measure_pairs(url: str, gateway: Gateway, sessions: int, pairs: int, new_tokens: int) -> None:
-    prompts = [[{"role": "user", "content": f"{QUESTION}{i}"}] for i in range(sessions)]
-    made = [gateway.session() for _ in prompts]
-    run_client([chat_call(s, p, new_tokens) for s, p in zip(made, prompts, strict=True)])
-    ids_B_T = [leaf["token_ids"][: leaf["loss_mask"].index(1)] for s in made for leaf in gateway.trajectories(s)[:1]]
-    raw_calls = [raw_call(url, ids_T, new_tokens) for ids_T in ids_B_T]
-    run_client(raw_calls)
+def measure_pairs(url: str, gateway: Gateway, num_sessions: int, pairs: int, new_tokens: int) -> None:
+    def agents(replies: tuple[str, ...] = ()) -> Sessions:
+        return [gateway.session(f"{QUESTION}{i}", new_tokens, replies) for i in range(num_sessions)]
 
-    def gateway_calls() -> list[dict[str, Any]]:
-        return [chat_call(gateway.session(), prompt, new_tokens) for prompt in prompts]
+    def raw(replies: tuple[str, ...] = ()) -> Sessions:
+        """The same ids; a first run of the agents shows them, and warms both up."""
+        made = agents(replies)
+        run_client(made)
+        return [raw_session(url, gateway.prompts(session), new_tokens) for session in made]
 
-    print("all at once:")
-    whole_s = _measure(url, gateway, raw_calls, gateway_calls, pairs, spread_s=0.0)
-    print(f"over {2 * whole_s:.1f} s, twice the time that raw took:")
-    _measure(url, gateway, raw_calls, gateway_calls, pairs, spread_s=2 * whole_s)
+    single, several = raw(), raw(REPLIES)
+    run_client(single)
+    print("at once:")
+    whole_s = _measure(url, gateway, single, agents, pairs)
+    print(f"turn by turn, {1 + len(REPLIES)} turns each:")
+    _measure(url, gateway, several, lambda: agents(REPLIES), pairs)
+    print(f"spread over {2 * whole_s:.1f} s, twice the time that raw took:")
+    _measure(url, gateway, single, agents, pairs, spread_s=2 * whole_s)
+    print("streamed, at once:")
+    _measure(url, gateway, single, agents, pairs, stream=True)
 
 
 def _measure(
     url: str,
     gateway: Gateway,
-    raw_calls: list[dict[str, Any]],
-    gateway_calls: Callable[[], list[dict[str, Any]]],
+    raw: Sessions,
+    agents: Callable[[], Sessions],
     pairs: int,
     *,
-    spread_s: float,
+    spread_s: float = 0.0,
+    stream: bool = False,
 ) -> float:
     """Run the pairs and print their medians; returns the median seconds of raw."""
     from torchrl_sglang import SGLangClient
     from torchrl_sglang.protocol.control import build_flush
 
     server = SGLangClient(url)
-    ratios, differences, cpu, whole = [], [], [], []
+    turns = sum(len(session["bodies"]) for session in raw)
+    results: dict[str, list[dict[str, Any]]] = {"raw": [], "gateway": []}
     for pair in range(pairs):
-        calls = {"raw": raw_calls, "gateway": gateway_calls()}
-        results = {}
+        sessions = {"raw": raw, "gateway": agents()}
         for name in ("raw", "gateway") if pair % 2 else ("gateway", "raw"):
             server.send(build_flush())
             before = gateway.cpu_s()
-            results[name] = run_client(calls[name], spread_s)
-            if name == "gateway":
-                cpu.append((gateway.cpu_s() - before) / len(raw_calls))
-        whole.append(results["raw"]["whole"])
-        ratios.append(results["raw"]["whole"] / results["gateway"]["whole"])
-        medians = {name: statistics.median(result["each"]) for name, result in results.items()}
-        differences.append(medians["gateway"] - medians["raw"])
-        print(
-            f"  pair {pair + 1}: raw {results['raw']['whole']:.3f} s, gateway {results['gateway']['whole']:.3f} s, "
-            f"median latency {1000 * medians['raw']:.0f} and {1000 * medians['gateway']:.0f} ms",
-            flush=True,
-        )
+            result = run_client(sessions[name], spread_s=spread_s, stream=stream)
+            results[name].append({**result, "cpu": (gateway.cpu_s() - before) / turns})
+
+    def median(of: Callable[[dict[str, Any]], float], name: str) -> float:
+        return statistics.median(map(of, results[name]))
+
+    def difference(key: str) -> str:
+        both = zip(*(results[name] for name in ("gateway", "raw")), strict=True)
+        values = [1000 * (statistics.median(g[key]) - statistics.median(r[key])) for g, r in both]
+        raw_ms = 1000 * median(lambda r: statistics.median(r[key]), "raw")
+        return f"{statistics.median(values):+7.1f} ms (raw {raw_ms:.1f} ms)"
+
     if not spread_s:
-        print(f"  throughput, gateway / raw   {statistics.median(ratios):.3f}   (target: 0.95 or more)")
-    print(f"  median latency, difference  {1000 * statistics.median(differences):+.1f} ms (target: 3 ms or less)")
-    print(f"  CPU time of the gateway     {1000 * statistics.median(cpu):.2f} ms per turn", flush=True)
-    return statistics.median(whole)
+        ratios = [r["whole"] / g["whole"] for r, g in zip(results["raw"], results["gateway"], strict=True)]
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        print(f"  throughput, gateway / raw   {statistics.median(ratios):.3f} ({spread}; target: 0.95 or more)")
+    print(f"  median latency, difference  {difference('each')}, target: 3 ms or less")
+    if stream:
+        print(f"  to the first token          {difference('first')}")
+        print(f"  between tokens              {difference('between')}")
+    print(f"  CPU time of the gateway     {1000 * median(lambda r: r['cpu'], 'gateway'):.2f} ms per turn")
+    for name in results:
+        busy = median(lambda r: 1000 * r["machine"] / turns, name)
+        client = median(lambda r: 1000 * r["client"] / turns, name)
+        whole = median(lambda r: r["whole"], name)
+        print(f"  {name:8} {whole:.3f} s, CPU time per turn {busy:.2f} ms, of it {client:.2f} ms the client's process")
+    sys.stdout.flush()
+    return median(lambda r: r["whole"], "raw")
 
 
 def measure_idle_sessions(gateway: Gateway, new_tokens: int) -> None:
-    messages = [{"role": "user", "content": QUESTION}]
     before = gateway.usage.memory_info().rss
-    made = [gateway.session() for _ in range(IDLE_SESSIONS)]
+    made = [gateway.session(QUESTION, new_tokens) for _ in range(IDLE_SESSIONS)]
     for start in range(0, IDLE_SESSIONS, 100):
-        run_client([chat_call(session, messages, new_tokens) for session in made[start : start + 100]])
+        run_client(made[start : start + 100])
     grown = (gateway.usage.memory_info().rss - before) / 2**20
     print(f"{IDLE_SESSIONS} idle sessions          {grown:.0f} MB with a turn each (target: less than 200 MB)")
 
 
 def measure_prefix_cache(gateway: Gateway, new_tokens: int) -> None:
-    session = gateway.session()
-    messages: list[dict[str, Any]] = [{"role": "user", "content": QUESTION}]
-    first = run_client([chat_call(session, messages, new_tokens)])["answers"][0]
-    messages += [first["choices"][0]["message"], {"role": "user", "content": "More."}]
-    second = run_client([chat_call(session, messages, new_tokens)])["answers"][0]
+    session = gateway.session(QUESTION, new_tokens, REPLIES[:1])
+    (second,) = run_client([session])["answers"]
+    first_tokens = len(gateway.prompts(session)[0]) + new_tokens
     cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
-    print(f"prefix cache                {cached} tokens of a first turn of {first['usage']['total_tokens']}")
+    print(f"prefix cache                {cached} tokens of a first turn of {first_tokens}")
 
 
 def main() -> None:
@@ -190,19 +208,17 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--as-client", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--server-threads", type=int, help="threads of the launched server; default: half of the cores")
     args = parser.parse_args()
-    if args.as_client:
-        print(json.dumps(asyncio.run(ask_all(json.load(sys.stdin)))))
-        return
     server = None
     if args.url is None:
         from torchrl_sglang import ServerConfig, SGLangServer
         from torchrl_sglang.testing import make_tiny_model
 
         model = make_tiny_model(Path(tempfile.mkdtemp()) / "tiny")
+        env = {} if args.server_threads is None else {"OMP_NUM_THREADS": str(args.server_threads)}
         flags = ("--max-total-tokens", "40000")
-        server = SGLangServer(ServerConfig(model=str(model), device="cpu", extra_args=flags)).start()
+        server = SGLangServer(ServerConfig(model=str(model), device="cpu", extra_args=flags, env=env)).start()
     url = args.url or server.url  # type: ignore[union-attr]
     gateway = Gateway(url)
     try:

@@ -19,7 +19,8 @@ _DECODING = ("decode", "_decode", "convert_tokens_to_string")
 
 def encode_plainly(tokenizer: Any, text: str) -> list[int] | None:
     """What ``tokenizer(text, add_special_tokens=False)`` has as ``input_ids``; ``None`` if only that call can tell."""
-    if not _is_plain(type(tokenizer), _ENCODING):
+    kind: Any = type(tokenizer)
+    if not _is_plain(kind, _ENCODING):
         return None
     backend = tokenizer.backend_tokenizer
     if backend.truncation is not None or backend.padding is not None:
@@ -32,7 +33,8 @@ def encode_plainly(tokenizer: Any, text: str) -> list[int] | None:
 
 def decode_plainly(tokenizer: Any, ids_T: Sequence[int]) -> str | None:
     """The text of token ids, special tokens included and not cleaned up; ``None`` if only the tokenizer can tell."""
-    if not _is_plain(type(tokenizer), _DECODING):
+    kind: Any = type(tokenizer)
+    if not _is_plain(kind, _DECODING):
         return None
     return str(tokenizer.backend_tokenizer.decode(list(ids_T), skip_special_tokens=False))
 

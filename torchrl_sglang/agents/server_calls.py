@@ -7,7 +7,7 @@ import errno
 import json
 import socket
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from contextvars import ContextVar, Token
 from types import TracebackType
@@ -29,13 +29,14 @@ from torchrl_sglang.http_errors import rejected, stream_cut_short
 from torchrl_sglang.protocol.messages import HttpRequest
 from torchrl_sglang.tls import explain_tls, trusted_authorities
 
-__all__ = ["ServerCalls"]
+__all__ = ["ServerCalls", "event_data"]
 
 _LOCAL_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.ENETUNREACH}
 
 
 _connected: ContextVar[Callable[[Any], None]] = ContextVar("connected", default=lambda _connection: None)
 """Called with the connection that a request gets."""
+_END = b"[DONE]"
 _FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 
 
@@ -86,6 +87,9 @@ class ServerCalls:
     async def stream(self, request: HttpRequest) -> AsyncGenerator[dict[str, Any], None]:
         """Send a request and yield its server-sent events; closing the iterator closes the connection.
 
+        Where each event has all tokens so far, those that have been overtaken by the time they are read are left out:
+        a gateway with many streams then reads as much as it has time for, instead of falling behind.
+
         Raises:
             SGLangError: the same errors as :meth:`send`, also in the middle of the stream.
         """
@@ -94,13 +98,12 @@ class ServerCalls:
             async with self._answer(request, None) as answer:
                 if not answer.ok:
                     self._refuse(answer, await answer.read(), request)
-                async for line in _lines(answer.content):
-                    if not line.startswith(b"data:"):
-                        continue
-                    data = line[5:].strip()
-                    if data == b"[DONE]":
-                        return
-                    yield _parsed(data)
+                is_cumulative = self.client.info.raw.get("incremental_streaming_output") is False
+                async for lines in _lines(answer.content):
+                    for data in event_data(lines, latest_only=is_cumulative):
+                        if data == _END:
+                            return
+                        yield _parsed(data)
         except _FAILURES as error:
             raise self._translated(error, request) from error
         except ValueError as error:
@@ -273,15 +276,32 @@ def _is_local(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _LOCAL_ERRNOS
 
 
-async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """The lines of an answer, of any length: aiohttp's own iterator limits them."""
+def event_data(lines: Sequence[bytes], *, latest_only: bool) -> list[bytes]:
+    """The data of server-sent events.
+
+    Args:
+        lines: lines that came together.
+        latest_only: only the last one's, and the end of the stream, if that is among them.
+
+    Examples:
+        >>> lines = [b"data: 1", b"", b"data: 2", b"", b"data: [DONE]", b""]
+        >>> event_data(lines, latest_only=False), event_data(lines, latest_only=True)
+        ([b'1', b'2', b'[DONE]'], [b'2', b'[DONE]'])
+    """
+    found = [line[5:].strip() for line in lines if line.startswith(b"data:")]
+    if not latest_only or len(found) < 2:
+        return found
+    return found[-2:] if found[-1] == _END else found[-1:]
+
+
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[list[bytes]]:
+    """The lines of an answer that came together, of any length: aiohttp's own iterator limits them."""
     rest = b""
     async for chunk in content.iter_any():
         *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line
+        yield lines
     if rest:
-        yield rest
+        yield [rest]
 
 
 def _socket(address: tuple[Any, ...]) -> socket.socket:
