@@ -25,6 +25,7 @@ from torchrl_sglang.errors import (
 )
 from torchrl_sglang.http_errors import rejected, stream_cut_short
 from torchrl_sglang.protocol.messages import HttpRequest
+from torchrl_sglang.proxies import refuse_web_page
 from torchrl_sglang.tls import explain_tls, trusted_authorities
 
 __all__ = ["ServerCalls"]
@@ -71,8 +72,10 @@ class ServerCalls:
         except _FAILURES as error:
             raise self._translated(error, request) from error
         self._refuse(answer, body, request)
-        if "json" not in answer.content_type:
-            return body.decode(errors="replace")
+        if "json" not in answer.content_type and not body.startswith((b"{", b"[")):
+            text = body.decode(errors="replace")
+            refuse_web_page(request, url=self.client.url, body=text)
+            return text
         try:
             return json.loads(body)
         except ValueError as error:
@@ -94,6 +97,7 @@ class ServerCalls:
                     self._refuse(answer, await answer.read(), request)
                 async for line in _lines(answer.content):
                     if not line.startswith(b"data:"):
+                        refuse_web_page(request, url=url, body=line.decode(errors="replace"))
                         continue
                     data = line[5:].strip()
                     if data == b"[DONE]":
@@ -193,6 +197,7 @@ class ServerCalls:
                 body=body.decode(errors="replace"),
                 reason=answer.reason or "",
                 has_key="Authorization" in self.client.headers(request),
+                headers=answer.headers,
             )
 
     def _translated(self, error: Exception, request: HttpRequest) -> SGLangError:

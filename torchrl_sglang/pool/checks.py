@@ -57,7 +57,22 @@ def refuse_different_models(infos: Sequence[ServerInfo]) -> None:
                 f"{first.url} serves {first.model_path!r} and {info.url} serves {info.model_path!r}, models of other "
                 f"sizes ({unlike}): one pool needs servers of one model"
             )
+        if not _same_tokens(first, info):
+            raise ConfigError(
+                f"{first.url} has the tokenizer {first.tokenizer_path!r} and {info.url} has {info.tokenizer_path!r}, "
+                "which gives tokens other ids: one pool needs servers of one tokenizer"
+            )
         _refuse_unsupported_model(info)
+
+
+def _same_tokens(first: ServerInfo, other: ServerInfo) -> bool:
+    """Whether two servers' tokenizers have the same tokens, as far as their files can be read here."""
+    if other.tokenizer_path == first.tokenizer_path:
+        return True
+    files = [read_model_json(info.tokenizer_path, "tokenizer.json", info.revision) for info in (first, other)]
+    return None in files or all(
+        (files[0] or {}).get(part) == (files[1] or {}).get(part) for part in ("model", "added_tokens")
+    )
 
 
 def _unlike_sizes(first: ServerInfo, other: ServerInfo) -> str | None:
