@@ -49,6 +49,8 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
     "pool": (
         *(
             "records",
+            "record_store",
+            "update_events",
             "state",
             "update_lock",
             "checks",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -152,3 +154,21 @@ def test_models_of_one_architecture_and_other_sizes_make_no_pool(make: Make, mak
     settings = FakeSettings(model_path=make_model(arch="llama", seed=0, layers=3))
     with FakeServer(settings) as larger, pytest.raises(ConfigError, match="models of other sizes.*num_hidden_layers"):
         pool_of(make(), larger)
+
+
+def test_tokenizers_with_other_ids_make_no_pool(make: Make, make_model: MakeModel, tmp_path: Path) -> None:
+    first = make()
+    other = tmp_path / "served"
+    shutil.copytree(first.settings.model_path, other)
+    with FakeServer(FakeSettings(model_path=other)) as copied:
+        pool_of(first, copied)  # another folder, the same tokens
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    (one, two), *_ = zip(vocabulary, list(vocabulary)[1:], strict=False)
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with (
+        FakeServer(FakeSettings(model_path=other)) as swapped,
+        pytest.raises(ConfigError, match="gives tokens other ids: one pool needs servers of one tokenizer"),
+    ):
+        pool_of(first, swapped)

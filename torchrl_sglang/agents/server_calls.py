@@ -27,6 +27,7 @@ from torchrl_sglang.errors import (
 )
 from torchrl_sglang.http_errors import rejected, stream_cut_short
 from torchrl_sglang.protocol.messages import HttpRequest
+from torchrl_sglang.proxies import refuse_web_page
 from torchrl_sglang.tls import explain_tls, trusted_authorities
 
 __all__ = ["ServerCalls", "event_data"]
@@ -74,8 +75,10 @@ class ServerCalls:
         except _FAILURES as error:
             raise self._translated(error, request) from error
         self._refuse(answer, body, request)
-        if "json" not in answer.content_type:
-            return body.decode(errors="replace")
+        if "json" not in answer.content_type and not body.startswith((b"{", b"[")):
+            text = body.decode(errors="replace")
+            refuse_web_page(request, url=self.client.url, body=text)
+            return text
         try:
             return _parsed(body)
         except ValueError as error:
@@ -100,7 +103,10 @@ class ServerCalls:
                     self._refuse(answer, await answer.read(), request)
                 is_cumulative = self.client.info.raw.get("incremental_streaming_output") is False
                 async for lines in _lines(answer.content):
-                    for data in event_data(lines, latest_only=is_cumulative):
+                    events = event_data(lines, latest_only=is_cumulative)
+                    if not events:
+                        refuse_web_page(request, url=url, body=b"\n".join(lines).decode(errors="replace"))
+                    for data in events:
                         if data == _END:
                             return
                         yield _parsed(data)
@@ -175,6 +181,7 @@ class ServerCalls:
                 body=body.decode(errors="replace"),
                 reason=answer.reason or "",
                 has_key="Authorization" in self.client.headers(request),
+                headers=answer.headers,
             )
 
     def _translated(self, error: Exception, request: HttpRequest) -> SGLangError:

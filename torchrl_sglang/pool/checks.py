@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -57,7 +57,22 @@ def refuse_different_models(infos: Sequence[ServerInfo]) -> None:
                 f"{first.url} serves {first.model_path!r} and {info.url} serves {info.model_path!r}, models of other "
                 f"sizes ({unlike}): one pool needs servers of one model"
             )
+        if not _same_tokens(first, info):
+            raise ConfigError(
+                f"{first.url} has the tokenizer {first.tokenizer_path!r} and {info.url} has {info.tokenizer_path!r}, "
+                "which gives tokens other ids: one pool needs servers of one tokenizer"
+            )
         _refuse_unsupported_model(info)
+
+
+def _same_tokens(first: ServerInfo, other: ServerInfo) -> bool:
+    """Whether two servers' tokenizers have the same tokens, as far as their files can be read here."""
+    if other.tokenizer_path == first.tokenizer_path:
+        return True
+    files = [read_model_json(info.tokenizer_path, "tokenizer.json", info.revision) for info in (first, other)]
+    return None in files or all(
+        (files[0] or {}).get(part) == (files[1] or {}).get(part) for part in ("model", "added_tokens")
+    )
 
 
 def _unlike_sizes(first: ServerInfo, other: ServerInfo) -> str | None:
@@ -116,13 +131,21 @@ def process_mark(info: ServerInfo) -> tuple[object, str] | None:
     return None if seed is None and not times else (seed, repr(times))
 
 
-def refuse_newcomers(new: Sequence[ServerInfo], members: Sequence[ServerInfo], *, updates: bool) -> None:
+def refuse_newcomers(
+    new: Sequence[ServerInfo],
+    members: Sequence[ServerInfo],
+    *,
+    updates: bool,
+    is_left_behind: Callable[[str], bool] = lambda version: False,
+) -> None:
     """Require that servers fit into a pool that generates: as when a pool connects, and as the pool is in use.
 
     Args:
         new: the newcomers.
         members: the servers of the pool.
         updates: this process sends weights to the pool.
+        is_left_behind: whether the update that has left a dirty version was ours, or that of a trainer that has ended:
+            our next one heals it.
 
     Raises:
         ConfigError: a newcomer serves another model, takes shorter prompts than were accepted so far, would not take
@@ -130,7 +153,7 @@ def refuse_newcomers(new: Sequence[ServerInfo], members: Sequence[ServerInfo], *
     """
     refuse_unlike(new, members, updates=updates)
     for info in new:
-        if info.weight_version.startswith("dirty-"):
+        if info.weight_version.startswith("dirty-") and not is_left_behind(info.weight_version):
             raise ConfigError(
                 f"{info.url} holds half-updated or unverified weights ({info.weight_version}): another process is "
                 "updating it, or died in an update. Restart it before it joins, or wait until that update is over"

@@ -70,6 +70,13 @@ class DeadServerTracker:
         if none_left:
             running.wait()
 
+    def join(self, timeout_s: float) -> None:
+        """Wait for a poll under way, at most this long, in seconds."""
+        with self._lock:
+            running = self._running
+        if running is not None:
+            running.wait(timeout_s)
+
     def _ask(self, dead: Sequence[SGLangClient]) -> None:
         side_by_side({client.url: partial(self._ask_one, client) for client in dead})
 

@@ -123,7 +123,14 @@ class Membership:
         infos = [outcomes[client.url].unwrap() for client in new]
         refuse_balanced_addresses(new)
         refuse_same_server(infos, pool.known_infos)
-        refuse_newcomers(infos, pool.known_infos, updates=pool.weight_sync is not None)
+        sync = pool.weight_sync
+        heals = sync is not None and pool.state.weights.adapter is None
+        refuse_newcomers(
+            infos,
+            pool.known_infos,
+            updates=sync is not None,
+            is_left_behind=lambda version: heals and sync.is_left_behind(version),
+        )
         with contextlib.ExitStack() as on_failure:
             with pool.update_lock:
                 with self._lock:
@@ -164,8 +171,11 @@ class Membership:
                     client.url, based_on=pool.state.server(client.url), updated_to=held
                 ):
                     waiting.remove(client)
+        healed_later = [each for each in waiting if pool.state.server(each.url).weights == "mixed"]
+        waiting = [each for each in waiting if each not in healed_later]
         if waiting and sync is not None:
             waiting = sync.bring_up_to_date(waiting)
+        waiting += healed_later
         for client in waiting:
             _log.warning("%s has joined; it gets requests after the next weight update", client.url)
 

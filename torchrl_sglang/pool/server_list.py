@@ -52,7 +52,7 @@ def reader_of(source: ListSource) -> Callable[[], list[str]]:
         if not str(source):
             raise ConfigError("the name of the file with the list of servers is empty")
         path = Path(source)
-        return lambda: _read_settled(path)
+        return _SettledFile(path)
     raise ConfigError(
         "a list of servers is a file with a URL per line, dns://HOST:PORT, or a function that returns URLs, got "
         f"{type(source).__name__}"
@@ -75,23 +75,33 @@ def read_server_file(path: Path) -> list[str]:
     return _checked(line for line in lines if line)
 
 
-def _read_settled(path: Path) -> list[str]:
-    """Read a file that somebody may be writing: a list without its last lines would remove servers.
+class _SettledFile:
+    """Reads a file that somebody may be writing: a list without its last lines would remove servers.
 
-    Raises:
-        ServerError: as :func:`read_server_file`, or it keeps changing.
+    A file that has changed is read when it has stayed the same for a moment. Its time stamps are compared with each
+    other alone: its file server's clock, and this machine's, may be wrong and jump.
     """
-    deadline = time.monotonic() + _SETTLE_LIMIT_S
-    while time.monotonic() < deadline:
-        before = _stamp(path)
-        if before is not None and time.time() - before[0] / 1e9 > _SETTLE_S:
-            urls = read_server_file(path)
-        else:
-            time.sleep(_SETTLE_S)
-            urls = read_server_file(path)
-        if _stamp(path) == before:
-            return urls
-    raise ServerError(f"the list of servers {path} is being written all the time")
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._settled: tuple[int, int, int] | None = None
+
+    def __call__(self) -> list[str]:
+        """The URLs.
+
+        Raises:
+            ServerError: as :func:`read_server_file`, or it keeps changing.
+        """
+        deadline = time.monotonic() + _SETTLE_LIMIT_S
+        while time.monotonic() < deadline:
+            before = _stamp(self._path)
+            if before is None or before != self._settled:
+                time.sleep(_SETTLE_S)
+            urls = read_server_file(self._path)
+            if _stamp(self._path) == before:
+                self._settled = before
+                return urls
+        raise ServerError(f"the list of servers {self._path} is being written all the time")
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

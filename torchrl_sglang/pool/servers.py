@@ -27,6 +27,7 @@ from torchrl_sglang.server_url import url_list
 __all__ = ["PoolServers"]
 
 _POLL_S = 0.2
+_CLOSE_PATIENCE_S = 2.0
 
 
 class PoolServers:
@@ -402,7 +403,8 @@ class PoolServers:
         return clients
 
     def close(self) -> None:
-        """Close all idle connections."""
+        """Close all idle connections. A look at dead servers that is under way is waited for, for a moment."""
+        self._dead_servers.join(_CLOSE_PATIENCE_S)
         for client in self.clients:
             client.close()
         if self.router is not None:

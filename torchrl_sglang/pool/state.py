@@ -7,13 +7,12 @@ Other objects read it here and keep no copy. Records are immutable; a change rep
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
-from torchrl_sglang.errors import ServerWeights
+from torchrl_sglang.pool.record_store import weights_under
 from torchrl_sglang.pool.records import Adapter, Phase, SavedWeights, ServerState, WeightState
+from torchrl_sglang.pool.update_events import UpdateEvents
 from torchrl_sglang.protocol.version import WeightVersion
 
 __all__ = ["Adapter", "Phase", "PoolState", "SavedWeights", "ServerState", "WeightState"]
@@ -21,7 +20,7 @@ __all__ = ["Adapter", "Phase", "PoolState", "SavedWeights", "ServerState", "Weig
 _log = logging.getLogger(__name__)
 
 
-class PoolState:
+class PoolState(UpdateEvents):
     """The records of one pool. Thread-safe.
 
     Args:
@@ -35,44 +34,6 @@ class PoolState:
         >>> state.restored("http://a:30000", based_on=before)  # decided before the second event: refused
         False
     """
-
-    def __init__(self, urls: Iterable[str]) -> None:
-        self._lock = threading.Lock()
-        self._servers = {url: ServerState(url=url) for url in urls}
-        self._former: dict[str, ServerState] = {}
-        self._weights = WeightState()
-
-    # ------------------------------------------------------------------ reading
-
-    def server(self, url: str) -> ServerState:
-        """The record of one server; of one that has left, the last one: no event changes it any more."""
-        record = self._servers.get(url)  # read once: it may leave meanwhile
-        return self._former[url] if record is None else record
-
-    def has_left(self, url: str) -> bool:
-        """Whether a server is leaving, or is no member any more: what it has not answered is generated elsewhere."""
-        record = self._servers.get(url)
-        return record.is_leaving if record is not None else url in self._former
-
-    @property
-    def known_urls(self) -> tuple[str, ...]:
-        """The members, and the servers that were members."""
-        return (*self._servers, *self._former)
-
-    @property
-    def servers(self) -> Mapping[str, ServerState]:
-        """The record of every server, by URL."""
-        return dict(self._servers)
-
-    @property
-    def weights(self) -> WeightState:
-        """The record of the weights."""
-        return self._weights
-
-    @property
-    def offloaded_urls(self) -> tuple[str, ...]:
-        """The servers that have released GPU memory, or are about to. Until they are done, no process is started."""
-        return tuple(url for url, known in dict(self._servers).items() if known.before_offload is not None)
 
     # ------------------------------------------------------------------ events: members
 
@@ -91,7 +52,7 @@ class PoolState:
                 phase="joining",
                 reason=reason,
                 version=version,
-                weights=_weights_under(version),
+                weights=weights_under(version),
                 restarts=0 if former is None else former.restarts + 1,
                 revision=0 if former is None else former.revision + 1,
             )
@@ -117,7 +78,7 @@ class PoolState:
         parsed = [WeightVersion.parse(version) for version in versions.values()]
         with self._lock:
             for url, version in versions.items():
-                self._change(url, version=version, weights=_weights_under(version))
+                self._change(url, version=version, weights=weights_under(version))
             # An unfinished update to N counts as version N - 1: the next update is numbered N again.
             found = max(0, *(version.number - version.dirty for version in parsed))
             self._weights = replace(self._weights, version=found)
@@ -225,7 +186,7 @@ class PoolState:
                 _log.info("%s is back in routing", url)
             known = self._change(url, phase="serving", reason="")
             if updated_to is not None:
-                self._change(url, version=updated_to, weights=_weights_under(updated_to))
+                self._change(url, version=updated_to, weights=weights_under(updated_to))
             if new_process_with is not None:
                 self._new_process(known, new_process_with)
             return True
@@ -240,112 +201,6 @@ class PoolState:
             known = self._servers.get(server)
             if known is not None and newest > known.newest_seen:
                 self._put(replace(known, newest_seen=newest))
-
-    # ------------------------------------------------------------------ events: a weight update
-
-    def update_started(self, url: str) -> None:
-        """A weight update is about to reach a server."""
-        with self._lock:
-            known = self.server(url)
-            # An update of ours ends the polling of such a server: only its verification may put the server back.
-            changed: dict[Phase, Phase] = {"serving": "updating", "dirty": "quarantined", "joining": "quarantined"}
-            phase = changed.get(known.phase, known.phase)
-            weights: ServerWeights = "mixed" if known.weights in ("mixed", "stuck") else "old"
-            self._change(url, phase=phase, weights=weights, session_open=False, version_before="")
-
-    def update_version_read(self, url: str, version: str) -> None:
-        """A server holds ``version`` and is about to be marked dirty."""
-        # A mark that is there already is that of an update that never finished: there are no old weights to return to.
-        self._record(url, weights=_weights_under(version), version_before=version)
-
-    def update_abandoned(self, url: str) -> None:
-        """An update failed before it changed anything on a server, which continues as before."""
-        with self._lock:
-            self._change(url, phase=self._phase_after_update(url), version_before="")
-
-    def session_opened(self, url: str) -> None:
-        """A server has opened an update session for us."""
-        self._record(url, session_open=True)
-
-    def session_closed(self, url: str) -> None:
-        """A server has closed our update session."""
-        self._record(url, session_open=False)
-
-    def weights_changed(self, url: str, weights: ServerWeights) -> None:
-        """From now on a server holds ``weights``, as far as this update knows."""
-        complete_from = {} if weights == "old" else {"complete_from": ""}
-        self._record(url, weights=weights, **complete_from)
-
-    def incomplete_found(self, url: str) -> None:
-        """A server was seen to hold tensors that this trainer did not send."""
-        self._record(url, complete_from="")
-
-    def saved_weights_loaded(self, url: str, version: str) -> None:
-        """A server has loaded ``version`` from a shared folder."""
-        self._record(url, version=version, complete_from="")
-
-    def version_claimed(self, number: int) -> None:
-        """A server has been told version ``number``: from now on it names these weights and no others."""
-        with self._lock:
-            highest = max(self._weights.highest_version, number)
-            self._weights = replace(self._weights, highest_version=highest)
-
-    def update_finished(self, url: str, version: str, *, complete_from: str) -> ServerState:
-        """A server has taken over a whole update and generates again.
-
-        Args:
-            url: the server.
-            version: version string it reports.
-            complete_from: owner id of the trainer that sent the update.
-        """
-        with self._lock:
-            phase = self._phase_after_update(url)
-            rejected = self.server(url).rejected_version
-            return self._change(
-                url,
-                rejected_version="" if rejected == version else rejected,
-                phase=phase,
-                version=version,
-                weights="new",
-                complete_from=complete_from,
-                version_before="",
-                is_verified=False,
-                newest_seen=0,
-            )
-
-    def update_rejected(self, url: str, version: str) -> None:
-        """A server has failed the verification of the update to ``version``."""
-        self._record(url, rejected_version=version)
-
-    def verification_ended(self, url: str) -> None:
-        """The verification of a server's last update is over, or was broken off."""
-        with self._lock:
-            self._put(replace(self.server(url), is_verified=True))
-
-    def adapter_loaded(self, url: str) -> None:
-        """A server has loaded the trainer's adapter; its own weights stay as they are."""
-        with self._lock:
-            self._change(url, phase=self._phase_after_update(url), weights="new")
-
-    def weights_served(self, number: int) -> None:
-        """Routed servers serve version ``number``."""
-        with self._lock:
-            self._weights = replace(self._weights, version=number)
-
-    def caches_salted(self, cache_salt: str | None) -> None:
-        """New requests use another name space of the prefix caches; ``None`` when the caches were flushed."""
-        with self._lock:
-            self._weights = replace(self._weights, cache_salt=cache_salt)
-
-    def adapter_switched(self, adapter: Adapter | None) -> None:
-        """Requests that name no adapter are answered with this one; ``None`` is the base model."""
-        with self._lock:
-            self._weights = replace(self._weights, adapter=adapter)
-
-    def weights_saved(self, saved: SavedWeights | None) -> None:
-        """The current weights lie in a shared folder; ``None`` when they no longer do as a whole."""
-        with self._lock:
-            self._weights = replace(self._weights, saved=saved)
 
     # ------------------------------------------------------------------ events: GPU memory
 
@@ -383,47 +238,3 @@ class PoolState:
         with self._lock:
             _log.warning("%s is taken out of routing: %s", url, reason)
             return self._change(url, phase="dead", reason=reason, offloaded_tags=frozenset(), before_offload=None)
-
-    # ------------------------------------------------------------------ changes
-
-    def _new_process(self, known: ServerState, version: str) -> ServerState:
-        return self._put(
-            ServerState(
-                url=known.url,
-                phase=known.phase,
-                reason=known.reason,
-                version=version,
-                weights=_weights_under(version),
-                restarts=known.restarts + 1,
-                is_restarting=known.is_restarting,
-                is_leaving=known.is_leaving,
-                before_offload=known.before_offload,
-                revision=known.revision + 1,
-            )
-        )
-
-    def _phase_after_update(self, url: str) -> Phase:
-        """A server that was out of routing before an update stays out until it is restored."""
-        phase = self.server(url).phase
-        return "serving" if phase == "updating" else phase
-
-    def _record(self, url: str, **changes: Any) -> None:
-        with self._lock:
-            self._change(url, **changes)
-
-    def _change(self, url: str, **changes: Any) -> ServerState:
-        """Replace a record; the lock is held."""
-        known = self.server(url)
-        return self._put(replace(known, **changes, revision=known.revision + 1))
-
-    def _put(self, record: ServerState) -> ServerState:
-        """Replace a record; that of a former member stays as it is. The lock is held."""
-        if record.url not in self._servers:
-            return self._former[record.url]
-        self._servers[record.url] = record
-        return record
-
-
-def _weights_under(version: str) -> ServerWeights:
-    """What a server holds that reports this version before an update: mixed weights if it is marked dirty."""
-    return "mixed" if WeightVersion.parse(version).dirty else "old"

@@ -21,6 +21,7 @@ from torchrl_sglang.errors import ConfigError, ServerTimeoutError, WeightUpdateE
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
+from torchrl_sglang.weights.group.trainer_mark import TrainerMark
 from torchrl_sglang.weights.newcomers import NewcomerUpdates
 from torchrl_sglang.weights.pending_sync import PendingSync
 from torchrl_sglang.weights.planning import PushPlanner
@@ -290,6 +291,14 @@ class WeightSync:
             if self.last_report is None:
                 return list(clients)
             return self._newcomers.update(clients, self._choose_transport())
+
+    def is_left_behind(self, version: str) -> bool:
+        """Whether a server's dirty version is of a failed update of this trainer, or of a trainer that has ended.
+
+        A trainer on another host may still be at work.
+        """
+        mark = TrainerMark.parse(WeightVersion.parse(version).owner or "")
+        return mark.owner == self.owner or mark.is_alive() is False
 
     def servers_leave(self) -> None:
         """Servers are about to leave the pool: process groups are destroyed, and the next push makes new ones."""

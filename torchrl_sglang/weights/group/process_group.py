@@ -263,6 +263,12 @@ def _join(rendezvous: Rendezvous, world_size: int, backend: str, timeout_s: floa
         nccl._timeout = timedelta(seconds=10 * timeout_s + 36_000)
         return dist.ProcessGroupNCCL(store, 0, world_size, nccl)
     except RuntimeError as error:
-        raise WeightUpdateError(f"the trainer could not join the weight group: {error}") from error
+        advice = (
+            f". {rendezvous.address} and a server's own address are of different families, IPv4 and IPv6: set "
+            "SyncConfig(master_address=...) to this machine's address of the servers' family, or use transport='http'"
+            if "ss_family" in str(error)
+            else ""
+        )
+        raise WeightUpdateError(f"the trainer could not join the weight group: {error}{advice}") from error
     finally:
         store = None  # a traceback keeps this frame, and the frame would keep the store: see Rendezvous

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import shutil
-import time
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -181,6 +181,7 @@ def _is_abandoned(partial: Path) -> bool:
         return not mark.is_alive() and mark != TrainerMark.own(mark.group)
     try:
         newest = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
-    except OSError:  # it has just been renamed
+        with tempfile.NamedTemporaryFile(dir=partial.parent, prefix=".clock-") as now:  # the clock that wrote `newest`
+            return Path(now.name).stat().st_mtime - newest > _ABANDONED_AFTER_S
+    except OSError:  # it has just been renamed, or nothing can be written here
         return False
-    return time.time() - newest > _ABANDONED_AFTER_S
