@@ -20,6 +20,7 @@ from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.errors import ConfigError, ServerTimeoutError, WeightUpdateError
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.group.trainer_mark import TrainerMark
 from torchrl_sglang.weights.newcomers import NewcomerUpdates
