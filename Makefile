@@ -21,7 +21,7 @@ help:
 	@echo "make quickstart  environment, then a language model trained with GRPO against a real SGLang server (no GPU);"
 	@echo "                 once more: make quickstart ARGS=--overwrite"
 	@echo "make test-quick  the tests to run while editing: no server, no Ray (about a minute on 2 cores)"
-	@echo "make test        environment, checks, tests (about 14 minutes on 2 cores)"
+	@echo "make test        environment, checks, tests (about 13 minutes on 2 cores)"
 	@echo "make test-install  the first hour of a new user: the wheel, each extra, the CPU server, the examples (about 20 minutes)"
 	@echo "make test-agents  agent frameworks from the registry, through the gateway (about 15 minutes, mostly downloads)"
 	@echo "make test-full   make test, test-install, test-agents, TorchRL 0.13 and its nightly build (reported only), the slow tests (another 45)"
@@ -75,10 +75,10 @@ test-quick: env
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(QUICK)
 
 # The checks come first, so that pytest's summary is printed last. Two files run at a time, because a server that
-# starts and a test that waits use only half of the machine.
+# starts and a test that waits use only half of the machine; tests/conftest.py says which files share a worker.
 test: env
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check docs test-torchrl-0.12
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # In environments of its own, which pip resolves without our pins.
 test-install:

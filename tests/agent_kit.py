@@ -22,6 +22,7 @@ from torchrl_sglang.agents.types import ChatRequest, Trajectory, Turn
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.protocol.limits import check_prompts
 from torchrl_sglang.protocol.messages import ServerInfo
+from torchrl_sglang.protocol.stop_strings import StopStrings
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class ScriptedGenerator:
         preferred: str | None = None,
         timeout_s: float | None = None,
         images: PromptImages | None = None,
+        stops: StopStrings | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Generated:
         self.started += 1

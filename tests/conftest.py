@@ -5,7 +5,6 @@ Folders, in the order they run::
     tests/quick/        functions and small objects; starts no process (its conftest.py refuses them), no server, no Ray
     torchrl_sglang/     the examples in the package's docstrings
     tests/fake_sglang/  the fake SGLang server that tests use, and the examples in its docstrings
-    tests/processes/    tests that start processes of their own; no SGLang needed, except one check of the environment
     tests/contract/     what SGLang does, tested on a real CPU server and, where the fake one does it too, on that
     tests/loop/         TorchRL collectors, losses and weight syncs against a real server; the README's code
     tests/fuzz/         random requests and adapters against a real server
@@ -13,6 +12,8 @@ Folders, in the order they run::
     tests/chaos/        training while servers and trainers die, freeze, are cut off...; `make chaos`, and a short form
     tests/soak/         does anything grow in an hour?; `make soak`, and a short form
     tests/gpu/          needs CUDA; marked `gpu`, never part of `make test`
+    tests/processes/    tests that start processes of their own; no SGLang needed, except one check of the environment.
+                        Last, because short files keep two workers busy until both have ended
 
 ``make test-quick`` runs the architecture checks and the first two. ``make test`` runs all but the tests marked ``slow``
 or ``gpu``; ``pytest -k name`` or ``pytest tests/quick`` runs one part. Nothing needs a network. Every test fails after
@@ -27,6 +28,7 @@ Servers. A start costs about 20 seconds and 1.4 GB, so tests share them:
 * ``pool``, ``engine``: a fresh ``SGLangPool`` / ``AsyncSGLang`` connected to ``server``.
 * ``special_server(tp_size=2, ...)``: a server with other settings, started on first use, shared by all tests that
   request the same settings, at most two alive at a time.
+* files of ``SAME_SERVER`` run in the same worker, so that a special server of theirs is started once.
 * ``launch_server(...)``: a server for one test, terminated after it: for tests that kill it.
 
 Without SGLang installed the tests that need it are skipped, except in CI (``CI=true``), where they fail.
@@ -86,9 +88,14 @@ START_VERSION = "default"  # SGLang's version name for the weights it was starte
 OLD_SGLANG = "0.5.20"
 SPECIAL_SERVERS_ALIVE = 2
 ORDER = (
-    *("tests/test_architecture.py", "tests/quick", "torchrl_sglang", "tests/fake_sglang", "tests/processes"),
-    *("tests/contract", "tests/loop", "tests/fuzz", "tests/matrix", "tests/test_readme.py", "tests/gpu"),
+    *("tests/test_architecture.py", "tests/quick", "torchrl_sglang", "tests/fake_sglang", "tests/contract"),
+    *("tests/loop", "tests/fuzz", "tests/matrix", "tests/test_readme.py", "tests/gpu", "tests/processes"),
 )
+SAME_SERVER = {
+    f"tests/loop/test_{name}.py": "flagged_server"
+    for name in ("adapters", "adapters_exact", "adapters_replaced", "request_meaning")
+}
+"""Names of groups of files. Other files are a group by themselves."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -97,6 +104,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return next((i for i, folder in enumerate(ORDER) if path.startswith(folder)), len(ORDER))
 
     items.sort(key=rank)  # stable: keeps the order within a folder
+    for item in items:
+        path = item.path.relative_to(config.rootpath).as_posix()
+        item.add_marker(pytest.mark.xdist_group(SAME_SERVER.get(path, path)))
 
 
 # ------------------------------------------------------------------------------------------------------------- models

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import httpx
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from torchrl_sglang.agents.http.app import make_app
 from torchrl_sglang.agents.http.serving import Serving
@@ -193,7 +193,7 @@ class StandInGateway:
 
     def __init__(self, **settings: Any) -> None:
         self.sessions = StandInSessions()
-        self.app: Starlette = make_app(
+        self.app: ASGIApp = make_app(
             Serving(
                 **{
                     "sessions": self.sessions,

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.message_forms import REFUSALS, as_parts, drops_texts, message_forms
 from torchrl_sglang.text_tokens import encode_untemplated, mark_ids
 
-__all__ = ["REFUSALS", "ChatRenderer", "check_template_kwargs", "message_forms", "name_tool_results"]
+__all__ = ["ChatRenderer", "check_template_kwargs"]
 
 Message = Mapping[str, Any]
 
-REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-"""What a chat template, or the code that renders it, raises for a conversation that it does not take."""
 _MARK = "7f3b-the-answer"
-_SHORT_ID = re.compile("[a-zA-Z0-9]{9}")
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_RESULT_ROLES = ("tool", "ipython")
 _SET_HERE = (
     *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
     *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
@@ -55,6 +49,8 @@ def check_template_kwargs(variables: Mapping[str, Any] | None) -> dict[str, Any]
 class ChatRenderer:
     """Renders conversations as ``tokenizer.apply_chat_template`` does.
 
+    A template that reads parts of contents alone, and drops texts, gets every text as a part.
+
     Args:
         tokenizer: a Hugging Face tokenizer.
         chat_template: a Jinja template, or the name of one of the tokenizer's; ``None`` is the tokenizer's own.
@@ -78,6 +74,7 @@ class ChatRenderer:
                 f"the tokenizer {name!r} has no chat template, so it can't turn a conversation into a prompt: pass "
                 "chat_template= (a Jinja template), set tokenizer.chat_template, or give text or token ids instead"
             )
+        self._drops_texts = (chat_template is not None or own is not tokenizer) and drops_texts(self._apply)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The conversation as text, with all special tokens in it.
@@ -95,18 +92,19 @@ class ChatRenderer:
         refusal: Exception | None = None
         for form in message_forms(messages):
             try:
-                text = self.tokenizer.apply_chat_template(
-                    form,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    **self._options,
-                    **self._variables,
-                )
+                text = self._apply(as_parts(form) if self._drops_texts else form, add_generation_prompt)
             except REFUSALS as error:
                 refusal = refusal or error
             else:
-                return form, str(text)
+                return form, text
         raise ConfigError(f"the chat template refuses the conversation: {refusal}") from refusal
+
+    def _apply(self, form: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        options = {**self._options, **self._variables}
+        text = self.tokenizer.apply_chat_template(
+            form, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+        )
+        return str(text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered text."""
@@ -174,7 +172,7 @@ class ChatRenderer:
         for form in message_forms(messages):
             try:
                 rendered, spans = render_jinja_template(
-                    conversations=[form],
+                    conversations=[as_parts(form) if self._drops_texts else form],
                     chat_template=template,
                     return_assistant_tokens_mask=True,
                     add_generation_prompt=False,
@@ -279,87 +277,3 @@ class ChatRenderer:
         ends = [self.tokenizer.decode([token]) for token in self.turn_end_ids()]
         starts = [at for end in ends if (at := text.find(end, len(prompt))) >= 0]
         return text[min(starts) :] if starts and text.startswith(prompt) else None
-
-
-def message_forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
-    """The messages as they are; then, for templates that refuse these, with what they lack.
-
-    Missing ids of tool calls are nine letters and digits, as Mistral's templates want them, and the tools' results get
-    the ids of the calls in their order. Then a content of ``None`` becomes an empty text. Then all ids become nine
-    letters and digits.
-
-    Examples:
-        >>> call = {"type": "function", "function": {"name": "f", "arguments": {}}}
-        >>> talk = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "5"}]
-        >>> [message["tool_call_id"] for message in list(message_forms(talk))[1][1:]]
-        ['call00000']
-    """
-    form = [dict(message) for message in messages]
-    yield form
-    named = name_tool_results(form, make_ids=True)
-    if named != form:
-        yield named
-    filled = [{**m, "content": ""} if m.get("content") is None else m for m in named]
-    if filled != named:
-        yield filled
-    short = _with_short_ids(filled)
-    if short != filled:
-        yield short
-
-
-def _with_short_ids(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages with ids of nine letters and digits, equal for equal ids."""
-    made = []
-    for given in messages:
-        message = dict(given)
-        if isinstance(message.get("tool_call_id"), str):
-            message["tool_call_id"] = _short_id(message["tool_call_id"])
-        if isinstance(calls := message.get("tool_calls"), list) and all(isinstance(call, Mapping) for call in calls):
-            message["tool_calls"] = [
-                {**call, "id": _short_id(call["id"])} if isinstance(call.get("id"), str) else call for call in calls
-            ]
-        made.append(message)
-    return made
-
-
-def _short_id(call_id: str) -> str:
-    if _SHORT_ID.fullmatch(call_id):
-        return call_id
-    return hashlib.sha256(call_id.encode(errors="surrogatepass")).hexdigest()[:9]
-
-
-def name_tool_results(messages: Sequence[Message], *, make_ids: bool = False) -> list[dict[str, Any]]:
-    """The messages with the ids of the calls in the tools' results, in the order of the calls.
-
-    Args:
-        messages: the conversation.
-        make_ids: also give ids to calls that have none.
-
-    Examples:
-        >>> talk = [{"role": "assistant", "tool_calls": [{"id": "x"}]}, {"role": "tool", "content": "5"}]
-        >>> name_tool_results(talk)[1]
-        {'role': 'tool', 'content': '5', 'tool_call_id': 'x'}
-    """
-    count, named = 0, []
-    waiting: list[Any] = []
-    for given in messages:
-        message = dict(given)
-        calls = message.get("tool_calls")
-        if isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls):
-            if make_ids:
-                calls = [
-                    call if call.get("id") else {**call, "id": f"call{count + i:05d}"} for i, call in enumerate(calls)
-                ]
-                message["tool_calls"] = calls
-            count += len(calls)
-            waiting = [call.get("id") for call in calls]
-        elif message.get("role") in _RESULT_ROLES and waiting:
-            known = message.get("tool_call_id")
-            if known in waiting:
-                waiting.remove(known)
-            elif not known:
-                expected = waiting.pop(0)
-                if expected:
-                    message["tool_call_id"] = expected
-        named.append(message)
-    return named

@@ -28,10 +28,12 @@ from torchrl_sglang.protocol.dialect import (
 )
 from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
 from torchrl_sglang.protocol.version import WeightVersion
+from torchrl_sglang.proxies import refuse_web_page, retry_after_s
 from torchrl_sglang.server_url import base_url
 
 __all__ = ["SGLangClient"]
 
+_LEAST_RETRY_S = 0.1
 _SYNCED_FOLDER = re.compile(r"version-[0-9]+-.+")
 """Name of a folder that the transport ``disk`` writes."""
 
@@ -79,8 +81,11 @@ class SGLangClient:
 
     # ------------------------------------------------------------------ server info
 
-    def connect(self) -> ServerInfo:
+    def connect(self, check: Callable[[ServerInfo], None] | None = None) -> ServerInfo:
         """Read the server's model, settings and API version, and keep them.
+
+        Args:
+            check: called with what was read before it is kept; what it raises leaves what is known as it is.
 
         Raises:
             ServerUnreachableError: nothing listens at the URL.
@@ -90,25 +95,33 @@ class SGLangClient:
             model_info = self.send(MODEL_INFO)
             server_info = self.send(SERVER_INFO)
         except RequestRejectedError as error:
-            if error.status in (401, 403):
+            if error.status in (401, 403) or error.is_from_proxy:
                 raise
             raise ProtocolError(
                 f"{self.url} answers {error.status} to /model_info: not an SGLang server, or a router. "
                 "Connect to the servers themselves; a router can't take weight updates",
                 server=self.url,
             ) from error
-        self._dialect = parse_dialect(self._status(SESSION_PROBE))
+        dialect = parse_dialect(self._status(SESSION_PROBE))
         model_info = _with_lasting_path(model_info)
         model_path = model_info.get("model_path", "") if isinstance(model_info, dict) else ""
         revision = server_info.get("revision") if isinstance(server_info, dict) else None
         vocab_size = self.config.vocab_size or read_vocab_size(str(model_path), revision)
-        self._info = parse_info(model_info, server_info, url=self.url, vocab_size=vocab_size)
-        return self._info
+        info = parse_info(model_info, server_info, url=self.url, vocab_size=vocab_size)
+        if check is not None:
+            check(info)
+        self._info, self._dialect = info, dialect
+        return info
 
     @property
     def info(self) -> ServerInfo:
         """The server's model and settings; connects on first use."""
         return self._info or self.connect()
+
+    @property
+    def known_info(self) -> ServerInfo | None:
+        """:attr:`info` as it was last read; ``None`` before the first time. Sends nothing."""
+        return self._info
 
     @property
     def dialect(self) -> Dialect:
@@ -144,22 +157,27 @@ class SGLangClient:
         Raises:
             SGLangError: the same errors as :meth:`send`, also in the middle of the stream.
         """
-        with self._connections.slot(_purpose(request), self._wait_s(request, timeout_s)) as left_s:
+        with self._connections.slot("stream", self._wait_s(request, timeout_s)) as left_s:
             yield from self._events(request, left_s)
 
     def _events(self, request: HttpRequest, wait_s: float) -> Iterator[dict[str, Any]]:
         with self._send_with_retries(request, wait_s, stream=True) as response:
             raise_for_status(response, request, url=self.url)
             finished = False
+            last_event = time.monotonic()
             try:
                 for line in response.iter_lines():
                     if not line.startswith(b"data:"):
+                        refuse_web_page(request, url=self.url, body=line.decode(errors="replace"))
+                        if time.monotonic() - last_event > wait_s:  # a proxy's signs of life are no events
+                            raise requests.ReadTimeout
                         continue
                     data = line[5:].strip()
                     if data == b"[DONE]":
                         finished = True
                         break
                     yield json.loads(data)
+                    last_event = time.monotonic()
             except requests.exceptions.ChunkedEncodingError as error:
                 raise stream_cut_short(request, url=self.url) from error
             except requests.RequestException as error:
@@ -183,9 +201,16 @@ class SGLangClient:
 
     def _send_with_retries(self, request: HttpRequest, wait_s: float, *, stream: bool) -> requests.Response:
         tries = 0
+        deadline = time.monotonic() + wait_s
         while True:
             try:
-                return self._send_once(request, wait_s, stream=stream)
+                response = self._send_once(request, wait_s, stream=stream)
+                again_s = retry_after_s(response.status_code, response.headers)
+                if again_s is None or time.monotonic() + again_s >= deadline:
+                    return response
+                response.close()
+                time.sleep(max(_LEAST_RETRY_S, again_s))
+                wait_s = max(_LEAST_RETRY_S, deadline - time.monotonic())
             except requests.RequestException as foreign:
                 error = translate_error(foreign, request, url=self.url, wait_s=wait_s)
                 tries += 1
@@ -194,7 +219,7 @@ class SGLangClient:
                 time.sleep(0.05 * 2**tries)  # a server that restarts its listener needs a moment
 
     def _send_once(self, request: HttpRequest, wait_s: float, *, stream: bool) -> requests.Response:
-        return self._connections.session(_purpose(request)).request(
+        return self._connections.session("stream" if stream else _purpose(request)).request(
             request.method,
             self.url + request.path,
             data=request.content(),
@@ -224,7 +249,8 @@ class SGLangClient:
 
     def _parse(self, request: HttpRequest, response: requests.Response) -> Any:
         raise_for_status(response, request, url=self.url)
-        if "json" not in response.headers.get("content-type", ""):
+        if "json" not in response.headers.get("content-type", "") and not response.content.startswith((b"{", b"[")):
+            refuse_web_page(request, url=self.url, body=response.text)
             return response.text
         try:
             return response.json()

@@ -16,11 +16,12 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.errors import ServerTimeoutError
+from torchrl_sglang.reply_deadline import DeadlineHttpConnection, DeadlineHttpsConnection
 from torchrl_sglang.tls import trusted_authorities
 
 __all__ = ["IDLE_LIMIT_S", "ServerConnections", "socket_options"]
 
-Purpose = Literal["generate", "control"]
+Purpose = Literal["generate", "stream", "control"]
 
 IDLE_LIMIT_S = 3.0
 """uvicorn closes a connection that was idle for 5 s (SGLANG_TIMEOUT_KEEP_ALIVE). A connection that was idle for nearly
@@ -35,7 +36,9 @@ _USER_TIMEOUT_MS = 60_000
 
 
 class ServerConnections:
-    """Connections to one server, in two sessions: a paused server may hold all connections of generate requests.
+    """Connections to one server, in sessions: a paused server may hold all connections of generate requests.
+
+    The reply to a request must have come as a whole when its time-out is over, and a stream's next piece.
 
     Thread-safe.
 
@@ -67,7 +70,7 @@ class ServerConnections:
         Raises:
             ServerTimeoutError: all connections stayed in use; nothing was sent.
         """
-        if purpose != "generate":
+        if purpose == "control":
             yield wait_s
             return
         start = time.monotonic()
@@ -111,11 +114,11 @@ class ServerConnections:
     def cut(self) -> None:
         """Break the connections of all generate requests under way: each fails as if the server had broken it."""
         with self._lock:
-            session = self._sessions.get("generate")
+            sessions = [session for purpose, session in self._sessions.items() if purpose != "control"]
             elsewhere = list(self._elsewhere.values())
         for cut in elsewhere:
             cut()
-        if session is not None:
+        for session in sessions:
             for scheme in ("http://", "https://"):
                 adapter = session.get_adapter(scheme)
                 if isinstance(adapter, _Adapter):
@@ -129,7 +132,8 @@ class ServerConnections:
                 self._sessions[purpose] = session = requests.Session()
                 session.trust_env = False  # no proxy and no .netrc: the servers are the trainer's own
                 session.verify = trusted_authorities(self._config.ca_certificate)
-                adapter = _Adapter(
+                kind = _StreamAdapter if purpose == "stream" else _Adapter
+                adapter = kind(
                     pool_connections=1, pool_maxsize=self._config.max_connections, pool_block=False, max_retries=0
                 )
                 session.mount("http://", adapter)
@@ -149,7 +153,10 @@ class _Adapter(HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, socket_options=socket_options(), **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+        self.poolmanager.pool_classes_by_scheme = self._pools()
+
+    def _pools(self) -> dict[str, Any]:
+        return {"http": _HttpPool, "https": _HttpsPool}
 
     def cut(self) -> None:
         """Break the connections in use."""
@@ -158,6 +165,11 @@ class _Adapter(HTTPAdapter):
             pool = pools.get(key)
             if pool is not None:
                 pool.cut()
+
+
+class _StreamAdapter(_Adapter):
+    def _pools(self) -> dict[str, Any]:
+        return {"http": _HttpStreamPool, "https": _HttpsStreamPool}
 
 
 class _AgeingPool(HTTPConnectionPool):
@@ -191,12 +203,20 @@ class _AgeingPool(HTTPConnectionPool):
         super()._put_conn(conn)
 
 
-class _HttpPool(_AgeingPool):
+class _HttpStreamPool(_AgeingPool):
     pass
+
+
+class _HttpsStreamPool(_AgeingPool, HTTPSConnectionPool):
+    pass
+
+
+class _HttpPool(_AgeingPool):
+    ConnectionCls = DeadlineHttpConnection
 
 
 class _HttpsPool(_AgeingPool, HTTPSConnectionPool):
-    pass
+    ConnectionCls = DeadlineHttpsConnection
 
 
 def socket_options() -> list[tuple[int, int, int]]:

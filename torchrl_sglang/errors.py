@@ -179,12 +179,22 @@ class RequestRejectedError(ServerError):
     Attributes:
         status: HTTP status code.
         detail: the server's own message.
+        is_from_proxy: a proxy or ingress before the server has answered, not SGLang.
     """
 
-    def __init__(self, message: str, *, server: str | None = None, status: int = 0, detail: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        server: str | None = None,
+        status: int = 0,
+        detail: str = "",
+        is_from_proxy: bool = False,
+    ) -> None:
         super().__init__(message, server=server)
         self.status = status
         self.detail = detail
+        self.is_from_proxy = is_from_proxy
 
 
 class SessionError(SGLangError):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import socket
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -19,6 +22,7 @@ from torchrl_sglang.errors import (
     SGLangError,
 )
 from torchrl_sglang.protocol.messages import HttpRequest
+from torchrl_sglang.proxies import explain_proxy, page_title
 from torchrl_sglang.server_url import unresolvable_host
 from torchrl_sglang.tls import explain_tls
 
@@ -114,11 +118,19 @@ def raise_for_status(response: requests.Response, request: HttpRequest, *, url: 
         body=response.text,
         reason=response.reason,
         has_key="Authorization" in response.request.headers,
+        headers=response.headers,
     )
 
 
 def rejected(
-    request: HttpRequest, *, url: str, status: int, body: str, reason: str, has_key: bool
+    request: HttpRequest,
+    *,
+    url: str,
+    status: int,
+    body: str,
+    reason: str,
+    has_key: bool,
+    headers: Mapping[str, Any] = MappingProxyType({}),
 ) -> RequestRejectedError:
     """The error for an answer whose status is not a success.
 
@@ -129,11 +141,15 @@ def rejected(
         body: text of the answer.
         reason: the words behind the status, for an answer without a text.
         has_key: whether a key was sent.
+        headers: of the answer.
     """
     detail = _detail(body) or reason
     advice = _about_keys(has_key, request) if status in (401, 403) else ""
+    explained = explain_proxy(status, body, headers)
+    if explained is not None:
+        advice = f"; {explained}"
     message = f"{url} answered {status} to {request.path}: {detail}{advice}"
-    return RequestRejectedError(message, server=url, status=status, detail=detail)
+    return RequestRejectedError(message, server=url, status=status, detail=detail, is_from_proxy=explained is not None)
 
 
 def _about_keys(was_sent: bool, request: HttpRequest) -> str:
@@ -147,11 +163,12 @@ def _about_keys(was_sent: bool, request: HttpRequest) -> str:
 
 
 def _detail(body: str) -> str:
-    """The server's message, from ``{"error": {"message"}}``, ``{"message"}``, ``{"detail"}`` or plain text."""
+    """The server's message: ``{"error": {"message"}}``, ``{"message"}``, ``{"detail"}``, plain text, a page's title."""
     try:
         value = json.loads(body)
     except ValueError:
-        return body[:500]
+        title = page_title(body)
+        return body[:500] if title is None else title
     for _ in range(3):
         if not isinstance(value, dict):
             break

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.fast_tokenizers import encode_plainly
 
 __all__ = ["decode_ids", "encode_texts", "encode_untemplated", "is_encodable", "mark_ids", "special_ids"]
 
@@ -59,7 +60,8 @@ def encode_untemplated(tokenizer: Any, text: str) -> list[int]:
     """
     if not is_encodable(text):
         raise ConfigError("the conversation holds half of a surrogate pair, which is no character")
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids_T = encode_plainly(tokenizer, text)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if ids_T is None else ids_T
 
 
 def is_encodable(text: str) -> bool:

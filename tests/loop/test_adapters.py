@@ -5,7 +5,7 @@ Both kinds share a server, since each start costs the suite twenty seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,13 @@ from torchrl_sglang.server import SGLangServer
 from torchrl_sglang.weights.update.verification import trainer_logprobs
 
 TARGETS = ("q_proj", "v_proj")
-LORA_FLAGS = (
-    *("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", *TARGETS),
-    *("--lora-backend", "torch_native", "--max-loras-per-batch", "4"),
-)
 QUESTION = [{"role": "user", "content": "What is 2 + 3?"}]
 PROMPT = [1, 72, 101, 108, 108, 111]
 
 
-@pytest.fixture(scope="module")
-def saved_adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters") / "kind"
-    adapted(tiny_llama, 11).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def lora_url(special_server: Callable[..., SGLangServer], saved_adapter: Path) -> str:
-    return special_server(extra_args=(*LORA_FLAGS, "--lora-paths", f"kind={saved_adapter}")).url
+def lora_url(flagged_server: SGLangServer) -> str:
+    return flagged_server.url
 
 
 @pytest.fixture

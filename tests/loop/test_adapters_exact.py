@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from tests.loop.adapter_cases import adapted, lora_flags, worst_gap
+from tests.loop.adapter_cases import adapted, worst_gap
 from torchrl_sglang import ConfigError, SGLangClient, SGLangPool, SyncConfig, WeightSync
 from torchrl_sglang.server import SGLangServer
 
@@ -46,8 +45,8 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def pool(special_server: Callable[..., SGLangServer]) -> SGLangPool:
-    made = SGLangPool([SGLangClient(special_server(extra_args=lora_flags("all")).url)])
+def pool(flagged_server: SGLangServer) -> SGLangPool:
+    made = SGLangPool([SGLangClient(flagged_server.url)])
     made.connect()
     return made
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from tests.agent_kit import run, user
-from tests.loop.test_adapters import LORA_FLAGS, PROMPT, adapted, greedy
+from tests.loop.test_adapters import PROMPT, adapted, greedy
 from torchrl_sglang import RequestRejectedError, SamplingParams, SyncConfig, WeightSync
 from torchrl_sglang.agents.served_model import ServedModel
 from torchrl_sglang.agents.sessions import Sessions
@@ -27,10 +26,8 @@ SHORT = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
 
 
 @pytest.mark.slow
-def test_they_are_answered_as_the_current_one_answers(
-    special_server: Callable[..., SGLangServer], tiny_llama: Path
-) -> None:
-    pool = SGLangPool([SGLangClient(special_server(extra_args=LORA_FLAGS).url)])
+def test_they_are_answered_as_the_current_one_answers(flagged_server: SGLangServer, tiny_llama: Path) -> None:
+    pool = SGLangPool([SGLangClient(flagged_server.url)])
     pool.connect()
     sync = WeightSync(pool, SyncConfig(transport="lora", verify="off"))
     sync.push(adapted(tiny_llama, 1))

@@ -155,3 +155,23 @@ def test_a_call_that_is_forced_is_made_and_its_conversation_goes_on(
         assert final.choices[0].token_ids
         (trajectory,) = session.trajectories()
         assert sum(trajectory.loss_mask) == session.info().sampled_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["<", "{"])
+def test_a_schema_beside_tools_allows_calls_and_json_and_nothing_else(
+    special_server: Callable[..., SGLangServer], tokenizer: Any, first: str
+) -> None:
+    server = special_server(extra_args=("--grammar-backend", "xgrammar"))
+    schema = {"type": "object", "properties": {"c": {"enum": [1, 2]}}, "required": ["c"]}
+    (wanted,) = tokenizer(first, add_special_tokens=False)["input_ids"]
+    blanks = [token for token in range(len(tokenizer)) if not tokenizer.decode([token]).strip()]
+    bias = {**dict.fromkeys(blanks, -1000.0), wanted: 1000.0}  # JSON may have white space without end
+    with closing(SGLangPool([SGLangClient(server.url)])) as pool, serving(pool) as sessions:
+        sampling = {"max_new_tokens": 300, "json_schema": schema, "logit_bias": bias}
+        turn = chat(sessions.create(), [user("?")], tools=TOOLS, sampling=sampling, parallel_tool_calls=False)
+        message = turn.choices[0].message
+        calls = message.get("tool_calls") or ()
+        assert [call["function"]["name"] for call in calls] == (["add"] if first == "<" else [])
+        said = json.loads(calls[0]["function"]["arguments"] if calls else message["content"])
+        assert said["b" if calls else "c"] in (1, 2)

@@ -279,7 +279,7 @@ def outcomes(runner: MatrixRunner, request: pytest.FixtureRequest) -> dict[str, 
         if item.path == request.path and hasattr(item, "callspec")
     ]
     wanted = {params["name"] for params in here if "name" in params}
-    return run_all([row for name, row in ROWS.items() if name in wanted], runner.run, workers=10)
+    return run_all([row for name, row in ROWS.items() if name in wanted], runner.run, workers=16)
 
 
 @pytest.fixture

@@ -55,6 +55,7 @@ def test_asynchronous_workers_receive_an_update_and_label_each_token_with_its_we
                 seen.append(int(versions_R.min()))
     finally:
         collector.shutdown()
+        scheme.shutdown()
     assert seen[: 2 * WORKERS] == [0] * 2 * WORKERS
     assert seen[-2 * WORKERS :] == [1] * 2 * WORKERS, "the batches that were ready before the update have been returned"
     assert scheme.last_report is None or scheme.last_report.version == 1

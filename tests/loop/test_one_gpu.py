@@ -15,6 +15,7 @@ from torchrl_sglang.server import SGLangServer
 RECIPE = Path(__file__).parents[2] / "examples" / "grpo.py"
 
 
+@pytest.mark.slow  # the preset's parts: tests/quick/test_one_gpu.py
 @pytest.mark.timeout(300)
 def test_the_preset_trains_on_the_cpu_and_says_that_nothing_is_released(
     pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path

@@ -19,6 +19,9 @@ from tests.tokenizers_made import INST, make_tokenizer
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
 from torchrl_sglang.server import SGLangServer
 
+# In `make test`, tests/quick/test_prompt_revision.py and the matrix's SentencePiece model show the parts of this.
+pytestmark = pytest.mark.slow
+
 NAME = "org/tiny"
 VOCAB_SIZE = 576  # padded beyond the tokenizer
 QUESTION = "What is the capital of France?"

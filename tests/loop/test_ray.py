@@ -126,6 +126,7 @@ def test_a_collector_in_an_actor_gets_new_weights_from_the_trainers_process_and_
         ray.kill(collector._collector)  # TorchRL leaves the actor to the end of the program
 
 
+@pytest.mark.slow
 def test_the_recipes_ray_preset_trains_on_batches_that_an_actor_collects(
     pristine_server: SGLangServer, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

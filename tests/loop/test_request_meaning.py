@@ -27,15 +27,12 @@ from torchrl_sglang.server import SGLangServer
 from torchrl_sglang.testing import make_tiny_model
 
 PROMPTS = [[1, 72, 101, 108], [5, 6, 7]]
-PREFERRED = {"temperature": 0.6, "top_k": 5, "stop": ["e"], "min_new_tokens": 3, "repetition_penalty": 1.5}
-FLAGS = ("--incremental-streaming-output", "--stream-interval", "3", "--preferred-sampling-params")
 
 
 @pytest.fixture
-def flagged(special_server: Callable[..., SGLangServer]) -> SGLangPool:
+def flagged(flagged_server: SGLangServer) -> SGLangPool:
     """A server that streams increments and prefers other sampling parameters."""
-    server = special_server(extra_args=(*FLAGS, json.dumps(PREFERRED)))
-    return SGLangPool([SGLangClient(server.url)])
+    return SGLangPool([SGLangClient(flagged_server.url)])
 
 
 def batch(key: str = "prompt") -> Any:

@@ -41,7 +41,7 @@ def test_weights_arrive_exactly_without_a_process_group_staged_or_not(
     url: str, model_a: Any, model_b: Any, transport: str
 ) -> None:
     client = SGLangClient(url)
-    groups = group_names(client)
+    groups, segments_before = group_names(client), segments_of(os.getpid())
     for stage in ("off", "always"):
         with closing(WeightSync(SGLangPool([client]), config_of(transport, stage=stage))) as sync:
             for model in (model_b, model_a, model_b):
@@ -51,7 +51,7 @@ def test_weights_arrive_exactly_without_a_process_group_staged_or_not(
             assert report.is_staged == (stage == "always")
             assert report.num_checksums > 0
             assert_serves(url, model_b, version=report.version)
-        assert segments_of(os.getpid()) == []
+        assert set(segments_of(os.getpid())) <= set(segments_before)
     assert group_names(client) == groups
 
 
@@ -114,7 +114,8 @@ def test_nothing_grows_on_either_side_over_many_syncs_by_ipc(
         assert after["segments"] == before["segments"]
         grown = sum(each.memory_info().rss for side in sides.values() for each in side) - resident
         assert grown < 100 * sum(parameter.nbytes for parameter in model_a.parameters())
-    assert segments_of(os.getpid()) == []
+        segments = set(segments_of(os.getpid()))
+    assert not segments & set(segments_of(os.getpid()))
 
 
 @pytest.mark.slow

@@ -315,7 +315,7 @@ def test_after_a_trainer_died_in_the_middle_the_next_one_finds_the_mark_and_heal
     pool.connect()
     assert "dirty-1@" in pool.quarantined[url]
     # The mark names no process of this host, so it must stay the same for an update's whole deadline.
-    with closing(WeightSync(pool, replace(SMALL_BUCKETS, fixed_timeout_s=20))) as sync:
+    with closing(WeightSync(pool, replace(SMALL_BUCKETS, fixed_timeout_s=12))) as sync:
         report = sync.push(model_a)
     assert report is not None
     assert report.version == 1

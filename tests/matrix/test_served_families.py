@@ -225,17 +225,23 @@ def test_an_adapter_that_was_sent_answers_as_in_peft(served: Served) -> None:
         assert_answers_as(replace(served, pool=pool), adapted, version=report.version)
 
 
-@pytest.mark.parametrize("transport", ["broadcast", "disk"])
-def test_after_an_update_the_server_answers_as_the_new_model(served: Served, transport: str, tmp_path: Path) -> None:
+SEEDS = {"auto": 4, "disk": 5, "broadcast": 9, "http": 7}
+
+
+@pytest.mark.parametrize(
+    "transport", [*("auto", "disk"), *(pytest.param(name, marks=pytest.mark.slow) for name in ("broadcast", "http"))]
+)
+def test_after_an_update_the_server_answers_as_the_new_model(served: Served, transport: Any, tmp_path: Path) -> None:
     config = SyncConfig(
-        transport=transport,  # type: ignore[arg-type]
+        transport=transport,
         disk_dir=tmp_path if transport == "disk" else None,
         verify_atol=10 * served.family.atol,
     )
-    served.change_weights(seed=len(transport))
+    served.change_weights(seed=SEEDS[transport])
     with closing(WeightSync(served.pool, config)) as sync:
         report = sync.push(served.model)
         assert report is not None
+        assert report.transport == ("ipc" if transport == "auto" else transport)
         # SGLang gives Phi's feed-forward layers 4 * hidden columns, whatever the configuration says, and adds 1 to the
         # norms of the first Gemma when it loads them.
         special = {"Phi": ".mlp.fc", "Gemma": "norm.weight"}.get(served.case.family)

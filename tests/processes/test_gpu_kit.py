@@ -40,6 +40,7 @@ def dry_run(kit: Path, tmp_path: Path, *names: str) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_the_archive_runs_with_torch_alone(tmp_path: Path) -> None:
     report = dry_run(unpack(tmp_path), tmp_path, "ipc", "self-test")
     assert report["ipc"]["status"] == "pass"

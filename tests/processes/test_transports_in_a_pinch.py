@@ -58,11 +58,11 @@ def descriptors(spare: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("spare", [0, 1, 2, 3])
 def test_a_process_without_descriptors_does_not_take_a_server_for_one_on_another_host(
-    server: FakeServerProcess, tmp_path: Path, spare: int
+    server: FakeServerProcess, spare: int
 ) -> None:
-    assert check_same_host(server.url, tmp_path).is_shared
+    assert check_same_host(server.url).is_shared
     with descriptors(spare):
-        check = check_same_host(server.url, tmp_path)
+        check = check_same_host(server.url)
     assert check.is_shared or check.may_change, check.reason
     assert "another host" not in check.reason
-    assert check_same_host(server.url, tmp_path).is_shared
+    assert check_same_host(server.url).is_shared

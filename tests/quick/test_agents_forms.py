@@ -12,7 +12,6 @@ from tests.matrix.combinations import TOOLS
 from tests.matrix.templates import TEMPLATES
 from tests.matrix.tokenizer_kinds import make_tokenizer
 from tests.quick.agent_templates import QWEN3
-from torchrl_sglang.errors import ConfigError
 
 GEMMA = TEMPLATES["model role"]
 MISTRAL = TEMPLATES["alternating"]
@@ -105,11 +104,6 @@ def test_such_a_conversation_is_one_trajectory(name: str) -> None:
     (whole,) = session.trajectories()
     check_recorded([whole], model.calls)
     assert [each["content"] for each in whole.messages if each["role"] == "system"] == ["A", "B", "C", "D"]
-
-
-def test_what_can_not_be_rendered_in_any_form_is_refused_with_the_templates_words() -> None:
-    with pytest.raises(ConfigError, match="refuses the conversation: roles must alternate"):
-        sent(GEMMA.source, [user("one"), assistant("x"), assistant("y"), user("two")], end=GEMMA.end)
 
 
 # ------------------------------------------------------------------ tool calls

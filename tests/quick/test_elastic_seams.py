@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_the_old_file_of_copies_and_no_descriptor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = MemberFile(tmp_path / "members.json")
-    file.write(["http://a:1"])
+    file.write({"http://a:1": None})
     written = os.write
 
     def full(descriptor: int, content: bytes) -> int:
@@ -106,8 +106,8 @@ def test_a_full_disk_leaves_the_old_file_of_copies_and_no_descriptor(
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         with pytest.raises(OSError, match="No space left"):
-            file.write(["http://a:1", "http://b:1"])
-    assert MemberFile(file.path).read_if_new() == ["http://a:1"]
+            file.write({"http://a:1": None, "http://b:1": None})
+    assert MemberFile(file.path).read_if_new() == {"http://a:1": None}
     assert list(tmp_path.iterdir()) == [file.path]
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     file.delete()
@@ -116,4 +116,4 @@ def test_a_full_disk_leaves_the_old_file_of_copies_and_no_descriptor(
 def test_a_pipe_among_the_files_of_copies_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "torchrl-sglang-members-x.json")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    MemberFile().write(["http://a:1"])
+    MemberFile().write({"http://a:1": None})

@@ -96,7 +96,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"messages": [*HI, {"role": "assistant", "tool_calls": "now"}]},
         {"messages": [*HI, {"role": "assistant", "tool_calls": [5]}]},
         {"messages": [*HI, {"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}]},
-        {"messages": [*HI, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]},
+        {"messages": [*HI, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]}]},
         {"messages": [*HI, {"role": "assistant", "function_call": {"name": "f"}}]},
         {"messages": [{"role": "user", "content": "Hi", "tool_calls": [CALL]}]},
         {"messages": [{"role": "user", "content": "Hi", "name": 5}]},

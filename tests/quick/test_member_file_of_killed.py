@@ -13,16 +13,16 @@ from torchrl_sglang.pool.member_file import MemberFile
 def test_files_that_nobody_holds_are_deleted_by_the_next_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     living, killed = MemberFile(), MemberFile()
-    living.write(["http://a:1"])
-    living.write(["http://a:1", "http://b:1"])
+    living.write({"http://a:1": None})
+    living.write({"http://a:1": None, "http://b:1": None})
     killed.path.write_text("[]")  # without a lock, as a killed process leaves it
     reader = MemberFile(living.path)
-    assert reader.read_if_new() == ["http://a:1", "http://b:1"]
+    assert reader.read_if_new() == {"http://a:1": None, "http://b:1": None}
     another = MemberFile()
     assert set(tmp_path.iterdir()) == {living.path}
-    another.write(["http://c:1"])
-    living.write(["http://a:1"])
-    assert reader.read_if_new() == ["http://a:1"]
+    another.write({"http://c:1": None})
+    living.write({"http://a:1": None})
+    assert reader.read_if_new() == {"http://a:1": None}
     living.delete()
     another.delete()
     assert not any(tmp_path.iterdir())

@@ -5,5 +5,5 @@ Needs the extra ``agents`` (an ASGI framework and server, and an async HTTP clie
 
 __all__ = ["PACKAGES"]
 
-PACKAGES = ("starlette", "uvicorn", "aiohttp")
+PACKAGES = ("starlette", "uvicorn", "aiohttp", "orjson")
 """What the extra ``agents`` brings and the gateway can't do without."""

@@ -21,6 +21,7 @@ from torchrl_sglang.errors import ServerError, ServerLostError, ServerTimeoutErr
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.pool.dispatch import dead_server
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest
+from torchrl_sglang.protocol.stop_strings import StopStrings
 from torchrl_sglang.protocol.version import version_number
 
 __all__ = ["Generator"]
@@ -88,6 +89,7 @@ class Generator:
         preferred: str | None = None,
         timeout_s: float | None = None,
         images: PromptImages | None = None,
+        stops: StopStrings | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Generated:
         """Generate one sequence. If the task is cancelled, the server's request is aborted.
@@ -99,6 +101,8 @@ class Generator:
             preferred: URL of the server that has the prompt's beginning in its prefix cache.
             timeout_s: seconds for all of it, waiting for a server included; ``None`` is what ``ClientConfig`` says.
             images: the prompt's images, each of which is one placeholder in ``ids_P``.
+            stops: its stop strings, where one may lie across an interruption: no more than needed is generated behind
+                it, and the caller cuts it off.
             on_tokens: called with the sequence so far. What it was given is never taken back.
 
         Raises:
@@ -108,18 +112,14 @@ class Generator:
         limit_s = timeout_s
         if limit_s is None:
             limit_s = self.pool.clients[0].config.generate_limit_s(sampling.max_new_tokens)
-        work = asyncio.ensure_future(self._generate(ids_P, sampling, top_logprobs, preferred, images, on_tokens))
+        deadline = _Deadline(limit_s)
         try:
-            # Not wait_for: up to Python 3.11 it forgets that it was cancelled if the work ends at the same moment.
-            await asyncio.wait({work}, timeout=limit_s)
-            if work.done():
-                return work.result()
+            return await self._generate(ids_P, sampling, top_logprobs, preferred, images, stops, on_tokens)
+        except asyncio.CancelledError:
+            if not deadline.was_the_cause():
+                raise
         finally:
-            if not work.done():
-                work.cancel()
-                await asyncio.wait({work})
-            if not work.cancelled():
-                work.exception()  # marks it as seen
+            deadline.cancel()
         raise ServerTimeoutError(
             f"the turn was not generated within {limit_s:g} s, waiting for a server included "
             "(ClientConfig.generate_timeout_s sets the limit); it was aborted"
@@ -132,13 +132,14 @@ class Generator:
         top_logprobs: int,
         preferred: str | None,
         images: PromptImages | None,
+        stops: StopStrings | None,
         on_tokens: OnTokens | None,
     ) -> Generated:
         done = Generated()
         failures = barren = 0
         while True:
             before = len(done.output_ids)
-            rest = _rest(sampling, len(done.output_ids))
+            rest, is_watched = _rest(sampling, done.output_ids, stops)
             try:
                 async with self.slots.take(preferred) as client:
                     done = await self._parts.generate(
@@ -158,6 +159,12 @@ class Generator:
                     ) from broken.error
                 if len(done.output_ids) >= sampling.max_new_tokens:
                     return replace(done, finish_reason="length")
+                continue
+            if is_watched and done.finish_reason == "length" and len(done.output_ids) == before + rest.max_new_tokens:
+                is_full = len(done.output_ids) >= self._room(done.prompt_ids or ids_P)
+                if is_full or (stops is not None and stops.find(done.output_ids) is not None):
+                    return done
+                preferred = done.server
                 continue
             if done.finish_reason != "abort":
                 return done
@@ -224,13 +231,49 @@ class Generator:
         return replace(broken.part, versions=versions, resumes=broken.part.resumes + 1)
 
 
+class _Deadline:
+    """Cancels the current task after a time.
+
+    Neither ``asyncio.timeout``, which Python 3.10 has not, nor ``wait_for``, which takes a task of its own, and up to
+    Python 3.11 forgets that it was cancelled if the work ends at the same moment.
+    """
+
+    __slots__ = ("_has_fired", "_task", "_timer")
+
+    def __init__(self, limit_s: float) -> None:
+        self._task = asyncio.current_task()
+        self._has_fired = False
+        self._timer = asyncio.get_running_loop().call_later(limit_s, self._fire)
+
+    def _fire(self) -> None:
+        self._has_fired = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def was_the_cause(self) -> bool:
+        """Whether this, and nobody else, has cancelled the task, which then counts as not cancelled."""
+        if not self._has_fired or self._task is None:
+            return False
+        return sys.version_info < (3, 11) or self._task.uncancel() == 0
+
+    def cancel(self) -> None:
+        """The work has ended."""
+        self._timer.cancel()
+
+
 def _has_grammar(sampling: SamplingParams) -> bool:
     return any(getattr(sampling, name) is not None for name in GRAMMARS)
 
 
-def _rest(sampling: SamplingParams, done: int) -> SamplingParams:
-    """The settings for the rest of a sequence of which ``done`` tokens are there."""
-    if not done:
-        return sampling
-    room = sampling.max_new_tokens - done
-    return replace(sampling, max_new_tokens=room, min_new_tokens=min(room, max(0, sampling.min_new_tokens - done)))
+def _rest(sampling: SamplingParams, ids_R: Sequence[int], stops: StopStrings | None) -> tuple[SamplingParams, bool]:
+    """The settings for the next part of a sequence, and whether it is a short one.
+
+    Behind the beginning of a stop string a short part shows whether its end follows.
+    """
+    if not ids_R:
+        return sampling, False
+    room = sampling.max_new_tokens - len(ids_R)
+    watched = 0 if stops is None else stops.tokens_to_watch(ids_R)
+    length = min(room, watched or room)
+    least = min(length, max(0, sampling.min_new_tokens - len(ids_R)))
+    return replace(sampling, max_new_tokens=length, min_new_tokens=least), length < room

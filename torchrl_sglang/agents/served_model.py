@@ -80,11 +80,13 @@ class ServedModel:
         family = None if named == LOCAL else named or known
         # A template without tools gets them in the system message, which asks for this form.
         self.family = family if self.template.knows_tools or named else "hermes"
+        # A model whose template writes calls may write them so all the same.
+        self.parser = family if self.template.knows_calls and family is not None else self.family
 
     @property
     def reads_calls_here(self) -> bool:
         """Whether calls are read without asking a server."""
-        return self.family is None or self.family in NEVER_ASKED or self.family in READ_HERE_TOO
+        return self.parser is None or self.parser in NEVER_ASKED or self.parser in READ_HERE_TOO
 
     async def close(self) -> None:
         """Close all connections of this event loop. The pool stays open."""
@@ -103,9 +105,8 @@ class ServedModel:
         if key not in self._known_sampling:
             if len(self._known_sampling) >= _KEPT_SETTINGS:
                 self._known_sampling.clear()
-            self._known_sampling[key] = self._defaults.sampling(
-                given, prompt_length=prompt_length, context_length=context
-            )
+            made = self._defaults.sampling(given, prompt_length=prompt_length, context_length=context)
+            self._known_sampling[key] = made.for_vocabulary(self.pool.vocab_size)
         known = self._known_sampling[key]
         length = self._defaults.max_new_tokens(given, prompt_length, context)
         return known if known.max_new_tokens == length else replace(known, max_new_tokens=length)
@@ -146,7 +147,7 @@ class ServedModel:
     ) -> FoundCalls:
         """The calls of an answer: read here where the format is known, else by the server's parser."""
         own = find_calls(text, tools, prompt_text=prompt_text, is_cut=is_cut)
-        parser = self.family
+        parser = self.parser
         if parser is None or self.reads_calls_here or not own.answer.strip():
             return own
         try:

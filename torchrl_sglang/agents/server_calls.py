@@ -7,12 +7,14 @@ import errno
 import json
 import socket
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from contextvars import ContextVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from contextvars import ContextVar, Token
+from types import TracebackType
 from typing import Any
 
 import aiohttp
+import orjson
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.connections import IDLE_LIMIT_S, socket_options
@@ -74,7 +76,7 @@ class ServerCalls:
         if "json" not in answer.content_type:
             return body.decode(errors="replace")
         try:
-            return json.loads(body)
+            return _parsed(body)
         except ValueError as error:
             raise ProtocolError(
                 f"{self.client.url} answered {request.path} with something that is not JSON: {body[:200]!r}",
@@ -98,7 +100,7 @@ class ServerCalls:
                     data = line[5:].strip()
                     if data == b"[DONE]":
                         return
-                    yield json.loads(data)
+                    yield _parsed(data)
         except _FAILURES as error:
             raise self._translated(error, request) from error
         except ValueError as error:
@@ -135,12 +137,12 @@ class ServerCalls:
             self._http = self._opened()
         self._in_use += 1
         try:
-            with self._counted() if request.timeout == "generate" else nullcontext():
+            with _Counted(self.client) if request.timeout == "generate" else nullcontext():
                 # Without a time-out the caller sets the deadline: an answer takes as long as the slowest sequence.
                 async with self._http.request(
                     request.method,
                     self.client.url + request.path,
-                    data=None if request.body is None else json.dumps(request.body).encode(),
+                    data=None if request.body is None else _written(request.body),
                     headers=self.client.headers(request),
                     timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=self.client.config.connect_timeout_s),
                     allow_redirects=False,
@@ -150,29 +152,6 @@ class ServerCalls:
             self._in_use -= 1
             if self._is_retired:
                 self.retire()
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Let whoever takes the server out of the pool know of this request, and break its connection."""
-        loop = asyncio.get_running_loop()
-        connections: list[aiohttp.connector.Connection] = []
-        before = _connected.set(connections.append)
-
-        def abort() -> None:
-            for connection in connections:
-                if connection.transport is not None:  # the answer has been read meanwhile
-                    connection.transport.abort()
-
-        def cut() -> None:
-            with suppress(RuntimeError):  # the loop has ended, and all its requests
-                loop.call_soon_threadsafe(abort)
-
-        try:
-            with self.client.sent_elsewhere(cut):
-                yield
-        finally:
-            with suppress(ValueError):  # a stream is closed in another context than it began in
-                _connected.reset(before)
 
     def _opened(self) -> aiohttp.ClientSession:
         connector = _Connector(
@@ -221,6 +200,37 @@ class ServerCalls:
         )
 
 
+class _Counted:
+    """Lets whoever takes a server out of the pool know of a request, and break its connection."""
+
+    __slots__ = ("_before", "_connections", "_elsewhere", "_loop")
+
+    def __init__(self, client: SGLangClient) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._connections: list[aiohttp.connector.Connection] = []
+        self._elsewhere: AbstractContextManager[None] = client.sent_elsewhere(self._cut)
+
+    def __enter__(self) -> None:
+        self._before: Token[Callable[[Any], None]] = _connected.set(self._connections.append)
+        self._elsewhere.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(ValueError):  # a stream is closed in another context than it began in
+            _connected.reset(self._before)
+        self._elsewhere.__exit__(None, None, None)
+
+    def _cut(self) -> None:
+        with suppress(RuntimeError):  # the loop has ended, and all its requests
+            self._loop.call_soon_threadsafe(self._abort)
+
+    def _abort(self) -> None:
+        for connection in self._connections:
+            if connection.transport is not None:  # the answer has been read meanwhile
+                connection.transport.abort()
+
+
 class _Connector(aiohttp.TCPConnector):
     """Tells a request which connection it was given."""
 
@@ -228,6 +238,21 @@ class _Connector(aiohttp.TCPConnector):
         connection = await super().connect(req, traces, timeout)
         _connected.get()(connection)
         return connection
+
+
+def _parsed(data: bytes) -> Any:
+    """An answer of a server: orjson reads the log-probs of an answer in a fifth of the time that ``json`` takes."""
+    try:
+        return orjson.loads(data)
+    except ValueError:  # NaN, say, which an older server may write
+        return json.loads(data)
+
+
+def _written(body: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(body)
+    except TypeError:  # keys that are no texts, integers of more than 64 bits
+        return json.dumps(body).encode()
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import fields
 from typing import Any
+
+import orjson
 
 from torchrl_sglang.agents.conversation.trajectories import make_trajectories, sampled_tokens
 from torchrl_sglang.agents.conversation.tree import Tree
@@ -117,18 +120,21 @@ class Session:
     async def _turn(self, request: ChatRequest | TextRequest, sample: Sampler, on_progress: OnProgress | None) -> Turn:
         self._require_active()
         self._heard_at = time.monotonic()
-        known = self._records.find(_signature(request), request.idempotency_key, attempt=request.attempt)
+        signature = _signature(request)
+        known = self._records.find(signature, request.idempotency_key, attempt=request.attempt)
         if isinstance(known, TurnRecord):
             return known.as_turn(is_repeated=True)
         joined = known is not None
         if known is None:
             known = PendingTurn(sample, streams=on_progress is not None)
-            self._records.begin(known, _signature(request), request.idempotency_key, attempt=request.attempt)
+            self._records.begin(known, signature, request.idempotency_key, attempt=request.attempt)
         try:
             record = await known.result(on_progress)
         except asyncio.CancelledError:
             if known.is_withdrawn:
                 self._require_active()
+            if (lost := known.record) is not None:  # it came at this moment, and nobody is there to take it
+                self._records.undelivered(lost.id)
             raise
         finally:
             self._heard_at = time.monotonic()
@@ -218,7 +224,12 @@ class Session:
         self._records.withdraw_all()
 
 
-def _signature(request: ChatRequest | TextRequest) -> str:
-    """Equal for requests that ask for the same, apart from what says that they are repeated."""
+def _signature(request: ChatRequest | TextRequest) -> bytes:
+    """Equal for requests that ask for the same, apart from what says that they are repeated, as 32 bytes."""
     asked = {f.name: getattr(request, f.name) for f in fields(request) if f.name not in ("idempotency_key", "attempt")}
-    return json.dumps([type(request).__name__, asked], sort_keys=True, default=repr)
+    named = [type(request).__name__, asked]
+    try:
+        written = orjson.dumps(named, default=repr, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # keys that are no texts, integers of more than 64 bits, half of a surrogate pair
+        written = json.dumps(named, sort_keys=True, default=repr).encode()
+    return hashlib.sha256(written).digest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -111,6 +110,12 @@ class PendingTurn:
             if not self._waiting:
                 self._end()
 
+    @property
+    def record(self) -> TurnRecord | None:
+        """The turn, if it is finished and recorded."""
+        is_finished = self.task.done() and not self.task.cancelled() and self.task.exception() is None
+        return self.task.result() if is_finished else None
+
     def withdraw(self) -> None:
         """End it: the session takes no more answers."""
         self.is_withdrawn = True
@@ -150,7 +155,7 @@ class TurnRecords:
         """Number of turns under way."""
         return len(self._entries) - self.num_turns
 
-    def find(self, signature: str, key: str | None, *, attempt: int) -> PendingTurn | TurnRecord | None:
+    def find(self, signature: bytes, key: str | None, *, attempt: int) -> PendingTurn | TurnRecord | None:
         """The turn that a request repeats; ``None`` if it has to be generated.
 
         Args:
@@ -161,20 +166,19 @@ class TurnRecords:
         Raises:
             ConfigError: the key belongs to another request.
         """
-        digest = _digest(signature)
         alive = [e for e in self._entries if isinstance(e.turn, TurnRecord) or not e.turn.is_ending]
         if key is not None:
             same_key = next((entry for entry in alive if entry.key == key), None)
             if same_key is None:
                 return None
-            if same_key.signature != digest:
+            if same_key.signature != signature:
                 raise ConfigError(
                     f"the idempotency key {key!r:.100} was sent with another request before: use a new key for each"
                 )
             return same_key.turn
-        equal = [entry for entry in reversed(alive) if entry.signature == digest]
+        equal = [entry for entry in reversed(alive) if entry.signature == signature]
         found = next((entry for entry in equal if entry.is_undelivered), None)
-        if found is None and attempt and not self._take_failed(digest, attempt):
+        if found is None and attempt and not self._take_failed(signature, attempt):
             found = next((entry for entry in equal if entry.attempt < attempt and _may_repeat(entry)), None)
         if found is None:
             return None
@@ -182,22 +186,22 @@ class TurnRecords:
         found.attempt = max(found.attempt, attempt)
         return found.turn
 
-    def _take_failed(self, digest: bytes, attempt: int) -> bool:
+    def _take_failed(self, signature: bytes, attempt: int) -> bool:
         """Whether the request repeats one that failed; that one is forgotten."""
-        earlier = [failed for failed in self._failed if failed[0] == digest and failed[1] < attempt]
+        earlier = [failed for failed in self._failed if failed[0] == signature and failed[1] < attempt]
         if earlier:
             self._failed.remove(max(earlier, key=lambda failed: failed[1]))
             return True
         for entry in self._entries:
             is_ending = isinstance(entry.turn, PendingTurn) and entry.turn.is_ending
-            if is_ending and not entry.is_retried and entry.signature == digest and entry.attempt < attempt:
+            if is_ending and not entry.is_retried and entry.signature == signature and entry.attempt < attempt:
                 entry.is_retried = True
                 return True
         return False
 
-    def begin(self, turn: PendingTurn, signature: str, key: str | None, *, attempt: int = 0) -> None:
+    def begin(self, turn: PendingTurn, signature: bytes, key: str | None, *, attempt: int = 0) -> None:
         """A turn has begun. Of one that fails only this is kept: a retry is not a retry of another equal request."""
-        entry = _Entry(_digest(signature), key, turn, attempt)
+        entry = _Entry(signature, key, turn, attempt)
         self._entries.append(entry)
 
         def ended(task: asyncio.Task[TurnRecord]) -> None:
@@ -225,7 +229,3 @@ class TurnRecords:
 
 def _may_repeat(entry: _Entry) -> bool:
     return isinstance(entry.turn, PendingTurn) or not entry.turn.is_continued
-
-
-def _digest(signature: str) -> bytes:
-    return hashlib.sha256(signature.encode(errors="surrogatepass")).digest()

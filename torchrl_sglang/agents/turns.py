@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torchrl_sglang.agents.conversation.answers import decode_answer, finish_reason, read_answer
@@ -28,10 +29,13 @@ from torchrl_sglang.chat.tool_schemas import read_tools
 from torchrl_sglang.chat_templates import check_template_kwargs
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError, RequestRejectedError
+from torchrl_sglang.protocol.stop_strings import StopStrings
 
 __all__ = ["sample_chat", "sample_text"]
 
 _MOST_TOP_LOGPROBS = 100
+_LONG_TEXT = 100_000
+"""Characters that take some ten milliseconds to tokenize."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +86,16 @@ async def sample_chat(
     match = tree.match(await model.images.checked(read_messages(request.messages)))
     tools = read_tools(list(request.tools)) if request.tools else []
     variables = {**model.settings.template_kwargs, **check_template_kwargs(request.template_kwargs)}
-    prompt = build_prompt(
-        match,
-        model.template,
-        tools=tools,
-        variables=variables,
-        on_rewrite=model.settings.on_rewrite,
+    prompt = await _built(
+        sum(len(message.content) for message in match.messages),
+        partial(
+            build_prompt,
+            match,
+            model.template,
+            tools=tools,
+            variables=variables,
+            on_rewrite=model.settings.on_rewrite,
+        ),
     )
     ids_P = prompt.token_ids()
     thinks = open_thinking(prompt.text)
@@ -127,7 +135,7 @@ async def sample_text(
     """Generate the continuation of a text or of tokens, and record it. Arguments and errors as :func:`sample_chat`."""
     if request.prompt and not isinstance(request.prompt, str):  # an id that is no token's can't be decoded
         model.check(request.prompt, model.sampling(request.sampling, len(request.prompt)))
-    prompt = build_text_prompt(request.prompt, tree, model.template)
+    prompt = await _built(len(request.prompt), partial(build_text_prompt, request.prompt, tree, model.template))
     ids_P = prompt.token_ids()
     job = _Job(
         prompt=prompt,
@@ -140,6 +148,11 @@ async def sample_text(
     position = 1 if prompt.base is None else prompt.base.position + 2
     make = _maker(model, job, parent=prompt.base, new=(asked,), position=position)
     return await _run(job, model, tree, make, preferred, on_progress)
+
+
+async def _built(length: int, build: Callable[[], Prompt]) -> Prompt:
+    """The prompt of a text of this length. A long one is tokenized in a thread: other agents are served meanwhile."""
+    return build() if length < _LONG_TEXT else await asyncio.to_thread(build)
 
 
 MakeNode = Callable[[Generated, str, int], Coroutine[Any, Any, Node]]
@@ -168,7 +181,7 @@ def _maker(model: ServedModel, job: _Job, *, parent: Node | None, new: tuple[Mes
                 prompt_ids=job.ids_P,
                 output_ids=made.output_ids,
                 template=model.template,
-                parser=model.family,
+                parser=model.parser,
                 earlier_calls=job.earlier_calls,
                 most_calls=None if job.parallel else 1,
             )
@@ -210,24 +223,27 @@ async def _run(
     model.check(job.ids_P, job.sampling, num_tokens=job.num_tokens)
     single = job.sampling if job.sampling.n == 1 else replace(job.sampling, n=1)
     seed = job.sampling.sampling_seed
+    stops = StopStrings.of(job.sampling, model.template.decode)
 
     async def one(index: int) -> Generated:
-        report = None if on_progress is None else _reporter(index, job, model, on_progress)
+        report = None if on_progress is None else _reporter(index, job, model, stops, on_progress)
         made = await model.generator.generate(
             job.ids_P,
             single if seed is None else replace(single, sampling_seed=seed + index),
             top_logprobs=job.top_logprobs,
             preferred=preferred,
             timeout_s=model.settings.turn_timeout_s,
+            stops=stops,
             on_tokens=report,
             **_images(job),
         )
-        return _ended(made, job, model)
+        return cut_at_stop(made, stops)
 
     with _refused_images() if job.images is not None else nullcontext():
         made = await _all_or_none([one(index) for index in range(job.sampling.n)])
     turn = f"turn_{secrets.token_hex(8)}"
     nodes = [await make(each, turn, index) for index, each in enumerate(made)]
+    await asyncio.sleep(0)  # whoever ends the turn at this moment does so before it is recorded
     return TurnRecord(
         id=turn,
         nodes=[_recorded(tree, node) for node in nodes],
@@ -312,7 +328,9 @@ async def _all_or_none(work: Sequence[Coroutine[Any, Any, Generated]]) -> list[G
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _reporter(index: int, job: _Job, model: ServedModel, on_progress: OnProgress) -> Callable[[Generated], None]:
+def _reporter(
+    index: int, job: _Job, model: ServedModel, stops: StopStrings, on_progress: OnProgress
+) -> Callable[[Generated], None]:
     text = ProgressText(
         model.template,
         stops=job.sampling.stop,
@@ -325,7 +343,7 @@ def _reporter(index: int, job: _Job, model: ServedModel, on_progress: OnProgress
 
     def report(so_far: Generated) -> None:
         text.push(so_far.output_ids)
-        so_far = _ended(so_far, job, model) if text.is_stopped else so_far
+        so_far = cut_at_stop(so_far, stops) if text.is_stopped else so_far
         on_progress(
             Progress(
                 index=index,
@@ -339,12 +357,6 @@ def _reporter(index: int, job: _Job, model: ServedModel, on_progress: OnProgress
         )
 
     return report
-
-
-def _ended(made: Generated, job: _Job, model: ServedModel) -> Generated:
-    """The sequence, which ends with the first stop string."""
-    sampling = job.sampling
-    return cut_at_stop(made, sampling.stop, decode=model.template.decode, min_new_tokens=sampling.min_new_tokens)
 
 
 def _top(made: Generated, model: ServedModel) -> tuple[tuple[TokenLogProb, ...], ...]:

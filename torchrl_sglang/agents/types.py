@@ -97,8 +97,9 @@ class Choice:
     Attributes:
         index: its number among the request's choices.
         message: the answer in OpenAI's form: ``role``, ``content`` (``None`` beside tool calls if nothing was said),
-            and, where there is one, ``reasoning_content`` and ``tool_calls`` (``arguments`` is JSON text).
-        text: the whole text, with reasoning and calls as they were written; a stop string is trimmed.
+            and, where there is one, ``reasoning_content`` and ``tool_calls`` (``arguments`` is JSON text). Of a
+            continued text the content is the text, without special tokens.
+        text: the whole text, with reasoning, calls and special tokens as they were written; a stop string is trimmed.
         token_ids: the sampled tokens, length ``R``; the token that ended the answer is included.
         log_probs: natural-log probability of each of them, length ``R``.
         weight_versions: the weights that generated each of them, length ``R``.

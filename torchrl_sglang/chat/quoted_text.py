@@ -25,6 +25,7 @@ THINKING: Sequence[Thinking] = (
 )
 """The tags of families, before and after the thinking."""
 
+_OPENINGS = tuple(opening for opening, _ in THINKING)
 _TAGS = re.compile("|".join(re.escape(tag) for pair in THINKING for tag in pair))
 _FENCE = re.compile(r"^[ ]{0,3}(`{3,}|~{3,})", re.MULTILINE)
 _INLINE = re.compile(r"(?<!`)`[^`\n]+`(?!`)")
@@ -39,7 +40,10 @@ def open_thinking(prompt: str) -> Thinking | None:
         >>> open_thinking("What does <think> mean?<|im_end|>") is None
         True
     """
-    return next((pair for pair in THINKING if prompt.rstrip().endswith(pair[0])), None)
+    end = prompt.rstrip()
+    if not end.endswith(_OPENINGS):
+        return None
+    return next(pair for pair in THINKING if end.endswith(pair[0]))
 
 
 class Searches:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.chat.messages import Conversation
-from torchrl_sglang.chat_templates import REFUSALS, message_forms
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.message_forms import REFUSALS, as_parts, drops_texts, message_forms
 from torchrl_sglang.text_tokens import encode_untemplated, mark_ids
 
 __all__ = ["ChatTemplate"]
@@ -17,6 +17,8 @@ _MARK = "7f3b-end-of-content"
 
 class ChatTemplate:
     """The processor's chat template if it has one, else the tokenizer's.
+
+    A template that reads parts of contents alone, and drops texts, gets every text as a part.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -34,6 +36,9 @@ class ChatTemplate:
                 "this model's tokenizer has no chat template: set tokenizer.chat_template, "
                 "pass processor=, or generate from plain text with AsyncSGLang.generate"
             )
+        self._drops_texts = drops_texts(
+            lambda messages: self._renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
 
     def encode(
         self,
@@ -75,7 +80,7 @@ class ChatTemplate:
         for form in message_forms(messages):
             try:
                 text: str = self._renderer.apply_chat_template(
-                    form,
+                    as_parts(form) if self._drops_texts else form,
                     tools=tools or None,
                     tokenize=False,
                     add_generation_prompt=continue_chat and not continues,

@@ -61,7 +61,7 @@ class SamplingParams:
     top_p: float = 1.0
     """Nucleus sampling: keep the smallest set of tokens with at least this probability."""
     top_k: int = -1
-    """Keep the k most likely tokens; -1 keeps all."""
+    """Keep the k most likely tokens; -1 keeps all, and so does what is taken for -1: 2**30 or more."""
     min_p: float = 0.0
     """Drop tokens less likely than this fraction of the likeliest."""
     frequency_penalty: float = 0.0
@@ -160,7 +160,7 @@ class SamplingParams:
         # SGLang takes a temperature this small for greedy decoding, whose log-probs count as temperature 1.
         if 0 < values["temperature"] < _GREEDY_BELOW:
             values["temperature"] = 0.0
-        if values["top_k"] > _ALL_TOKENS:
+        if values["top_k"] >= _ALL_TOKENS:
             values["top_k"] = -1
         return values
 
@@ -244,6 +244,18 @@ class SamplingParams:
         return bool(
             self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0 or self.logit_bias
         )
+
+    def for_vocabulary(self, vocab_size: int | None) -> SamplingParams:
+        """These settings with ``top_k=-1`` if ``top_k`` keeps all of a vocabulary.
+
+        Args:
+            vocab_size: its size; ``None`` if it is not known.
+
+        Examples:
+            >>> SamplingParams(top_k=1000).for_vocabulary(512).truncates
+            False
+        """
+        return replace(self, top_k=-1) if vocab_size is not None and self.top_k >= vocab_size > 1 else self
 
     def to_wire(self) -> dict[str, Any]:
         """SGLang's ``sampling_params``: every field, also those with SGLang's own default.

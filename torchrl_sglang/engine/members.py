@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 
 from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.config.checking import require
 from torchrl_sglang.engine.fleet import Fleet, Launcher
 from torchrl_sglang.pool import ServerListFollower, SGLangPool
@@ -47,6 +48,7 @@ class EngineMembers:
         *,
         gpus: Sequence[Sequence[int]] | None = None,
         progress: Callable[[str], None] | bool | None = None,
+        client: ClientConfig | None = None,
     ) -> tuple[str, ...]:
         """Take more servers in, while the others generate: launch some, or attach to running ones.
 
@@ -58,6 +60,7 @@ class EngineMembers:
             gpus: GPUs of each server to launch, as for :meth:`from_pretrained`; ``None`` takes the lowest that neither
                 a server of this engine nor the trainer uses.
             progress: called with a line of text while servers load, as for :meth:`from_pretrained`.
+            client: how to talk to running servers that have other keys or certificates than the first one.
 
         Returns:
             The base URLs of the new servers.
@@ -70,7 +73,8 @@ class EngineMembers:
         """
         if isinstance(servers, Iterable):
             require(gpus is None, "gpus are those of servers to launch: a running server has its own")
-            return self.pool.add(url_list(servers))
+            return self.pool.add(url_list(servers), client=client)
+        require(client is None, "client is for running servers: servers to launch get the keys of the others")
         with shown_progress(progress) as show:
             return self._fleet.add(servers, gpus=gpus, progress=show)
 

@@ -139,14 +139,14 @@ def restart_server(
     return mark is None
 
 
-def admit(pool: SGLangPool, client: SGLangClient, *, is_current: bool, load_saved: bool) -> bool:
+def admit(pool: SGLangPool, client: SGLangClient, *, is_current: bool, update: bool) -> bool:
     """Put a server that was restarted back into routing, if it holds the current weights. The update lock is held.
 
     Args:
         pool: the servers.
         client: the restarted one.
         is_current: whether the checkpoint's weights were the current ones when it was started.
-        load_saved: make it load the current weights from a shared folder, if they are in one.
+        update: bring it up to date, if the current weights or the adapter can be had without the next update.
 
     Returns:
         Whether it gets requests now. Otherwise it waits for the next weight update, paused and marked dirty.
@@ -155,7 +155,7 @@ def admit(pool: SGLangPool, client: SGLangClient, *, is_current: bool, load_save
         ServerError: it does not answer.
     """
     mark = _mark_of_outdated(pool, client)
-    holds_current = (is_current and mark is None) or (load_saved and _load_saved(pool, client))
+    holds_current = (is_current and mark is None) or (update and _load_saved(pool, client))
     if not holds_current:
         # Requests from processes that don't know of the restart wait in the paused server for the weights.
         check_success(client.send(build_pause("abort")), server=client.url, what="pausing")
@@ -164,7 +164,22 @@ def admit(pool: SGLangPool, client: SGLangClient, *, is_current: bool, load_save
     if holds_current and pool.state.weights.adapter is None:
         return pool.restore(client.url, based_on=pool.state.server(client.url))
     pool.quarantine(client.url, "it was restarted; the next weight update puts it to use")
-    return False
+    return update and _updated(pool, client)
+
+
+def _updated(pool: SGLangPool, client: SGLangClient) -> bool:
+    """Send the last push's weights, or the adapter, to a restarted server, as to one that joins; whether it is routed.
+
+    What fails is logged: the next weight update does it.
+    """
+    sync = pool.weight_sync
+    if sync is None:
+        return False
+    try:
+        return not sync.bring_up_to_date([client])
+    except (SGLangError, OSError) as error:
+        _log.warning("the restarted server at %s waits for the next weight update: %s", client.url, error)
+        return False
 
 
 def _mark_of_outdated(pool: SGLangPool, client: SGLangClient) -> str | None:
@@ -243,7 +258,7 @@ def _restart_crashed(
         is_same = known.restarts == started and not known.is_restarting
         if not may_admit or not is_same or known.weights == "new":  # an update has reached it meanwhile
             return
-        if admit(pool, client, is_current=is_current, load_saved=True):
+        if admit(pool, client, is_current=is_current, update=True):
             _log.warning("the server at %s is back, with the weights that the others hold", client.url)
 
 

@@ -261,7 +261,7 @@ class AsyncSGLang(EngineMembers, EngineGeneration):
             raise
         with lock.held_for(f"a restart of {url}"):
             if state.server(url).weights != "new":
-                admit(self.pool, client, is_current=is_current, load_saved=False)
+                admit(self.pool, client, is_current=is_current, update=False)
         return True
 
     def shutdown(self) -> None:

@@ -44,10 +44,11 @@ class EngineWeights:
         return self._use(self._config)
 
     def close(self) -> None:
-        """Destroy the process group, unless a scheme uses it."""
-        if self._sync is not None:
-            self._sync.release(self)
-            self._sync = None
+        """Destroy the process group and free shared memory, also for schemes: the engine closes the pool next."""
+        sync: WeightSync | None = self._pool.weight_sync
+        self._sync = None
+        if sync is not None:
+            sync.close()
 
     def get_model_metadata(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Names, dtypes and shapes of the tensors that :meth:`update_weights` expects: the served checkpoint's.
@@ -97,7 +98,8 @@ class EngineWeights:
             )
         config = replace(self._settings, **given)
         if config != self._settings:
-            self.close()
+            if self._sync is not None:
+                self._sync.release(self)
             self._use(config)
             self._config = config
         self.sync.connect()

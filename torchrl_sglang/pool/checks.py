@@ -15,15 +15,18 @@ from torchrl_sglang.server_url import resolved_addresses
 
 __all__ = [
     "label_with_version",
+    "process_mark",
     "refuse_different_models",
     "refuse_mixed_weights",
     "refuse_newcomers",
     "refuse_same_server",
+    "refuse_unlike",
 ]
 
 _ALIKE = ("dp_size", "pp_size", "quantization", "device", "lora_enabled")
 _ALIKE_FLAGS = ("max_lora_rank", "lora_target_modules")
 """What decides whether a server takes weights and adapters as the others do."""
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 _MUCH_SHORTER = 0.9
 """Where the cache limits the context, equal servers differ a little, by the memory that each has found."""
 
@@ -49,14 +52,32 @@ def refuse_different_models(infos: Sequence[ServerInfo]) -> None:
                 f"{first.url} serves revision {first.revision} of {first.model_path!r} and {info.url} revision "
                 f"{info.revision}: one pool needs servers of one model"
             )
+        if (unlike := _unlike_sizes(first, info)) is not None:
+            raise ConfigError(
+                f"{first.url} serves {first.model_path!r} and {info.url} serves {info.model_path!r}, models of other "
+                f"sizes ({unlike}): one pool needs servers of one model"
+            )
         _refuse_unsupported_model(info)
+
+
+def _unlike_sizes(first: ServerInfo, other: ServerInfo) -> str | None:
+    """A size in which the models of two servers differ, of the checkpoints that can be read here; ``None`` if none."""
+    if other.model_path == first.model_path:
+        return None
+    configs = [read_model_json(info.model_path, "config.json", info.revision) or {} for info in (first, other)]
+    sizes = [{**config, **(config.get("text_config") or {})} for config in configs]
+    for name in _SIZES:
+        values = [size.get(name) for size in sizes]
+        if None not in values and values[0] != values[1]:
+            return f"{name} is {values[0]} and {values[1]}"
+    return None
 
 
 def refuse_same_server(new: Sequence[ServerInfo], members: Sequence[ServerInfo] = ()) -> None:
     """Require that no two URLs lead to one server, which would be sent every weight update twice at once.
 
-    A server at an address that another one has is another server if its path differs, or the random seed that SGLang
-    draws at its start: an ingress has one address for many.
+    A server at an address that another one has is another server if its path or its process differs: an ingress has one
+    address for many.
 
     Args:
         new: the servers to check, each against those before it and the members.
@@ -70,12 +91,29 @@ def refuse_same_server(new: Sequence[ServerInfo], members: Sequence[ServerInfo] 
         addresses, *place = _place(info)
         for url, (known_addresses, *known_place) in known.items():
             if place == known_place and addresses & known_addresses:
-                raise ConfigError(f"{info.url} is a server of this pool already, under the name {url}")
+                fixed = (
+                    " (if they are two behind one address: both report the same --random-seed, leave it out)"
+                    if urlsplit(info.url).hostname != urlsplit(url).hostname
+                    else ""
+                )
+                raise ConfigError(f"{info.url} is a server of this pool already, under the name {url}{fixed}")
         known[info.url] = _place(info)
 
 
 def _place(info: ServerInfo) -> tuple[frozenset[tuple[str, int]], str, object]:
-    return resolved_addresses(info.url), urlsplit(info.url).path, info.raw.get("random_seed")
+    return resolved_addresses(info.url), urlsplit(info.url).path, process_mark(info)
+
+
+def process_mark(info: ServerInfo) -> tuple[object, str] | None:
+    """What tells a server's process from others: the random seed that SGLang draws, and how long its start took.
+
+    The seed may be fixed with ``--random-seed``; the times are there from SGLang 0.5.23 on, to the microsecond.
+
+    Returns:
+        ``None`` if the server reports neither.
+    """
+    seed, times = info.raw.get("random_seed"), info.raw.get("startup_time")
+    return None if seed is None and not times else (seed, repr(times))
 
 
 def refuse_newcomers(new: Sequence[ServerInfo], members: Sequence[ServerInfo], *, updates: bool) -> None:
@@ -89,6 +127,27 @@ def refuse_newcomers(new: Sequence[ServerInfo], members: Sequence[ServerInfo], *
     Raises:
         ConfigError: a newcomer serves another model, takes shorter prompts than were accepted so far, would not take
             weights as the members do, or is in the middle of an update.
+    """
+    refuse_unlike(new, members, updates=updates)
+    for info in new:
+        if info.weight_version.startswith("dirty-"):
+            raise ConfigError(
+                f"{info.url} holds half-updated or unverified weights ({info.weight_version}): another process is "
+                "updating it, or died in an update. Restart it before it joins, or wait until that update is over"
+            )
+
+
+def refuse_unlike(new: Sequence[ServerInfo], members: Sequence[ServerInfo], *, updates: bool) -> None:
+    """Require that servers are like those of a pool, whatever weights they hold.
+
+    Args:
+        new: the servers to check.
+        members: the servers of the pool, or what one of ``new`` was before its process was replaced.
+        updates: this process sends weights to the pool.
+
+    Raises:
+        ConfigError: one serves another model, takes shorter prompts than were accepted so far, or would not take
+            weights as the members do.
     """
     refuse_different_models([members[0], *new])
     for info in new:
@@ -105,11 +164,6 @@ def refuse_newcomers(new: Sequence[ServerInfo], members: Sequence[ServerInfo], *
                     f"{info.url} was started with {name}={_setting(info, name)!r}, and this pool's servers with "
                     f"{held[0]!r}: weight updates need servers that are alike. Start it with the same settings"
                 )
-        if info.weight_version.startswith("dirty-"):
-            raise ConfigError(
-                f"{info.url} holds half-updated or unverified weights ({info.weight_version}): another process is "
-                "updating it, or died in an update. Restart it before it joins, or wait until that update is over"
-            )
 
 
 def _setting(info: ServerInfo, name: str) -> object:

@@ -29,7 +29,8 @@ class DeadServerTracker:
     Args:
         state: the pool's records.
         on_return: called for a server that answers again and holds weights at least as new as any that this pool has
-            seen, with its record from before the poll and with the version string that it reports.
+            seen, with its record from before the poll and with the version string that it reports. The version does
+            not count where an adapter is in use: what is below it is compared when it is loaded.
         current_versions: returns the version strings of the current weights; a newcomer must hold one of them.
     """
 
@@ -87,4 +88,6 @@ class DeadServerTracker:
         if server.phase == "joining":  # of a server that this pool has never used, the number alone says nothing
             return held in self._current_versions()
         version, weights = WeightVersion.parse(held), self._state.weights
+        if weights.adapter is not None:
+            return not version.dirty
         return not version.dirty and version.number >= max(weights.version, weights.newest_seen)

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.errors import ProtocolError, ServerLostError, ServerUnreachableError, SGLangError
+from torchrl_sglang.errors import (
+    ProtocolError,
+    RequestRejectedError,
+    ServerLostError,
+    ServerUnreachableError,
+    SGLangError,
+)
 from torchrl_sglang.parallel import work_through
 from torchrl_sglang.pool.balancing import Share
 from torchrl_sglang.protocol.control import build_ready
@@ -24,6 +30,7 @@ _REQUESTS_IN_FLIGHT = 8
 _CLOSING_S = 3.0
 _LIVES_S = 0.3
 _ASK_AGAIN_S = 0.05
+_MISSED = (502, 503, 504)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,16 +128,21 @@ def dead_server(client: SGLangClient, error: SGLangError) -> SGLangClient | None
     """Return ``client`` if its server is dead after ``error``: then no reply to the request can exist.
 
     A second request confirms it. A failure of this machine says nothing about the server; a lost connection or half a
-    reply leaves open whether it still runs.
+    reply leaves open whether it still runs. A proxy before the server says that it does not reach it.
     """
     if isinstance(error, ServerUnreachableError) and error.is_local:
         return None
-    may_be_dead = isinstance(error, (ServerUnreachableError, ServerLostError, ProtocolError))
+    may_be_dead = isinstance(error, (ServerUnreachableError, ServerLostError, ProtocolError)) or _is_missed(error)
     return client if may_be_dead and is_gone(client) else None
 
 
+def _is_missed(error: SGLangError) -> bool:
+    """Whether a proxy has answered that it does not reach the server behind it."""
+    return isinstance(error, RequestRejectedError) and error.is_from_proxy and error.status in _MISSED
+
+
 def is_gone(client: SGLangClient) -> bool:
-    """Whether nothing listens at a server's address any more.
+    """Whether nothing listens at a server's address any more, or behind the proxy there.
 
     A process that is ending may drop connections before its port is closed, or answer once more on a connection that is
     open. So one that drops them is asked again, and one that answers must do so for a moment.
@@ -146,8 +158,12 @@ def is_gone(client: SGLangClient) -> bool:
             answers_since = None
             if time.monotonic() > deadline:
                 return False
-        except SGLangError:
-            return False
+        except SGLangError as error:
+            if not _is_missed(error):
+                return False
+            answers_since = None
+            if time.monotonic() > deadline:
+                return True
         else:
             answers_since = answers_since or time.monotonic()
             if time.monotonic() - answers_since >= _LIVES_S:

@@ -1,8 +1,8 @@
-"""The file from which copies of a pool in other processes learn which servers are its members.
+"""The file from which copies of a pool in other processes learn which servers are its members, and how to talk to them.
 
 The original writes it at each change. A copy looks at its time stamp before each batch, which takes a microsecond. The
 file is in this machine's folder for temporary files: copies on other machines don't see it, and keep the members that
-they have.
+they have. Like a pickled pool, it holds the servers' keys; only its owner can read it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import os
 import tempfile
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
+
+from torchrl_sglang.config import ClientConfig
 
 __all__ = ["MemberFile"]
 
@@ -33,9 +36,10 @@ class MemberFile:
         >>> copy = MemberFile(original.path)
         >>> copy.read_if_new() is None
         True
-        >>> original.write(["http://a:30000"])
-        >>> copy.read_if_new()
-        ['http://a:30000']
+        >>> original.write({"http://a:30000": None, "http://b:30000": ClientConfig(api_key="b")})
+        >>> members = copy.read_if_new()
+        >>> members["http://a:30000"], members["http://b:30000"].api_key
+        (None, 'b')
         >>> copy.read_if_new() is None  # nothing has changed since
         True
         >>> original.delete()
@@ -49,8 +53,11 @@ class MemberFile:
         self._owner: weakref.finalize[..., object] | None = None
         self._held: list[int] = []
 
-    def write(self, urls: Sequence[str]) -> None:
+    def write(self, members: Mapping[str, ClientConfig | None]) -> None:
         """Replace the content; a reader sees either the old or the new one. The file is deleted with this object.
+
+        Args:
+            members: per URL the settings of its client, where they are not those of the pool's first server.
 
         As long as this process lives, it holds a lock on the file: those of processes that were killed are deleted.
         """
@@ -62,7 +69,8 @@ class MemberFile:
             on_failure.callback(os.close, descriptor)
             on_failure.callback(new.unlink, missing_ok=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            content = json.dumps(list(urls)).encode()
+            settings = {url: None if config is None else asdict(config) for url, config in members.items()}
+            content = json.dumps(settings).encode()
             while content:  # a disk that becomes full takes a part of it, and raises at the next
                 content = content[os.write(descriptor, content) :]
             new.replace(self.path)
@@ -73,8 +81,8 @@ class MemberFile:
         self._owner = weakref.finalize(self, _delete, self.path, os.getpid(), self._held)
         _close(held)
 
-    def read_if_new(self) -> list[str] | None:
-        """The members, if the file has changed since the last look; ``None`` if not, or if there is no file."""
+    def read_if_new(self) -> dict[str, ClientConfig | None] | None:
+        """The members as written, if the file has changed since the last look; ``None`` if not, or if there is none."""
         try:
             status = self.path.stat()
         except OSError:
@@ -83,11 +91,11 @@ class MemberFile:
         if stamp == self._seen or status.st_uid != os.geteuid():
             return None
         try:
-            urls = json.loads(self.path.read_text())
+            members = json.loads(self.path.read_text())
         except (OSError, ValueError):
             return None
         self._seen = stamp
-        return [str(url) for url in urls]
+        return {url: None if fields is None else ClientConfig(**fields) for url, fields in members.items()}
 
     def read_again(self) -> None:
         """Take the content for new at the next look, also if it is not."""

@@ -11,19 +11,23 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.config.checking import require_number
+from torchrl_sglang.config import ClientConfig
+from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
 from torchrl_sglang.parallel import Task, failure_of, side_by_side
+from torchrl_sglang.pool.balanced_addresses import refuse_balanced_addresses
 from torchrl_sglang.pool.checks import refuse_newcomers, refuse_same_server
 from torchrl_sglang.pool.draining import abort_all, await_idle
 from torchrl_sglang.pool.member_file import MemberFile
+from torchrl_sglang.pool.router_client import RouterClient
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.pool.update_lock import UpdateLock
+from torchrl_sglang.protocol.messages import ServerInfo
 from torchrl_sglang.protocol.version import WeightVersion
 
 __all__ = ["Membership"]
@@ -43,10 +47,15 @@ class Members(Protocol):
     state: PoolState
     update_lock: UpdateLock
     weight_sync: Any
+    router: RouterClient | None
 
     @property
     def healthy(self) -> tuple[SGLangClient, ...]:
         """The servers that requests are routed to."""
+
+    @property
+    def known_infos(self) -> Sequence[ServerInfo]:
+        """What the members have reported of themselves."""
 
     def connect(self) -> None:
         """Connect the members."""
@@ -94,25 +103,32 @@ class Membership:
 
     # ------------------------------------------------------------------ joining
 
-    def add(self, urls: Sequence[str]) -> tuple[str, ...]:
+    def add(self, urls: Sequence[str], config: ClientConfig | None = None) -> tuple[str, ...]:
         """See :meth:`SGLangPool.add`."""
         self.refuse_in_copy()
         if not urls:
             raise ConfigError("name at least one server to add")
-        pool = self._pool
-        new = [SGLangClient(url, self.clients[0].config) for url in urls]
+        pool, common = self._pool, self.clients[0].config
+        config = common if config is None else config
+        require(isinstance(config, ClientConfig), f"client must be a ClientConfig, got a {type(config).__name__}")
+        require(
+            pool.router is None or config.api_key == common.api_key,
+            "a router sends one key to all its servers: start the new ones with the key of the others",
+        )
+        new = [SGLangClient(url, config) for url in urls]
         self._refuse_members(new)
         pool.refuse_while_offloaded()
         pool.connect()
         outcomes = side_by_side({client.url: client.connect for client in new})
         infos = [outcomes[client.url].unwrap() for client in new]
-        refuse_same_server(infos, [client.info for client in self.clients])
-        refuse_newcomers(infos, [client.info for client in self.clients], updates=pool.weight_sync is not None)
+        refuse_balanced_addresses(new)
+        refuse_same_server(infos, pool.known_infos)
+        refuse_newcomers(infos, pool.known_infos, updates=pool.weight_sync is not None)
         with contextlib.ExitStack() as on_failure:
             with pool.update_lock:
                 with self._lock:
                     self._refuse_members(new)
-                    refuse_same_server(infos, [client.info for client in self.clients])
+                    refuse_same_server(infos, pool.known_infos)
                     pool.refuse_while_offloaded()
                     for info in infos:
                         pool.state.joined(info.url, info.weight_version, _WAITS)
@@ -293,16 +309,25 @@ class Membership:
             self._served.add(url)
             self.publish()
 
+    def for_copies(self) -> tuple[SGLangClient, ...]:
+        """The members that a copy may use: not those that wait for the weights of the others, and that leave."""
+        usable = self._served if self._pool.weight_sync is not None else {client.url for client in self.clients}
+        has_left = self._pool.state.has_left
+        return tuple(client for client in self.clients if client.url in usable and not has_left(client.url))
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether these are the members of a copied pool, which the original decides on."""
+        return self._is_copy
+
     def publish(self) -> None:
         """Write down for copies which servers there are."""
         if self._is_copy:
             return
-        state = self._pool.state
         with self._publishing:  # the last one to write has read the members last
-            usable = self._served if self._pool.weight_sync is not None else {client.url for client in self.clients}
-            urls = [client.url for client in self.clients if client.url in usable and not state.has_left(client.url)]
+            shown, common = self.for_copies(), self.clients[0].config
             try:
-                self._file.write(urls)
+                self._file.write({each.url: None if each.config == common else each.config for each in shown})
             except OSError as error:
                 _log.warning(
                     "copies of this pool don't learn of its servers: %s can't be written (%s)", self._file.path, error
@@ -316,12 +341,12 @@ class Membership:
             if time.monotonic() >= self._read_again_at:
                 self._read_again_at = math.inf
                 self._file.read_again()
-            urls = self._file.read_if_new()
-            if urls is None:
+            members = self._file.read_if_new()
+            if members is None:
                 return
             known = {client.url for client in self.clients}
-            gone = [client for client in self.clients if client.url not in urls]
-            new = [url for url in urls if url not in known]
+            gone = [client for client in self.clients if client.url not in members]
+            new = {url: config for url, config in members.items() if url not in known}
             if len(gone) < len(known):
                 self._forget(gone)
                 gone = []
@@ -333,9 +358,9 @@ class Membership:
         if gone:  # none of the known servers is left
             joining.wait()
 
-    def _join_copied(self, urls: Sequence[str], gone: Sequence[SGLangClient]) -> None:
-        for url in urls:
-            client = SGLangClient(url, self.clients[0].config)
+    def _join_copied(self, new: Mapping[str, ClientConfig | None], gone: Sequence[SGLangClient]) -> None:
+        for url, config in new.items():
+            client = SGLangClient(url, config or self.clients[0].config)
             try:
                 info = client.connect()
             except SGLangError as error:

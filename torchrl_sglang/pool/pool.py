@@ -313,8 +313,8 @@ class SGLangPool(PoolServers):
                 f"the vocabulary of {self.info.model_path!r} can't be read from here, and an unknown token id kills an "
                 "SGLang server: pass vocab_size=... when connecting (or unchecked_vocab=True)"
             )
-        for client in self.clients:
-            check_sampling(sampling, vocab_size=vocab_size, info=client.info)
+        for info in self.known_infos:
+            check_sampling(sampling, vocab_size=vocab_size, info=info)
         if sampling.min_new_tokens and vocab_size is not None:
             self._end_tokens.check(self.info, vocab_size)
         check_prompts(
@@ -343,7 +343,7 @@ class SGLangPool(PoolServers):
         """Whether there is a router, and a request keeps its meaning when it goes through it."""
         if self.router is None:
             return False
-        filled_in = frozenset[str]().union(*(client.info.preferred_sampling for client in self.clients))
+        filled_in = frozenset[str]().union(*(info.preferred_sampling for info in self.known_infos))
         return router_forwards(request, filled_in=filled_in)
 
     def _router_slots(self, num_requests: int) -> Sequence[SGLangClient]:
@@ -351,13 +351,18 @@ class SGLangPool(PoolServers):
         assert self.router is not None
         return [self.router.client] * min(num_requests, MAX_REQUESTS)
 
+    def _lacks_adapter(self, error: SGLangError) -> bool:
+        """Whether a server does not know the trainer's current adapter: then its process is a new one."""
+        adapter = self.state.weights.adapter
+        return adapter is not None and isinstance(error, RequestRejectedError) and adapter.name in error.detail
+
     def _find_dead(self, client: SGLangClient, error: SGLangError) -> SGLangClient | None:
         """The server that a failed request was on, if it is known to be dead: only then the request is sent again."""
         self._membership.refresh()  # of a copy: the server may have left
         if self.router is None or client is not self.router.client:
             if self.state.has_left(client.url) and not isinstance(error, RequestRejectedError):
                 return client
-            return dead_server(client, error)
+            return client if self._lacks_adapter(error) else dead_server(client, error)
         url = worker_in_error(error, self.state.known_urls)
         if url is None:
             return None

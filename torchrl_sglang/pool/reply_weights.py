@@ -26,13 +26,13 @@ def is_outdated(version: str, known: ServerState) -> bool:
 
     Examples:
         >>> server = ServerState(url="http://a:30000", version="12@a1b2")
-        >>> [is_outdated(version, server) for version in ("12@a1b2", "11@a1b2", "3@c3d4", "default")]
+        >>> [is_outdated(version, server) for version in ("12@a1b2", "11@a1b2", "0@c3d4", "default")]
         [False, True, False, True]
     """
     now, before = WeightVersion.parse(version), WeightVersion.parse(known.version)
     if now.dirty:
         return False  # refused elsewhere, and healed by a full sync
-    if now.number == 0:
+    if now.number == 0 and now.owner is None:
         return max(before.number, known.newest_seen) > 0
     return now.owner is not None and now.owner == before.owner and now.number < before.number
 

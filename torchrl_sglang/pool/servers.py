@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.config.checking import require
 from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
 from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.parallel import side_by_side
-from torchrl_sglang.pool.checks import refuse_different_models, refuse_same_server
+from torchrl_sglang.pool.balanced_addresses import refuse_balanced_addresses
+from torchrl_sglang.pool.checks import refuse_different_models, refuse_same_server, refuse_unlike
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.pool.member_file import MemberFile
 from torchrl_sglang.pool.membership import Membership
@@ -53,7 +55,8 @@ class PoolServers:
         self._init_runtime(self.clients, self._membership.file_of_copies())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"clients": self.clients, "router": self.router, "members": self._membership.file_of_copies().path}
+        clients = self._membership.for_copies() or self.clients
+        return {"clients": clients, "router": self.router, "members": self._membership.file_of_copies().path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.router = state["router"]
@@ -69,7 +72,7 @@ class PoolServers:
         """All servers, also quarantined ones, and those that are about to leave."""
         return self._membership.clients
 
-    def add(self, urls: str | Iterable[str]) -> tuple[str, ...]:
+    def add(self, urls: str | Iterable[str], *, client: ClientConfig | None = None) -> tuple[str, ...]:
         """Take running servers into the pool, while the others generate.
 
         A newcomer gets requests when it holds the weights that the others hold: at once if it holds them already, or
@@ -77,17 +80,19 @@ class PoolServers:
         which it takes part in. Only the newcomer is paused for it. A weight update under way is waited for.
 
         Args:
-            urls: base URL, or several. The servers must have the keys that the others have.
+            urls: base URL, or several.
+            client: how to talk to them: their keys, certificate and time-outs. ``None`` is as with the first server.
 
         Returns:
             Their base URLs.
 
         Raises:
             ConfigError: a server is a member already, serves another model, or was started with other settings that
-                matter here; or the others' GPU memory is offloaded. The pool is as before.
+                matter here; or the others' GPU memory is offloaded; or there is a router, and the key is another one.
+                The pool is as before.
             ServerError: a server can't be reached, or ended while it was brought up to date. The pool is as before.
         """
-        return self._membership.add(url_list(urls))
+        return self._membership.add(url_list(urls), client)
 
     def remove(self, urls: str | Iterable[str], *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take servers out of the pool, while the others generate. The processes go on running.
@@ -139,11 +144,13 @@ class PoolServers:
         """Ask every server what it serves, once.
 
         A server whose weights are half-updated (its version is marked dirty) gets no requests until the update that
-        another process has begun is over, or until a full sync.
+        another process has begun is over, or until a full sync. A copy of a pool, whose servers have answered before,
+        does with those that answer now.
 
         Raises:
             ServerUnreachableError: a server (or the router) does not listen.
-            ConfigError: the servers serve different models, or one that does not generate, or two URLs lead to one.
+            ConfigError: the servers serve different models, or one that does not generate, or two URLs lead to one
+                server, or one URL to several.
             ServerTimeoutError: the router does not admit a server.
         """
         if self._connected:
@@ -151,7 +158,14 @@ class PoolServers:
         self._membership.refresh()
         clients = self.clients  # of a copy, more may join meanwhile
         outcomes = side_by_side({client.url: client.connect for client in clients})
+        errors = {url: outcome.error for url, outcome in outcomes.items()}
+        if self._membership.is_copy and None in errors.values():
+            for url in [url for url, error in errors.items() if isinstance(error, ServerError)]:
+                del outcomes[url]
+                self.state.died(url, f"it did not answer when this copy of the pool connected ({errors[url]})")
+        clients = tuple(client for client in clients if client.url in outcomes)
         infos = [outcomes[client.url].unwrap() for client in clients]
+        refuse_balanced_addresses(clients)
         refuse_different_models(infos)
         refuse_same_server(infos)
         for info in infos:
@@ -171,7 +185,13 @@ class PoolServers:
     def info(self) -> ServerInfo:
         """What the first server reports of itself; connects on first use."""
         self.connect()
-        return self.clients[0].info
+        return self.known_infos[0]
+
+    @property
+    def known_infos(self) -> Sequence[ServerInfo]:
+        """What the servers have reported of themselves when they were last asked, without those that never answered."""
+        infos = [client.known_info for client in self.clients]
+        return [info for info in infos if info is not None]
 
     @property
     def vocab_size(self) -> int | None:
@@ -190,7 +210,7 @@ class PoolServers:
 
     def _smallest(self, name: str) -> int | None:
         self.connect()
-        values = [getattr(client.info, name) for client in self.clients]
+        values = [getattr(info, name) for info in self.known_infos]
         return min((value for value in values if value is not None), default=None)
 
     @property
@@ -282,8 +302,7 @@ class PoolServers:
         take (``ClientConfig.update_timeout_s``).
         """
         self._membership.refresh()
-        if self.state.weights.adapter is None:  # a new process has no adapter
-            self._dead_servers.poll(self.clients)
+        self._dead_servers.poll(self.clients)
         deadline = time.monotonic() + max(client.config.update_timeout_s for client in self.clients)
         while not self.healthy and self._is_updated_elsewhere and time.monotonic() < deadline:
             time.sleep(_POLL_S)
@@ -294,10 +313,64 @@ class PoolServers:
         return any(server.phase == "dirty" for server in self.state.servers.values())
 
     def _server_returned(self, before: ServerState, version: str) -> None:
+        if self.state.weights.adapter is not None:
+            self._returned_without_adapter(before, version)
+            return
         if before.phase in ("dirty", "joining"):
             self.restore(before.url, based_on=before, updated_to=version)
-        else:
-            self.restore(before.url, based_on=before, new_process_with=version)
+            return
+        client = next((each for each in self.clients if each.url == before.url), None)
+        if client is None:
+            return
+        try:
+            self.reconnect(client)
+        except ConfigError as error:
+            self.state.came_back_different(before, str(error))
+            return
+        self.restore(before.url, based_on=before, new_process_with=version)
+
+    def _returned_without_adapter(self, before: ServerState, version: str) -> None:
+        """A new process has no adapter: it gets that of the last push, if this process sends weights.
+
+        An update under way brings it too, or a later poll does.
+        """
+        client = next((each for each in self.clients if each.url == before.url), None)
+        sync = self.weight_sync
+        if client is None or sync is None or not self.update_lock.acquire(timeout=0):
+            return
+        try:
+            if self.state.server(before.url).revision == before.revision:
+                self.reconnect(client)
+                self.state.restarted(before.url, version)
+                sync.bring_up_to_date([client])
+        except ConfigError as error:
+            self.state.came_back_different(self.state.server(before.url), str(error))
+        finally:
+            self.update_lock.release()
+
+    def reconnect(self, client: SGLangClient) -> ServerInfo:
+        """Ask a member whose process was replaced what it serves now, and how.
+
+        Raises:
+            ConfigError: another model than before, or with settings that don't fit the other servers. What is known
+                of it stays as it was.
+            ServerError: it does not answer.
+        """
+        before, updates = client.known_info, self.weight_sync is not None
+        members = self.known_infos
+
+        def check(info: ServerInfo) -> None:
+            if members:
+                refuse_unlike([info], members, updates=updates)
+            if before is None:
+                return
+            if self.state.weights.version == 0 and not updates and info.model_path != before.model_path:
+                raise ConfigError(
+                    f"{info.url} has come back with another checkpoint, {info.model_path!r} instead of "
+                    f"{before.model_path!r}: start it with the one that it had, or make a new pool"
+                )
+
+        return client.connect(check)
 
     def offload(self, url: str, tags: Iterable[str] = ()) -> None:
         """Take a server out of routing because it is about to release GPU memory, or has released ``tags`` of it."""

@@ -159,6 +159,19 @@ class PoolState:
             _log.warning("%s is taken out of routing: %s", url, reason)
             return self._new_process(replace(known, phase="quarantined", reason=reason), version)
 
+    def came_back_different(self, before: ServerState, reason: str) -> None:
+        """A dead server answers again, and was found not to fit: it stays out until a process that fits is there.
+
+        Args:
+            before: its record when that was found out.
+            reason: what does not fit.
+        """
+        with self._lock:
+            known = self.server(before.url)
+            if known.revision == before.revision and known.reason != reason:
+                _log.warning("%s stays out of routing: %s", before.url, reason)
+                self._change(before.url, reason=reason)
+
     def restart_begun(self, url: str) -> bool:
         """Somebody is about to start a server's process again.
 
@@ -221,11 +234,12 @@ class PoolState:
         """Replies came, made with weights of these version numbers, from this server if it is known."""
         versions = list(versions)
         with self._lock:
-            newest = max([self._weights.newest_seen, *versions])
-            self._weights = replace(self._weights, newest_seen=newest)
+            newest = max(versions, default=0)
+            if newest > self._weights.newest_seen:
+                self._weights = replace(self._weights, newest_seen=newest)
             known = self._servers.get(server)
-            if known is not None and max(versions, default=0) > known.newest_seen:
-                self._put(replace(known, newest_seen=max(versions)))
+            if known is not None and newest > known.newest_seen:
+                self._put(replace(known, newest_seen=newest))
 
     # ------------------------------------------------------------------ events: a weight update
 

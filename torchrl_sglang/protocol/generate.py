@@ -6,7 +6,7 @@ Shapes: ``ids_B_T`` is a list of ``B`` prompts of differing lengths ``T``; repli
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.config import SamplingParams
@@ -126,7 +126,7 @@ def _parse(item: Any, server: str, return_logprobs: bool, prompt_logprobs: bool)
     kind = finish.get("type", "length")
     if kind not in ("stop", "length", "abort"):
         raise ValueError("finish_reason.type")
-    logprobs_T = _logprobs(entry[0] for entry in meta["output_token_logprobs"]) if return_logprobs else None
+    logprobs_T = _logprobs([entry[0] for entry in meta["output_token_logprobs"]]) if return_logprobs else None
     if logprobs_T is not None and not ids_T:
         # For max_new_tokens=0 beside running requests, SGLang (0.5.23) may return the log-prob of a discarded token.
         logprobs_T = []
@@ -160,7 +160,7 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
 
 def _ids(values: Any) -> list[int]:
     """Token ids, which a tensor can hold."""
-    if not isinstance(values, list) or not all(type(value) is int for value in values):
+    if not isinstance(values, list) or not {int}.issuperset(map(type, values)):
         raise TypeError("output_ids")
     if values and (min(values) < 0 or max(values) >= 2**31):
         raise ValueError("output_ids")
@@ -173,14 +173,16 @@ def _text(value: Any) -> str:
     return value or ""
 
 
-def _logprobs(values: Iterable[float | None]) -> list[float]:
+def _logprobs(values: Sequence[float | None]) -> list[float]:
     """Log-probs, with NaN for the ``null`` that SGLang sends for NaN and infinity."""
+    if {float}.issuperset(map(type, values)):
+        return [*values]  # type: ignore[list-item]
     return [math.nan if value is None else float(value) for value in values]
 
 
 def _prompt_logprobs(entries: Sequence[Sequence[Any]]) -> list[float | None]:
     """Those of a prompt. The first token is conditioned on nothing: its ``null`` means that it has none."""
-    values: list[float | None] = [*_logprobs(entry[0] for entry in entries)]
+    values: list[float | None] = [*_logprobs([entry[0] for entry in entries])]
     if values and entries[0][0] is None:
         values[0] = None
     return values

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 __all__ = ["FOREIGN", "WeightVersion", "version_number"]
 
@@ -44,16 +45,21 @@ class WeightVersion:
     @classmethod
     def parse(cls, text: str) -> WeightVersion:
         """Read a server's version string; never raises: an unknown form has number :data:`FOREIGN`."""
-        if text == "default":
-            return cls(number=0)
-        match = _PATTERN.fullmatch(text)
-        if match is None:
-            return cls(number=FOREIGN, dirty=text.startswith("dirty-"))
-        return cls(number=int(match["number"]), owner=match["owner"], dirty=match["dirty"] is not None)
+        return _parsed(text)
 
     def __str__(self) -> str:
         owner = f"@{self.owner}" if self.owner else ""
         return f"{'dirty-' if self.dirty else ''}{self.number}{owner}"
+
+
+@lru_cache(maxsize=256)  # every answer names the few versions that servers hold
+def _parsed(text: str) -> WeightVersion:
+    if text == "default":
+        return WeightVersion(number=0)
+    match = _PATTERN.fullmatch(text)
+    if match is None:
+        return WeightVersion(number=FOREIGN, dirty=text.startswith("dirty-"))
+    return WeightVersion(number=int(match["number"]), owner=match["owner"], dirty=match["dirty"] is not None)
 
 
 def version_number(text: str) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torchrl.data.llm import History
 
-from torchrl_sglang.chat_templates import name_tool_results
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.message_forms import name_tool_results
 
 __all__ = ["history_messages", "named_template", "refuse_media"]
 

@@ -28,6 +28,7 @@ from torchrl_sglang.rollout.prompts import (
     read_tokens,
 )
 from torchrl_sglang.rollout.requests import RequestBatcher, generate_prompts, score_sequences, truncate_left
+from torchrl_sglang.rollout.resuming import stop_strings
 from torchrl_sglang.rollout.sampling_mask import warn_of_truncation, with_sampling_mask
 from torchrl_sglang.rollout.settings import RolloutSettings
 from torchrl_sglang.rollout.signature import policy_signature
@@ -354,6 +355,7 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
         return Padding(enabled=True, value=self.padding_value, prompt_width=prompts.width or 0)
 
     def _generate(self, prompts: Prompts, sampling: SamplingParams, settings: RolloutSettings) -> list[TensorDict]:
+        sampling = sampling.for_vocabulary(self.pool.vocab_size)
         if settings.exact_log_probs:
             sampling = with_sampling_mask(sampling, self.pool.vocab_size)
         elif sampling.truncates and settings.writes_log_probs:
@@ -370,6 +372,7 @@ class SGLangWrapper(WrapperAttributes, LLMWrapperBase):
             prompt_logprobs=settings.writes_prompt_log_probs,
             progress=settings.progress,
             batcher=self._batcher,
+            stops=lambda: stop_strings(sampling, lambda: self.tokenizer),
         )
         return generated_rows(answers, settings, sampling, self._padding(answers.prompts), self._text_tokenizer())
 

@@ -13,6 +13,7 @@ from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError, RequestRejectedError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.protocol.stop_strings import StopStrings
 from torchrl_sglang.rollout.batching import Batcher
 from torchrl_sglang.rollout.progress import token_progress
 from torchrl_sglang.rollout.prompts import Prompts
@@ -70,6 +71,7 @@ def generate_prompts(
     prompt_logprobs: bool,
     progress: bool,
     batcher: RequestBatcher | None = None,
+    stops: Callable[[], StopStrings | None] | None = None,
 ) -> Answers:
     """Generate ``sampling.n`` responses per prompt.
 
@@ -83,6 +85,7 @@ def generate_prompts(
         prompt_logprobs: request prompt log-probs.
         progress: show generated tokens and tokens per second.
         batcher: merges this call with those of other threads.
+        stops: returns the stop strings; called if a response was interrupted.
 
     Raises:
         ConfigError: a prompt can't be served and errors are not masked; it names the batch index.
@@ -105,6 +108,7 @@ def generate_prompts(
                 prompt_logprobs=prompt_logprobs,
                 progress=advance,
                 lethal=lethal,
+                stops=stops,
             )
         copies = sampling.n // params.n
         reasons = {index // copies: reason for index, reason in (lethal or {}).items()}

@@ -5,19 +5,22 @@ Shapes: ``B`` prompts of ``P`` tokens, ``n`` responses each, ``S = B * n`` respo
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from torchrl_sglang.config import SamplingParams
-from torchrl_sglang.errors import LethalPromptError
+from torchrl_sglang.errors import ConfigError, LethalPromptError
 from torchrl_sglang.parallel import work_through
 from torchrl_sglang.protocol.messages import GenerateReply
+from torchrl_sglang.protocol.stop_strings import StopStrings
 from torchrl_sglang.rollout.generation import join_spans
+from torchrl_sglang.text_tokens import decode_ids
 
-__all__ = ["generate_resuming"]
+__all__ = ["generate_resuming", "stop_strings"]
 
 _MAX_PARALLEL_REQUESTS = 8
 
@@ -69,6 +72,7 @@ def generate_resuming(
     prompt_logprobs: bool = False,
     progress: Callable[[int], None] | None = None,
     lethal: dict[int, str] | None = None,
+    stops: Callable[[], StopStrings | None] | None = None,
 ) -> tuple[list[GenerateReply], list[int]]:
     """Generate, and continue aborted responses; tokens, log-probs and weight versions of all parts are kept.
 
@@ -83,6 +87,8 @@ def generate_resuming(
         prompt_logprobs: request prompt log-probs.
         progress: called with the number of newly generated tokens.
         lethal: takes the prompts that servers died on, with the reason; their replies are empty. ``None`` raises.
+        stops: returns the stop strings, which may lie across an interruption; called if a response was interrupted.
+            Without it none is looked for.
 
     Returns:
         ``S`` replies, and per reply how often it was continued.
@@ -97,45 +103,144 @@ def generate_resuming(
         lethal.update(error.prompts)
         empty = GenerateReply(output_ids=[], output_logprobs=[])  # not "abort": it is not continued
         replies_S = [r for i in range(len(prompts_B_P)) for r in error.replies.get(i) or [empty] * sampling.n]
-    resumes_S = [0] * len(replies_S)
-    for _ in range(max_resumes):
-        by_room: dict[tuple[int, bool], list[int]] = defaultdict(list)
-        for index, reply in enumerate(replies_S):
-            prompt_length = len(prompts_B_P[index // sampling.n])
-            length = prompt_length + len(reply.output_ids)
-            unscored = prompt_logprobs and len(reply.prompt_logprobs or ()) < prompt_length
-            # Near the end of the context, prompt and response together are too long to be a prompt.
-            if is_resumable(reply, sampling) and length <= (pool.max_prompt_tokens or length):
-                by_room[sampling.max_new_tokens - len(reply.output_ids), unscored].append(index)
-        if not by_room:
+    responses = [
+        _Response(prompt=prompts_B_P[index // sampling.n], reply=reply, scores_prompt=prompt_logprobs)
+        for index, reply in enumerate(replies_S)
+    ]
+    resumed = max_resumes > 0 and any(is_resumable(reply, sampling) for reply in replies_S)
+    known = stops() if resumed and stops is not None else None
+    while True:
+        groups: dict[_Part, list[_Response]] = defaultdict(list)
+        for response in responses:
+            part = response.next_part(sampling, known, max_resumes, pool.max_prompt_tokens)
+            if part is not None:
+                groups[part].append(response)
+        if not groups:
             break
 
-        def continue_group(group: tuple[tuple[int, bool], list[int]]) -> list[GenerateReply]:
-            (room, unscored), indices = group
-            done = sampling.max_new_tokens - room
-            rest = replace(
-                sampling, n=1, max_new_tokens=room, min_new_tokens=min(room, max(0, sampling.min_new_tokens - done))
+        def continue_group(part: _Part, group: list[_Response]) -> list[GenerateReply]:
+            prompts = [[*response.prompt, *response.reply.output_ids] for response in group]
+            return pool.generate(
+                prompts, part.settings(sampling), return_logprobs=return_logprobs, prompt_logprobs=part.scores_prompt
             )
-            prompts = [[*prompts_B_P[i // sampling.n], *replies_S[i].output_ids] for i in indices]
-            return pool.generate(prompts, rest, return_logprobs=return_logprobs, prompt_logprobs=unscored)
 
         # Responses that were aborted together mostly have the same length, so these are few requests.
-        groups = list(by_room.items())
-        calls = [partial(continue_group, group) for group in groups]
+        calls = [partial(continue_group, part, group) for part, group in groups.items()]
         (outcomes,) = work_through([calls], workers=_MAX_PARALLEL_REQUESTS)
         failed = next((outcome for outcome in outcomes if outcome is not None and outcome.error is not None), None)
         if failed is not None:
             failed.unwrap()
-        for ((_, unscored), indices), outcome in zip(groups, outcomes, strict=True):
+        for (part, group), outcome in zip(groups.items(), outcomes, strict=True):
             assert outcome is not None  # all were started, since none failed
-            for index, part in zip(indices, outcome.unwrap(), strict=True):
-                first = replies_S[index]
-                if unscored:  # it was aborted while it waited, before its prompt was computed
-                    length = len(prompts_B_P[index // sampling.n])
-                    first = replace(first, prompt_logprobs=(part.prompt_logprobs or [])[:length])
-                replies_S[index] = _joined(first, part)
-                resumes_S[index] += 1
-    return replies_S, resumes_S
+            for response, reply in zip(group, outcome.unwrap(), strict=True):
+                response.add(reply, part, known)
+    return [response.reply for response in responses], [response.resumes for response in responses]
+
+
+def stop_strings(sampling: SamplingParams, tokenizer: Callable[[], Any]) -> StopStrings | None:
+    """The stop strings of some settings; ``None`` if there are none, or no tokenizer to read a response with.
+
+    Args:
+        sampling: how tokens are drawn.
+        tokenizer: returns the tokenizer, or raises ``ConfigError``.
+    """
+    if not (sampling.stop or sampling.stop_regex):
+        return None
+    try:
+        known = tokenizer()
+    except ConfigError as error:  # tokens in and tokens out need none
+        warnings.warn(
+            f"a stop string that lies across an interruption is not found without the tokenizer: {error}", stacklevel=2
+        )
+        return None
+    return StopStrings.of(sampling, lambda ids: decode_ids(known, [ids])[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """How a response is continued; responses that are continued alike share a request.
+
+    Attributes:
+        done: number of tokens that are there.
+        length: most tokens of the part.
+        is_watched: it is short, since a stop string may end in it.
+        scores_prompt: whether the prompt's log-probs are missing.
+    """
+
+    done: int
+    length: int
+    is_watched: bool
+    scores_prompt: bool
+
+    def settings(self, sampling: SamplingParams) -> SamplingParams:
+        least = min(self.length, max(0, sampling.min_new_tokens - self.done))
+        return replace(sampling, n=1, max_new_tokens=self.length, min_new_tokens=least)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Response:
+    """One response: its prompt, what is there of it, and how often it was interrupted and continued."""
+
+    prompt: Sequence[int]
+    reply: GenerateReply
+    scores_prompt: bool
+    resumes: int = 0
+    was_watched: bool = False
+
+    def next_part(
+        self, sampling: SamplingParams, stops: StopStrings | None, max_resumes: int, longest: int | None
+    ) -> _Part | None:
+        """What is to be generated of it; ``None`` if it stays as it is."""
+        done = len(self.reply.output_ids)
+        if not is_resumable(self.reply, sampling) or (self.resumes >= max_resumes and not self.was_watched):
+            return None
+        # Near the end of the context, prompt and response together are too long to be a prompt.
+        if longest is not None and len(self.prompt) + done > longest:
+            return None
+        room = sampling.max_new_tokens - done
+        watched = 0 if stops is None else stops.tokens_to_watch(self.reply.output_ids)
+        return _Part(
+            done=done,
+            length=min(room, watched or room),
+            is_watched=0 < watched < room,
+            scores_prompt=self.scores_prompt and len(self.reply.prompt_logprobs or ()) < len(self.prompt),
+        )
+
+    def add(self, reply: GenerateReply, part: _Part, stops: StopStrings | None) -> None:
+        """Add what was generated."""
+        first = self.reply
+        if part.scores_prompt:  # it was aborted while it waited, before its prompt was computed
+            first = replace(first, prompt_logprobs=(reply.prompt_logprobs or [])[: len(self.prompt)])
+        self.reply = _joined(first, reply)
+        self.resumes += not self.was_watched
+        self.was_watched = False
+        if stops is None:
+            return
+        found = stops.find(self.reply.output_ids)
+        if found is not None and not (isinstance(reply.matched, str) and found[0] == len(self.reply.output_ids)):
+            self.reply = _cut(self.reply, *found, stops)
+        elif part.is_watched and reply.finish_reason == "length" and len(reply.output_ids) == part.length:
+            self.reply = replace(self.reply, finish_reason="abort")  # it goes on
+            self.was_watched = True
+
+
+def _cut(reply: GenerateReply, length: int, stop: str, stops: StopStrings) -> GenerateReply:
+    """The response up to the token that completes a stop string, as a server that had generated all would end it."""
+    text = stops.decode(reply.output_ids[:length])
+    return replace(
+        reply,
+        output_ids=reply.output_ids[:length],
+        output_logprobs=None if reply.output_logprobs is None else reply.output_logprobs[:length],
+        support_ids=None if reply.support_ids is None else reply.support_ids[:length],
+        support_logprobs=None if reply.support_logprobs is None else reply.support_logprobs[:length],
+        weight_spans=tuple(
+            replace(span, end=min(span.end, length)) for span in reply.weight_spans if span.start < length
+        ),
+        completion_tokens=length,
+        text=text.partition(stop)[0],
+        finish_reason="stop",
+        matched=stop,
+    )
 
 
 def _joined(first: GenerateReply, second: GenerateReply) -> GenerateReply:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
-from torchrl_sglang.errors import WeightSyncError, WeightUpdateError
+from torchrl_sglang.errors import ConfigError, WeightSyncError, WeightUpdateError
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import ServerState, SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
@@ -132,12 +132,30 @@ class Pusher:
 
     # ------------------------------------------------------------------ before anything is sent
 
+    def require_not_older(self, version: int | None) -> None:
+        """A version must not be lower than one that this pool's servers got before.
+
+        Only numbers that grow tell which weights made a response, and whether a server has lost what it was sent.
+
+        Raises:
+            ConfigError: it is lower.
+        """
+        given = self._pool.state.weights.highest_version
+        if version is not None and version < given:
+            raise ConfigError(
+                f"version {version} is lower than {given}, which these servers have been given: the responses of both "
+                "could not be told apart by age. Nothing was sent. Leave version out, which takes the next one "
+                f"({self._pool.state.weights.next_version}), also for weights of an earlier checkpoint. A trainer that "
+                "starts anew may begin with any number"
+            )
+
     def _prepare(self, opened: OpenedWeights, transport: WeightTransport[Any], version: int | None) -> _Prepared:
         source, partial = opened.source, opened.partial
         number = self._pool.state.weights.next_version if version is None else int(version)
         report = SyncReport(version=number, transport=transport.name)
         with report.phase("prepare"):
             with together(opened.ranks, _PREPARING):
+                self.require_not_older(version)
                 clients = self._connect(transport, partial)
             size = self._bucket_bytes(source, transport)
             plan = self._planner.plan(source, partial=partial, transport=transport.name, bucket_bytes=size)
@@ -222,14 +240,13 @@ class Pusher:
         self, opened: OpenedWeights, transport: WeightTransport[Any], prepared: _Prepared
     ) -> dict[str, ServerState]:
         """Send and verify; returns what is known of each server, by URL."""
-        clients, state = prepared.clients, self._pool.state
-        deadline = time.monotonic() + self._limit_s(prepared, transport)
+        clients, state, start = prepared.clients, self._pool.state, time.monotonic()
         incomplete = self._held.incomplete(clients) if opened.partial else []
         leaves_out = opened.partial or self._config.only_trainable
         require = self._held.require_same_processes if leaves_out else None
         updated: dict[str, ServerState] = {}
         try:
-            session = _send(transport, prepared, deadline, require)
+            session = self._send(transport, prepared, start, require)
             for client in incomplete:
                 state.incomplete_found(client.url)
             updated = {client.url: state.server(client.url) for client in clients}
@@ -246,6 +263,39 @@ class Pusher:
             if prepared.probe is not None:
                 prepared.probe.end()
         return updated
+
+    def _send(
+        self,
+        transport: WeightTransport[Any],
+        prepared: _Prepared,
+        start: float,
+        require: Callable[[], None] | None,
+    ) -> TransportSession:
+        """One update on the servers, without verification; returns its finished session. ``require`` may refuse it."""
+        packed, report = prepared.packed, prepared.report
+        session: TransportSession
+        try:
+            with report.phase("prepare"):
+                self._stage(transport, prepared)
+            report.transport = transport.name  # "auto" may have changed its mind
+            if prepared.probe is not None and report.is_staged and transport.name == "ipc":
+                prepared.probe.start()  # this process only waits until the servers have loaded everything
+            deadline = start + self._limit_s(prepared, transport)
+            session = transport.open_session(prepared.clients, prepared.version, deadline, report)
+            if require is not None:
+                require()  # the session knows the servers' processes
+            with session:
+                transport.send(session, packed, deadline)
+        finally:
+            packed.close()  # however this ended, the other ranks of a sharded source go on
+        return session
+
+    def _stage(self, transport: WeightTransport[Any], prepared: _Prepared) -> None:
+        try:
+            transport.stage(prepared.packed, prepared.version, prepared.report)
+        except WeightUpdateError as error:  # a server did not join the groups that were needed after all
+            self._liveness.record_failure(error)
+            raise
 
     def _limit_s(self, prepared: _Prepared, transport: WeightTransport[Any]) -> float:
         """How long the update may take, in seconds."""
@@ -285,24 +335,3 @@ class Pusher:
             outcome.unwrap()
         if clients:
             self._pool.state.weights_served(number)
-
-
-def _send(
-    transport: WeightTransport[Any], prepared: _Prepared, deadline: float, require: Callable[[], None] | None
-) -> TransportSession:
-    """One update on the servers, without verification; returns its finished session. ``require`` may refuse it."""
-    packed, version, report = prepared.packed, prepared.version, prepared.report
-    session: TransportSession
-    try:
-        with report.phase("prepare"):
-            transport.stage(packed, version, report)
-        if prepared.probe is not None and report.is_staged and transport.name == "ipc":
-            prepared.probe.start()  # this process only waits until the servers have loaded everything
-        session = transport.open_session(prepared.clients, version, deadline, report)  # knows the servers' processes
-        if require is not None:
-            require()
-        with session:
-            transport.send(session, packed, deadline)
-    finally:
-        packed.close()  # however this ended, the other ranks of a sharded source go on
-    return session

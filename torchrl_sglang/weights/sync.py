@@ -206,14 +206,15 @@ class WeightSync:
 
         Args:
             weights: a module, nested TensorDict, flat dict or iterator (see :func:`open_source`).
-            version: number of the new version; ``None`` takes the next one.
+            version: number of the new version; ``None`` takes the next one. A trainer may begin with any number, as
+                after a resume; from then on none may be lower than the one before.
             partial: names that are not among ``weights`` keep what they have; otherwise a missing name is an error.
 
         Returns:
             What was done; ``None`` on ranks that only help to gather.
 
         Raises:
-            ConfigError: weights of an unknown kind, or servers that can't take any.
+            ConfigError: weights of an unknown kind, servers that can't take any, or a version that is too low.
             WeightCoverageError: names, shapes or values don't match; nothing was sent.
             WeightUpdateError: a server refused, died, hung or failed verification; ``server_weights`` says what each
                 server holds. The next push sends everything again and heals what can be healed.
@@ -234,11 +235,12 @@ class WeightSync:
             if the result has not been retrieved by then.
 
         Raises:
-            ConfigError: the model is sharded; gathering it in a thread could interleave with the training's own
-                collectives.
+            ConfigError: the version is too low; or the model is sharded, and gathering it in a thread could interleave
+                with the training's own collectives.
         """
         require_number("version", version, whole=True, optional=True, at_least=0, at_most=_LARGEST_VERSION)
         self.wait()
+        self._pusher.require_not_older(version)
         if isinstance(weights, nn.Module) and is_sharded(weights):
             raise ConfigError("a sharded model can't be sent in the background: use push, or gather it first")
         self._pending = PendingSync(Task(lambda: self._push(weights, version, False), name="weight-sync"))

@@ -32,7 +32,8 @@ def render_form(form: Form, renderer: ChatRenderer) -> tuple[Form, str]:
 
     The messages as they are, if the template renders them with all system messages. Otherwise the system messages at
     the beginning are one, and later ones are put at the front of the next user's message; then users' messages that
-    follow each other are joined. A prompt's text before an answer is the same in every form of a longer conversation.
+    follow each other are joined; then users and the assistant alternate. A prompt's text before an answer is the same
+    in every form of a longer conversation.
 
     Raises:
         ConfigError: the template refuses the conversation in every form.
@@ -55,12 +56,22 @@ def render_form(form: Form, renderer: ChatRenderer) -> tuple[Form, str]:
 
 
 def _forms(form: Form) -> Iterator[Form]:
+    yield form
     made = [form]
-    for each in (with_first_system(form), without_system(form)):
-        made += [each, _with_joined_users(each)]
-    for index, each in enumerate(made):
-        if each not in made[:index]:
+    for each in _other_forms(form):
+        if each not in made:
+            made.append(each)
             yield each
+
+
+def _other_forms(form: Form) -> Iterator[Form]:
+    changes = (with_first_system, without_system)
+    for change in changes:
+        changed = change(form)
+        yield changed
+        yield _with_joined_users(changed)
+    for change in changes:
+        yield _alternating(change(form))
 
 
 def _has_all(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
@@ -124,6 +135,30 @@ def _with_joined_users(form: Form) -> Form:
         if made and message["role"] == made[-1]["role"] == "user":
             made[-1] = {**made[-1], "content": join_contents(made[-1]["content"], "\n\n", message["content"])}
         else:
+            made.append(message)
+        moved.append(len(made) - 1)
+    return Form(messages=made, places=[moved[place] for place in form.places])
+
+
+def _alternating(form: Form) -> Form:
+    """Users' messages and answers in turns, for templates that refuse anything else, such as Mistral's and Gemma's.
+
+    Messages of one role that follow each other are joined. An empty message of the user stands before an answer at the
+    beginning. An empty answer stands between a tool's result, or calls without results, and a user's message: Mistral's
+    models know no other place for it.
+    """
+    made: list[dict[str, Any]] = []
+    moved: list[int] = []
+    for message in form.messages:
+        role, last = message["role"], made[-1] if made else {"role": "system"}
+        plain = not message.get("tool_calls") and not last.get("tool_calls")
+        if role == last["role"] and role in ("user", "assistant") and plain:
+            made[-1] = {**last, "content": join_contents(last["content"], "\n\n", message["content"])}
+        else:
+            if role == "assistant" and last["role"] == "system":
+                made.append({"role": "user", "content": ""})
+            if role == "user" and (last["role"] == "tool" or last.get("tool_calls")):
+                made.append({"role": "assistant", "content": ""})
             made.append(message)
         moved.append(len(made) - 1)
     return Form(messages=made, places=[moved[place] for place in form.places])

@@ -7,6 +7,7 @@ other spaces or another order of keys, missing ids, fields of their own, thinkin
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,8 +51,9 @@ class Call:
     def key(self) -> tuple[str, str]:
         """Equal for calls that are the same, whatever their ids and the spelling of their arguments."""
         if isinstance(self.arguments, str):
-            return self.name, self.arguments.strip()
-        return self.name, json.dumps(_plain_numbers(self.arguments), sort_keys=True)
+            return self.name, unicodedata.normalize("NFC", self.arguments.strip())
+        written = json.dumps(_plain_numbers(self.arguments), sort_keys=True, ensure_ascii=False)
+        return self.name, unicodedata.normalize("NFC", written)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,8 +314,9 @@ def split_thinking(text: str, *, is_open: bool = False) -> tuple[str, str, str]:
 def same_answer(client: Message, recorded: Message) -> bool:
     """Whether a client's message is the answer that it got.
 
-    White space at the ends of the content doesn't count, nor do ids, nor thinking that the client left out. Thinking
-    may also be in the content. Thinking that was changed makes another message of it.
+    White space at the ends of the content and of its lines doesn't count, nor do ids, nor thinking that the client left
+    out, nor how Unicode composes characters. Thinking may also be in the content. Thinking that was changed makes
+    another message of it.
 
     Examples:
         >>> ours = Message(role="assistant", content="Yes.", reasoning="Hm.")
@@ -326,8 +329,21 @@ def same_answer(client: Message, recorded: Message) -> bool:
     """
     if client.role != "assistant" or [call.key for call in client.calls] != [call.key for call in recorded.calls]:
         return False
-    content, reasoning = client.content.strip(), (client.reasoning or "").strip()
-    if content != recorded.content.strip():
+    content, reasoning = client.content, client.reasoning or ""
+    if not _same_text(content, recorded.content):
         inside, content, _ = split_thinking(client.content)
         reasoning = reasoning or inside
-    return content.strip() == recorded.content.strip() and reasoning in ("", (recorded.reasoning or "").strip())
+        if not _same_text(content, recorded.content):
+            return False
+    return not reasoning.strip() or _same_text(reasoning, recorded.reasoning or "")
+
+
+def _same_text(one: str, other: str) -> bool:
+    one, other = one.strip(), other.strip()
+    return one == other or _normal(one) == _normal(other)
+
+
+def _normal(text: str) -> str:
+    """A text without what clients change when they store it: ends of lines, and composed characters."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return unicodedata.normalize("NFC", "\n".join(line.rstrip() for line in lines)).strip()

@@ -12,13 +12,14 @@ from torchrl_sglang.agents.conversation.messages import Call, Message
 from torchrl_sglang.chat.tool_parsers import template_text
 from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.fast_tokenizers import decode_plainly
 from torchrl_sglang.text_tokens import special_ids
 
 __all__ = ["AgentTemplate"]
 
 _KEPT_RENDERERS = 32
+_TOOL_ROLE = re.compile(r"""['"]tool['"]""")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_PROBE = "7f3b text"
 _TOOL_PROMPT = """\
 # Tools
 
@@ -53,21 +54,19 @@ class AgentTemplate:
         special: ids of tokens that mark places in a conversation, and of those that end an answer.
         end_texts: texts of the tokens that end an answer.
         knows_tools: whether the template writes tools.
+        knows_calls: whether it writes calls; DeepSeek's do, and write no tools.
         takes_several_calls: whether the template takes several calls in one message, which Llama 3's refuses.
     """
 
     def __init__(self, tokenizer: Any, *, chat_template: str | None = None) -> None:
         self.tokenizer = tokenizer
         self._chat_template = chat_template
-        self._rendering: Any = tokenizer
         plain = ChatRenderer(tokenizer, chat_template=chat_template)
-        if _drops_text(plain):
-            self._rendering = _PartsTokenizer(tokenizer)
-            plain = ChatRenderer(self._rendering, chat_template=chat_template)
         source = chat_template or template_text(tokenizer)
         # mistral-common's tokenizers have no template, and know all of it
         self.knows_tools = not source or "tools" in source
-        self._knows_calls = not source or "tool_calls" in source
+        self.knows_calls = not source or "tool_calls" in source
+        self._knows_results = self.knows_calls and (self.knows_tools or bool(_TOOL_ROLE.search(source)))
         self._knows_reasoning = "reasoning_content" in source
         self._knows_developer = "developer" in source
         self.turn_end_ids = tuple(sorted(plain.turn_end_ids()))
@@ -83,7 +82,10 @@ class AgentTemplate:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special tokens included."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text = decode_plainly(self.tokenizer, ids)
+        if text is None:
+            text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(text)
 
     def is_byte(self, token: int) -> bool:
         """Whether a token is a single byte, whose text depends on the bytes that follow it."""
@@ -105,7 +107,7 @@ class AgentTemplate:
                 self._renderers.clear()
             given = {"tools": [dict(tool) for tool in tools]} if tools and self.knows_tools else {}
             self._renderers[key] = ChatRenderer(
-                self._rendering, chat_template=self._chat_template, variables={**variables, **given}
+                self.tokenizer, chat_template=self._chat_template, variables={**variables, **given}
             )
         return self._renderers[key]
 
@@ -137,7 +139,7 @@ class AgentTemplate:
         role = message.role
         if role == "developer" and not self._knows_developer:
             role = "system"
-        if role == "tool" and not (self._knows_calls and self.knows_tools):
+        if role == "tool" and not self._knows_results:
             content = join_contents("<tool_response>\n", _content(message), "\n</tool_response>")
             return {"role": "user", "content": content}
         made: dict[str, Any] = {"role": role, "content": _content(message)}
@@ -150,7 +152,7 @@ class AgentTemplate:
         return made
 
     def _answer(self, message: Message) -> dict[str, Any]:
-        if message.calls and not self._knows_calls:
+        if message.calls and not self.knows_calls:
             return {"content": message.raw or f"{_inline(message)}{_as_text(message.calls)}".strip()}
         made: dict[str, Any] = {}
         if message.reasoning and self._knows_reasoning:
@@ -212,36 +214,3 @@ def _calls(count: int) -> list[dict[str, Any]]:
     calls = [{"id": each, "type": "function", "function": function} for each in ids]
     results = [{"role": "tool", "tool_call_id": each, "content": "?"} for each in ids]
     return [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
-
-
-class _PartsTokenizer:
-    """A tokenizer whose template gets every content as a list of parts."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._tokenizer(*args, **kwargs)
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-        made = [{**message, "content": _as_parts(message.get("content"))} for message in messages]
-        return self._tokenizer.apply_chat_template(made, **options)
-
-
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _drops_text(renderer: ChatRenderer) -> bool:
-    """Whether a template reads contents that are lists of parts, and drops those that are texts, as SmolVLM's does."""
-    try:
-        texts = [
-            renderer.render([{"role": "user", "content": content}], add_generation_prompt=True)
-            for content in (_PROBE, _as_parts(_PROBE))
-        ]
-    except ConfigError:
-        return False
-    return _PROBE not in texts[0] and _PROBE in texts[1]

@@ -30,7 +30,7 @@ def build_text_prompt(prompt: str | tuple[int, ...], tree: Tree, template: Agent
         return _build_ids_prompt(list(prompt), tree, template)
     best, said = None, ""
     for node in tree.nodes:
-        text = "".join(each.prompt_text + each.text for each in node.chain())
+        text = "".join(each.prompt_text + each.answer.content for each in node.chain())
         if _is_open(node, template) and prompt.startswith(text) and len(text) >= len(said):
             best, said = node, text
     if best is None:

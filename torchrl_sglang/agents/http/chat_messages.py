@@ -43,6 +43,9 @@ def _message(message: Any, where: str, waiting: int) -> dict[str, Any]:
     checked = dict(message)
     if message.get("function_call") is not None:
         raise bad_request(f"{where}.function_call is OpenAI's old form: send tool_calls", f"{where}.function_call")
+    fields.refuse(
+        "prefix", "an answer begins anew; say in a user's message how it is to begin", neutral=(False,)
+    )  # Mistral's and DeepSeek's form
     calls = fields.list("tool_calls") or []
     if calls and role != "assistant":
         raise bad_request(f"{where} has tool_calls, which only assistant messages have", f"{where}.tool_calls")
@@ -76,7 +79,8 @@ def _check_call(fields: Fields) -> None:
         raise bad_request(f"{fields.path('type')}={kind!r}: only calls of functions are supported", fields.path("type"))
     function = Fields(fields.object("function", required=True), fields.path("function"))
     function.required_text("name")
-    function.text("arguments")
+    if not isinstance(function.any("arguments"), Mapping):  # as some clients keep them
+        function.text("arguments")
 
 
 def _check_part(part: Any, where: str) -> None:

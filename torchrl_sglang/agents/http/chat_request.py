@@ -102,7 +102,33 @@ def read_chat(body: Any, sending: Sending) -> Call:
     )
 
 
+# Fields of other servers than OpenAI's, which say what is the case here: field -> why not otherwise, and that value.
+_AS_HERE: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "continue_final_message": ("an answer begins anew; say in a user's message how it is to begin", (False,)),
+    "add_generation_prompt": ("the prompt ends where an answer begins", (True,)),
+    "add_special_tokens": ("the chat template writes them", (False,)),
+    "echo": ("an answer is what the model adds", (False,)),
+    "best_of": ("send n=, and choose yourself", (1,)),
+    "separate_reasoning": ("thinking is returned as reasoning_content", (True,)),
+    "include_reasoning": ("thinking is returned as reasoning_content", (True,)),
+    "stream_reasoning": ("thinking is streamed as it is generated", (True,)),
+    "skip_special_tokens": ("contents have no special tokens; logprobs has every token", (True,)),
+    "include_stop_str_in_output": ("stop strings are trimmed; the trajectory has their tokens", (False,)),
+    "no_stop_trim": ("stop strings are trimmed; the trajectory has their tokens", (False,)),
+    "thinking": ("the chat template decides: send chat_template_kwargs", ({"type": "disabled"},)),
+    "reasoning": ("send reasoning_effort, or chat_template_kwargs", ({"enabled": False}, {"exclude": False})),
+    "chat_template": ("it is the gateway's: SessionSettings.chat_template", ()),
+    "documents": ("send chat_template_kwargs, if the chat template reads documents", ()),
+    **{
+        f"guided_{kind}": ("send response_format, regex or ebnf", ()) for kind in ("json", "regex", "grammar", "choice")
+    },
+    "structured_outputs": ("send response_format, regex or ebnf", ()),
+}
+
+
 def _refuse_what_chat_cannot(fields: Fields) -> None:
+    for name, (why, neutral) in _AS_HERE.items():
+        fields.refuse(name, why, neutral=neutral)
     for name in ("functions", "function_call"):
         fields.refuse(name, "it is OpenAI's old form; send tools and tool_choice")
     fields.refuse("modalities", "the model writes text only", neutral=(["text"],))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from torchrl_sglang.agents.http.api_errors import ApiError
+from torchrl_sglang.agents.http.json_reply import json_bytes
 from torchrl_sglang.agents.http.running_turn import RunningTurn, until_disconnect
 from torchrl_sglang.agents.http.translation import api_error
 from torchrl_sglang.agents.types import Progress, Turn
@@ -37,8 +37,7 @@ class EventWriter(Protocol):
 
 def data_event(data: Any) -> bytes:
     """An event without a name."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
+    return b"data: %b\n\n" % (data.encode() if isinstance(data, str) else json_bytes(data))
 
 
 def named_event(name: str, data: Any) -> bytes:

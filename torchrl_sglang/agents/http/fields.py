@@ -35,7 +35,7 @@ class Fields:
     """
 
     def __init__(self, value: Any, where: str = "") -> None:
-        if not isinstance(value, Mapping):
+        if not isinstance(value, (dict, Mapping)):  # the first is found at once
             raise bad_request(f"{where or 'the body'} must be a JSON object, got {value!r:.100}", where or None)
         self._value = value
         self.where = where
@@ -49,6 +49,11 @@ class Fields:
         """All fields, as they are."""
         self._known.update(self._value)
         return dict(self._value)
+
+    def given(self, names: Sequence[str]) -> list[str]:
+        """Those of the names that have a value; all of them count as read."""
+        self._known.update(names)
+        return [name for name in names if self._value.get(name) is not None]
 
     def any(self, name: str) -> Any:
         """A field of any type; ``None`` if it is absent."""

@@ -29,12 +29,17 @@ async def read_json_body(request: Request, *, max_bytes: int) -> Any:
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > max_bytes:
         raise _too_large(max_bytes)
-    chunks, size = [], 0
-    async for chunk in request.stream():
+    chunks, size, is_whole = [], 0, False
+    while not is_whole:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk = message.get("body", b"")
         size += len(chunk)
         if size > max_bytes:
             raise _too_large(max_bytes)
         chunks.append(chunk)
+        is_whole = not message.get("more_body", False)
     return parse_json(b"".join(chunks))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from torchrl_sglang.agents.http.anthropic_reply import AnthropicReply, AnthropicWriter
 from torchrl_sglang.agents.http.anthropic_request import read_anthropic
@@ -18,6 +18,7 @@ from torchrl_sglang.agents.http.chat_request import Call, Sending, read_chat, re
 from torchrl_sglang.agents.http.chunk_writer import ChunkWriter
 from torchrl_sglang.agents.http.earlier_responses import EarlierResponses
 from torchrl_sglang.agents.http.event_stream import EventWriter, event_stream
+from torchrl_sglang.agents.http.json_reply import JsonReply
 from torchrl_sglang.agents.http.responses_reply import ResponsesReply, ResponsesWriter
 from torchrl_sglang.agents.http.responses_request import read_responses
 from torchrl_sglang.agents.http.running_turn import RunningTurn, until_disconnect
@@ -49,7 +50,7 @@ class ModelRoutes:
     async def models(self, request: Request) -> Response:
         """``GET .../models``: the one model."""
         self._serving.session(request)
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        return JsonReply({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
         """``GET .../models/NAME``."""
@@ -57,7 +58,7 @@ class ModelRoutes:
         name = request.path_params["name"]
         if name != self._serving.model:
             raise ApiError(404, f"the model here is {self._serving.model!r}", param="model", code="model_not_found")
-        return JSONResponse(self._model())
+        return JsonReply(self._model())
 
     def _model(self) -> dict[str, Any]:
         return {"id": self._serving.model, "object": "model", "created": self._created, "owned_by": "torchrl-sglang"}
@@ -137,7 +138,7 @@ class ModelRoutes:
             writer = _writer(reply, include_usage=call.include_usage)
             return await event_stream(request, RunningTurn(run), writer, undelivered=session.undelivered)
         turn = await until_disconnect(request, run(None), undelivered=session.undelivered)
-        return JSONResponse(reply.whole(turn))
+        return JsonReply(reply.whole(turn))
 
 
 def _writer(reply: Reply, *, include_usage: bool) -> EventWriter:

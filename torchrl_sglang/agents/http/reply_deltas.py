@@ -80,7 +80,7 @@ class ReplyDeltas:
             choice.index,
             message.get("content") or "",
             message.get("reasoning_content") or "",
-            choice.text,
+            message.get("content") or "",  # of a completion: its text, as the reports have it
             choice.token_ids,
             choice.log_probs,
             choice.top_log_probs,

@@ -94,26 +94,54 @@ async def until_disconnect(
     Raises:
         ClientDisconnect: the client is gone.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    watch = _Watch(request)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        result = task.result()
-        if undelivered is not None:
+        result = await work
+        if undelivered is None:
+            return result
+        try:
             await asyncio.sleep(0)  # a disconnection of this moment is noticed
-            if gone.done():
+        except asyncio.CancelledError:
+            if watch.is_gone:
                 undelivered(result)
+            raise
         return result
+    except asyncio.CancelledError:
+        if watch.is_gone:
+            raise ClientDisconnect from None
+        raise
     finally:
-        gone.cancel()
-        await _cancel(task)
+        watch.end()
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+class _Watch:
+    """Cancels the current task when the client of its request closes the connection.
+
+    Args:
+        request: the request, whose body has been read.
+
+    Attributes:
+        is_gone: whether the client is gone.
+    """
+
+    __slots__ = ("_task", "_watched", "is_gone")
+
+    def __init__(self, request: Request) -> None:
+        self.is_gone = False
+        self._watched: asyncio.Task[Any] | None = asyncio.current_task()
+        self._task = asyncio.get_running_loop().create_task(self._run(request))
+
+    async def _run(self, request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        if self._watched is not None:
+            self.is_gone = True
+            self._watched.cancel()
+
+    def end(self) -> None:
+        """From now on nothing is cancelled."""
+        self._watched = None
+        self._task.cancel()
 
 
 async def _cancel(task: asyncio.Future[Any]) -> None:

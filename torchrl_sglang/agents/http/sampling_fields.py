@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torchrl_sglang.agents.http.api_errors import bad_request
@@ -27,36 +28,40 @@ def read_sampling(fields: Fields) -> dict[str, Any]:
     Raises:
         ApiError: a value of the wrong type.
     """
-    given: dict[str, Any] = {name: fields.number(name) for name in (*_NUMBERS, *_MORE_NUMBERS)}
-    given["n"] = fields.integer("n", at_least=1, at_most=_MOST_CHOICES)
-    given["seed"] = fields.integer("seed")
-    given.update({name: fields.integer(name, at_most=MOST_INTEGER) for name in _MORE_INTEGERS})
-    given.update({name: fields.text(name) for name in _GRAMMARS})
-    given["ignore_eos"] = fields.flag("ignore_eos")
-    given["stop"] = _read_stop(fields)
-    given["stop_token_ids"] = _read_ids(fields)
-    bias = fields.object("logit_bias")
-    given["logit_bias"] = bias or None
-    return {name: value for name, value in given.items() if value is not None}
+    return {
+        name: value for name in fields.given(tuple(_READERS)) if (value := _READERS[name](fields, name)) is not None
+    }
 
 
-def _read_stop(fields: Fields) -> list[str] | None:
-    stop = fields.any("stop")
+def _read_stop(fields: Fields, name: str) -> list[str] | None:
+    stop = fields.any(name)
     given = [stop] if isinstance(stop, str) else stop
-    if given is None or given == []:
+    if given == []:
         return None
     if not isinstance(given, list) or not all(isinstance(each, str) and each for each in given):
-        raise bad_request(
-            f"{fields.path('stop')} must be a non-empty string or a list of them, got {stop!r:.100}", "stop"
-        )
+        raise bad_request(f"{fields.path(name)} must be a non-empty string or a list of them, got {stop!r:.100}", name)
     return given
 
 
-def _read_ids(fields: Fields) -> list[int] | None:
-    ids = fields.list("stop_token_ids")
+def _read_ids(fields: Fields, name: str) -> list[int] | None:
+    ids = fields.list(name)
     if ids and not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
-        raise bad_request(f"{fields.path('stop_token_ids')} must be token ids, got {ids!r:.100}", "stop_token_ids")
+        raise bad_request(f"{fields.path(name)} must be token ids, got {ids!r:.100}", name)
     return ids or None
+
+
+# What reads each field, if it is given.
+_READERS: dict[str, Callable[[Fields, str], Any]] = {
+    **dict.fromkeys((*_NUMBERS, *_MORE_NUMBERS), Fields.number),
+    "n": lambda fields, name: fields.integer(name, at_least=1, at_most=_MOST_CHOICES),
+    "seed": Fields.integer,
+    **dict.fromkeys(_MORE_INTEGERS, lambda fields, name: fields.integer(name, at_most=MOST_INTEGER)),
+    **dict.fromkeys(_GRAMMARS, Fields.text),
+    "ignore_eos": Fields.flag,
+    "stop": _read_stop,
+    "stop_token_ids": _read_ids,
+    "logit_bias": lambda fields, name: fields.object(name) or None,
+}
 
 
 def read_grammar(fields: Fields) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from torchrl_sglang.agents.http.access import check_admin
 from torchrl_sglang.agents.http.api_errors import bad_request
 from torchrl_sglang.agents.http.fields import Fields
+from torchrl_sglang.agents.http.json_reply import JsonReply
 from torchrl_sglang.agents.http.serving import Serving
 
 __all__ = ["SessionRoutes"]
@@ -37,17 +38,17 @@ class SessionRoutes:
         fields.refuse_unread()
         session = self._serving.sessions.create(tags=tags, ttl_s=ttl_s)
         base_url = self._serving.base_url(session.id, str(request.base_url))
-        return JSONResponse({"id": session.id, "base_url": base_url, "api_key": session.key}, 201)
+        return JsonReply({"id": session.id, "base_url": base_url, "api_key": session.key}, 201)
 
     async def show(self, request: Request) -> Response:
         """``GET /sessions/ID``: its status and counts."""
-        return JSONResponse(asdict(self._serving.session(request).info()))
+        return JsonReply(asdict(self._serving.session(request).info()))
 
     async def delete(self, request: Request) -> Response:
         """``DELETE /sessions/ID``: end its requests, and forget it."""
         session = self._serving.session(request)
         await self._serving.sessions.delete(session.id)
-        return JSONResponse({"id": session.id, "deleted": True})
+        return JsonReply({"id": session.id, "deleted": True})
 
     async def reward(self, request: Request) -> Response:
         """``POST /sessions/ID/reward {"reward": 1.0, "info": {...}}``: the session is finished."""
@@ -59,10 +60,10 @@ class SessionRoutes:
         info: dict[str, Any] = fields.object("info") or {}
         fields.refuse_unread()
         session.reward(float(reward), info)
-        return JSONResponse(asdict(session.info()))
+        return JsonReply(asdict(session.info()))
 
     async def trajectories(self, request: Request) -> Response:
         """``GET /sessions/ID/trajectories``: what it has recorded, one entry per leaf of its tree."""
         leaves = self._serving.session(request).trajectories()
         # In a thread: long conversations are millions of characters, and other agents wait for the event loop.
-        return await run_in_threadpool(lambda: JSONResponse([leaf.as_json() for leaf in leaves]))
+        return await run_in_threadpool(lambda: JsonReply([leaf.as_json() for leaf in leaves]))

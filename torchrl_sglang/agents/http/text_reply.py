@@ -25,7 +25,7 @@ class TextReply(OpenAIReply):
         choices = [
             self._choice(
                 choice.index,
-                choice.text,
+                choice.message.get("content") or "",
                 self._log_probs(choice.index, choice.token_ids, choice.log_probs, choice.top_log_probs),
                 choice.finish_reason,
             )

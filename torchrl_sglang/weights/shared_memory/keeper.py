@@ -11,8 +11,11 @@ two things:
   after 10 if the trainer has ended, which may have been before it sent the request.
 
 The trainer writes lines to its standard input: ``expect NAME PID...`` before it sends requests that make these
-processes open a segment, ``idle NAME`` when all these requests are answered, ``drop NAME`` to have it removed. The end
-of the input, or of the trainer's process, drops all. The process ends when nothing is left to do.
+processes open a segment, ``idle NAME`` when all these requests are answered, ``drop NAME`` to have it removed, ``end``
+to have all removed. The end of the input, or of the trainer's process, is an ``end`` too; a child that the trainer has
+forked keeps the input open. The process ends when nothing is left to do.
+
+The socket lies in ``/dev/shm`` beside the segments: who can open these can reach it, whatever its ``TMPDIR`` is.
 
 Source of the socket's protocol: torch's ``libshm``. A message is a C struct ``{int pid; char free; char name[60];}``.
 """
@@ -20,6 +23,7 @@ Source of the socket's protocol: torch's ``libshm``. A message is a C struct ``{
 from __future__ import annotations
 
 import os
+import resource
 import selectors
 import shutil
 import signal
@@ -31,6 +35,8 @@ from contextlib import suppress
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
+FOLDER_PREFIX = "torchrl-sglang-"
+SOCKET_NAME = "shm.sock"
 _FREE_OFFSET = 4
 _NAME_OFFSET = 5
 _POLL_S = 0.2
@@ -83,11 +89,12 @@ class Keeper:
         self._commands = b""
         self._has_ended = False
         self._selector = selectors.DefaultSelector()
-        self._folder = tempfile.mkdtemp(prefix="torchrl-sglang-")
-        self.path = f"{self._folder}/shm.sock"
+        self._folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=SHARED_MEMORY)
+        self.path = f"{self._folder}/{SOCKET_NAME}"
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(self.path)
+        self._listener.bind(f"{self.path}.new")
         self._listener.listen(256)
+        Path(f"{self.path}.new").rename(self.path)  # under its name it always answers, or its process has ended
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(0, selectors.EVENT_READ, self._read_commands)
         self._trainer = trainer
@@ -142,13 +149,15 @@ class Keeper:
             return
         *lines, self._commands = (self._commands + data).split(b"\n")
         for line in lines:
-            command, name, *pids = line.decode().split()
+            command, name, *pids = (*line.decode().split(), "")
             if command == "expect":
-                self._expected.setdefault(name, []).extend(map(int, pids))
+                self._expected.setdefault(name, []).extend(int(pid) for pid in pids if pid)
             elif command == "idle":
                 self._expected[name] = []
             elif command == "drop":
                 self._drop(name)
+            elif command == "end":
+                self._end()
 
     def _trainer_ended(self) -> None:
         os.set_blocking(0, False)
@@ -192,12 +201,18 @@ def _is_running(pid: int) -> bool:
 
 
 def main() -> None:
-    """Print the socket's path and work."""
+    """Print the socket's path and work. What does not begin with ``/`` says why it can't."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends by itself, and after the trainer
     with suppress(OSError):  # only some users may: a server waits 1 s for an answer, also beside busy programs
         os.setpriority(os.PRIO_PROCESS, 0, -10)
-    keeper = Keeper(int(sys.argv[1]), float(sys.argv[2]))
+    with suppress(OSError, ValueError):  # a descriptor for each rank of each server
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        keeper = Keeper(int(sys.argv[1]), float(sys.argv[2]))
+    except OSError as error:
+        sys.exit(sys.stdout.write(f"{error.strerror}: {error.filename or SHARED_MEMORY}\n"))
     sys.stdout.write(f"{keeper.path}\n")
     sys.stdout.close()
     keeper.run()

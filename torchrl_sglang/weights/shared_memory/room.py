@@ -13,11 +13,14 @@ def available_bytes(shared: Sequence[Path] = ()) -> int:
     """Main memory that can still be used by this process, in bytes.
 
     Args:
-        shared: folders of memory, each of which has a limit of its own.
+        shared: folders of memory, each of which has a limit of its own; there is none in one that can't be looked at.
     """
     limits = [_available_on_machine(), *(_left_in_control_group())]
     for folder in shared:
-        room = os.statvfs(folder)
+        try:
+            room = os.statvfs(folder)
+        except OSError:
+            return 0
         limits.append(room.f_bavail * room.f_frsize)
     return min(limits)
 

@@ -6,8 +6,8 @@ forwarded port, and a server in a container has another ``/dev/shm``. So the ker
 1. Whose socket is at the other end of a connection to the server? Only a process in this network namespace, of this
    user and visible in this process namespace, can be found.
 2. Is it SGLang? The processes below it must contain a scheduler; a tunnel or proxy has none.
-3. Does each scheduler see our files? A random token, written to ``/dev/shm`` and beside the helper process's socket,
-   is read through the scheduler's own root folder (``/proc/PID/root``).
+3. Does each scheduler see our files? A random token, written to ``/dev/shm``, where the helper process's socket lies
+   too, is read through the scheduler's own root folder (``/proc/PID/root``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
@@ -86,22 +86,17 @@ class HostCheck:
         return self.is_shared and all(process.is_alive() for process in self.schedulers)
 
 
-def check_same_host(url: str, socket_folder: Path) -> HostCheck:
-    """Check one server; takes some milliseconds, and sends it no request.
-
-    Args:
-        url: base URL of the server.
-        socket_folder: a folder that the server must see, too.
-    """
+def check_same_host(url: str) -> HostCheck:
+    """Check the server at a base URL; takes some milliseconds, and sends it no request."""
     try:
-        return _check(url, socket_folder)
+        return _check(url)
     except OSError as error:
         if error.errno not in _OWN_LIMITS:
             raise
         return HostCheck(reason=f"this process could not look at it: {error.strerror} (ulimit -n)", may_change=True)
 
 
-def _check(url: str, socket_folder: Path) -> HostCheck:
+def _check(url: str) -> HostCheck:
     if not (_PROC / "self" / "fd").is_dir() or not SHARED_MEMORY.is_dir():
         return HostCheck(reason="this system has no /proc or no /dev/shm")
     try:
@@ -123,14 +118,11 @@ def _check(url: str, socket_folder: Path) -> HostCheck:
             reason=f"{names} answers at its address and has no SGLang scheduler below it: a tunnel or proxy"
         )
     try:
-        with _tokens(SHARED_MEMORY, socket_folder) as tokens:
-            reasons = [reason for pid in schedulers if (reason := _why_not_visible(pid, tokens))]
+        with _token() as (path, token):
+            reasons = [reason for pid in schedulers if (reason := _why_not_visible(pid, path, token))]
     except OSError as error:
         _refuse_own_limits(error)
-        reason = (
-            f"no file can be written to {SHARED_MEMORY} or {socket_folder} ({error.strerror}): is one of them full?"
-        )
-        return HostCheck(reason=reason, may_change=True)
+        return HostCheck(reason=f"no file can be written to {SHARED_MEMORY} ({error.strerror})", may_change=True)
     if reasons:
         return HostCheck(reason=reasons[0])
     found = [ServerProcess(pid, fields[19]) for pid in schedulers if (fields := _stat(pid)) is not None]
@@ -231,31 +223,28 @@ def _is_scheduler(pid: int) -> bool:
 
 
 @contextmanager
-def _tokens(*folders: Path) -> Iterator[dict[Path, bytes]]:
-    """A file with a random token in each folder, for the time of the block."""
-    tokens: dict[Path, bytes] = {}
+def _token() -> Iterator[tuple[Path, bytes]]:
+    """A file in shared memory and the random token in it, for the time of the block."""
+    path = SHARED_MEMORY / f"torchrl-sglang-token-{os.getpid()}-{secrets.token_hex(4)}"
+    token = secrets.token_bytes(16)
     try:
-        for folder in folders:
-            path = folder / f"torchrl-sglang-token-{os.getpid()}-{secrets.token_hex(4)}"
-            tokens[path] = secrets.token_bytes(16)
-            path.write_bytes(tokens[path])
-        yield tokens
+        path.write_bytes(token)
+        yield path, token
     finally:
-        for path in tokens:
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be written either
+            path.unlink()
 
 
-def _why_not_visible(pid: int, tokens: dict[Path, bytes]) -> str:
-    for path, token in tokens.items():
-        try:
-            seen = (_PROC / str(pid) / "root" / path.relative_to("/")).read_bytes()
-        except FileNotFoundError:
-            return f"its scheduler (process {pid}) has another {path.parent}: it runs in a container"
-        except OSError as error:
-            _refuse_own_limits(error)
-            return f"its scheduler (process {pid}) can't be looked at ({error.strerror}): it may be another user's"
-        if seen != token:
-            return f"its scheduler (process {pid}) has another {path.parent}"
+def _why_not_visible(pid: int, path: Path, token: bytes) -> str:
+    try:
+        seen = (_PROC / str(pid) / "root" / path.relative_to("/")).read_bytes()
+    except FileNotFoundError:
+        return f"its scheduler (process {pid}) has another {path.parent}: it, or this process, runs in a container"
+    except OSError as error:
+        _refuse_own_limits(error)
+        return f"its scheduler (process {pid}) can't be looked at ({error.strerror}): it may be another user's"
+    if seen != token:
+        return f"its scheduler (process {pid}) has another {path.parent}"
     user = _user(pid)
     if user not in (os.geteuid(), 0):
         return f"its scheduler (process {pid}) runs as user {user}, who can't open this user's memory"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
-from torchrl_sglang.errors import SGLangError, WeightUpdateError
+from torchrl_sglang.errors import ConfigError, SGLangError, StorageError, WeightUpdateError
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
@@ -24,6 +25,8 @@ from torchrl_sglang.weights.update.report import SyncReport
 from torchrl_sglang.weights.update.session import UpdateSession
 
 __all__ = ["AutoTransport", "TransportChoice"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,8 @@ class TransportChoice:
 class AutoTransport:
     """Sends weights to each server by the transport that suits it, in one update of all servers.
 
-    The choice is made for each update, since servers come and go.
+    The choice is made for each update, since servers come and go. Where ``/dev/shm`` turns out to have less room than
+    it says, all servers get a broadcast, in that update and in all later ones.
 
     Args:
         pool: the servers.
@@ -59,8 +63,9 @@ class AutoTransport:
         self._pool = pool
         self._config = config
         self._checkpoint = checkpoint
+        self._no_room = ""
         self._checks = HostChecks(pool.state)
-        self._ipc = IpcTransport(pool, config, self._checks)
+        self._ipc = IpcTransport(pool, config, self._checks, may_lack_room=True)
         self._broadcast = BroadcastTransport(pool, config, owner, checkpoint)
 
     @property
@@ -87,20 +92,36 @@ class AutoTransport:
         """
         require_one_replica(clients)
         self.choices = self._choose(clients)
-        near = [client for client in clients if self.choices[client.url].transport == "ipc"]
-        far = [client for client in clients if client not in near]
+        near, far = self._divided(clients)
         if near:
-            self._ipc.connect(near, in_main_memory=bool(far))  # from where gloo broadcasts them too
-        else:
+            try:
+                self._ipc.connect(near, in_main_memory=bool(far))  # from where gloo broadcasts them too
+            except ConfigError as error:
+                self._give_up_ipc(str(error))
+                near, far = [], list(clients)
+        if not near:
             self._ipc.close()
         if far:
             self._broadcast.connect(far)
         else:
             self._broadcast.close()
 
+    def _divided(self, clients: Sequence[SGLangClient]) -> tuple[list[SGLangClient], list[SGLangClient]]:
+        """Those that share memory, and the others."""
+        near = [client for client in clients if self.choices[client.url].transport == "ipc"]
+        return near, [client for client in clients if client not in near]
+
+    def _give_up_ipc(self, reason: str) -> None:
+        """No memory can be shared here: choose a broadcast for all servers."""
+        _log.warning("weights go to all servers by broadcast: %s", reason)
+        self.choices = {
+            url: TransportChoice("broadcast", reason) if choice.transport == "ipc" else choice
+            for url, choice in self.choices.items()
+        }
+
     def _choose(self, clients: Sequence[SGLangClient]) -> dict[str, TransportChoice]:
         checks = self._checks.check(clients)
-        no_room = self._ipc.why_no_room(self._checkpoint)
+        no_room = self._no_room or self._ipc.why_no_room(self._checkpoint)
         choices = {
             url: TransportChoice("ipc", "it shares this host's memory")
             if check.is_shared and not no_room
@@ -118,8 +139,24 @@ class AutoTransport:
         return choices
 
     def stage(self, packed: PackedWeights, version: WeightVersion, report: SyncReport) -> None:
-        """Gather, check and pack all buckets, or the first."""
+        """Gather, check and pack all buckets, or the first.
+
+        ``/dev/shm`` may have less room than it says, because of a quota or another program. Then the buckets lie in
+        this process's own memory, from where they are broadcast.
+
+        Raises:
+            StorageError: that is so, and NCCL can't broadcast from there. The next update packs for it.
+        """
         packed.stage()
+        self._no_room = self._no_room or self._ipc.no_room
+        if not self._ipc.no_room:
+            return
+        clients = [client for client in self._pool.clients if client.url in self.choices]
+        self._give_up_ipc(self._no_room)
+        self._ipc.close()
+        if choose_backend(self._config, clients) != "gloo":
+            raise StorageError(f"{self._no_room}. Nothing was sent; the next sync uses a broadcast")
+        self._broadcast.connect(clients)
 
     def open_session(
         self, clients: Sequence[SGLangClient], version: WeightVersion, deadline: float, report: SyncReport
@@ -147,8 +184,7 @@ class AutoTransport:
         Raises:
             WeightUpdateError: every server has failed.
         """
-        near = [client for client in session.clients if self.choices[client.url].transport == "ipc"]
-        far = [client for client in session.clients if client not in near]
+        near, far = self._divided(session.clients)
         tee = BucketTee(packed, 2)
         to_near, to_far = tee.reader(), tee.reader()
         tensors = TensorLoop(near, self._pool.state, self._ipc, self._config, deadline)

@@ -7,10 +7,8 @@ process group is formed and no rank waits for the trainer: if that is killed at 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +66,7 @@ def _check(client: SGLangClient) -> HostCheck:
     num_nodes = client.info.raw.get("nnodes")
     if isinstance(num_nodes, int) and num_nodes > 1:
         return HostCheck(reason=f"its ranks are on several hosts (nnodes={num_nodes})")
-    return check_same_host(client.url, Path(tempfile.gettempdir()))
+    return check_same_host(client.url)
 
 
 def _openers(client: SGLangClient, check: HostCheck) -> list[int]:
@@ -88,15 +86,18 @@ class IpcTransport:
         pool: the servers.
         config: bucket size and time-outs.
         checks: which servers share this host's memory.
+        may_lack_room: where ``/dev/shm`` has no room, pack into memory of this process, and say so (:attr:`no_room`).
     """
 
     name = "ipc"
 
-    def __init__(self, pool: SGLangPool, config: SyncConfig, checks: HostChecks | None = None) -> None:
+    def __init__(
+        self, pool: SGLangPool, config: SyncConfig, checks: HostChecks | None = None, *, may_lack_room: bool = False
+    ) -> None:
         self._pool = pool
         self._config = config
         self._checks = checks or HostChecks(pool.state)
-        self._segments = SegmentPool()
+        self._segments = SegmentPool(may_lack_room=may_lack_room)
         self._packer: BucketPacker | None = None
         self._openers: dict[str, list[int]] = {}
         self._shares_gpus = False
@@ -120,6 +121,11 @@ class IpcTransport:
         if needed <= room:
             return ""
         return f"{SHARED_MEMORY} has room for {room / 1e6:.1f} MB, and two buckets need {needed / 1e6:.1f} MB"
+
+    @property
+    def no_room(self) -> str:
+        """Why some of what was packed can't be opened by servers; empty if all can."""
+        return self._segments.no_room
 
     def connect(self, clients: Sequence[SGLangClient], *, in_main_memory: bool = False) -> None:
         """Check that the servers can open this process's memory, and start the process that removes its segments.

@@ -9,6 +9,7 @@ from functools import partial
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import (
+    ConfigError,
     RequestRejectedError,
     ServerError,
     ServerStartError,
@@ -83,7 +84,9 @@ class LivenessCheck:
 
     def _leave_out(self, errors: Mapping[str, SGLangError]) -> None:
         reasons = {
-            url: f"it could not be reached for a weight update ({error})"
+            url: f"it takes no weight updates: {error}"
+            if isinstance(error, ConfigError)
+            else f"it could not be reached for a weight update ({error})"
             for url, error in errors.items()
             if not isinstance(error, _BeingRestarted)
         }
@@ -142,6 +145,8 @@ class LivenessCheck:
             held = client.weight_version()
             if is_outdated(held, self._pool.state.server(client.url)):
                 self._pool.state.replaced_elsewhere(client.url, held)
+            if not self._is_routed(client):  # it may be a new process
+                self._pool.reconnect(client)
         except ServerError:
             restarts = self._pool.state.server(client.url).restarts
             if not self._restarted(client):

@@ -1,0 +1,149 @@
+"""Pools, engines and policies that are pickled or copied while servers join, leave, die and come back."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, lazy_stack
+from torchrl.modules.llm.policies import Tokens
+
+from tests.fake_sglang import FakeServer, FakeSettings, Fault
+from tests.fake_sglang.model import read_checkpoint
+from torchrl_sglang import AsyncSGLang, SamplingParams, ServerUnreachableError, SGLangWrapper, SyncConfig, WeightSync
+from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.parallel import Task
+from torchrl_sglang.pool import SGLangPool, dead_servers
+
+Make = Callable[..., FakeServer]
+PROMPTS = [[index + 3, 7, 8] for index in range(8)]
+SHORT = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
+LONG = SamplingParams(max_new_tokens=60, temperature=0, ignore_eos=True)
+
+
+def pool_of(*servers: FakeServer) -> SGLangPool:
+    pool = SGLangPool([SGLangClient(server.url) for server in servers])
+    pool.connect()
+    return pool
+
+
+def copied(pool: Any) -> Any:
+    return pickle.loads(pickle.dumps(pool))
+
+
+def servers_of(pool: SGLangPool) -> set[str]:
+    return {reply.server for reply in pool.generate(PROMPTS, SHORT)}
+
+
+def test_a_copy_made_while_a_server_joins_does_not_use_it_before_it_has_the_weights(
+    make: Make, tiny_llama: Path
+) -> None:
+    first, second = make(), make()
+    pool = pool_of(first)
+    with closing(WeightSync(pool, SyncConfig(verify="off", transport="http"))) as sync:
+        sync.push({name: tensor + 1 for name, tensor in read_checkpoint(tiny_llama).items()})
+        second.arm(Fault(path="/begin_weight_update", action="slow", seconds=3))
+        joining = Task(lambda: pool.add(second.url), name="add")
+        while not any(event["path"] == "/begin_weight_update" for event in second.events):
+            threading.Event().wait(0.01)
+        copy = copied(pool)
+        assert servers_of(copy) == {first.url}
+        assert joining.wait(60)
+        joining.outcome().unwrap()
+        servers_of(copy)  # looks for newcomers
+        for thread in threading.enumerate():
+            if thread.name == "sglang-new-servers":
+                thread.join(60)
+        assert servers_of(copy) == {first.url, second.url}
+
+
+def test_a_copy_made_while_a_server_leaves_does_not_use_it(make: Make) -> None:
+    first, second = make(), make(step_s=0.02)
+    pool = pool_of(first, second)
+    long = Task(lambda: list(SGLangPool(pool.clients[1:]).stream([1, 2, 3], LONG)), name="long")
+    while not any(event["path"] == "/generate" for event in second.events):
+        threading.Event().wait(0.01)
+    leaving = Task(lambda: pool.remove(second.url), name="remove")
+    while not pool.state.has_left(second.url):
+        threading.Event().wait(0.01)
+    copy = copied(pool)
+    assert [client.url for client in copy.clients] == [first.url]
+    assert servers_of(copy) == {first.url}
+    assert leaving.wait(60)
+    assert long.wait(60)
+
+
+def test_a_copy_that_connects_while_a_server_is_down_generates_on_the_others(
+    make: Make, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_servers, "_POLL_INTERVAL_S", 0.1)
+    first, second = make(), make()
+    engine = AsyncSGLang.connect([first.url, second.url])
+    data = pickle.dumps(engine)
+    first.stop()
+    with pytest.raises(ServerUnreachableError):
+        pool_of(first, second)  # the original, where it may be a wrong address
+    copy = pickle.loads(data)
+    assert servers_of(copy.pool) == {second.url}
+    assert "when this copy of the pool connected" in copy.pool.quarantined[first.url]
+    policy = copied(SGLangWrapper(copy, input_mode="tokens", generate_kwargs={"max_new_tokens": 3, "ignore_eos": True}))
+    out = policy(lazy_stack([TensorDict(tokens=Tokens(prompt=torch.tensor(prompt))) for prompt in PROMPTS]))
+    assert len(out) == len(PROMPTS)
+    with _again(first, tiny_llama):
+        for _ in range(600):
+            if len(servers_of(copy.pool)) == 2:
+                break
+            threading.Event().wait(0.1)
+        assert servers_of(copy.pool) == {first.url, second.url}
+    second.stop()
+
+
+def test_a_copy_none_of_whose_servers_answers_says_so(make: Make) -> None:
+    server = make()
+    data = pickle.dumps(pool_of(server))
+    server.stop()
+    with pytest.raises(ServerUnreachableError, match="nothing accepts connections"):
+        pickle.loads(data).connect()
+
+
+def test_copies_made_at_any_moment_of_many_changes_answer_every_prompt(make: Make, tiny_llama: Path) -> None:
+    first, others = make(), [make() for _ in range(3)]
+    pool = pool_of(first)
+    trained = {name: tensor + 1 for name, tensor in read_checkpoint(tiny_llama).items()}
+    with closing(WeightSync(pool, SyncConfig(verify="off", transport="http"))) as sync:
+        sync.push(trained)
+        expected = [(reply.output_ids, reply.weight_version) for reply in pool.generate(PROMPTS, SHORT)]
+        done = threading.Event()
+
+        def change() -> None:
+            for _ in range(4):
+                for other in others:
+                    pool.add(other.url)
+                for other in others:
+                    pool.remove(other.url, drain=False)
+
+        changing = Task(change, name="change", on_done=lambda _: done.set())
+        count = 0
+        while not done.is_set() or count == 0:
+            copy = copied(pool)
+            for _ in range(2):
+                assert [(reply.output_ids, reply.weight_version) for reply in copy.generate(PROMPTS, SHORT)] == expected
+            copy.close()
+            count += 1
+        changing.outcome().unwrap()
+
+
+def _again(server: FakeServer, model: Path) -> FakeServer:
+    """A new server at the address of one that was stopped."""
+    for _ in range(400):
+        try:
+            return FakeServer(FakeSettings(model_path=model, port=server.settings.port))
+        except OSError:  # the listener's thread still polls the old socket
+            threading.Event().wait(0.05)
+    raise AssertionError("the port stays in use")
