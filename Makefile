@@ -78,7 +78,7 @@ test-quick: env
 # starts and a test that waits use only half of the machine; tests/conftest.py says which files share a worker.
 test: env
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check docs test-torchrl-0.12
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # In environments of its own, which pip resolves without our pins.
 test-install:

@@ -95,7 +95,7 @@ SAME_SERVER = {
     f"tests/loop/test_{name}.py": "flagged_server"
     for name in ("adapters", "adapters_exact", "adapters_replaced", "request_meaning")
 }
-"""Names of groups of files. Other files are a group by themselves."""
+"""Names of groups of files. Other files are a group each."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -104,9 +104,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return next((i for i, folder in enumerate(ORDER) if path.startswith(folder)), len(ORDER))
 
     items.sort(key=rank)  # stable: keeps the order within a folder
-    for item in items:
-        path = item.path.relative_to(config.rootpath).as_posix()
-        item.add_marker(pytest.mark.xdist_group(SAME_SERVER.get(path, path)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadfile``, files of a group as if they were one (``loadgroup`` does nothing in pytest 9.2)."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = super()._split_scope(nodeid)
+            return SAME_SERVER.get(path, path)
+
+    return Scheduling(config, log)
 
 
 # ------------------------------------------------------------------------------------------------------------- models
