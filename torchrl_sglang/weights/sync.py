@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
@@ -27,7 +26,7 @@ from torchrl_sglang.weights.newcomers import NewcomerUpdates
 from torchrl_sglang.weights.pending_sync import PendingSync
 from torchrl_sglang.weights.planning import PushPlanner
 from torchrl_sglang.weights.push import OpenedWeights, Pusher
-from torchrl_sglang.weights.source.shards import is_sharded, ranks_of_weights, together
+from torchrl_sglang.weights.source.shards import ranks_of_weights, together
 from torchrl_sglang.weights.transports.auto import TransportChoice
 from torchrl_sglang.weights.transports.base import WeightTransport
 from torchrl_sglang.weights.transports.choice import choices_of, make_transport
@@ -237,14 +236,14 @@ class WeightSync:
             if the result has not been retrieved by then.
 
         Raises:
-            ConfigError: the version is too low; or the model is sharded, and gathering it in a thread could interleave
-                with the training's own collectives.
+            ConfigError: the version is too low; or the weights are sharded, and gathering them in a thread could
+                interleave with the training's own collectives.
         """
         require_number("version", version, whole=True, optional=True, at_least=0, at_most=_LARGEST_VERSION)
         self.wait()
         self._pusher.require_not_older(version)
-        if isinstance(weights, nn.Module) and is_sharded(weights):
-            raise ConfigError("a sharded model can't be sent in the background: use push, or gather it first")
+        if ranks_of_weights(weights) is not None:
+            raise ConfigError("sharded weights can't be sent in the background: use push, or gather them first")
         self._pending = PendingSync(Task(lambda: self._push(weights, version, False), name="weight-sync"))
         return self._pending
 
