@@ -208,7 +208,8 @@ class WeightSync:
         Args:
             weights: a module, nested TensorDict, flat dict or iterator (see :func:`open_source`).
             version: number of the new version; ``None`` takes the next one. A trainer may begin with any number, as
-                after a resume; from then on none may be lower than the one before.
+                after a resume; from then on none may be lower than the one before. The same number again is for the
+                same weights, after a failure: a server that has missed the second push can't be told by its number.
             partial: names that are not among ``weights`` keep what they have; otherwise a missing name is an error.
 
         Returns:
@@ -262,7 +263,8 @@ class WeightSync:
         """Send the weights of the last push again, to every server: after a failure, or when a server has returned.
 
         Raises:
-            ConfigError: nothing was pushed yet, or it came as an iterator that can't be read twice.
+            ConfigError: nothing was pushed yet, or it was only a part of the tensors, or an iterator that can't be read
+                twice.
             WeightUpdateError: as :meth:`push`.
         """
         if self._pusher.last_weights is None:
