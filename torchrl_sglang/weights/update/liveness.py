@@ -73,10 +73,9 @@ class LivenessCheck:
         alive = [client for client in self._pool.clients if errors[client.url] is None]
         if not alive:
             unreached = [url for url, error in errors.items() if not isinstance(error, ConfigError)]
+            what = "no server can be reached" if unreached else "no server takes weight updates"
             raise WeightUpdateError(
-                f"no server {'can be reached' if unreached else 'takes weight updates'}: "
-                f"{errors[self._pool.clients[0].url]}",
-                server_weights=dict.fromkeys(unreached, "stuck"),
+                f"{what}: {errors[self._pool.clients[0].url]}", server_weights=dict.fromkeys(unreached, "stuck")
             )
         for client in alive:
             self._waited_for.discard(self._process(client))
