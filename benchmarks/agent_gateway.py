@@ -10,8 +10,8 @@ The two run alternately, so that other programs on the machine slow both alike:
     gateway  64 agents, each with a session of its own, post the messages whose rendering these ids are
 
 Both clients run in a process of their own. Printed are the medians over the pairs: throughput gateway / raw (target:
-0.95 or more), the difference of the median latency (target: 3 ms or less), the CPU time per turn, and how many cores
-were busy, on a machine that runs nothing else. There are four loads:
+0.95 or more), the difference of the median latency (target: 3 ms or less), the CPU time per turn of
+the gateway, the client and the whole machine, which should run nothing else. There are four loads:
 
     at once      all ask at the same moment, so each turn also waits for the gateway's work on those before it
     turn by turn each session has several turns, one after the other, as an agent has

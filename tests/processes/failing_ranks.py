@@ -12,6 +12,7 @@ from torch import nn
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig, SyncConfig
+from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.weights.sync import WeightSync
 
@@ -56,6 +57,16 @@ def failing_ranks(model: nn.Module, url: str, folder: Path) -> dict[str, str]:
         finally:
             sync.close()
 
+    def push_in_background(weights: Any) -> str:
+        sync = WeightSync(SGLangPool([SGLangClient(url, client)]), SyncConfig(verify="off"))
+        try:
+            sync.push_in_background(weights)
+            return "begun"
+        except ConfigError as error:
+            return str(error)
+        finally:
+            sync.close()
+
     def only(failing: int, **wrong: Any) -> dict[str, Any]:
         return wrong if rank == failing else {}
 
@@ -75,6 +86,8 @@ def failing_ranks(model: nn.Module, url: str, folder: Path) -> dict[str, str]:
         ),
         "the first one can't listen": lambda: push(master_address="203.0.113.7"),
         "the first one can't write": lambda: push(transport="disk", disk_dir=folder / "no_folder0"),
+        "a model in the background": lambda: push_in_background(model),
+        "tensors in the background": lambda: push_in_background(tensors),
         "nothing": push,
     }
     results = {}

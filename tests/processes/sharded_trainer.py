@@ -30,6 +30,7 @@ from torchrl_sglang.weights.checkpoint.headers import Checkpoint
 from torchrl_sglang.weights.source.adapter import AdapterSource
 from torchrl_sglang.weights.source.factory import open_source
 from torchrl_sglang.weights.source.interface import WeightSource
+from torchrl_sglang.weights.source.shards import is_sharded, ranks_of_weights
 
 
 def trained(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -145,6 +146,14 @@ class Trainer:
             return {"refused": error.mismatched}
         return {"refused": ()}
 
+    def root_alone(self) -> Any:
+        """Only the root is sharded, and a forward pass has left it whole."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.folder / "qwen2", dtype=torch.float32)
+        fully_shard(model, mesh=self.flat)
+        with torch.no_grad():
+            model(torch.arange(3, 35)[None])
+        return {"was_whole": not is_sharded(model), "has_ranks": ranks_of_weights(model) is not None}
+
     def failing_ranks(self) -> Any:
         model, _ = self.make("qwen2")
         return failing_ranks(model, (self.folder / "url").read_text(), self.folder)
@@ -172,6 +181,7 @@ SCENARIOS: tuple[Callable[[Trainer], Any], ...] = (
     Trainer.chosen_names,
     Trainer.stopped_early,
     Trainer.infinity_on_the_last_rank,
+    Trainer.root_alone,
     Trainer.failing_ranks,
 )
 

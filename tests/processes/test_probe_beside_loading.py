@@ -72,9 +72,13 @@ def test_the_model_computes_beside_the_servers_loading_where_this_process_only_w
     assert model.training
 
 
-def test_no_core_is_taken_from_servers_that_need_all(make: Callable[..., FakeServer], model: Any) -> None:
+@pytest.mark.parametrize("ranks", [(1, 1, 1), (1, 2)])
+def test_no_core_is_taken_from_servers_that_need_all(
+    make: Callable[..., FakeServer], model: Any, monkeypatch: pytest.MonkeyPatch, ranks: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
     threads = threads_of_calls(model)
-    servers = [make() for _ in range(len(os.sched_getaffinity(0)))]
+    servers = [make(tp_size=tp_size) for tp_size in ranks]
     with sync_of(*servers, transport="ipc") as sync:
         sync.push(model)
     assert threads == [threading.current_thread().name]

@@ -304,6 +304,17 @@ def test_auto_broadcasts_what_it_has_packed_where_shared_memory_has_less_room_th
     sync.close()
 
 
+def test_memory_that_servers_cannot_open_is_no_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer may have to grow in the middle of a sync."""
+    pool = SegmentPool(may_lack_room=True)
+    full_after(1, errno.ENOSPC, monkeypatch)
+    first, second = pool.make(1000), pool.make(1000)
+    assert pool.of(first).nbytes == 1000
+    with pytest.raises(StorageError, match=r"has no room for 0 MB of weights \(No space left on device"):
+        pool.of(second)
+    pool.close()
+
+
 def test_ipc_says_what_is_wrong_where_shared_memory_has_less_room_than_it_says(
     server: FakeServer, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

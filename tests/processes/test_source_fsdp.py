@@ -126,3 +126,14 @@ def test_a_sender_that_fails_before_it_packs_anything_leaves_nobody_gathering(ra
     assert "no_folder0" in first["the first one can't write"]
     assert "Error: " in first["the first one can't write"]
     assert (first["nothing"], last["nothing"]) == ("sent", "nothing to send")
+
+
+def test_a_model_that_a_forward_pass_has_left_whole_counts_as_sharded(ranks: Results) -> None:
+    """Else a rank that fails would leave the others waiting in the first gather."""
+    assert [rank["root_alone"] for rank in ranks] == [{"was_whole": True, "has_ranks": True}] * WORLD_SIZE
+
+
+def test_sharded_weights_of_any_form_are_not_gathered_beside_the_training(ranks: Results) -> None:
+    for rank in ranks:
+        for case in ("a model in the background", "tensors in the background"):
+            assert rank["failing_ranks"][case].startswith("sharded weights can't be sent in the background"), case

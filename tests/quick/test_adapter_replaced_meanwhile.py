@@ -126,3 +126,13 @@ def test_after_a_first_adapter_that_failed_its_verification_the_base_model_answe
     trainer.pool.clients[0].send(build_continue())
     (reply,) = waiting.outcome().unwrap()
     assert reply.weight_version == "default"
+
+
+def test_an_adapter_is_pushed_again_under_the_same_version(trainer: Trainer) -> None:
+    names = []
+    for _ in range(4):
+        assert trainer.sync.push(trainer.model, version=7) is not None
+        (reply,) = trainer.pool.generate([[1, 2, 3]], SHORT)
+        assert version_number(reply.weight_version) == 7
+        names.append(trainer.adapter)
+    assert len(set(names)) == len(names), "requests under way go on with the one that they began with"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from torchrl_sglang.weights.buckets.layout import plan_buckets
 from torchrl_sglang.weights.buckets.packing import BucketPacker
 from torchrl_sglang.weights.checkpoint.tensor_spec import TensorSpec
 from torchrl_sglang.weights.shared_memory import same_host
+from torchrl_sglang.weights.transports.base import PackedWeights
+from torchrl_sglang.weights.update.report import SyncReport
 
 
 def test_a_folder_that_takes_no_file_is_a_reason_to_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +50,35 @@ def test_both_buffers_are_allocated_before_the_first_bucket_is_sent() -> None:
         for bucket, flat in packer.packed(plan, lambda names: [(name, tensors[name]) for name in names]):
             assert torch.equal(bucket.views(flat)[0], tensors[bucket.names[0]])
     assert sorted(made) == sorted(bucket.nbytes for bucket in plan)[-2:], "none is allocated twice"
+
+
+@pytest.mark.parametrize("is_staged", [False, True])
+def test_a_sharded_source_is_gathered_to_its_end_although_there_is_no_room(is_staged: bool) -> None:
+    """The other ranks wait in the gather of each tensor."""
+    tensors = {f"w{index}": torch.zeros(8) for index in range(4)}
+    plan = plan_buckets([TensorSpec.of(name, tensor) for name, tensor in tensors.items()], bucket_bytes=8)
+    gathered: list[str] = []
+
+    def gathering(names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        try:
+            for name in names:
+                gathered.append(name)
+                yield name, tensors[name]
+        except GeneratorExit:
+            gathered.extend(names[len(gathered) :])
+            raise
+
+    def allocate(nbytes: int) -> torch.Tensor:
+        raise StorageError("no room")
+
+    packer = BucketPacker("cpu", allocate=allocate)
+    packer.is_staged = is_staged
+    report = SyncReport(version=1, transport="ipc")
+    packed = PackedWeights(packer.packed(plan, gathering), report, num_buckets=4, is_sharded=True, is_staged=is_staged)
+    with pytest.raises(StorageError):
+        packed.stage()
+    packed.close()
+    assert gathered == list(tensors)
 
 
 class Memory:

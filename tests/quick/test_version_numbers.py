@@ -52,6 +52,19 @@ def test_a_version_that_is_lower_than_one_before_is_refused_before_anything_is_s
     sync.close()
 
 
+def test_a_version_that_is_pushed_again_meets_no_cache_of_the_first_push(fake: FakeServer) -> None:
+    """The first one may have failed its verification: its weights were others."""
+    pool = SGLangPool([SGLangClient(fake.url)])
+    sync = WeightSync(pool, SyncConfig(transport="http", verify="off", cache="salt"))
+    tensors = read_checkpoint(fake.settings.model_path)
+    salts = []
+    for version in (7, 7, 7, 8):
+        sync.push(tensors, version=version)
+        salts.append(pool.state.weights.cache_salt)
+    assert len(set(salts)) == len(salts)
+    sync.close()
+
+
 @pytest.mark.parametrize("held", ["57@another", "57", "default"])
 @pytest.mark.parametrize("first", [0, 40])
 def test_a_trainer_that_resumes_begins_with_its_own_number_on_servers_that_hold_a_higher_one(

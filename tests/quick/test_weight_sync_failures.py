@@ -193,6 +193,19 @@ def test_a_partial_update_is_refused_on_a_server_that_has_missed_an_update(
     sync.close()
 
 
+def test_the_tensors_of_a_partial_update_are_not_sent_again_as_if_they_were_the_model(
+    make: Callable[..., FakeServer], tensors: dict[str, torch.Tensor]
+) -> None:
+    sync = WeightSync(pool_of(make()), PLAIN)
+    sync.push(tensors)
+    sync.push({"lm_head.weight": tensors["lm_head.weight"]}, partial=True)
+    with pytest.raises(ConfigError, match=r"no weights to send again: push\(model\) them"):
+        sync.heal()
+    sync.push(tensors)
+    assert sync.heal() is not None
+    sync.close()
+
+
 def test_after_a_partial_update_only_the_whole_model_makes_a_server_complete(
     make: Callable[..., FakeServer], tensors: dict[str, torch.Tensor]
 ) -> None:

@@ -40,7 +40,7 @@ class SyncConfig:
     0.5.21 ends when its cache is flushed over retracted requests, so there ``auto`` is always ``abort``."""
     cache: Literal["flush", "salt"] = "flush"
     """``flush`` empties the prefix caches; ``salt`` leaves them and gives requests made through this pool a name space
-    per version (what ``flush`` becomes under ``in_place``): requests of other processes, such as a collector's workers,
+    per update (what ``flush`` becomes under ``in_place``): requests of other processes, such as a collector's workers,
     may still use prefixes of the old weights."""
     verify: Literal["off", "probe", "full"] = "probe"
     """``probe`` compares every server's checksums of a sample of tensors with those of what was sent, and scores one

@@ -51,6 +51,11 @@ class OpenedWeights:
     ranks: Ranks | None
     partial: bool
 
+    @property
+    def to_send_again(self) -> Any:
+        """``weights``, or ``None`` if they are only a part, or an iterator that is used up."""
+        return None if self.partial or self.source.one_shot else self.weights
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Prepared:
@@ -119,14 +124,14 @@ class Pusher:
         """See :meth:`WeightSync.push`; the report lacks the total time."""
         source = opened.source
         if not source.is_sender:
-            self.last_weights = None if source.one_shot else opened.weights  # every rank calls heal()
+            self.last_weights = opened.to_send_again  # every rank calls heal()
             self._help(opened, transport)
             return None
         prepared = self._prepare(opened, transport, version)
         updated = self._update(opened, transport, prepared)
         self._serve(prepared.clients, prepared.version.number, updated)
         prepared.report.server_weights = {url: state.weights for url, state in updated.items()}
-        if not opened.partial and not source.one_shot:
+        if opened.to_send_again is not None:
             self._newcomers.remember(opened.weights, prepared.version)
         return prepared.report
 
@@ -164,7 +169,7 @@ class Pusher:
             values = self._planner.check_values(source, plan, while_packing=report.is_staged)
             with together(opened.ranks, _READING_CHECKSUMS):
                 checksums = self._begin_checksums(clients, source, self._planner.expected_plan(source, plan, size))
-        self.last_weights = None if source.one_shot else opened.weights
+        self.last_weights = opened.to_send_again
         self._newcomers.forget()
         packed = self._planner.pack(
             source,
@@ -211,10 +216,10 @@ class Pusher:
             patience_s = self._config.deadline_s(self._planner.checkpoint.nbytes)
             self._others.end_dead_updates(self._liveness.answering, patience_s)
             clients = self._liveness.reachable()
-            self._held.begin(clients)
             if partial:  # a newcomer needs all tensors: it waits for a push of all
                 servers = self._pool.state.servers
                 clients = [client for client in clients if servers[client.url].phase != "joining"]
+            self._held.begin(clients)
             if partial or self._config.only_trainable:
                 self._held.require_own(clients, partial=partial)
             transport.connect(clients)

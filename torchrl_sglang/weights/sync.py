@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
@@ -27,7 +26,7 @@ from torchrl_sglang.weights.newcomers import NewcomerUpdates
 from torchrl_sglang.weights.pending_sync import PendingSync
 from torchrl_sglang.weights.planning import PushPlanner
 from torchrl_sglang.weights.push import OpenedWeights, Pusher
-from torchrl_sglang.weights.source.shards import is_sharded, ranks_of_weights, together
+from torchrl_sglang.weights.source.shards import ranks_of_weights, together
 from torchrl_sglang.weights.transports.auto import TransportChoice
 from torchrl_sglang.weights.transports.base import WeightTransport
 from torchrl_sglang.weights.transports.choice import choices_of, make_transport
@@ -209,7 +208,8 @@ class WeightSync:
         Args:
             weights: a module, nested TensorDict, flat dict or iterator (see :func:`open_source`).
             version: number of the new version; ``None`` takes the next one. A trainer may begin with any number, as
-                after a resume; from then on none may be lower than the one before.
+                after a resume; from then on none may be lower than the one before. The same number again is for the
+                same weights, after a failure: a server that has missed the second push can't be told by its number.
             partial: names that are not among ``weights`` keep what they have; otherwise a missing name is an error.
 
         Returns:
@@ -237,14 +237,14 @@ class WeightSync:
             if the result has not been retrieved by then.
 
         Raises:
-            ConfigError: the version is too low; or the model is sharded, and gathering it in a thread could interleave
-                with the training's own collectives.
+            ConfigError: the version is too low; or the weights are sharded, and gathering them in a thread could
+                interleave with the training's own collectives.
         """
         require_number("version", version, whole=True, optional=True, at_least=0, at_most=_LARGEST_VERSION)
         self.wait()
         self._pusher.require_not_older(version)
-        if isinstance(weights, nn.Module) and is_sharded(weights):
-            raise ConfigError("a sharded model can't be sent in the background: use push, or gather it first")
+        if ranks_of_weights(weights) is not None:
+            raise ConfigError("sharded weights can't be sent in the background: use push, or gather them first")
         self._pending = PendingSync(Task(lambda: self._push(weights, version, False), name="weight-sync"))
         return self._pending
 
@@ -263,7 +263,8 @@ class WeightSync:
         """Send the weights of the last push again, to every server: after a failure, or when a server has returned.
 
         Raises:
-            ConfigError: nothing was pushed yet, or it came as an iterator that can't be read twice.
+            ConfigError: nothing was pushed yet, or it was only a part of the tensors, or an iterator that can't be read
+                twice.
             WeightUpdateError: as :meth:`push`.
         """
         if self._pusher.last_weights is None:

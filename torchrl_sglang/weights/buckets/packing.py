@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -141,10 +141,9 @@ class BucketPacker:
             A bucket and its bytes (uint8, ``(bucket.nbytes,)``), valid until the second bucket after it is taken, or,
             if :attr:`is_staged`, until the next plan is packed.
         """
-        self._begin(len(plan))
-        self._reserve(plan)
         pairs = iter(tensors([name for bucket in plan for name in bucket.names]))
         try:
+            self._make_room(plan, pairs)
             for bucket in plan:
                 yield bucket, self.pack(bucket, pairs, values)
             for name, _ in pairs:
@@ -206,6 +205,15 @@ class BucketPacker:
         flat = self.pack(bucket, [(spec.name, tensor) for spec, tensor in ready])
         ready.clear()
         return bucket, flat
+
+    def _make_room(self, plan: Sequence[Bucket], pairs: Iterator[Pair]) -> None:
+        """Free what the plan does not need, and allocate what it may not get later."""
+        try:
+            self._begin(len(plan))
+            self._reserve(plan)
+        except BaseException:
+            next(pairs, None)  # closed before it has begun, a sharded source would not complete its gathers
+            raise
 
     def _begin(self, num_buckets: int | None) -> None:
         """Free the buffers that the next plan does not need: all beyond two, if it is not staged."""

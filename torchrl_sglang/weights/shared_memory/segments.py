@@ -152,8 +152,15 @@ class SegmentPool:
         return data
 
     def of(self, flat: torch.Tensor) -> Segment:
-        """The segment whose memory ``flat`` is the beginning of."""
-        return self._segments[_address(flat)]
+        """The segment whose memory ``flat`` is the beginning of.
+
+        Raises:
+            StorageError: :meth:`make` had no room for it, and gave memory that servers can't open.
+        """
+        segment = self._segments.get(_address(flat))
+        if segment is None:
+            raise StorageError(self.no_room)
+        return segment
 
     def expect(self, segment: Segment, pids: Sequence[int]) -> None:
         """These processes will be told to open a segment: it is kept until they have closed it, or have ended.

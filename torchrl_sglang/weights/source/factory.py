@@ -20,7 +20,6 @@ from typing import Any
 
 from tensordict import TensorDictBase
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.weights.checkpoint.headers import Checkpoint
@@ -30,7 +29,7 @@ from torchrl_sglang.weights.source.interface import WeightSource
 from torchrl_sglang.weights.source.iterators import open_iterator
 from torchrl_sglang.weights.source.lazy_tensors import collection_tensors, module_tensors
 from torchrl_sglang.weights.source.mapping import map_to_checkpoint
-from torchrl_sglang.weights.source.shards import ranks_of
+from torchrl_sglang.weights.source.shards import ranks_of, reshard
 from torchrl_sglang.weights.source.transformers_models import find_omitted_names, find_transformers_model
 
 __all__ = ["open_source"]
@@ -72,9 +71,7 @@ def open_source(
     if isinstance(weights, (TensorDictBase, Mapping)):
         tensors, module = collection_tensors(weights), None
     elif isinstance(weights, nn.Module):
-        for part in weights.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()  # a forward pass leaves the root unsharded; it would be read without its other ranks
+        reshard(weights)
         tensors, module = module_tensors(weights), weights
     elif callable(weights) or isinstance(weights, Iterable):
         return open_iterator(weights, checkpoint, name_map=name_map, ignore=ignore)

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from tensordict import TensorDictBase
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torchrl_sglang.errors import SGLangError, WeightUpdateError
 
-__all__ = ["Ranks", "full_tensor", "is_sharded", "local_tensor", "ranks_of", "ranks_of_weights", "together"]
+__all__ = ["Ranks", "full_tensor", "is_sharded", "local_tensor", "ranks_of", "ranks_of_weights", "reshard", "together"]
 
 
 class Ranks:
@@ -102,6 +103,7 @@ def ranks_of_weights(weights: Any) -> Ranks | None:
     Of an iterator it can't be told before it is read.
     """
     if isinstance(weights, nn.Module):
+        reshard(weights)
         return ranks_of(weights.parameters())
     if isinstance(weights, TensorDictBase):
         return ranks_of(weights.values(include_nested=True, leaves_only=True))
@@ -114,6 +116,13 @@ def _tensors_in(weights: Mapping[Any, Any]) -> Iterator[torch.Tensor]:
             yield from _tensors_in(value)
         elif isinstance(value, torch.Tensor):
             yield value
+
+
+def reshard(module: nn.Module) -> None:
+    """Undo what a forward pass leaves: an unsharded root, which would be read without its other ranks."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -217,6 +217,7 @@ class AutoTransport:
 
     def close(self) -> None:
         """Destroy the groups and remove the segments."""
+        self._no_room = self._no_room or self._ipc.no_room  # it may have turned out in the middle of an update
         self._ipc.close()
         self._broadcast.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -50,6 +51,7 @@ class LoraTransport:
         self._owner = owner
         self._has_experts = checkpoint.has_experts
         self._loaded: list[str] = []
+        self._num_sent: Counter[int] = Counter()  # by version number
         self._infos: Sequence[ServerInfo] = ()
         self._sent: dict[str, tuple[bytes, dict[str, object]]] = {}
 
@@ -82,6 +84,9 @@ class LoraTransport:
     ) -> AdapterSession:
         """Pauses nothing. See :meth:`WeightTransport.open_session`."""
         name = f"torchrl-{self._owner}-{version.number}"
+        self._num_sent[version.number] += 1
+        if self._num_sent[version.number] > 1:  # a server refuses a name that it has, and requests may use the first
+            name = f"{name}.{self._num_sent[version.number]}"
         return AdapterSession(self._pool, clients, Adapter(name=name, version=str(version)), report, self._loaded)
 
     def send(self, session: AdapterSession, packed: PackedWeights, deadline: float) -> None:

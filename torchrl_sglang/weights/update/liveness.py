@@ -59,7 +59,7 @@ class LivenessCheck:
         A server that is being restarted is waited for only if no other one is left.
 
         Raises:
-            WeightUpdateError: none answers.
+            WeightUpdateError: none answers, or those that do serve another model by now.
         """
         deadline = time.monotonic() + self._patience_s
         errors = self._errors(self._pool.clients)
@@ -72,9 +72,10 @@ class LivenessCheck:
         self._leave_out({url: error for url, error in errors.items() if error is not None})
         alive = [client for client in self._pool.clients if errors[client.url] is None]
         if not alive:
+            unreached = [url for url, error in errors.items() if not isinstance(error, ConfigError)]
+            what = "no server can be reached" if unreached else "no server takes weight updates"
             raise WeightUpdateError(
-                f"no server can be reached: {errors[self._pool.clients[0].url]}",
-                server_weights={client.url: "stuck" for client in self._pool.clients},
+                f"{what}: {errors[self._pool.clients[0].url]}", server_weights=dict.fromkeys(unreached, "stuck")
             )
         for client in alive:
             self._waited_for.discard(self._process(client))

@@ -14,6 +14,7 @@ full sync succeeds; one that does not answer is reported as stuck.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -276,7 +277,8 @@ class UpdateSession:
     def _finish(self) -> None:
         """Finish each server by itself: if one fails in the last step, the others still serve."""
         if not self.is_joining:
-            self._state.caches_salted(None if self.flushes else str(self._version))
+            # Of this update alone: a version is pushed again after a failure, and by then has made cached prefixes.
+            self._state.caches_salted(None if self.flushes else f"{self._version}.{uuid.uuid4().hex[:8]}")
         finishing = [client for client in self._clients if client.url not in self._failed]
         with self.report.phase("end"):
             self._run({client.url: self._ending(client) for client in finishing})

@@ -66,15 +66,15 @@ class Probe:
         num_tokens = _PROBE_TOKENS_ON_CPU if self._on_cpu else _PROBE_TOKENS
         self.ids = [] if vocab_size is None else probe_ids(vocab_size, num_tokens)
         self.model = None if source.module is None or is_sharded(source.module) else source.module
-        self._num_servers = len(clients)
+        self._num_ranks = sum(client.info.tp_size for client in clients)
         self._task: Task[torch.Tensor] | None = None
 
     def start(self) -> None:
         """Let the trainer's model compute in a thread, while servers on this host load weights that wait in memory.
 
-        Does nothing unless a core is idle meanwhile: a server loads with one.
+        Does nothing unless a core is idle meanwhile: each rank of a server loads with one.
         """
-        is_idle = self._on_cpu and self._num_servers < len(os.sched_getaffinity(0))
+        is_idle = self._on_cpu and self._num_ranks < len(os.sched_getaffinity(0))
         if is_idle and self.ids and self.model is not None and next(self.model.parameters()).device.type == "cpu":
             self._task = Task(partial(self._compute, self.model), name="trainer-logprobs")
 
