@@ -92,6 +92,18 @@ def test_sampled_tokens_are_kept_where_a_user_speaks_behind_a_tools_result() -> 
     check_parents(session.trajectories(), session.info().sampled_tokens)
 
 
+@pytest.mark.parametrize("on_rewrite", ["branch", "keep"])
+def test_what_the_client_adds_behind_an_answer_is_in_the_prompt(on_rewrite: str) -> None:
+    tokenizer = make_tokenizer("byte-level BPE", MISTRAL)
+    sessions, model = scripted(tokenizer, lambda _: says(tokenizer, "Yes.", tokenizer.eos_token), on_rewrite=on_rewrite)
+    session = sessions.create()
+    answer = chat(session, [user("one")]).choices[0].message
+    chat(session, [user("one"), answer, assistant("And no."), user("two")])
+    prompt = str(tokenizer.decode(list(model.calls[1][0]))).replace(str(tokenizer.eos_token), "</s>")
+    assert prompt.endswith("[INST] one[/INST] Yes.\n\nAnd no.</s>[INST] two[/INST]")
+    check_recorded(session.trajectories(), model.calls)
+
+
 def test_what_no_form_helps_is_refused_in_the_templates_words() -> None:
     strict = (
         "{%- for m in messages -%}{%- if m.content is string and 'bad' in m.content -%}"

@@ -183,7 +183,8 @@ def test_a_top_k_that_keeps_the_whole_vocabulary_truncates_nothing(gateway: Agen
         session = gateway.create_session()
         headers = {"Authorization": f"Bearer {session.api_key}"}
         body = {"model": "m", "max_tokens": 4, "messages": [HI], "top_k": top_k}
-        answer = httpx.post(f"{session.base_url}/chat/completions", json=body, headers=headers, verify=False)
+        address = f"{session.base_url}/chat/completions"
+        answer = httpx.post(address, json=body, headers=headers, verify=False, timeout=30)
         assert answer.status_code == 200
         assert [leaf.exact_log_probs for leaf in gateway.trajectories(session.id)] == [exact]
     assert SamplingParams(top_k=2**30).top_k == -1

@@ -251,7 +251,10 @@ class _Deadline:
             self._task.cancel()
 
     def was_the_cause(self) -> bool:
-        """Whether this, and nobody else, has cancelled the task, which then counts as not cancelled."""
+        """Whether this, and nobody else, has cancelled the task, which then counts as not cancelled.
+
+        Python 3.10 does not count cancellations: there one that comes with the deadline ends the turn with its error.
+        """
         if not self._has_fired or self._task is None:
             return False
         return sys.version_info < (3, 11) or self._task.uncancel() == 0

@@ -38,6 +38,7 @@ _LOCAL_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.
 _connected: ContextVar[Callable[[Any], None]] = ContextVar("connected", default=lambda _connection: None)
 """Called with the connection that a request gets."""
 _END = b"[DONE]"
+_ABORT = b'"abort"'
 _FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 
 
@@ -101,7 +102,8 @@ class ServerCalls:
             async with self._answer(request, None) as answer:
                 if not answer.ok:
                     self._refuse(answer, await answer.read(), request)
-                is_cumulative = self.client.info.raw.get("incremental_streaming_output") is False
+                known = self.client.known_info  # `info` may ask the server, and all others would wait for its answer
+                is_cumulative = known is not None and known.raw.get("incremental_streaming_output") is False
                 async for lines in _lines(answer.content):
                     events = event_data(lines, latest_only=is_cumulative)
                     if not events:
@@ -288,7 +290,8 @@ def event_data(lines: Sequence[bytes], *, latest_only: bool) -> list[bytes]:
 
     Args:
         lines: lines that came together.
-        latest_only: only the last one's, and the end of the stream, if that is among them.
+        latest_only: only the last one's, and the end of the stream, if that is among them. The event of an
+            abort is kept with the one before it: some versions of SGLang write the last token alone into it.
 
     Examples:
         >>> lines = [b"data: 1", b"", b"data: 2", b"", b"data: [DONE]", b""]
@@ -298,7 +301,9 @@ def event_data(lines: Sequence[bytes], *, latest_only: bool) -> list[bytes]:
     found = [line[5:].strip() for line in lines if line.startswith(b"data:")]
     if not latest_only or len(found) < 2:
         return found
-    return found[-2:] if found[-1] == _END else found[-1:]
+    ends = found[-1] == _END
+    is_abort = _ABORT in found[-2 if ends else -1]
+    return found[-1 - ends - is_abort :]
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[list[bytes]]:

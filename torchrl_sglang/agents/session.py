@@ -133,7 +133,7 @@ class Session:
         except asyncio.CancelledError:
             if known.is_withdrawn:
                 self._require_active()
-            if (lost := known.record) is not None:  # it came at this moment, and nobody is there to take it
+            if (lost := known.untaken) is not None:  # it came at this moment, and nobody is there to take it
                 self._records.undelivered(lost.id)
             raise
         finally:

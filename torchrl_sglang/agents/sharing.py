@@ -87,6 +87,7 @@ class PendingTurn:
         self._listeners: list[OnProgress] = []
         self._latest: dict[int, Progress] = {}
         self._waiting = 0
+        self._is_taken = False
         self.task = asyncio.get_running_loop().create_task(sample(self._report if streams else None))
 
     def _report(self, progress: Progress) -> None:
@@ -102,7 +103,9 @@ class PendingTurn:
                 on_progress(progress)
         self._waiting += 1
         try:
-            return await asyncio.shield(self.task)
+            record = await asyncio.shield(self.task)
+            self._is_taken = True
+            return record
         finally:
             self._waiting -= 1
             if on_progress is not None:
@@ -115,6 +118,11 @@ class PendingTurn:
         """The turn, if it is finished and recorded."""
         is_finished = self.task.done() and not self.task.cancelled() and self.task.exception() is None
         return self.task.result() if is_finished else None
+
+    @property
+    def untaken(self) -> TurnRecord | None:
+        """The turn, if it is recorded, nobody has taken it, and nobody waits for it any more."""
+        return None if self._is_taken or self._waiting else self.record
 
     def withdraw(self) -> None:
         """End it: the session takes no more answers."""
@@ -217,7 +225,9 @@ class TurnRecords:
     def undelivered(self, turn_id: str) -> None:
         """A finished turn did not reach the client."""
         for entry in self._entries:
-            if isinstance(entry.turn, TurnRecord) and entry.turn.id == turn_id and not entry.turn.is_continued:
+            # A task that has ended tells so one step of the event loop later.
+            record = entry.turn.record if isinstance(entry.turn, PendingTurn) else entry.turn
+            if record is not None and record.id == turn_id and not record.is_continued:
                 entry.is_undelivered = True
 
     def withdraw_all(self) -> None:

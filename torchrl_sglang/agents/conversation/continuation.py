@@ -219,8 +219,12 @@ class _Walk:
 
 
 def _after(renderer: ChatRenderer, form: Form, node: Node) -> str | None:
+    """What the template writes behind an answer; ``None`` if it hides the answer, or has joined the next one to it."""
+    place = form.places[node.position]
+    if place in form.places[node.position + 1 :]:
+        return None
     try:
-        return renderer.after_answer(form.messages, form.places[node.position])
+        return renderer.after_answer(form.messages, place)
     except ConfigError:
         return None
 

@@ -102,14 +102,14 @@ class AgentTemplate:
             ConfigError: a variable's name is taken.
         """
         key = json.dumps([tools, variables], sort_keys=True, default=repr)
-        if key not in self._renderers:
+        known = self._renderers.get(key)
+        if known is None:
+            given = {"tools": [dict(tool) for tool in tools]} if tools and self.knows_tools else {}
+            known = ChatRenderer(self.tokenizer, chat_template=self._chat_template, variables={**variables, **given})
             if len(self._renderers) >= _KEPT_RENDERERS:
                 self._renderers.clear()
-            given = {"tools": [dict(tool) for tool in tools]} if tools and self.knows_tools else {}
-            self._renderers[key] = ChatRenderer(
-                self.tokenizer, chat_template=self._chat_template, variables={**variables, **given}
-            )
-        return self._renderers[key]
+            self._renderers[key] = known  # not read again: the prompts of long texts are made in other threads
+        return known
 
     def form(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Form:
         """The messages as the template takes them.

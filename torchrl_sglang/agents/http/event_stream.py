@@ -64,6 +64,8 @@ async def event_stream(
         await until_disconnect(request, turn.begun())
     except BaseException:
         await turn.cancel()
+        if turn.finished is not None:
+            undelivered(turn.finished)
         raise
     return _TurnStream(turn, writer, undelivered)
 
