@@ -126,7 +126,6 @@ def test_a_server_that_leaves_and_joins_again_during_a_batch_leaves_no_prompt_ha
         threading.Event().wait(0.01)
     pool.remove(second.url, drain=False)
     pool.add(second.url)
-    assert not batch.done, batch.outcome()  # the first server still generates
     replies = batch.outcome().unwrap()
     assert [len(reply.output_ids) for reply in replies] == [LONG.max_new_tokens] * len(PROMPTS)
     for _ in range(600):
