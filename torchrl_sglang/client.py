@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -16,7 +17,14 @@ from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.connections import ServerConnections
 from torchrl_sglang.errors import ProtocolError, RequestRejectedError
 from torchrl_sglang.forks import renew_in_forked_children
-from torchrl_sglang.http_errors import may_retry, raise_for_status, stream_cut_short, translate_error
+from torchrl_sglang.http_errors import (
+    may_retry,
+    raise_for_status,
+    refused_for_s,
+    refused_until_cut,
+    stream_cut_short,
+    translate_error,
+)
 from torchrl_sglang.model_files import read_vocab_size
 from torchrl_sglang.protocol.dialect import (
     MODEL_INFO,
@@ -28,7 +36,7 @@ from torchrl_sglang.protocol.dialect import (
 )
 from torchrl_sglang.protocol.messages import HttpRequest, ServerInfo
 from torchrl_sglang.protocol.version import WeightVersion
-from torchrl_sglang.proxies import refuse_web_page, retry_after_s
+from torchrl_sglang.proxies import refuse_web_page
 from torchrl_sglang.server_url import base_url
 
 __all__ = ["SGLangClient"]
@@ -201,16 +209,19 @@ class SGLangClient:
 
     def _send_with_retries(self, request: HttpRequest, wait_s: float, *, stream: bool) -> requests.Response:
         tries = 0
-        deadline = time.monotonic() + wait_s
+        deadline, left_s = time.monotonic() + wait_s, wait_s
+        cut = threading.Event() if _purpose(request) == "control" else self._connections.when_cut
         while True:
             try:
-                response = self._send_once(request, wait_s, stream=stream)
-                again_s = retry_after_s(response.status_code, response.headers)
+                response = self._send_once(request, left_s, stream=stream)
+                again_s = refused_for_s(request, response)
                 if again_s is None or time.monotonic() + again_s >= deadline:
                     return response
                 response.close()
-                time.sleep(max(_LEAST_RETRY_S, again_s))
-                wait_s = max(_LEAST_RETRY_S, deadline - time.monotonic())
+                if cut.wait(max(_LEAST_RETRY_S, again_s)):
+                    raise refused_until_cut(request, url=self.url, status=response.status_code)
+                if not stream:  # whose limit is the time between two events
+                    left_s = max(_LEAST_RETRY_S, deadline - time.monotonic())
             except requests.RequestException as foreign:
                 error = translate_error(foreign, request, url=self.url, wait_s=wait_s)
                 tries += 1
@@ -244,6 +255,8 @@ class SGLangClient:
         try:
             self.send(request)
         except RequestRejectedError as error:
+            if error.is_from_proxy:
+                raise
             return error.status
         return 200
 
@@ -282,7 +295,10 @@ class SGLangClient:
         return self._connections.sent_elsewhere(cut)
 
     def cut(self) -> None:
-        """Break the connections of generate requests under way, which then fail with :class:`ServerLostError`."""
+        """Break the connections of generate requests under way, which then fail with :class:`ServerLostError`.
+
+        One that waits until a server or a proxy takes it fails with :class:`ServerUnreachableError`: it has not run.
+        """
         self._connections.cut()
 
     def close(self) -> None:

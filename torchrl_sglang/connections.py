@@ -55,6 +55,7 @@ class ServerConnections:
         self._slots = threading.BoundedSemaphore(config.max_connections)
         self._num_generating = 0
         self._elsewhere: dict[object, Callable[[], None]] = {}
+        self._cut = threading.Event()
 
     @contextmanager
     def slot(self, purpose: Purpose, wait_s: float) -> Iterator[float]:
@@ -111,9 +112,17 @@ class ServerConnections:
         with self._lock:
             return self._num_generating + len(self._elsewhere)
 
+    @property
+    def when_cut(self) -> threading.Event:
+        """Set by the next :meth:`cut`, for generate requests that wait until they may be sent again."""
+        with self._lock:
+            return self._cut
+
     def cut(self) -> None:
         """Break the connections of all generate requests under way: each fails as if the server had broken it."""
         with self._lock:
+            self._cut.set()
+            self._cut = threading.Event()
             sessions = [session for purpose, session in self._sessions.items() if purpose != "control"]
             elsewhere = list(self._elsewhere.values())
         for cut in elsewhere:

@@ -22,11 +22,19 @@ from torchrl_sglang.errors import (
     SGLangError,
 )
 from torchrl_sglang.protocol.messages import HttpRequest
-from torchrl_sglang.proxies import explain_proxy, page_title
+from torchrl_sglang.proxies import explain_proxy, page_title, retry_after_s
 from torchrl_sglang.server_url import unresolvable_host
 from torchrl_sglang.tls import explain_tls
 
-__all__ = ["may_retry", "raise_for_status", "rejected", "stream_cut_short", "translate_error"]
+__all__ = [
+    "may_retry",
+    "raise_for_status",
+    "refused_for_s",
+    "refused_until_cut",
+    "rejected",
+    "stream_cut_short",
+    "translate_error",
+]
 
 _EAI_NODATA = getattr(socket, "EAI_NODATA", socket.EAI_NONAME)
 _NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}
@@ -39,6 +47,26 @@ def may_retry(request: HttpRequest, error: Exception) -> bool:
     if isinstance(error, ServerUnreachableError):
         return True
     return request.repeatable and isinstance(error, ServerLostError)
+
+
+def refused_for_s(request: HttpRequest, response: requests.Response) -> float | None:
+    """The retry rule for answers: after how many seconds a refused request may be sent again; ``None`` if it may not.
+
+    What got 429 has not run. A proxy may answer 503 after its server has taken the request (Varnish's page, which says
+    ``Retry-After`` too): then only what changes nothing is sent again.
+    """
+    changes_nothing = request.repeatable or request.timeout == "generate"
+    if response.status_code == 503 and not changes_nothing:
+        return None
+    return retry_after_s(response.status_code, response.headers)
+
+
+def refused_until_cut(request: HttpRequest, *, url: str, status: int) -> ServerUnreachableError:
+    """The error for a request that waited after its refusal until its connections were cut."""
+    return ServerUnreachableError(
+        f"{url} answered {status} to {request.path}, and has left the pool before it could be sent again",
+        server=url,
+    )
 
 
 def translate_error(error: requests.RequestException, request: HttpRequest, *, url: str, wait_s: float) -> SGLangError:
@@ -109,7 +137,7 @@ def raise_for_status(response: requests.Response, request: HttpRequest, *, url: 
     Raises:
         RequestRejectedError: with the server's own message.
     """
-    if response.ok and not response.is_redirect:
+    if 200 <= response.status_code < 300:
         return
     raise rejected(
         request,

@@ -78,14 +78,17 @@ def explain_proxy(status: int, body: str, headers: Mapping[str, Any]) -> str | N
         'it leads to https://a.example/generate: connect to the address there'
     """
     if 300 <= status < 400:
-        return f"it leads to {_header(headers, 'location') or 'nowhere'}: connect to the address there"
+        location = _header(headers, "location")
+        return (
+            "SGLang answers no request so" if not location else f"it leads to {location}: connect to the address there"
+        )
     if status not in _ADVICE or not (status in _NEVER_SGLANGS or (body.strip() and not _is_json(body))):
         return None
     return f"this is the answer of a proxy or an ingress before the server: {_ADVICE[status]}"
 
 
 def retry_after_s(status: int, headers: Mapping[str, Any]) -> float | None:
-    """After how many seconds a refused request may be sent again, which has not run; ``None`` if nothing is said.
+    """After how many seconds a refused request may be sent again, as the answer says; ``None`` if it says nothing.
 
     A date is read as an interval after the answer's own date: the two clocks may differ.
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.fake_sglang import FakeServer, FakeSettings
 from tests.fake_sglang.model import read_checkpoint
-from torchrl_sglang import RequestRejectedError, SamplingParams, SyncConfig, WeightSync
+from torchrl_sglang import RequestRejectedError, SamplingParams, ServerError, SyncConfig, WeightSync
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.engine.monitor import admit, restart_server
 from torchrl_sglang.pool import SGLangPool, dead_servers
@@ -119,6 +119,19 @@ def test_a_single_server_that_somebody_restarts_is_used_again_after_one_error(
         expected = answers(pool)
         replace(server, enable_lora=True)
         with pytest.raises(RequestRejectedError, match="never been loaded"):
+            pool.generate(PROMPTS, SHORT)
+        assert answers(pool) == expected
+
+
+def test_prompts_are_not_blamed_when_somebody_restarts_all_servers(make: Make, tiny_llama: Path, replace: Make) -> None:
+    servers = [make(enable_lora=True) for _ in range(2)]
+    pool = pool_of(*servers)
+    with closing(WeightSync(pool, SyncConfig(verify="off", transport="lora"))) as sync:
+        sync.push(adapted(tiny_llama))
+        expected = answers(pool)
+        for server in servers:
+            replace(server, enable_lora=True)
+        with pytest.raises(ServerError, match="no server is left.*never been loaded"):
             pool.generate(PROMPTS, SHORT)
         assert answers(pool) == expected
 

@@ -25,6 +25,7 @@ from torchrl_sglang import (
     WeightUpdateError,
 )
 from torchrl_sglang.client import SGLangClient
+from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.control import build_pause
 
@@ -159,6 +160,41 @@ def test_a_request_that_may_come_again_too_late_is_refused_at_once(make: Make, i
     with pytest.raises(RequestRejectedError, match="no server behind it"):
         pool.generate(PROMPTS, SHORT, timeout_s=60)
     assert time.monotonic() - start < 50
+
+
+def test_a_control_call_that_may_have_run_is_not_sent_again(make: Make, ingress_of: MakeIngress) -> None:
+    ingress = ingress_of(make())
+    client = pool_of(ingress).clients[0]
+    ingress.on("/pause_generation", answer(503, HTML_502, Retry_After="0"), times=1)
+    with pytest.raises(RequestRejectedError, match="503 to /pause_generation"):
+        client.send(build_pause("in_place"))
+    ingress.on("/pause_generation", answer(429, HTML_502, Retry_After="0"), times=1)
+    client.send(build_pause("in_place"))
+
+
+def test_prompts_that_wait_for_a_server_that_leaves_are_generated_elsewhere_at_once(
+    make: Make, ingress_of: MakeIngress
+) -> None:
+    server = make()
+    ingress = ingress_of(make())
+    pool = SGLangPool([SGLangClient(each.url) for each in (server, ingress)])
+    pool.connect()
+    ingress.on("/generate", answer(429, HTML_502, Retry_After="600"))
+    generating = Task(lambda: pool.generate(PROMPTS, SHORT), name="generate")
+    while "/generate" not in ingress.seen:
+        time.sleep(0.01)
+    pool.remove(ingress.url, drain=False)
+    assert generating.wait(60)
+    assert {reply.server for reply in generating.outcome().unwrap()} == {server.url}
+    assert ingress.seen.count("/generate") == 1
+
+
+def test_a_redirect_to_nowhere_is_no_success(make: Make, ingress_of: MakeIngress) -> None:
+    ingress = ingress_of(make())
+    client = pool_of(ingress).clients[0]
+    ingress.on("/pause_generation", answer(302))
+    with pytest.raises(RequestRejectedError, match="302 to /pause_generation.*SGLang answers no request so"):
+        client.send(build_pause("in_place"))
 
 
 def test_a_redirect_names_the_address_to_use(make: Make, ingress_of: MakeIngress) -> None:

@@ -112,6 +112,40 @@ def test_a_copy_none_of_whose_servers_answers_says_so(make: Make) -> None:
         pickle.loads(data).connect()
 
 
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_a_server_that_leaves_and_joins_again_during_a_batch_leaves_no_prompt_half_answered(
+    make: Make, is_copy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_servers, "_POLL_INTERVAL_S", 0.1)
+    first, second = make(step_s=0.05), make(step_s=0.05)
+    pool = pool_of(first, second)
+    generating = copied(pool) if is_copy else pool
+    generating.generate(PROMPTS, SHORT)
+    batch = Task(lambda: generating.generate(PROMPTS, LONG), name="batch")
+    while sum(event["path"] == "/generate" for event in second.events) < 2:
+        threading.Event().wait(0.01)
+    pool.remove(second.url, drain=False)
+    pool.add(second.url)
+    replies = batch.outcome().unwrap()
+    assert [len(reply.output_ids) for reply in replies] == [LONG.max_new_tokens] * len(PROMPTS)
+    for _ in range(600):
+        if len(servers_of(generating)) == 2:  # a copy looks at it first, as at a new process
+            break
+        threading.Event().wait(0.1)
+    assert servers_of(generating) == {first.url, second.url}
+
+
+def test_a_server_that_is_added_again_is_not_aborted_by_its_removal(make: Make) -> None:
+    first, second = make(), make()
+    pool = pool_of(first, second)
+    second.arm(Fault(path="/abort_request", action="slow", seconds=1))
+    pool.remove(second.url, drain=False)
+    pool.add(second.url)
+    replies = list(SGLangPool(pool.clients[1:]).stream([1, 2, 3], LONG))
+    assert len(replies[-1].output_ids) == LONG.max_new_tokens
+    assert any(event["path"] == "/abort_request" for event in second.events)
+
+
 def test_copies_made_at_any_moment_of_many_changes_answer_every_prompt(make: Make, tiny_llama: Path) -> None:
     first, others = make(), [make() for _ in range(3)]
     pool = pool_of(first)

@@ -73,12 +73,12 @@ def test_the_file_of_copies_is_written_by_one_thread_at_a_time(make: Callable[..
     most: list[int] = []
     active: list[int] = []
 
-    def slow(urls: Sequence[str]) -> None:
+    def slow(*members: Any) -> None:
         active.append(1)
         most.append(len(active))
         under_way.set()
         goes_on.wait(0.3)
-        write(urls)
+        write(*members)
         active.pop()
 
     membership._file.write = slow

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import fcntl
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from torchrl_sglang.pool.member_file import MemberFile
+
+
+def test_a_file_that_is_replaced_while_somebody_looks_for_abandoned_ones_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    living = MemberFile()
+    living.write({"http://a:1": None})
+    lock = fcntl.flock
+
+    def lock_after_a_change(file: Any, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        living.write({"http://b:1": None})
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_after_a_change)
+    MemberFile()
+    assert MemberFile(living.path).read_if_new() == {"http://b:1": None}
+    living.delete()
 
 
 def test_files_that_nobody_holds_are_deleted_by_the_next_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

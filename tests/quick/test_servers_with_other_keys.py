@@ -78,6 +78,18 @@ def test_the_file_that_copies_read_is_for_its_owner_alone(make: Make) -> None:
     assert len(copied.clients) == 2
 
 
+def test_a_copy_knows_the_key_of_a_newcomer_that_is_the_only_one_left(make: Make) -> None:
+    first, second = make(api_key="one"), make(api_key="other", admin_api_key="other-admin")
+    pool = SGLangPool([SGLangClient(first.url, ClientConfig(api_key="one"))])
+    pool.connect()
+    copied = pickle.loads(pickle.dumps(pool))
+    assert servers_of(copied) == {first.url}
+    pool.add(second.url, client=OTHER)
+    pool.remove(first.url)
+    assert servers_of(copied) == {second.url}
+    assert servers_of(pickle.loads(pickle.dumps(pool))) == {second.url}
+
+
 def test_what_can_not_be_honoured_is_refused(make: Make) -> None:
     first, second = make(), make(api_key="other")
     engine = AsyncSGLang.connect(first.url)

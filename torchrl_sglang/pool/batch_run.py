@@ -16,7 +16,7 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import LethalPromptError, ServerUnreachableError, SGLangError
 from torchrl_sglang.pool.balancing import LoadTracker, Share
 from torchrl_sglang.pool.batch import Batch
-from torchrl_sglang.pool.dispatch import DispatchResult, dispatch_shares
+from torchrl_sglang.pool.dispatch import DispatchResult, dispatch_shares, never_ran
 from torchrl_sglang.protocol.messages import GenerateReply
 
 __all__ = ["BatchRun"]
@@ -60,7 +60,7 @@ class BatchRun:
         load: LoadTracker,
         find_dead: Callable[[SGLangClient, SGLangError], SGLangClient | None],
         on_death: Callable[[str, SGLangError], None],
-        has_left: Callable[[str], bool] = lambda url: False,
+        has_left: Callable[[SGLangClient], bool] = lambda client: False,
     ) -> None:
         self._batch = batch
         self._servers = servers
@@ -70,6 +70,7 @@ class BatchRun:
         self._has_left = has_left
         self._replies: dict[int, list[GenerateReply]] = {}
         self._lethal: dict[int, SGLangError] = {}
+        self._left: set[str] = set()
 
     def replies(self) -> list[GenerateReply]:
         """Send everything; the replies, prompt-major.
@@ -109,24 +110,32 @@ class BatchRun:
     def _send(self, shares: Sequence[Share], batch: Batch | None = None) -> DispatchResult:
         """Send shares side by side, keep the replies to the batch itself, and take note of deaths."""
         batch = batch or self._batch
-        result = dispatch_shares(shares, batch.sampling.n, partial(self._send_part, batch), self._find_dead)
+        self._left = set()
+        result = dispatch_shares(shares, batch.sampling.n, partial(self._send_part, batch), self._find_dead_or_left)
         if batch is self._batch:
             self._replies.update(result.replies)
         for url, error in {url: error for _, url, error in reversed(result.lost)}.items():  # the first of each server
-            if not self._has_left(url):
+            if url not in self._left:
                 self._on_death(url, error)
         if result.failure is not None:
             raise result.failure
         return result
 
     def _send_part(self, batch: Batch, client: SGLangClient, part: Sequence[int]) -> list[GenerateReply]:
-        if self._has_left(client.url):  # since the shares were divided
+        if self._has_left(client):  # since the shares were divided
             raise ServerUnreachableError(f"{client.url} is leaving the pool", server=client.url)
         return batch.send(client, part)
 
+    def _find_dead_or_left(self, client: SGLangClient, error: SGLangError) -> SGLangClient | None:
+        """Note a server that has left at once: when the other shares are answered, it may have been added again."""
+        dead = self._find_dead(client, error)
+        if dead is not None and self._has_left(dead):
+            self._left.add(dead.url)
+        return dead
+
     def _is_innocent(self, url: str, error: SGLangError) -> bool:
         """Whether prompts were lost for another reason than themselves: they never ran, or their server left."""
-        return isinstance(error, ServerUnreachableError) or self._has_left(url)
+        return never_ran(error) or url in self._left
 
     def _send_suspects(self, group: _Suspects) -> list[_Suspects]:
         """Send a group again in smaller requests; returns the groups of those during which a server died."""

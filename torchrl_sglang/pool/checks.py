@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 from urllib.parse import urlsplit
 
 from torchrl_sglang.errors import ConfigError, WeightSyncError
@@ -66,13 +67,26 @@ def refuse_different_models(infos: Sequence[ServerInfo]) -> None:
 
 
 def _same_tokens(first: ServerInfo, other: ServerInfo) -> bool:
-    """Whether two servers' tokenizers have the same tokens, as far as their files can be read here."""
+    """Whether no id stands for another token on the other server, as far as their files can be read here.
+
+    Files of one tokenizer differ: each version of ``tokenizers`` writes merges and flags in its own way.
+    """
     if other.tokenizer_path == first.tokenizer_path:
         return True
     files = [read_model_json(info.tokenizer_path, "tokenizer.json", info.revision) for info in (first, other)]
-    return None in files or all(
-        (files[0] or {}).get(part) == (files[1] or {}).get(part) for part in ("model", "added_tokens")
-    )
+    ours, theirs = (_tokens_by_id(file or {}) for file in files)
+    return all(theirs.get(index, token) == token for index, token in ours.items())
+
+
+def _tokens_by_id(tokenizer: Mapping[str, Any]) -> dict[tuple[str, int], str]:
+    """The tokens in a ``tokenizer.json``, by where they are listed and their id.
+
+    A vocabulary is a mapping, or with Unigram a list of tokens and scores.
+    """
+    vocab = (tokenizer.get("model") or {}).get("vocab") or {}
+    listed = vocab.items() if isinstance(vocab, dict) else ((entry[0], index) for index, entry in enumerate(vocab))
+    added = {("added", each["id"]): each["content"] for each in tokenizer.get("added_tokens") or ()}
+    return {("vocab", index): token for token, index in listed} | added
 
 
 def _unlike_sizes(first: ServerInfo, other: ServerInfo) -> str | None:

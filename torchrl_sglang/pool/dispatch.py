@@ -20,7 +20,7 @@ from torchrl_sglang.pool.balancing import Share
 from torchrl_sglang.protocol.control import build_ready
 from torchrl_sglang.protocol.messages import GenerateReply
 
-__all__ = ["DispatchResult", "dead_server", "dispatch_shares", "is_gone", "split_share"]
+__all__ = ["DispatchResult", "dead_server", "dispatch_shares", "is_gone", "never_ran", "split_share"]
 
 _MAX_SEQUENCES = 256
 """Of one request: 2 MB of JSON per 1,000 tokens each way, and large enough that its overhead does not show."""
@@ -122,6 +122,12 @@ def split_share(share: Sequence[int], n: int) -> list[list[int]]:
     """
     size = max(1, _MAX_SEQUENCES // n)
     return [list(share[start : start + size]) for start in range(0, len(share), size)]
+
+
+def never_ran(error: SGLangError) -> bool:
+    """Whether a request that ended with this error cannot have run: it reached no server, or the server refused it."""
+    is_refusal = isinstance(error, RequestRejectedError) and not error.is_from_proxy
+    return is_refusal or isinstance(error, ServerUnreachableError)
 
 
 def dead_server(client: SGLangClient, error: SGLangError) -> SGLangClient | None:

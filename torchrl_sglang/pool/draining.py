@@ -38,7 +38,11 @@ def await_idle(clients: Sequence[SGLangClient], deadline: float) -> list[SGLangC
 
 
 def abort_all(clients: Sequence[SGLangClient]) -> None:
-    """End the requests of servers; those of this process are generated elsewhere."""
+    """End the requests of servers; those of this process are generated elsewhere.
+
+    It returns when the servers have answered: an abort that comes later would end requests that they get when they are
+    added again.
+    """
     if not clients:
         return
 
@@ -46,9 +50,9 @@ def abort_all(clients: Sequence[SGLangClient]) -> None:
         with contextlib.suppress(SGLangError):
             client.send(build_abort(), timeout_s=_ABORT_TIMEOUT_S)
 
-    Task(lambda: side_by_side({client.url: partial(abort, client) for client in clients}), name="abort")
+    aborting = Task(lambda: side_by_side({client.url: partial(abort, client) for client in clients}), name="abort")
     deadline = time.monotonic() + _ABORT_TIMEOUT_S
-    while time.monotonic() < deadline and any(client.num_generating for client in clients):
+    while time.monotonic() < deadline and (not aborting.done or any(client.num_generating for client in clients)):
         time.sleep(_POLL_S)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 from torchrl_sglang.config import ClientConfig
 
@@ -30,6 +31,11 @@ class MemberFile:
 
     Args:
         path: the file; ``None`` chooses a new name.
+        common: settings that copies have without the file: those of the server that the pool was made with first.
+
+    Attributes:
+        joins: per URL how often the server has joined, as last read; 0 for those that the pool was made with. Of one
+            that left and joined again between two looks nothing else shows it.
 
     Examples:
         >>> original = MemberFile()
@@ -45,19 +51,24 @@ class MemberFile:
         >>> original.delete()
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, common: ClientConfig | None = None) -> None:
         if path is None:
             _delete_abandoned(Path(tempfile.gettempdir()))
         self.path = path or Path(tempfile.gettempdir(), f"{_PREFIX}{uuid.uuid4().hex}.json")
-        self._seen: tuple[int, int] | None = None
+        self.common = common
+        self.joins: dict[str, int] = {}
+        self._seen: tuple[int, int, int] | None = None
         self._owner: weakref.finalize[..., object] | None = None
         self._held: list[int] = []
 
-    def write(self, members: Mapping[str, ClientConfig | None]) -> None:
+    def write(
+        self, members: Mapping[str, ClientConfig | None], joins: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
         """Replace the content; a reader sees either the old or the new one. The file is deleted with this object.
 
         Args:
-            members: per URL the settings of its client, where they are not those of the pool's first server.
+            members: per URL the settings of its client; ``None`` for the common ones, which are left out.
+            joins: per URL how often it has joined, where that is not 0.
 
         As long as this process lives, it holds a lock on the file: those of processes that were killed are deleted.
         """
@@ -69,8 +80,14 @@ class MemberFile:
             on_failure.callback(os.close, descriptor)
             on_failure.callback(new.unlink, missing_ok=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            settings = {url: None if config is None else asdict(config) for url, config in members.items()}
-            content = json.dumps(settings).encode()
+            entries = {
+                url: {
+                    "client": None if config is None or config == self.common else asdict(config),
+                    "joins": joins.get(url, 0),
+                }
+                for url, config in members.items()
+            }
+            content = json.dumps(entries).encode()
             while content:  # a disk that becomes full takes a part of it, and raises at the next
                 content = content[os.write(descriptor, content) :]
             new.replace(self.path)
@@ -87,15 +104,17 @@ class MemberFile:
             status = self.path.stat()
         except OSError:
             return None
-        stamp = (status.st_mtime_ns, status.st_ino)
+        stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
         if stamp == self._seen or status.st_uid != os.geteuid():
             return None
         try:
-            members = json.loads(self.path.read_text())
+            entries = json.loads(self.path.read_text())
         except (OSError, ValueError):
             return None
         self._seen = stamp
-        return {url: None if fields is None else ClientConfig(**fields) for url, fields in members.items()}
+        self.joins = {url: entry["joins"] for url, entry in entries.items()}
+        settings = {url: entry["client"] for url, entry in entries.items()}
+        return {url: self.common if fields is None else ClientConfig(**fields) for url, fields in settings.items()}
 
     def read_again(self) -> None:
         """Take the content for new at the next look, also if it is not."""
@@ -128,4 +147,6 @@ def _delete_abandoned(folder: Path) -> None:
                 continue
             with path.open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                # A living writer may have replaced the file since it was opened, which frees the lock of the old one.
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    path.unlink()

@@ -90,16 +90,18 @@ class Membership:
     def __init__(self, pool: Members, clients: Sequence[SGLangClient], copied_from: MemberFile | None = None) -> None:
         self.clients = tuple(clients)
         self._pool = pool
-        self._file = copied_from or MemberFile()
+        self._file = copied_from or MemberFile(common=clients[0].config)
         self._is_copy = copied_from is not None
         self._served = {client.url for client in clients}
         self._lock = threading.Lock()
         self._publishing = threading.Lock()
         self._read_again_at = math.inf
+        self._joins: dict[str, int] = {}
+        self._has_looked = False
 
     def file_of_copies(self) -> MemberFile:
         """What a copy of the pool reads."""
-        return MemberFile(self._file.path)
+        return MemberFile(self._file.path, self._file.common)
 
     # ------------------------------------------------------------------ joining
 
@@ -139,6 +141,7 @@ class Membership:
                     pool.refuse_while_offloaded()
                     for info in infos:
                         pool.state.joined(info.url, info.weight_version, _WAITS)
+                        self._joins[info.url] = self._joins.get(info.url, 0) + 1
                     self.clients = (*self.clients, *new)
                 on_failure.callback(self._forget, new)
                 self._bring_up_to_date(new)
@@ -335,26 +338,34 @@ class Membership:
         if self._is_copy:
             return
         with self._publishing:  # the last one to write has read the members last
-            shown, common = self.for_copies(), self.clients[0].config
+            settings = {each.url: each.config for each in self.for_copies()}
             try:
-                self._file.write({each.url: None if each.config == common else each.config for each in shown})
+                self._file.write(settings, self._joins)
             except OSError as error:
                 _log.warning(
                     "copies of this pool don't learn of its servers: %s can't be written (%s)", self._file.path, error
                 )
 
-    def refresh(self) -> None:
-        """In a copy, adopt what has changed in the original. A newcomer is asked which weights it holds first."""
-        if not self._is_copy or not self._pool.update_lock.acquire(timeout=0):
+    def refresh(self, patience_s: float = 0) -> None:
+        """In a copy, adopt what has changed in the original. A newcomer is asked which weights it holds first.
+
+        Args:
+            patience_s: how long to wait for an update of this copy, or for a server that is just joining it.
+        """
+        if not self._is_copy or not self._pool.update_lock.acquire(timeout=patience_s):
             return  # an update of this copy counts on its members: the next batch looks again
         try:
             if time.monotonic() >= self._read_again_at:
                 self._read_again_at = math.inf
                 self._file.read_again()
             members = self._file.read_if_new()
+            joins, has_looked, self._has_looked = self._file.joins, self._has_looked, True
             if members is None:
                 return
             known = {client.url for client in self.clients}
+            again = [url for url in known & members.keys() if has_looked and joins[url] != self._joins.get(url, 0)]
+            self._came_again({url: members[url] for url in again})
+            self._joins = joins
             gone = [client for client in self.clients if client.url not in members]
             new = {url: config for url, config in members.items() if url not in known}
             if len(gone) < len(known):
@@ -367,6 +378,15 @@ class Membership:
         joining = Task(lambda: self._join_copied(new, gone), name="sglang-new-servers")
         if gone:  # none of the known servers is left
             joining.wait()
+
+    def _came_again(self, servers: Mapping[str, ClientConfig | None]) -> None:
+        """Servers have left the original and joined it again since the last look, perhaps with other keys."""
+        common = self.clients[0].config
+        with self._lock:
+            new = {url: SGLangClient(url, config or common) for url, config in servers.items()}
+            self.clients = tuple(new.get(client.url, client) for client in self.clients)
+            for url in new:
+                self._pool.state.came_again(url)
 
     def _join_copied(self, new: Mapping[str, ClientConfig | None], gone: Sequence[SGLangClient]) -> None:
         for url, config in new.items():

@@ -34,6 +34,9 @@ __all__ = ["SGLangPool"]
 
 _log = logging.getLogger(__name__)
 
+_PATIENCE_S = 2.0
+"""For the look at the members after an aborted reply: a server that joins holds the lock for milliseconds."""
+
 
 class SGLangPool(PoolServers):
     """One or more servers of the same model behind one ``generate``.
@@ -163,7 +166,8 @@ class SGLangPool(PoolServers):
         """
         before = self.state.servers
         replies = self._dispatch(batch)
-        self._membership.refresh()  # of a copy: a server may have been aborted because it leaves
+        # Of a copy: a server may have been aborted because it leaves.
+        self._membership.refresh(_PATIENCE_S if any(reply.finish_reason == "abort" for reply in replies) else 0)
         self.reply_checks.await_verification(replies)
         wrong = [index for index, reply in enumerate(replies) if self.reply_checks.is_wrong(reply, before)]
         if not wrong:
@@ -185,7 +189,7 @@ class SGLangPool(PoolServers):
             load=self.balancer,
             find_dead=self._find_dead,
             on_death=self._on_death,
-            has_left=self.state.has_left,
+            has_left=self._has_left,
         )
         with self._no_workers_means(lambda: run.unanswered):
             return run.replies()
@@ -356,11 +360,16 @@ class SGLangPool(PoolServers):
         adapter = self.state.weights.adapter
         return adapter is not None and isinstance(error, RequestRejectedError) and adapter.name in error.detail
 
+    def _has_left(self, client: SGLangClient) -> bool:
+        """Whether a server is leaving, or has left: one that was added again since has another client."""
+        member = next((each for each in self.clients if each.url == client.url), client)
+        return self.state.has_left(client.url) or member is not client
+
     def _find_dead(self, client: SGLangClient, error: SGLangError) -> SGLangClient | None:
         """The server that a failed request was on, if it is known to be dead: only then the request is sent again."""
         self._membership.refresh()  # of a copy: the server may have left
         if self.router is None or client is not self.router.client:
-            if self.state.has_left(client.url) and not isinstance(error, RequestRejectedError):
+            if self._has_left(client) and not isinstance(error, RequestRejectedError):
                 return client
             return client if self._lacks_adapter(error) else dead_server(client, error)
         url = worker_in_error(error, self.state.known_urls)

@@ -85,9 +85,16 @@ class ReplyChecks:
         return outdated is not None or self._is_rejected(versions, [self._state.server(known.url)])
 
     def _was_cut_short(self, reply: GenerateReply, before: Mapping[str, ServerState]) -> bool:
-        """Whether a response was aborted because its server leaves; a router does not say which server it was."""
-        suspects = [reply.server] if reply.server in before else before
-        return any(self._state.has_left(url) for url in suspects)
+        """Whether a response was aborted because its server leaves, or has left and come back since.
+
+        A router does not say which server it was.
+        """
+        suspects = [reply.server] if reply.server in self._state.known_urls else before
+        return any(self._state.has_left(url) or self._is_another_process(url, before) for url in suspects)
+
+    def _is_another_process(self, url: str, before: Mapping[str, ServerState]) -> bool:
+        """Whether a server's process was replaced since; a server that was added again counts as one."""
+        return url in before and self._state.server(url).restarts != before[url].restarts
 
     @staticmethod
     def _is_rejected(versions: Iterable[str], servers: Iterable[ServerState]) -> bool:

@@ -57,11 +57,12 @@ class PoolServers:
 
     def __getstate__(self) -> dict[str, Any]:
         clients = self._membership.for_copies() or self.clients
-        return {"clients": clients, "router": self.router, "members": self._membership.file_of_copies().path}
+        file = self._membership.file_of_copies()
+        return {"clients": clients, "router": self.router, "members": file.path, "common": file.common}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.router = state["router"]
-        self._init_runtime(state["clients"], MemberFile(state["members"]))
+        self._init_runtime(state["clients"], MemberFile(state["members"], state["common"]))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({[client.url for client in self.clients]})"

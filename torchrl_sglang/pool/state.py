@@ -71,6 +71,15 @@ class PoolState(UpdateEvents):
                 self._former[url] = replace(known, is_leaving=True, revision=known.revision + 1)
                 del self._servers[url]  # last: readers hold no lock
 
+    def came_again(self, url: str) -> None:
+        """The original of this copy has removed a server and added it again: it counts as a new process."""
+        with self._lock:
+            known = self.server(url)
+            if known.is_routed:
+                reason = "it left the pool and has joined it again; it is looked at before its next request"
+                known = replace(known, phase="dead", reason=reason)
+            self._new_process(known, known.version)
+
     # ------------------------------------------------------------------ events: routing
 
     def connected(self, versions: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Hashable, Sequence
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import LethalPromptError, ProtocolError, ServerError, ServerUnreachableError, SGLangError
 from torchrl_sglang.pool.balancing import LoadTracker
+from torchrl_sglang.pool.dispatch import never_ran
 from torchrl_sglang.pool.reply_weights import ReplyChecks
 from torchrl_sglang.pool.state import PoolState
 from torchrl_sglang.protocol.generate import parse_one
@@ -120,7 +121,7 @@ class StreamRun:
         self._on_death(dead.url, error)
         if has_begun:
             raise error
-        if isinstance(error, ServerUnreachableError):  # it was dead before: the prompt never ran
+        if never_ran(error):  # it was dead before, or is a new process without the adapter
             return
         self._deaths += 1
         if self._deaths > 1:
