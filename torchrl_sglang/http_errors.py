@@ -53,10 +53,9 @@ def refused_for_s(request: HttpRequest, response: requests.Response) -> float | 
     """The retry rule for answers: after how many seconds a refused request may be sent again; ``None`` if it may not.
 
     What got 429 has not run. A proxy may answer 503 after its server has taken the request (Varnish's page, which says
-    ``Retry-After`` too): then only what changes nothing is sent again.
+    ``Retry-After`` too): then only what reads is sent again.
     """
-    changes_nothing = request.repeatable or request.timeout == "generate"
-    if response.status_code == 503 and not changes_nothing:
+    if response.status_code == 503 and not request.repeatable:
         return None
     return retry_after_s(response.status_code, response.headers)
 

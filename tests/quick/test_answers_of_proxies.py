@@ -141,13 +141,22 @@ def test_the_servers_own_refusal_is_not_taken_for_a_proxys(make: Make, ingress_o
     assert not caught.value.is_from_proxy
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_request_that_may_come_again_later_is_sent_again(make: Make, ingress_of: MakeIngress, status: int) -> None:
+def test_prompts_that_may_have_been_generated_are_not_sent_again(make: Make, ingress_of: MakeIngress) -> None:
+    ingress = ingress_of(make())
+    pool = pool_of(ingress)
+    ingress.seen.clear()
+    ingress.on("/generate", answer(503, HTML_502, Retry_After="0"), times=1)
+    with pytest.raises(RequestRejectedError, match="503 to /generate"):
+        pool.generate(PROMPTS, SHORT)
+    assert ingress.seen.count("/generate") == 1
+
+
+def test_a_request_that_may_come_again_later_is_sent_again(make: Make, ingress_of: MakeIngress) -> None:
     ingress = ingress_of(make())
     pool = pool_of(ingress)
     expected = plain(pool)
     ingress.seen.clear()
-    ingress.on("/generate", answer(status, HTML_502, Retry_After="0"), times=2)
+    ingress.on("/generate", answer(429, HTML_502, Retry_After="0"), times=2)
     assert plain(pool) == expected
     assert ingress.seen.count("/generate") == 3
 
@@ -155,9 +164,9 @@ def test_a_request_that_may_come_again_later_is_sent_again(make: Make, ingress_o
 def test_a_request_that_may_come_again_too_late_is_refused_at_once(make: Make, ingress_of: MakeIngress) -> None:
     ingress = ingress_of(make())
     pool = pool_of(ingress)
-    ingress.on("/generate", answer(503, HTML_502, Retry_After="3600"))
+    ingress.on("/generate", answer(429, HTML_502, Retry_After="3600"))
     start = time.monotonic()
-    with pytest.raises(RequestRejectedError, match="no server behind it"):
+    with pytest.raises(RequestRejectedError, match="it limits the rate"):
         pool.generate(PROMPTS, SHORT, timeout_s=60)
     assert time.monotonic() - start < 50
 
