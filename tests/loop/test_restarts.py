@@ -103,8 +103,8 @@ def test_a_crashed_server_is_back_with_the_weights_the_others_hold(
     assert "is back, with the weights" in told
     assert pid not in process_table()
 
-    # Synced over a broadcast: they are in no file, so the server waits for the next update.
-    engine.update_weights(read_checkpoint(tiny_llama_b))
+    # Synced from an iterator: nobody can read it again, so the server waits for the next update.
+    engine.update_weights(iter(read_checkpoint(tiny_llama_b).items()))
     expected = outputs(engine, 1)
     assert expected != at_first
     kill(victim)

@@ -84,7 +84,7 @@ def failing_ranks(model: nn.Module, url: str, folder: Path) -> dict[str, str]:
         "the first one meets a KeyError": lambda: push(
             **{"weights": tensors, **only(FIRST, weights=Faulty(model, KeyError("q_proj")))}
         ),
-        "the first one can't listen": lambda: push(master_address="203.0.113.7"),
+        "the first one can't listen": lambda: push(transport="broadcast", master_address="203.0.113.7"),
         "the first one can't write": lambda: push(transport="disk", disk_dir=folder / "no_folder0"),
         "a model in the background": lambda: push_in_background(model),
         "tensors in the background": lambda: push_in_background(tensors),
