@@ -19,6 +19,7 @@ from torchrl_sglang import RequestRejectedError, SamplingParams, ServerError, Sy
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.engine.monitor import admit, restart_server
 from torchrl_sglang.pool import SGLangPool, dead_servers
+from torchrl_sglang.weights.transports.http import HttpTransport
 
 Make = Callable[..., FakeServer]
 PROMPTS = [[index + 3, 7, 8] for index in range(8)]
@@ -196,3 +197,26 @@ def test_a_crashed_server_gets_the_weights_of_the_last_push_if_the_trainer_still
         assert servers_of(pool) == {first.url}
         sync.push(trained)
         assert servers_of(pool) == {first.url, second.url}
+
+
+def test_a_crashed_server_that_got_tensors_of_two_steps_of_the_trainer_is_not_used(
+    make: Make, tiny_llama: Path, replace: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = make()  # alone: there is no other to compare with
+    pool = pool_of(server)
+    trained = {name: tensor + 1 for name, tensor in read_checkpoint(tiny_llama).items()}
+    send = HttpTransport.send
+
+    def send_beside_training(self: HttpTransport, *arguments: Any) -> None:
+        send(self, *arguments)
+        for tensor in trained.values():
+            tensor.add_(1)
+
+    with closing(WeightSync(pool, SyncConfig(verify="off", transport="http"))) as sync:
+        sync.push(trained)
+        with monkeypatch.context() as patch:
+            patch.setattr(HttpTransport, "send", send_beside_training)
+            assert not restart(pool, 0, Process(server, replace))
+        assert not pool.healthy
+        sync.push(trained)
+        assert servers_of(pool) == {server.url}

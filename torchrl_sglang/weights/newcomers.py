@@ -125,7 +125,7 @@ class NewcomerUpdates:
             session.is_joining = True
             with session:
                 transport.send(session, packed, deadline)
-            return self._serve(clients, session, version)
+            return self._serve(clients, session, version, is_torn=fingerprint(weights) != state)
         except BaseException:
             transport.close()
             raise
@@ -136,12 +136,15 @@ class NewcomerUpdates:
     # ------------------------------------------------------------------ afterwards
 
     def _serve(
-        self, clients: Sequence[SGLangClient], session: UpdateSession, version: WeightVersion
+        self, clients: Sequence[SGLangClient], session: UpdateSession, version: WeightVersion, *, is_torn: bool = False
     ) -> list[SGLangClient]:
-        """Route requests to the newcomers that hold what the others hold; returns the rest."""
+        """Route requests to the newcomers that hold what the others hold; returns the rest.
+
+        ``is_torn`` says that the trainer has changed its tensors while they were sent.
+        """
         pool = self._pool
         found = {client.url: pool.state.server(client.url) for client in clients}
-        complaints = self._compare(clients, version)
+        complaints = _torn(clients) if is_torn else self._compare(clients, version)
         if complaints:
             session.reject(
                 WeightUpdateError("; ".join(complaints.values()), server_weights=dict.fromkeys(complaints, "mixed"))
@@ -181,6 +184,12 @@ class NewcomerUpdates:
                     "tensors. The next weight update brings new ones"
                 )
         return complaints
+
+
+def _torn(clients: Sequence[SGLangClient]) -> dict[str, str]:
+    """What is wrong with servers that got tensors of two steps of the trainer."""
+    advice = "the trainer has changed its tensors while they were sent. The next weight update brings new ones"
+    return {client.url: f"{client.url} can't be used: {advice}" for client in clients}
 
 
 def fingerprint(weights: Any) -> object | None:
