@@ -89,7 +89,8 @@ OLD_SGLANG = "0.5.20"
 SPECIAL_SERVERS_ALIVE = 2
 ORDER = (
     *("tests/test_architecture.py", "tests/quick", "torchrl_sglang", "tests/fake_sglang", "tests/contract"),
-    *("tests/loop", "tests/fuzz", "tests/matrix", "tests/test_readme.py", "tests/gpu", "tests/processes"),
+    *("tests/loop", "tests/fuzz", "tests/matrix", "tests/test_readme.py", "tests/gpu", "tests/chaos", "tests/soak"),
+    "tests/processes",
 )
 SAME_SERVER = {
     f"tests/loop/test_{name}.py": "flagged_server"
