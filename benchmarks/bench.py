@@ -197,6 +197,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     results = load_results(out / "results.json")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is measured is kept, servers stop
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a script ignore it otherwise
     for name in args.only:
         old = results.get(name, {})
         if args.resume and old.get("status") == "complete" and old.get("quick") == args.quick:
