@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing.process
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,3 +51,23 @@ def make(tiny_llama: Path) -> Iterator[Callable[..., FakeServer]]:
     """``make(**fields of FakeSettings)``: a fake server of the tiny model, until the test ends."""
     with ExitStack() as servers:
         yield lambda **settings: servers.enter_context(FakeServer(FakeSettings(model_path=tiny_llama, **settings)))
+
+
+@pytest.fixture
+def replace(tiny_llama: Path) -> Iterator[Callable[..., FakeServer]]:
+    """``replace(server, **settings)``: ends a server and starts another one at its address, until the test ends."""
+    with ExitStack() as servers:
+
+        def replaced(server: FakeServer, **settings: Any) -> FakeServer:
+            server.stop()
+            given = FakeSettings(port=server.settings.port, **{"model_path": tiny_llama, **settings})
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    return servers.enter_context(FakeServer(given))
+                except OSError:  # the listener's thread still polls the old socket
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.05)
+
+        yield replaced

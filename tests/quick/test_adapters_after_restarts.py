@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.fake_sglang import FakeServer, FakeSettings
+from tests.fake_sglang import FakeServer
 from tests.fake_sglang.model import read_checkpoint
 from torchrl_sglang import RequestRejectedError, SamplingParams, ServerError, SyncConfig, WeightSync
 from torchrl_sglang.client import SGLangClient
@@ -29,26 +29,6 @@ SHORT = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
 @pytest.fixture(autouse=True)
 def dead_servers_are_polled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dead_servers, "_POLL_INTERVAL_S", 0.2)
-
-
-@pytest.fixture
-def replace(tiny_llama: Path) -> Iterator[Callable[..., FakeServer]]:
-    """``replace(server, **settings)``: ends a server and starts another one at its address."""
-    with ExitStack() as open_:
-
-        def replaced(server: FakeServer, **settings: Any) -> FakeServer:
-            server.stop()
-            given = FakeSettings(port=server.settings.port, model_path=tiny_llama, **settings)
-            deadline = time.monotonic() + 20
-            while True:
-                try:
-                    return open_.enter_context(FakeServer(given))
-                except OSError:  # the listener's thread still polls the old socket
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.05)
-
-        yield replaced
 
 
 class Process:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,27 +22,6 @@ MakeModel = Callable[..., Path]
 PROMPTS = [[index + 3, 7, 8] for index in range(4)]
 SHORT = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
 LOADED = SyncConfig(verify="off", transport="broadcast")
-
-
-@pytest.fixture
-def replace(tiny_llama: Path) -> Iterator[Callable[..., FakeServer]]:
-    """``replace(server, **settings)``: ends a server and starts another one at its address."""
-    with ExitStack() as open_:
-
-        def replaced(server: FakeServer, **settings: Any) -> FakeServer:
-            port = server.settings.port
-            server.stop()
-            given = FakeSettings(port=port, **{"model_path": tiny_llama, **settings})
-            deadline = time.monotonic() + 20
-            while True:
-                try:
-                    return open_.enter_context(FakeServer(given))
-                except OSError:  # the listener's thread still polls the old socket
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.05)
-
-        yield replaced
 
 
 def pool_of(*servers: FakeServer) -> SGLangPool:
