@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
-from tests.fake_sglang import FakeServer, FakeSettings, Fault
+from tests.fake_sglang import FakeServer, Fault
 from tests.fake_sglang.model import read_checkpoint
 from torchrl_sglang import AsyncSGLang, SamplingParams, ServerUnreachableError, SGLangWrapper, SyncConfig, WeightSync
 from torchrl_sglang.client import SGLangClient
@@ -80,7 +80,7 @@ def test_a_copy_made_while_a_server_leaves_does_not_use_it(make: Make) -> None:
 
 
 def test_a_copy_that_connects_while_a_server_is_down_generates_on_the_others(
-    make: Make, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, replace: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dead_servers, "_POLL_INTERVAL_S", 0.1)
     first, second = make(), make()
@@ -95,12 +95,12 @@ def test_a_copy_that_connects_while_a_server_is_down_generates_on_the_others(
     policy = copied(SGLangWrapper(copy, input_mode="tokens", generate_kwargs={"max_new_tokens": 3, "ignore_eos": True}))
     out = policy(lazy_stack([TensorDict(tokens=Tokens(prompt=torch.tensor(prompt))) for prompt in PROMPTS]))
     assert len(out) == len(PROMPTS)
-    with _again(first, tiny_llama):
-        for _ in range(600):
-            if len(servers_of(copy.pool)) == 2:
-                break
-            threading.Event().wait(0.1)
-        assert servers_of(copy.pool) == {first.url, second.url}
+    replace(first)
+    for _ in range(600):
+        if len(servers_of(copy.pool)) == 2:
+            break
+        threading.Event().wait(0.1)
+    assert servers_of(copy.pool) == {first.url, second.url}
     second.stop()
 
 
@@ -171,13 +171,3 @@ def test_copies_made_at_any_moment_of_many_changes_answer_every_prompt(make: Mak
             copy.close()
             count += 1
         changing.outcome().unwrap()
-
-
-def _again(server: FakeServer, model: Path) -> FakeServer:
-    """A new server at the address of one that was stopped."""
-    for _ in range(400):
-        try:
-            return FakeServer(FakeSettings(model_path=model, port=server.settings.port))
-        except OSError:  # the listener's thread still polls the old socket
-            threading.Event().wait(0.05)
-    raise AssertionError("the port stays in use")
