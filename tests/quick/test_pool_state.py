@@ -114,7 +114,7 @@ def test_no_version_number_names_two_weights() -> None:
     state.connected({A: "dirty-4@t"})
     assert (state.weights.version, state.weights.next_version) == (3, 4)
     state.version_claimed(7)
-    state.weights_served(5)
+    state.weights_served(WeightVersion(number=5))
     assert state.weights.next_version == 8
 
 
@@ -123,9 +123,9 @@ def test_events_of_the_weights_replace_one_field_each() -> None:
     saved = SavedWeights(version=WeightVersion(number=1), path="/w/version-1")
     state.weights_saved(saved)
     state.caches_salted("1@t")
-    state.replies_seen([3, 2])
-    state.replies_seen([1])
-    assert (state.weights.saved, state.weights.cache_salt, state.weights.newest_seen) == (saved, "1@t", 3)
+    state.replies_seen(["3", "2"])
+    state.replies_seen(["1"])
+    assert (state.weights.saved, state.weights.cache_salt, state.weights.newest_seen.number) == (saved, "1@t", 3)
 
 
 def test_a_pool_restores_what_a_request_found_dead_only_on_the_word_of_its_record(fake: FakeServer) -> None:

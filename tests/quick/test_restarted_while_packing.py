@@ -34,8 +34,9 @@ def test_a_partial_push_is_refused(
     monkeypatch.setattr(transport, "stage", slow)
     name = next(iter(trained))
     num_events = len(server.events)
-    with pytest.raises(WeightUpdateError, match="was restarted while the weights were packed"):
+    with pytest.raises(WeightUpdateError, match="was restarted while the weights were packed") as caught:
         sync.push({name: trained[name]}, partial=True)
+    assert caught.value.server_weights == {server.url: "old"}
     assert not {"/pause_generation", "/update_weights_from_tensor"} & {
         event["path"] for event in server.events[num_events:]
     }

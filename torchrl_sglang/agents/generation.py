@@ -149,7 +149,7 @@ class Generator:
                 _log.warning("a turn is sent again: its adapter was unloaded before it was sent")
                 continue
             except Broken as broken:
-                failures += not self.pool.state.has_left(broken.client.url)
+                failures += not self.pool.has_left(broken.client)
                 done = await self._after_failure(broken, done, failures, streamed=on_tokens is not None)
                 if done.output_ids and _has_grammar(sampling):
                     raise ServerLostError(
@@ -208,7 +208,7 @@ class Generator:
         client, error = broken.client, broken.error
         if isinstance(error, ServerUnreachableError) and error.is_local:
             raise error
-        has_left = self.pool.state.has_left(client.url)  # then its connections were cut
+        has_left = self.pool.has_left(client)  # then its connections were cut
         if not has_left and await asyncio.to_thread(dead_server, client, error) is not None:
             self.pool.record_death(client.url, error)
         if failures >= _MOST_FAILURES:

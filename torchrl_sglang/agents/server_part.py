@@ -36,7 +36,6 @@ from torchrl_sglang.protocol.generate import build_generate, parse_one, token_ve
 from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest
 from torchrl_sglang.protocol.stream_events import StreamedReply
-from torchrl_sglang.protocol.version import version_number
 
 __all__ = ["Broken", "Generated", "Label", "OnTokens", "ServerParts", "UnloadedError"]
 
@@ -292,7 +291,7 @@ class ServerParts:
             if streamed:
                 raise error
             raise Broken(client=client, error=error, known=self._pool.state.server(client.url), label=label)
-        self._pool.state.replies_seen([version_number(reply.weight_version)], client.url)
+        self._pool.state.replies_seen([reply.weight_version], client.url)
 
     def _abort(self, client: SGLangClient, request_id: str) -> None:
         """End a request on its server, in the background."""

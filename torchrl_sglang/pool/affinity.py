@@ -36,9 +36,9 @@ class Affinity:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._server: OrderedDict[Hashable, str] = OrderedDict()
-        self._version = 0
+        self._version: Hashable = None
 
-    def weights_are(self, version: int) -> None:
+    def weights_are(self, version: Hashable) -> None:
         """Which weights the servers have: prefixes computed with others are worth nothing, so all are forgotten."""
         with self._lock:
             if version != self._version:

@@ -14,23 +14,28 @@ from functools import partial
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.errors import SGLangError
 from torchrl_sglang.parallel import Task, side_by_side
-from torchrl_sglang.pool.state import PoolState, ServerState
+from torchrl_sglang.pool.state import PoolState, ServerState, WeightState
 from torchrl_sglang.protocol.version import WeightVersion
 
 __all__ = ["DeadServerTracker"]
 
 _POLL_INTERVAL_S = 5.0
+_LONGEST_INTERVAL_S = 60.0
+"""For a server that answers and can't be used, however often that was tried."""
 _POLLED = ("dead", "dirty", "joining")
 
 
 class DeadServerTracker:
     """Polls the servers whose phase is ``dead``, ``dirty`` or ``joining``.
 
+    One that answers and can't be used is asked half as often each time, until it does not answer once.
+
     Args:
         state: the pool's records.
         on_return: called for a server that answers again and holds weights at least as new as any that this pool has
-            seen, with its record from before the poll and with the version string that it reports. The version does
-            not count where an adapter is in use: what is below it is compared when it is loaded.
+            seen, with its record from before the poll and with the version string that it reports. It raises if the
+            server can't be used. The version does not count where an adapter is in use: what is below it is compared
+            when it is loaded.
         current_versions: returns the version strings of the current weights; a newcomer must hold one of them.
     """
 
@@ -46,6 +51,8 @@ class DeadServerTracker:
         self._lock = threading.Lock()
         self._polled_at = time.monotonic()
         self._running: Task[None] | None = None
+        self._refused: dict[str, tuple[float, float]] = {}  # by URL: not before, and the interval until then
+        self._answered: set[str] = set()
 
     def postpone(self) -> None:
         """A server has just died: wait before it is polled."""
@@ -66,7 +73,8 @@ class DeadServerTracker:
             if not dead or not (is_due or none_left):
                 return
             self._polled_at = time.monotonic()
-            self._running = running = Task(lambda: self._ask(dead), name="sglang-poll-dead-servers")
+            due = [client for client in dead if none_left or self._is_due(client.url)]
+            self._running = running = Task(lambda: self.ask(due), name="sglang-poll-dead-servers")
         if none_left:
             running.wait()
 
@@ -77,8 +85,9 @@ class DeadServerTracker:
         if running is not None:
             running.wait(timeout_s)
 
-    def _ask(self, dead: Sequence[SGLangClient]) -> None:
-        side_by_side({client.url: partial(self._ask_one, client) for client in dead})
+    def ask(self, clients: Sequence[SGLangClient]) -> None:
+        """Look at these servers now, and wait for it; those in other phases are left alone."""
+        side_by_side({client.url: partial(self._ask_one, client) for client in clients})
 
     def _ask_one(self, client: SGLangClient) -> None:
         before = self._state.server(client.url)
@@ -86,15 +95,46 @@ class DeadServerTracker:
             return
         try:
             held = client.weight_version()
-            if self._is_current(held, before):
-                self._on_return(before, held)
-        except SGLangError:  # still dead, or the router does not admit it yet
+        except SGLangError as error:
+            if client.url in self._answered:  # what comes next is another process
+                self._answered.remove(client.url)
+                self._refused.pop(client.url, None)
+                self._state.came_back_different(before, f"it does not answer any more ({error})")
             return
+        self._answered.add(client.url)
+        if not self._is_current(held, before):
+            if before.phase == "dead":
+                self._state.came_back_different(before, _about_version(held, self._state.weights))
+            return
+        try:
+            self._on_return(before, held)
+            self._refused.pop(client.url, None)
+            self._answered.discard(client.url)
+        except SGLangError:
+            self._postpone(client.url)
 
     def _is_current(self, held: str, server: ServerState) -> bool:
         if server.phase == "joining":  # of a server that this pool has never used, the number alone says nothing
             return held in self._current_versions()
         version, weights = WeightVersion.parse(held), self._state.weights
-        if weights.adapter is not None:
+        if version.dirty or weights.adapter is not None:
             return not version.dirty
-        return not version.dirty and version.number >= max(weights.version, weights.newest_seen)
+        return weights.is_as_new(version) or held in self._current_versions()
+
+    def _is_due(self, url: str) -> bool:
+        return time.monotonic() >= self._refused.get(url, (0.0, 0.0))[0]
+
+    def _postpone(self, url: str) -> None:
+        interval = self._refused.get(url, (0.0, _POLL_INTERVAL_S))[1]
+        interval = min(2 * interval, max(_LONGEST_INTERVAL_S, _POLL_INTERVAL_S))
+        self._refused[url] = (time.monotonic() + interval, interval)
+
+
+def _about_version(held: str, weights: WeightState) -> str:
+    """Why a server that answers again gets no requests."""
+    if WeightVersion.parse(held).dirty:
+        return f"it answers again, and holds half-updated or unverified weights ({held})"
+    return (
+        f"it answers again, and holds weights of version {held!r}, older than {str(weights.newest_seen)!r}: the next "
+        "weight update puts it to use"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,15 @@ from torchrl_sglang.pool.balancing import Share
 from torchrl_sglang.protocol.control import build_ready
 from torchrl_sglang.protocol.messages import GenerateReply
 
-__all__ = ["DispatchResult", "dead_server", "dispatch_shares", "is_gone", "never_ran", "split_share"]
+__all__ = [
+    "DispatchResult",
+    "dead_server",
+    "dispatch_shares",
+    "is_gone",
+    "lacks_adapter",
+    "never_ran",
+    "split_share",
+]
 
 _MAX_SEQUENCES = 256
 """Of one request: 2 MB of JSON per 1,000 tokens each way, and large enough that its overhead does not show."""
@@ -125,9 +134,33 @@ def split_share(share: Sequence[int], n: int) -> list[list[int]]:
 
 
 def never_ran(error: SGLangError) -> bool:
-    """Whether a request that ended with this error cannot have run: it reached no server, or the server refused it."""
-    is_refusal = isinstance(error, RequestRejectedError) and not error.is_from_proxy
-    return is_refusal or isinstance(error, ServerUnreachableError)
+    """Whether a request that ended with this error cannot have run: it reached no server, or the server refused it.
+
+    A 500 or 503 is no refusal: SGLang (0.5.20, 0.5.23) answers so when its scheduler has ended a request.
+    """
+    return _is_refusal(error) or isinstance(error, ServerUnreachableError)
+
+
+def lacks_adapter(error: SGLangError, name: str) -> bool:
+    r"""Whether a server has refused a request because it does not have this adapter.
+
+    SGLang (0.5.20, 0.5.23) answers 400, in a stream too. The first line of its message names the adapter; the next one
+    lists those that it has.
+
+    Examples:
+        >>> detail = "Got LoRA adapter that has never been loaded: mine\nAll loaded adapters: dict_keys(['theirs'])."
+        >>> error = RequestRejectedError("", status=400, detail=detail)
+        >>> [lacks_adapter(error, name) for name in ("mine", "min", "theirs")]
+        [True, False, False]
+    """
+    if not isinstance(error, RequestRejectedError) or not _is_refusal(error):
+        return False
+    named = re.compile(rf"(?<![\w.-]){re.escape(name)}(?![\w-]|\.\w)")
+    return named.search(error.detail.partition("\n")[0]) is not None
+
+
+def _is_refusal(error: SGLangError) -> bool:
+    return isinstance(error, RequestRejectedError) and not error.is_from_proxy and error.status < 500
 
 
 def dead_server(client: SGLangClient, error: SGLangError) -> SGLangClient | None:

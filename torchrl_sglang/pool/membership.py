@@ -185,14 +185,13 @@ class Membership:
     def current_versions(self) -> set[str]:
         """The version strings under which routed servers hold the current weights."""
         state = self._pool.state
-        weights = state.weights
         asked = self._pool.healthy[:_MAX_ASKED]
         outcomes = side_by_side({client.url: client.weight_version for client in asked}) if asked else {}
         held = {outcome.value for outcome in outcomes.values() if outcome.value is not None}
         if not held:  # nobody answers: what is known of them
+            weights = state.weights
             held = {each.version for each in state.servers.values() if each.phase != "joining"}
-            newest = max(weights.version, weights.newest_seen)
-            return {version for version in held if _is_version(version, newest)}
+            return {version for version in held if weights.is_as_new(WeightVersion.parse(version))}
         newest = max(WeightVersion.parse(version).number for version in held)
         return {version for version in held if _is_version(version, newest)}
 

@@ -16,7 +16,7 @@ from torchrl_sglang.pool.balancing import LoadTracker
 from torchrl_sglang.pool.batch import Batch
 from torchrl_sglang.pool.batch_run import BatchRun
 from torchrl_sglang.pool.checks import label_with_version, refuse_mixed_weights
-from torchrl_sglang.pool.dispatch import dead_server, is_gone
+from torchrl_sglang.pool.dispatch import dead_server, is_gone, lacks_adapter
 from torchrl_sglang.pool.end_tokens import EndTokens
 from torchrl_sglang.pool.member_file import MemberFile
 from torchrl_sglang.pool.reply_weights import ReplyChecks
@@ -28,7 +28,6 @@ from torchrl_sglang.protocol.limits import check_prompts, check_sampling
 from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest
 from torchrl_sglang.protocol.router import has_no_workers, router_forwards, worker_in_error
-from torchrl_sglang.protocol.version import version_number
 
 __all__ = ["SGLangPool"]
 
@@ -147,14 +146,14 @@ class SGLangPool(PoolServers):
         current = self.state.weights.adapter
         if adapter is None or (current is not None and current.name == adapter):
             return False
-        return adapter in error.detail
+        return lacks_adapter(error, adapter)
 
     def _accepted(
         self, replies: Sequence[GenerateReply], label: Callable[[GenerateReply], GenerateReply]
     ) -> list[GenerateReply]:
         refuse_mixed_weights(replies)
         for server in {reply.server for reply in replies}:
-            versions = (version_number(reply.weight_version) for reply in replies if reply.server == server)
+            versions = {reply.weight_version for reply in replies if reply.server == server}
             self.state.replies_seen(versions, server)
         return [label(reply) for reply in replies]
 
@@ -189,7 +188,7 @@ class SGLangPool(PoolServers):
             load=self.balancer,
             find_dead=self._find_dead,
             on_death=self._on_death,
-            has_left=self._has_left,
+            has_left=self.has_left,
         )
         with self._no_workers_means(lambda: run.unanswered):
             return run.replies()
@@ -197,8 +196,7 @@ class SGLangPool(PoolServers):
     def _targets(self, *, through_router: bool) -> Callable[[str, int], Sequence[SGLangClient]]:
         """Looks for dead servers that are back; then returns the servers to send to, once per request if the router."""
         self.poll_dead_servers()
-        weights = self.state.weights
-        self.balancer.affinity.weights_are(max(weights.version, weights.newest_seen))
+        self.balancer.affinity.weights_are(self.state.weights.newest_seen)
 
         def servers(consequence: str, num_requests: int) -> Sequence[SGLangClient]:
             return self._router_slots(num_requests) if through_router else self.require_healthy(consequence)
@@ -278,6 +276,7 @@ class SGLangPool(PoolServers):
                 servers=self._targets(through_router=self._router_forwards(request)),
                 find_dead=self._find_dead,
                 on_death=self._on_death,
+                has_left=self.has_left,
                 key=key,
             )
 
@@ -358,9 +357,9 @@ class SGLangPool(PoolServers):
     def _lacks_adapter(self, error: SGLangError) -> bool:
         """Whether a server does not know the trainer's current adapter: then its process is a new one."""
         adapter = self.state.weights.adapter
-        return adapter is not None and isinstance(error, RequestRejectedError) and adapter.name in error.detail
+        return adapter is not None and lacks_adapter(error, adapter.name)
 
-    def _has_left(self, client: SGLangClient) -> bool:
+    def has_left(self, client: SGLangClient) -> bool:
         """Whether a server is leaving, or has left: one that was added again since has another client."""
         member = next((each for each in self.clients if each.url == client.url), client)
         return self.state.has_left(client.url) or member is not client
@@ -369,7 +368,7 @@ class SGLangPool(PoolServers):
         """The server that a failed request was on, if it is known to be dead: only then the request is sent again."""
         self._membership.refresh()  # of a copy: the server may have left
         if self.router is None or client is not self.router.client:
-            if self._has_left(client) and not isinstance(error, RequestRejectedError):
+            if self.has_left(client) and not isinstance(error, RequestRejectedError):
                 return client
             return client if self._lacks_adapter(error) else dead_server(client, error)
         url = worker_in_error(error, self.state.known_urls)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torchrl_sglang.errors import ServerWeights
 from torchrl_sglang.protocol.version import WeightVersion
 
 __all__ = ["Adapter", "Phase", "SavedWeights", "ServerState", "WeightState"]
+
+_CHECKPOINT = WeightVersion(number=0)
 
 Phase = Literal["serving", "updating", "quarantined", "dead", "dirty", "offloaded", "joining"]
 """What a server does for this pool.
@@ -109,7 +112,9 @@ class WeightState:
         version: number of the weights that the last finished update put on the servers; before the first one the
             highest number found on them.
         highest_version: highest number that this pool has given to any server; later weights get a higher one.
-        newest_seen: highest number among the replies so far: for pools whose weights another process updates.
+        newest_seen: the version that was seen first the latest, on servers or in replies: for pools whose weights
+            another process updates.
+        highest_seen: highest number seen so far, by trainer. Another trainer's numbers may be lower.
         cache_salt: name space of the prefix caches that new requests use; ``None`` after an update that flushed them.
         adapter: the trainer's LoRA adapter, for requests that name no other.
         saved: the last weights that were synced through a shared folder.
@@ -117,7 +122,8 @@ class WeightState:
 
     version: int = 0
     highest_version: int = 0
-    newest_seen: int = 0
+    newest_seen: WeightVersion = _CHECKPOINT
+    highest_seen: Mapping[str | None, int] = field(default_factory=dict)
     cache_salt: str | None = None
     adapter: Adapter | None = None
     saved: SavedWeights | None = None
@@ -126,3 +132,26 @@ class WeightState:
     def next_version(self) -> int:
         """The number of the next update: no server holds weights under it, not even after a failed update."""
         return max(self.version, self.highest_version) + 1
+
+    def having_seen(self, version: WeightVersion) -> WeightState:
+        """The record after a server was seen to hold a version, as a reply or the server itself says.
+
+        Only a number that is new of its trainer shows newer weights: late replies were made with earlier ones.
+
+        Examples:
+            >>> weights = WeightState()
+            >>> for text in ("500@a", "3@b", "500@a", "default"):
+            ...     weights = weights.having_seen(WeightVersion.parse(text))
+            >>> str(weights.newest_seen)  # a trainer that has begun anew, from an earlier checkpoint
+            '3@b'
+            >>> [weights.is_as_new(WeightVersion.parse(text)) for text in ("3@b", "2@b", "500@a", "501@a", "default")]
+            [True, False, False, True, False]
+        """
+        if version.dirty or version.number <= self.highest_seen.get(version.owner, 0):
+            return self
+        return replace(self, newest_seen=version, highest_seen={**self.highest_seen, version.owner: version.number})
+
+    def is_as_new(self, version: WeightVersion) -> bool:
+        """Whether a version is the newest one seen, or newer."""
+        known, number = self.highest_seen.get(version.owner, 0), max(0, version.number)
+        return not version.dirty and (number > known or (number == known and version.owner == self.newest_seen.owner))

@@ -315,38 +315,47 @@ class PoolServers:
         return any(server.phase == "dirty" for server in self.state.servers.values())
 
     def _server_returned(self, before: ServerState, version: str) -> None:
-        if self.state.weights.adapter is not None:
-            self._returned_without_adapter(before, version)
-            return
-        if before.phase in ("dirty", "joining"):
-            self.restore(before.url, based_on=before, updated_to=version)
-            return
+        """Use a server again that answers and holds current weights.
+
+        Raises:
+            SGLangError: it can't be used, which its record says now.
+        """
         client = next((each for each in self.clients if each.url == before.url), None)
         if client is None:
             return
-        try:
-            self.reconnect(client)
-        except ConfigError as error:
-            self.state.came_back_different(before, str(error))
+        if self.state.weights.adapter is not None:
+            self._returned_without_adapter(client, before, version)
             return
-        self.restore(before.url, based_on=before, new_process_with=version)
+        try:
+            if before.phase in ("dirty", "joining"):
+                self.restore(before.url, based_on=before, updated_to=version)
+                return
+            self.reconnect(client)
+            self.restore(before.url, based_on=before, new_process_with=version)
+        except SGLangError as error:
+            self.state.came_back_different(before, str(error))
+            raise
 
-    def _returned_without_adapter(self, before: ServerState, version: str) -> None:
+    def _returned_without_adapter(self, client: SGLangClient, before: ServerState, version: str) -> None:
         """A new process has no adapter: it gets that of the last push, if this process sends weights.
 
         An update under way brings it too, or a later poll does.
         """
-        client = next((each for each in self.clients if each.url == before.url), None)
-        sync = self.weight_sync
-        if client is None or sync is None or not self.update_lock.acquire(timeout=0):
+        if not self.update_lock.acquire(timeout=0):
             return
         try:
-            if self.state.server(before.url).revision == before.revision:
-                self.reconnect(client)
-                self.state.restarted(before.url, version)
-                sync.bring_up_to_date([client])
-        except ConfigError as error:
+            if self.state.server(before.url).revision != before.revision:
+                return
+            sync = self.weight_sync
+            if sync is None:
+                raise ServerError(_lacks_adapter("what has sent it is closed"), server=client.url)
+            self.reconnect(client)
+            self.state.restarted(before.url, version)
+            if sync.bring_up_to_date([client]):
+                raise ServerError(_lacks_adapter("what was pushed last is no adapter"), server=client.url)
+        except SGLangError as error:
             self.state.came_back_different(self.state.server(before.url), str(error))
+            raise
         finally:
             self.update_lock.release()
 
@@ -410,3 +419,8 @@ class PoolServers:
             client.close()
         if self.router is not None:
             self.router.close()
+
+
+def _lacks_adapter(why: str) -> str:
+    """Why a server that answers again gets no requests."""
+    return f"it answers again, without the adapter that requests use, and {why}: the next weight update puts it to use"

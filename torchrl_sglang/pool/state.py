@@ -91,6 +91,9 @@ class PoolState(UpdateEvents):
             # An unfinished update to N counts as version N - 1: the next update is numbered N again.
             found = max(0, *(version.number - version.dirty for version in parsed))
             self._weights = replace(self._weights, version=found)
+            for version in parsed:
+                before = replace(version, number=version.number - version.dirty, dirty=False)
+                self._weights = self._weights.having_seen(before)
 
     def quarantined(self, url: str, reason: str) -> ServerState:
         """A server was found unfit to serve.
@@ -200,13 +203,13 @@ class PoolState(UpdateEvents):
                 self._new_process(known, new_process_with)
             return True
 
-    def replies_seen(self, versions: Iterable[int], server: str = "") -> None:
-        """Replies came, made with weights of these version numbers, from this server if it is known."""
-        versions = list(versions)
+    def replies_seen(self, versions: Iterable[str], server: str = "") -> None:
+        """Replies came, made with weights of these versions, from this server if it is known."""
+        parsed = [WeightVersion.parse(version) for version in versions]
         with self._lock:
-            newest = max(versions, default=0)
-            if newest > self._weights.newest_seen:
-                self._weights = replace(self._weights, newest_seen=newest)
+            for version in parsed:
+                self._weights = self._weights.having_seen(version)
+            newest = max((version.number for version in parsed), default=0)
             known = self._servers.get(server)
             if known is not None and newest > known.newest_seen:
                 self._put(replace(known, newest_seen=newest))

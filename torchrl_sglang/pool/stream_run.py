@@ -35,6 +35,7 @@ class StreamRun:
             send to, or raises.
         find_dead: returns the server that a failed request was on, if it is known to be dead.
         on_death: called with the URL of a server that died, and the error it left; raises if the stream is to end.
+        has_left: whether a server is leaving the pool, or has left it, also if another one has joined at its URL.
         key: name of the conversation.
     """
 
@@ -50,6 +51,7 @@ class StreamRun:
         servers: Callable[[str, int], Sequence[SGLangClient]],
         find_dead: Callable[[SGLangClient, SGLangError], SGLangClient | None],
         on_death: Callable[[str, SGLangError], None],
+        has_left: Callable[[SGLangClient], bool],
         key: Hashable | None = None,
     ) -> None:
         self._request = request
@@ -61,6 +63,7 @@ class StreamRun:
         self._servers = servers
         self._find_dead = find_dead
         self._on_death = on_death
+        self._has_left = has_left
         self._key = key
         self._deaths = 0
         self._never_reached: SGLangError | None = None
@@ -98,7 +101,7 @@ class StreamRun:
             reply = parse_one(sequence.add(event), server=client.url, return_logprobs=self._return_logprobs)
             self._checks.await_verification([reply])
             if self._checks.is_wrong(reply, before):
-                left = self._state.has_left(client.url)
+                left = self._has_left(client)
                 why = "was removed from the pool" if left else "held other weights than expected"
                 raise _AskAgainError(f"{reply.server} {why}", server=reply.server)
             yield reply
@@ -114,7 +117,7 @@ class StreamRun:
                 raise error
             self._never_reached = error  # nothing ran, and the server answers again
             return
-        if self._state.has_left(dead.url):
+        if self._has_left(dead):
             if has_begun:
                 raise _AskAgainError(f"{dead.url} was removed from the pool: ask again", server=dead.url) from error
             return

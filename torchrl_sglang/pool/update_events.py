@@ -7,6 +7,7 @@ from dataclasses import replace
 from torchrl_sglang.errors import ServerWeights
 from torchrl_sglang.pool.record_store import RecordStore, weights_under
 from torchrl_sglang.pool.records import Adapter, Phase, SavedWeights, ServerState
+from torchrl_sglang.protocol.version import WeightVersion
 
 __all__ = ["UpdateEvents"]
 
@@ -98,10 +99,10 @@ class UpdateEvents(RecordStore):
         with self._lock:
             self._change(url, phase=self._phase_after_update(url), weights="new")
 
-    def weights_served(self, number: int) -> None:
-        """Routed servers serve version ``number``."""
+    def weights_served(self, version: WeightVersion) -> None:
+        """Routed servers serve a version that this process has sent."""
         with self._lock:
-            self._weights = replace(self._weights, version=number)
+            self._weights = replace(self._weights.having_seen(version), version=version.number)
 
     def caches_salted(self, cache_salt: str | None) -> None:
         """New requests use another name space of the prefix caches; ``None`` when the caches were flushed."""

@@ -129,7 +129,7 @@ class Pusher:
             return None
         prepared = self._prepare(opened, transport, version)
         updated = self._update(opened, transport, prepared)
-        self._serve(prepared.clients, prepared.version.number, updated)
+        self._serve(prepared.clients, prepared.version, updated)
         prepared.report.server_weights = {url: state.weights for url, state in updated.items()}
         if opened.to_send_again is not None:
             self._newcomers.remember(opened.weights, prepared.version)
@@ -260,7 +260,7 @@ class Pusher:
             transport.close()  # servers that have received everything are still in a group
             if isinstance(error, WeightSyncError):
                 new = [client for client in clients if error.server_weights.get(client.url) == "new"]
-                self._serve(new, prepared.version.number, updated)
+                self._serve(new, prepared.version, updated)
             for client in clients:
                 state.verification_ended(client.url)
             raise
@@ -332,11 +332,11 @@ class Pusher:
             session.reject(error)
             raise
 
-    def _serve(self, clients: Sequence[SGLangClient], number: int, found: Mapping[str, ServerState]) -> None:
-        """Route requests to servers that hold all of version ``number``."""
+    def _serve(self, clients: Sequence[SGLangClient], version: WeightVersion, found: Mapping[str, ServerState]) -> None:
+        """Route requests to servers that hold all of a version."""
         known = found or self._pool.state.servers
         calls = {each.url: bind(self._pool.restore, each.url, based_on=known[each.url]) for each in clients}
         for outcome in side_by_side(calls).values():  # a router checks each server before it admits it
             outcome.unwrap()
         if clients:
-            self._pool.state.weights_served(number)
+            self._pool.state.weights_served(version)

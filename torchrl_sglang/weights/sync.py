@@ -16,7 +16,7 @@ import torch
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.config.checking import require_number
-from torchrl_sglang.errors import ConfigError, ServerTimeoutError, WeightUpdateError
+from torchrl_sglang.errors import ConfigError, ServerTimeoutError, WeightSyncError, WeightUpdateError
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol.version import WeightVersion
@@ -167,7 +167,7 @@ class WeightSync:
             WeightUpdateError: a server did not join.
         """
         self._begin_in_child()
-        with self._update_lock("making the process group"):
+        with self._errors_name_all_servers(), self._update_lock("making the process group"):
             self._pool.refuse_while_offloaded()
             self.reach()
             self._others.end_dead_updates(self._liveness.answering, None)
@@ -324,7 +324,7 @@ class WeightSync:
     # ------------------------------------------------------------------ one push
 
     def _push(self, weights: Any, version: int | None, partial: bool) -> SyncReport | None:
-        with self._update_lock("a weight update"):
+        with self._errors_name_all_servers(), self._update_lock("a weight update"):
             try:
                 return self._push_now(weights, version, partial)
             finally:
@@ -346,6 +346,14 @@ class WeightSync:
             self.last_report = report
             _log.info("weights %d on %d servers in %.3f s", report.version, len(report.server_weights), report.total_s)
         return report
+
+    @contextmanager
+    def _errors_name_all_servers(self) -> Iterator[None]:
+        try:
+            yield
+        except WeightSyncError as error:
+            self._liveness.name_all_servers(error)
+            raise
 
     @contextmanager
     def _update_lock(self, purpose: str) -> Iterator[None]:

@@ -119,13 +119,15 @@ class LivenessCheck:
         """An update failed before it reached the servers.
 
         Those that hang in a collective are quarantined, and the next update checks them more closely or restarts them.
-        What the other servers hold is added to ``error``.
         """
         for url, weights in error.server_weights.items():
             if weights == "stuck":
                 self._pool.state.weights_changed(url, "stuck")
                 if url not in self._pool.quarantined:
                     self._pool.quarantine(url, f"it hangs after a failed update ({error})")
+
+    def name_all_servers(self, error: WeightSyncError) -> None:
+        """Add to an error what the servers hold that it does not name: they were not reached."""
         for client in self._pool.clients:
             error.server_weights.setdefault(client.url, "old" if self._is_routed(client) else "mixed")
 
