@@ -138,6 +138,8 @@ def _check_tokens(verdict: Verdict, answers: Sequence[dict[str, Any]], scores: S
             verdict.findings.append(f"prompt {answer['prompt']}: {len(answer['ids'])} tokens in {answer['spans']}")
             continue
         for version, start, end in answer["spans"]:
+            if start == end:  # an update has aborted it before its first token, and its mark labels nothing
+                continue
             if version not in before:
                 before[version] = labels[-1] if labels else ""
                 labels.append(version)
