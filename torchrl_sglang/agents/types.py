@@ -130,6 +130,7 @@ class Turn:
         completion_tokens: number of sampled tokens of all choices.
         cached_tokens: prompt tokens that the server had in its prefix cache (of the choice with the most).
         is_repeated: the request was recognised as a retry: nothing was generated for it.
+        receipt: tells this delivery of the turn from others.
     """
 
     id: str
@@ -138,6 +139,7 @@ class Turn:
     completion_tokens: int
     cached_tokens: int
     is_repeated: bool = False
+    receipt: object = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
