@@ -180,7 +180,7 @@ class RequestRejectedError(ServerError):
         status: HTTP status code.
         detail: the server's own message.
         is_from_proxy: a proxy or ingress before the server has answered, not SGLang.
-        retry_after_s: after how many seconds the request may be sent again, as the answer says; ``None``: it says nothing.
+        retry_after_s: seconds after which the request may be sent again, as the answer says; ``None``: it says nothing.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase
 
 from torchrl_sglang.agents.collector.rewards import Reward
+from torchrl_sglang.agents.collector.task_texts import task_label
 from torchrl_sglang.agents.types import Trajectory
 from torchrl_sglang.rollout.tensorclasses import sampled_row, stack_rows
 
@@ -89,11 +91,10 @@ def make_batch(groups: Sequence[Group], *, decode: Callable[[Sequence[int]], str
     """
     rows = []
     for group in groups:
-        position = group.task.get("position") if hasattr(group.task, "get") else None
         about = {
             "group_id": torch.tensor(group.number),
-            "position": torch.tensor(position if isinstance(position, int) else group.number),
-            "query": NonTensorData(_query(group.task)),
+            "position": torch.tensor(_position(group)),
+            "query": NonTensorData(task_label(group.task)),
         }
         for member, run in enumerate(group.runs):
             of_run = {**about, "member": torch.tensor(member), **_reward(run.reward)}
@@ -104,8 +105,13 @@ def make_batch(groups: Sequence[Group], *, decode: Callable[[Sequence[int]], str
     return stack_rows(rows, (len(rows),))
 
 
-def _query(task: Any) -> str:
-    return task if isinstance(task, str) else json.dumps(task, ensure_ascii=False, default=str)
+def _position(group: Group) -> int:
+    """The task's own position, else its number."""
+    position = group.task.get("position") if hasattr(group.task, "get") else None
+    try:
+        return operator.index(position)
+    except TypeError:
+        return group.number
 
 
 def _reward(reward: Reward) -> dict[str, Any]:
