@@ -86,7 +86,8 @@ def test_the_fields_are_replaced_without_a_shell_and_once(tmp_path: Path) -> Non
     task = 'it\'s $(rm -rf x); `y` "{api_key}" {base_url} *\nünï'
     path = tmp_path / "said"
     code = f"import sys; sys.stdout = open({str(path)!r}, 'w', encoding='utf8'); {says_all}"
-    assert run(program(code, "--url={base_url}", "{api_key}", "{task}", "{other}"), task) == NoReward(hint="; it printed nothing")
+    given = program(code, "--url={base_url}", "{api_key}", "{task}", "{other}")
+    assert run(given, task) == NoReward(hint="; it printed nothing")
     assert path.read_text(encoding="utf8") == f"{[f'--url={URL}', KEY, task, '{other}']} {URL} {KEY}\n"
 
 
