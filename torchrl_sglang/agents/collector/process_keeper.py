@@ -6,8 +6,8 @@
 
 The program has the keeper's stdout and stderr, and the given text, or nothing, as stdin. The keeper ends when the
 program ends, when its stdin is closed, or when the collector's process is gone. Then it kills every process below
-itself. As a "subreaper" it is the ancestor of all of them, also of those that made a session of their own. Its exit code
-is the program's (128 + signal when killed); 127 with a line on stderr if the program can't be started.
+itself. As a "subreaper" it is the ancestor of all of them, also of those that made a session of their own. Its exit
+code is the program's (128 + signal when killed); 127 with a line on stderr if the program can't be started.
 """
 
 import ctypes

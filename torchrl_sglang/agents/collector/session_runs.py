@@ -14,11 +14,12 @@ from typing import TypeVar
 from torchrl_sglang.agents.collector.clean_up import until_done
 from torchrl_sglang.agents.collector.failures import RunFailedError, RunFailure
 from torchrl_sglang.agents.collector.rewards import Reward
-from torchrl_sglang.agents.collector.rows import Run, trained_trajectories
+from torchrl_sglang.agents.collector.rows import Role, RowReward, Run, make_run, trained_trajectories
 from torchrl_sglang.agents.collector.runners import Returned, Runner
 from torchrl_sglang.agents.collector.task_stream import NumberedTask
 from torchrl_sglang.agents.collector.task_texts import own_copy
 from torchrl_sglang.agents.gateway import AgentGateway, AgentSession
+from torchrl_sglang.agents.remote_gateway import RemoteGateway
 from torchrl_sglang.agents.types import SessionInfo
 from torchrl_sglang.errors import OverloadedError, SessionError, SGLangError, UnknownSessionError
 
@@ -40,12 +41,24 @@ class SessionRuns:
         runner: runs the agent.
         timeout_s: longest time of a run.
         grace_s: a session outlives this time by so much, so that the time-out is what ends a silent run.
+        row_reward: the reward of one trajectory; ``None``: that of its run.
+        role: the role of one trajectory; ``None``: all have the same.
     """
 
-    def __init__(self, gateway: AgentGateway, runner: Runner, *, timeout_s: float, grace_s: float = _GRACE_S) -> None:
+    def __init__(
+        self,
+        gateway: AgentGateway | RemoteGateway,
+        runner: Runner,
+        *,
+        timeout_s: float,
+        grace_s: float = _GRACE_S,
+        row_reward: RowReward | None = None,
+        role: Role | None = None,
+    ) -> None:
         self._gateway = gateway
         self._runner = runner
         self._timeout_s = timeout_s
+        self._row_reward, self._role = row_reward, role
         self._longest_s = timeout_s + grace_s
         self._has_warned = False
         self._made_at = 0.0
@@ -147,7 +160,10 @@ class SessionRuns:
                 "the agent asks for top_p, top_k or min_p: tokens are drawn from a truncated distribution, and the "
                 "recorded log-probs are those before truncation (generation.exact_log_probs is False)"
             )
-        return Run(session=session.id, reward=reward, trajectories=trained)
+        try:
+            return make_run(session.id, trained, reward, row_reward=self._row_reward, role=self._role)
+        except Exception as error:
+            raise RunFailedError("bad reward", f"row_reward or role failed: {_described(error)}") from error
 
     async def _delete(self, session: AgentSession) -> None:
         """Forget the session, which aborts what it still generates; also while this run is given up."""
