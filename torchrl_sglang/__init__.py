@@ -37,8 +37,9 @@ from torchrl_sglang.errors import (
 )
 
 if TYPE_CHECKING:
-    from torchrl_sglang.agents.collector import AgentCollector, RunFailure, group_advantages
+    from torchrl_sglang.agents.collector import AgentCollector, RunFailure, group_advantages, trajectories_to_batch
     from torchrl_sglang.agents.gateway import AgentGateway, AgentSession
+    from torchrl_sglang.agents.remote_gateway import RemoteGateway
     from torchrl_sglang.agents.settings import SessionSettings
     from torchrl_sglang.agents.types import SessionInfo, Trajectory
     from torchrl_sglang.chat import Response, SGLangChat
@@ -53,12 +54,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_NEED_AGENTS = {f"torchrl_sglang.agents.{name}" for name in ("collector", "gateway", "remote_gateway")}
 _LAZY = {
     "AgentCollector": "torchrl_sglang.agents.collector",
     "AgentGateway": "torchrl_sglang.agents.gateway",
     "AgentSession": "torchrl_sglang.agents.gateway",
     "AsyncSGLang": "torchrl_sglang.engine",
     "Generation": "torchrl_sglang.rollout",
+    "RemoteGateway": "torchrl_sglang.agents.remote_gateway",
     "Response": "torchrl_sglang.chat",
     "RewardModel": "torchrl_sglang.scores",
     "RewardModelTransform": "torchrl_sglang.scores",
@@ -80,6 +83,7 @@ _LAZY = {
     "smollm2_checkpoint": "torchrl_sglang.smollm2",
     "temper": "torchrl_sglang.rollout",
     "trainer_log_probs": "torchrl_sglang.rollout",
+    "trajectories_to_batch": "torchrl_sglang.agents.collector",
 }
 
 __all__ = [
@@ -95,6 +99,7 @@ __all__ = [
     "LethalPromptError",
     "OverloadedError",
     "ProtocolError",
+    "RemoteGateway",
     "RequestRejectedError",
     "Response",
     "RewardModel",
@@ -135,11 +140,14 @@ __all__ = [
     "smollm2_checkpoint",
     "temper",
     "trainer_log_probs",
+    "trajectories_to_batch",
 ]
 
 # Without the extra `agents`, `from torchrl_sglang import *` leaves its names out; importing one names the extra.
 if any(find_spec(package) is None for package in _AGENTS_PACKAGES):
-    for _name in ("AgentCollector", "AgentGateway", "AgentSession", "RunFailure", "group_advantages"):
+    for _name, _module in _LAZY.items():
+        if _module not in _NEED_AGENTS:
+            continue
         __all__.remove(_name)
 
 

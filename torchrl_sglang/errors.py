@@ -180,6 +180,7 @@ class RequestRejectedError(ServerError):
         status: HTTP status code.
         detail: the server's own message.
         is_from_proxy: a proxy or ingress before the server has answered, not SGLang.
+        retry_after_s: seconds after which the request may be sent again, as the answer says; ``None``: it says nothing.
     """
 
     def __init__(
@@ -190,11 +191,13 @@ class RequestRejectedError(ServerError):
         status: int = 0,
         detail: str = "",
         is_from_proxy: bool = False,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message, server=server)
         self.status = status
         self.detail = detail
         self.is_from_proxy = is_from_proxy
+        self.retry_after_s = retry_after_s
 
 
 class SessionError(SGLangError):

@@ -176,7 +176,14 @@ def rejected(
     if explained is not None:
         advice = f"; {explained}"
     message = f"{url} answered {status} to {request.path}: {detail}{advice}"
-    return RequestRejectedError(message, server=url, status=status, detail=detail, is_from_proxy=explained is not None)
+    return RequestRejectedError(
+        message,
+        server=url,
+        status=status,
+        detail=detail,
+        is_from_proxy=explained is not None,
+        retry_after_s=retry_after_s(status, headers),
+    )
 
 
 def _about_keys(was_sent: bool, request: HttpRequest) -> str:

@@ -99,8 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _connected(self) -> bool:
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        return not readable or bool(self.connection.recv(1, socket.MSG_PEEK))
+        poll = select.poll()  # `select.select` takes no descriptor above 1023
+        poll.register(self.connection, select.POLLIN)
+        return not poll.poll(0) or bool(self.connection.recv(1, socket.MSG_PEEK))
 
     def _head(self, reply: Reply, headers: dict[str, str]) -> bytes:
         lines = [f"HTTP/1.1 {reply.status} {self.responses.get(reply.status, ('',))[0]}", "server: uvicorn"]

@@ -19,15 +19,15 @@ from tests.fake_sglang import FakeServer, FakeSettings
 from torchrl_sglang import AgentCollector, AgentGateway, ConfigError
 from torchrl_sglang.agents.collector.commands import CommandAgent
 from torchrl_sglang.agents.collector.failures import RunFailedError
-from torchrl_sglang.agents.collector.rewards import Reward
+from torchrl_sglang.agents.collector.rewards import NoReward, Reward
 
 URL, KEY = "http://127.0.0.1:1/sessions/s/v1", "sk-of-a-session"
 DEADLINE_S = 60.0
 
 
-def run(command: Any, task: Any = "a task") -> Reward | None:
-    async def once() -> Reward | None:
-        return await CommandAgent(command)(task, URL, KEY)
+def run(command: Any, task: Any = "a task") -> Reward | NoReward:
+    async def once() -> Reward | NoReward:
+        return await CommandAgent([command] if isinstance(command, Path) else command)(task, URL, KEY)
 
     return asyncio.run(once())
 
@@ -86,7 +86,8 @@ def test_the_fields_are_replaced_without_a_shell_and_once(tmp_path: Path) -> Non
     task = 'it\'s $(rm -rf x); `y` "{api_key}" {base_url} *\nünï'
     path = tmp_path / "said"
     code = f"import sys; sys.stdout = open({str(path)!r}, 'w', encoding='utf8'); {says_all}"
-    assert run(program(code, "--url={base_url}", "{api_key}", "{task}", "{other}"), task) is None
+    given = program(code, "--url={base_url}", "{api_key}", "{task}", "{other}")
+    assert run(given, task) == NoReward(hint="; it printed nothing")
     assert path.read_text(encoding="utf8") == f"{[f'--url={URL}', KEY, task, '{other}']} {URL} {KEY}\n"
 
 
@@ -107,7 +108,7 @@ def test_a_command_line_is_split_as_a_shell_would() -> None:
             "error",
             r"code 3: no model\n\*\*\*",
         ),
-        ("import os; os.kill(os.getpid(), 9)", "error", "code 137: it wrote no error"),
+        ("import os; os.kill(os.getpid(), 9)", "error", "ended by signal SIGKILL: it wrote no error"),
         ("print('nan')", "bad reward", "a finite number, got nan"),
         ("print('{\"reward\": null}')", "bad reward", "got None"),
     ],
@@ -132,9 +133,40 @@ def test_a_program_that_writes_much_does_not_wait_for_its_reader() -> None:
     assert run(program(code)) == Reward(value=7.0)
 
 
-def test_a_program_gets_no_input_and_may_close_its_output() -> None:
-    assert run(program("import sys; print(len(sys.stdin.read()))")) == Reward(value=0.0)
-    assert run(program("import os, time; os.close(1); os.close(2); time.sleep(0.3)")) is None
+def test_a_program_gets_no_input_beside_its_task_and_may_close_its_output() -> None:
+    assert run(program("import sys; print(len(sys.stdin.read()))", "{task}")) == Reward(value=0.0)
+    assert run(program("import os, time; os.close(1); os.close(2); time.sleep(0.3)")) == NoReward(
+        hint="; it printed nothing"
+    )
+
+
+def test_a_command_without_the_task_reads_it_from_its_input_of_any_length() -> None:
+    code = "import json, sys; task = json.load(sys.stdin); print(task['n'] + len(task['text']))"
+    assert run(program(code), {"n": 0.5, "text": "ü\0" * 150_000}) == Reward(value=300_000.5)
+    assert run(program("import sys; print(len(sys.stdin.read()))"), "four") == Reward(value=4.0)
+
+
+def test_a_program_without_a_reward_says_what_it_printed_last() -> None:
+    found = run(program("import sys; print('a'); print('reward:', sys.argv[1])", "{api_key}"))
+    assert found == NoReward(hint="; the last line that it printed is 'reward: ***'")
+
+
+def test_a_script_that_can_not_be_started_says_what_may_be_wrong(tmp_path: Path) -> None:
+    for name, text, message in (
+        ("plain", "echo 1\n", "Exec format error: is it a script without a first line"),
+        ("windows", "#!/bin/sh\r\necho 1\r\n", "ends as on Windows"),
+    ):
+        script = tmp_path / name
+        script.write_bytes(text.encode())
+        script.chmod(0o755)
+        with pytest.raises(RunFailedError, match=message):
+            run(script)
+
+
+def test_a_task_that_is_no_json_is_a_failed_run() -> None:
+    for task, message in (({"f": print}, "can't be written as JSON"), ("\ud800", "half of a surrogate pair")):
+        with pytest.raises(RunFailedError, match=message):
+            run(program("print(1)"), task)
 
 
 def test_what_a_program_leaves_behind_is_killed_at_its_end(tmp_path: Path) -> None:

@@ -466,7 +466,7 @@ def test_leaving_a_loop_and_iterating_again_goes_on(gateway: AgentGateway) -> No
         ({"run_agent": []}, "run_agent must be a function or a command line"),
         ({"run_agent": "echo {prompt}"}, "what is replaced are {base_url}, {api_key} and {task}"),
         ({"tasks": "abc"}, "tasks must be an iterable of tasks"),
-        ({"tasks": {"a": 1}}, "tasks must be an iterable of tasks"),
+        ({"tasks": {"a": 1}}, "whose items are columns, no tasks"),
         ({"tasks": 5}, "tasks must be an iterable of tasks"),
         ({"tasks": []}, "tasks is empty"),
         ({"tasks": iter("ab"), "epochs": 2}, "can be iterated once"),

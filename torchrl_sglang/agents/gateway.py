@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from torchrl_sglang.agents.served_model import ServedModel
 from torchrl_sglang.agents.session import Session
 from torchrl_sglang.agents.sessions import Sessions
 from torchrl_sglang.agents.settings import SessionSettings
-from torchrl_sglang.agents.types import SessionInfo, Trajectory
+from torchrl_sglang.agents.types import SessionInfo, SessionStatus, Trajectory
 from torchrl_sglang.chat.tool_parsers import template_text
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.config.checking import require_number
@@ -161,6 +161,17 @@ class AgentGateway:
         """Whether it serves agents."""
         return self._server.is_alive
 
+    @property
+    def weight_version(self) -> int:
+        """The newest weights on the servers, as far as is known: sent by this process, or seen in answers."""
+        pool = self._model.pool
+        return max(pool.weight_version, pool.state.weights.newest_seen)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens."""
+        text: str = self._model.tokenizer.decode(token_ids)
+        return text
+
     # ------------------------------------------------------------------ sessions
 
     def create_session(self, *, tags: Mapping[str, Any] | None = None, ttl_s: float | None = None) -> AgentSession:
@@ -185,9 +196,9 @@ class AgentGateway:
         """
         return self._of(session_id, Session.info)
 
-    def list_sessions(self) -> list[SessionInfo]:
-        """All sessions that are kept, oldest first."""
-        return self._call(lambda: [session.info() for session in self.sessions])
+    def list_sessions(self, status: SessionStatus | None = None) -> list[SessionInfo]:
+        """All sessions that are kept, oldest first; with ``status`` those of this status."""
+        return self._call(lambda: self.sessions.infos(status))
 
     def reward(self, session_id: str, value: float, info: Mapping[str, Any] | None = None) -> SessionInfo:
         """Finish a session with its reward; turns under way are aborted.

@@ -17,7 +17,13 @@ from torchrl_sglang.agents.server_part import Broken, Generated, OnTokens, Serve
 from torchrl_sglang.agents.slots import ServerSlots
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.config.grammars import GRAMMARS
-from torchrl_sglang.errors import ServerError, ServerLostError, ServerTimeoutError, ServerUnreachableError
+from torchrl_sglang.errors import (
+    RequestRejectedError,
+    ServerError,
+    ServerLostError,
+    ServerTimeoutError,
+    ServerUnreachableError,
+)
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.pool.dispatch import dead_server
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest
@@ -33,6 +39,12 @@ _MOST_FAILURES = 3
 _MOST_BARREN = 20
 """Aborts in a row without a token. A weight update aborts once: what is sent again waits on the server."""
 _ABORTED_AGAIN_S = 0.05
+_FOR_THE_MOMENT = (429, 503)
+_REFUSED_AGAIN_S = 1.0
+"""Where the answer does not say when: SGLang's own, whose queue is full."""
+_LEAST_WAIT_S = 0.05
+_QUEUE_FULL = "queue is full"
+"""In the event with which SGLang (0.5.23) refuses a stream; what is not streamed it answers with 503."""
 
 
 class Generator:
@@ -61,6 +73,7 @@ class Generator:
         self.slots = ServerSlots(
             pool, max_in_flight=max_in_flight, max_waiting=max_waiting, no_server_wait_s=no_server_wait_s
         )
+        self._no_server_wait_s = no_server_wait_s
         self._parts = ServerParts(pool, adapter=adapter)
 
     async def close(self) -> None:
@@ -114,15 +127,16 @@ class Generator:
             limit_s = self.pool.clients[0].config.generate_limit_s(sampling.max_new_tokens)
         deadline = _Deadline(limit_s)
         try:
-            return await self._generate(ids_P, sampling, top_logprobs, preferred, images, stops, on_tokens)
+            return await self._generate(ids_P, sampling, top_logprobs, preferred, images, stops, on_tokens, deadline)
         except asyncio.CancelledError:
             if not deadline.was_the_cause():
                 raise
         finally:
             deadline.cancel()
+        refused = f". Before that, {deadline.refusal}" if deadline.refusal is not None else ""
         raise ServerTimeoutError(
             f"the turn was not generated within {limit_s:g} s, waiting for a server included "
-            "(ClientConfig.generate_timeout_s sets the limit); it was aborted"
+            f"(ClientConfig.generate_timeout_s sets the limit); it was aborted{refused}"
         )
 
     async def _generate(
@@ -134,9 +148,10 @@ class Generator:
         images: PromptImages | None,
         stops: StopStrings | None,
         on_tokens: OnTokens | None,
+        deadline: _Deadline,
     ) -> Generated:
         done = Generated()
-        failures = barren = 0
+        failures = barren = refusals = 0
         while True:
             before = len(done.output_ids)
             rest, is_watched = _rest(sampling, done.output_ids, stops)
@@ -145,6 +160,10 @@ class Generator:
                     done = await self._parts.generate(
                         client, ids_P, rest, done, top_logprobs=top_logprobs, images=images, on_tokens=on_tokens
                     )
+            except RequestRejectedError as error:
+                refusals += 1
+                self._after_refusal(error, refusals, deadline)
+                continue
             except UnloadedError:
                 _log.warning("a turn is sent again: its adapter was unloaded before it was sent")
                 continue
@@ -168,6 +187,11 @@ class Generator:
                 continue
             if done.finish_reason != "abort":
                 return done
+            if len(done.output_ids) == before and _QUEUE_FULL in done.abort_message:
+                refusals += 1
+                error = RequestRejectedError(f"{done.server}: {done.abort_message}", server=done.server, status=503)
+                self._after_refusal(error, refusals, deadline)
+                continue
             barren = barren + 1 if len(done.output_ids) == before else 0
             if barren > _MOST_BARREN:
                 raise ServerError(
@@ -195,6 +219,23 @@ class Generator:
         return sys.maxsize if longest is None else longest - len(ids_P)
 
     # ------------------------------------------------------------------ failures
+
+    def _after_refusal(self, error: RequestRejectedError, refusals: int, deadline: _Deadline) -> None:
+        """Let a request that was refused for the moment be sent again: later, or at once to another server.
+
+        A proxy's 503 may come after the server has begun; its tokens, which nobody has seen, are thrown away.
+
+        Raises:
+            RequestRejectedError: it is not sent again: it would be refused again, or the turn has no time left for it.
+        """
+        if error.status not in _FOR_THE_MOMENT or (error.is_from_proxy and error.retry_after_s is None):
+            raise error
+        wait_s = _REFUSED_AGAIN_S if error.retry_after_s is None else max(_LEAST_WAIT_S, error.retry_after_s)
+        self.slots.refused(error.server or "", wait_s)
+        deadline.refusal = error
+        no_advice = error.retry_after_s is None and refusals * _REFUSED_AGAIN_S > self._no_server_wait_s
+        if no_advice or (self.slots.all_refuse and wait_s >= deadline.left_s):
+            raise error
 
     async def _after_failure(self, broken: Broken, done: Generated, failures: int, *, streamed: bool) -> Generated:
         """What to continue from after a server failed.
@@ -236,14 +277,23 @@ class _Deadline:
 
     Neither ``asyncio.timeout``, which Python 3.10 has not, nor ``wait_for``, which takes a task of its own, and up to
     Python 3.11 forgets that it was cancelled if the work ends at the same moment.
+
+    Attributes:
+        refusal: the latest one for which the work waits.
     """
 
-    __slots__ = ("_has_fired", "_task", "_timer")
+    __slots__ = ("_has_fired", "_task", "_timer", "refusal")
 
     def __init__(self, limit_s: float) -> None:
+        self.refusal: RequestRejectedError | None = None
         self._task = asyncio.current_task()
         self._has_fired = False
         self._timer = asyncio.get_running_loop().call_later(limit_s, self._fire)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until it fires."""
+        return max(0.0, self._timer.when() - asyncio.get_running_loop().time())
 
     def _fire(self) -> None:
         self._has_fired = True

@@ -43,6 +43,8 @@ _log = logging.getLogger(__name__)
 
 _ABORT_TIMEOUT_S = 10.0
 _VERIFIED_POLL_S = 0.02
+_MISSED = (502, 503)
+"""A proxy does not reach the server, or has lost it in the middle: the request may still run."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -232,12 +234,20 @@ class ServerParts:
         except RequestRejectedError as error:
             if last is None and self._adapter is None and self._pool.was_unloaded(adapter, error):
                 raise UnloadedError from error
-            raise
+            if not (error.is_from_proxy and error.status in _MISSED):
+                raise
+            self._abort(client, request_id)
+            if error.retry_after_s is not None:
+                raise
+            raise Broken(client=client, error=error, known=self._known(client, before), label=label) from error
         except (ServerUnreachableError, ServerLostError, ProtocolError) as error:
             if not isinstance(error, ServerUnreachableError):
                 self._abort(client, request_id)
-            known = before.get(client.url) or self._pool.state.server(client.url)
+            known = self._known(client, before)
             raise Broken(client=client, error=error, known=known, label=label, part=last) from error
+
+    def _known(self, client: SGLangClient, before: Mapping[str, ServerState]) -> ServerState:
+        return before.get(client.url) or self._pool.state.server(client.url)
 
     async def _events(self, client: SGLangClient, request: HttpRequest, *, stream: bool) -> AsyncGenerator[Any, None]:
         """The whole answer, or the events of a stream, each with all tokens so far."""

@@ -115,7 +115,7 @@ class Session:
 
     def undelivered(self, turn: Turn) -> None:
         """A turn's answer did not reach the client: an equal request will get it."""
-        self._records.undelivered(turn.id)
+        self._records.undelivered(turn)
 
     async def _turn(self, request: ChatRequest | TextRequest, sample: Sampler, on_progress: OnProgress | None) -> Turn:
         self._require_active()
@@ -123,7 +123,7 @@ class Session:
         signature = _signature(request)
         known = self._records.find(signature, request.idempotency_key, attempt=request.attempt)
         if isinstance(known, TurnRecord):
-            return known.as_turn(is_repeated=True)
+            return self._records.delivered(known, is_repeated=True)
         joined = known is not None
         if known is None:
             known = PendingTurn(sample, streams=on_progress is not None)
@@ -134,12 +134,12 @@ class Session:
             if known.is_withdrawn:
                 self._require_active()
             if (lost := known.untaken) is not None:  # it came at this moment, and nobody is there to take it
-                self._records.undelivered(lost.id)
+                self._records.lost(lost)
             raise
         finally:
             self._heard_at = time.monotonic()
         self._server = record.server or self._server
-        return record.as_turn(is_repeated=joined)
+        return self._records.delivered(record, is_repeated=joined, joins=True)
 
     def _require_active(self) -> None:
         if self._is_deleted:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torchrl_sglang.agents.served_model import ServedModel
 from torchrl_sglang.agents.session import Session
-from torchrl_sglang.config.checking import require_number
+from torchrl_sglang.agents.types import SessionInfo, SessionStatus
+from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.errors import ConfigError, OverloadedError, SessionKeyError, UnknownSessionError
 
 __all__ = ["Sessions"]
@@ -90,6 +91,20 @@ class Sessions:
             )
         self._expire(session)
         return session
+
+    def infos(self, status: SessionStatus | None = None) -> list[SessionInfo]:
+        """What the sessions have done so far, oldest first.
+
+        Args:
+            status: only those of this status.
+
+        Raises:
+            ConfigError: there is no such status.
+        """
+        known = get_args(SessionStatus)
+        require(status is None or status in known, f"status must be {', '.join(known)}, got {status!r:.40}")
+        self.expire()
+        return [session.info() for session in self if status in (None, session.status)]
 
     async def delete(self, session_id: str) -> None:
         """Abort what a session has under way, and forget it.

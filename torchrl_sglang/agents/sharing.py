@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torchrl_sglang.agents.conversation.tree import Node
@@ -41,7 +41,7 @@ class TurnRecord:
         """Whether a conversation has gone on from one of its answers."""
         return any(node.children for node in self.nodes)
 
-    def as_turn(self, *, is_repeated: bool = False) -> Turn:
+    def as_turn(self, *, is_repeated: bool = False, receipt: object = None) -> Turn:
         """The turn as the client gets it."""
         return Turn(
             id=self.id,
@@ -50,6 +50,7 @@ class TurnRecord:
             completion_tokens=sum(len(node.output_ids) for node in self.nodes),
             cached_tokens=self.cached_tokens,
             is_repeated=is_repeated,
+            receipt=receipt,
         )
 
 
@@ -144,6 +145,8 @@ class _Entry:
     is_undelivered: bool = False
     is_retried: bool = False
     """A retry has come while the turn was being aborted."""
+    receipts: list[object] = field(default_factory=list)
+    """The latest deliveries: of those who waited for the turn together, or of the last repetition."""
 
 
 class TurnRecords:
@@ -222,13 +225,46 @@ class TurnRecords:
 
         turn.task.add_done_callback(ended)
 
-    def undelivered(self, turn_id: str) -> None:
-        """A finished turn did not reach the client."""
-        for entry in self._entries:
+    def delivered(self, record: TurnRecord, *, is_repeated: bool, joins: bool = False) -> Turn:
+        """A finished turn, for a client that gets it.
+
+        Args:
+            record: the turn.
+            is_repeated: the client's request was recognised as a retry.
+            joins: the client has waited for it, perhaps beside others.
+        """
+        receipt = object()
+        entry = self._entry(record.id)
+        if entry is not None:
+            entry.receipts = [*entry.receipts, receipt] if joins else [receipt]
+        return record.as_turn(is_repeated=is_repeated, receipt=receipt)
+
+    def undelivered(self, turn: Turn) -> None:
+        """A finished turn did not reach a client. One that another client got with it, or since, is no lost one."""
+        entry = self._entry(turn.id)
+        if entry is not None and turn.receipt in entry.receipts:
+            entry.receipts.remove(turn.receipt)
+            if not entry.receipts:
+                self._lose(entry)
+
+    def lost(self, record: TurnRecord) -> None:
+        """A finished turn that nobody has taken."""
+        entry = self._entry(record.id)
+        if entry is not None:
+            self._lose(entry)
+
+    def _entry(self, turn_id: str) -> _Entry | None:
+        for entry in reversed(self._entries):
             # A task that has ended tells so one step of the event loop later.
             record = entry.turn.record if isinstance(entry.turn, PendingTurn) else entry.turn
-            if record is not None and record.id == turn_id and not record.is_continued:
-                entry.is_undelivered = True
+            if record is not None and record.id == turn_id:
+                return entry
+        return None
+
+    @staticmethod
+    def _lose(entry: _Entry) -> None:
+        record = entry.turn.record if isinstance(entry.turn, PendingTurn) else entry.turn
+        entry.is_undelivered = record is not None and not record.is_continued
 
     def withdraw_all(self) -> None:
         """End all turns under way."""

@@ -42,6 +42,7 @@ class ServerSlots:
         self._healthy_at = 0.0
         self._polling: asyncio.Task[None] | None = None
         self._polled_at = 0.0
+        self._refuses_until: dict[str, float] = {}
 
     @property
     def in_flight(self) -> int:
@@ -52,6 +53,21 @@ class ServerSlots:
     def waiting(self) -> int:
         """Sequences that wait for a server."""
         return len(self._waiting)
+
+    def refused(self, url: str, wait_s: float) -> None:
+        """A server, or a proxy before it, has refused a request: it gets none for a time. Others get them meanwhile."""
+        self._refuses_until[url] = max(self._refuses_until.get(url, 0.0), time.monotonic() + wait_s)
+
+    @property
+    def all_refuse(self) -> bool:
+        """Whether every healthy server has refused a request, and is not to be asked yet."""
+        return all(self._is_refusing(client.url) for client in self._pool.healthy)
+
+    def _is_refusing(self, url: str) -> bool:
+        is_over = self._refuses_until.get(url, 0.0) <= time.monotonic()
+        if is_over:
+            self._refuses_until.pop(url, None)
+        return not is_over
 
     @asynccontextmanager
     async def take(self, preferred: str | None) -> AsyncIterator[SGLangClient]:
@@ -114,6 +130,8 @@ class ServerSlots:
         if len(healthy) < len(self._pool.clients) or time.monotonic() - self._polled_at > _FOLLOW_S:
             self._poll_servers()
         free = [client for client in healthy if self._load[client.url] < self._max_in_flight]
+        if self._refuses_until:
+            free = [client for client in free if not self._is_refusing(client.url)]
         if not free:
             return None
         least = min(free, key=lambda client: self._load[client.url])

@@ -6,8 +6,10 @@ Shapes: ``T`` tokens of a whole conversation, ``R`` tokens of one choice.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+
+from torchrl_sglang.errors import ConfigError
 
 __all__ = [
     "ChatRequest",
@@ -130,6 +132,7 @@ class Turn:
         completion_tokens: number of sampled tokens of all choices.
         cached_tokens: prompt tokens that the server had in its prefix cache (of the choice with the most).
         is_repeated: the request was recognised as a retry: nothing was generated for it.
+        receipt: tells this delivery of the turn from others.
     """
 
     id: str
@@ -138,6 +141,7 @@ class Turn:
     completion_tokens: int
     cached_tokens: int
     is_repeated: bool = False
+    receipt: object = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +193,7 @@ class Trajectory:
             as temperature 1) and for the others.
         exact_log_probs: whether the log-probs are those of the distribution that the tokens were drawn from: not if
             the agent asked for ``top_p``, ``top_k`` or ``min_p``.
+        turn_starts: index of the first token of each answer, in their order.
         images: URLs of the images in ``token_ids``, in their order. In ``token_ids`` each has as many tokens as the
             server put in its place.
         session: id of the session.
@@ -208,6 +213,7 @@ class Trajectory:
     shared_tokens: int = 0
     temperatures: tuple[float, ...] = ()
     exact_log_probs: bool = True
+    turn_starts: tuple[int, ...] = ()
     images: tuple[str, ...] = ()
     session: str = ""
     reward: float | None = None
@@ -231,6 +237,33 @@ class Trajectory:
     def as_json(self) -> dict[str, Any]:
         """The trajectory as the HTTP interface returns it."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Trajectory:
+        """The trajectory that :meth:`as_json` has written, and the HTTP interface returns.
+
+        Raises:
+            ConfigError: it is none.
+
+        Examples:
+            >>> leaf = Trajectory(token_ids=(5, 6), loss_mask=(0, 1), log_probs=(0.0, -0.5), weight_versions=(-1, 3),
+            ...                   finish_reason="stop", messages=(), parent=None)
+            >>> Trajectory.from_json(leaf.as_json()) == leaf
+            True
+        """
+        known = {f.name for f in fields(cls)}
+        if not isinstance(value, Mapping) or not set(value) <= known:
+            what = sorted(set(value) - known) if isinstance(value, Mapping) else type(value).__name__
+            raise ConfigError(f"this is no trajectory of this version of torchrl-sglang: {what!s:.200}")
+        given = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+        try:
+            made = cls(**given)
+        except TypeError as error:
+            raise ConfigError(f"this is no trajectory of this version of torchrl-sglang: {error}") from error
+        lengths = {len(getattr(made, name)) for name in ("token_ids", "loss_mask", "log_probs", "weight_versions")}
+        if len(lengths) != 1:
+            raise ConfigError(f"the four lists of a trajectory have different lengths: {sorted(lengths)}")
+        return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,14 +26,15 @@ def rewards_are_equal(rewards: Sequence[float]) -> bool:
 
 
 def group_advantages(batch: TensorDictBase, *, normalize: bool = True) -> TensorDictBase:
-    """Write ``advantage``: a run's reward minus the mean of its group, divided by the group's standard deviation.
+    """Write ``advantage``: a row's reward minus the mean of its group, divided by the group's standard deviation.
 
-    Each run counts once in mean and deviation, however many trajectories it has, and all its trajectories get its
-    advantage. TorchRL's ``MCAdvantage`` counts trajectories instead, and needs the same number of them in every group.
-    Where all rewards of a group are equal, the advantage is exactly 0.
+    Each run counts once in mean and deviation, however many trajectories it has: where its rows have rewards of their
+    own, each counts as its share of the run. Rows of different roles are not compared. TorchRL's ``MCAdvantage`` counts
+    trajectories instead, and needs the same number of them in every group. Where all rewards that are compared are
+    equal, or one run alone has them, the advantage is exactly 0.
 
     Args:
-        batch: what :class:`AgentCollector` yields, with complete groups.
+        batch: what :class:`AgentCollector` yields, or :func:`trajectories_to_batch` makes, with complete groups.
         normalize: divide by the standard deviation.
 
     Returns:
@@ -45,19 +46,21 @@ def group_advantages(batch: TensorDictBase, *, normalize: bool = True) -> Tensor
     missing = [key for key in ("group_id", "session", ("next", "reward")) if batch.get(key, None) is None]
     if missing:
         raise ConfigError(f"the batch has no {missing}: it must be what an AgentCollector yields")
-    rows_of: dict[int, list[int]] = {}
-    for row, group in enumerate(batch["group_id"].reshape(-1).tolist()):
-        rows_of.setdefault(group, []).append(row)
     sessions, rewards_B = _texts(batch["session"]), batch["next", "reward"].reshape(-1)
+    roles = [""] * len(sessions) if batch.get("role", None) is None else _texts(batch["role"])
+    compared: dict[tuple[int, str], dict[str, list[int]]] = {}
+    for row, (group, role) in enumerate(zip(batch["group_id"].reshape(-1).tolist(), roles, strict=True)):
+        compared.setdefault((group, role), {}).setdefault(sessions[row], []).append(row)
     advantage_B = torch.zeros_like(rewards_B)
-    for rows in rows_of.values():
-        of_session = {sessions[row]: rewards_B[row] for row in rows}
-        rewards_G = torch.stack(list(of_session.values()))
-        if len(of_session) < 2 or rewards_are_equal(rewards_G.tolist()):
+    for rows_of in compared.values():
+        rows = [row for of_session in rows_of.values() for row in of_session]
+        if len(rows_of) < 2 or rewards_are_equal(rewards_B[rows].tolist()):
             continue
-        scale = rewards_G.std() if normalize else 1.0
-        for row in rows:
-            advantage_B[row] = (rewards_B[row] - rewards_G.mean()) / scale
+        values = {session: rewards_B[of_session].double() for session, of_session in rows_of.items()}
+        mean = torch.stack([of_run.mean() for of_run in values.values()]).mean()
+        square = torch.stack([((of_run - mean) ** 2).mean() for of_run in values.values()]).sum() / (len(values) - 1)
+        scale = square.sqrt() if normalize else 1.0
+        advantage_B[rows] = ((rewards_B[rows].double() - mean) / scale).to(advantage_B.dtype)
     batch.set("advantage", advantage_B.reshape(-1, 1, 1))
     return batch
 

@@ -15,11 +15,12 @@ from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 from torchrl_sglang.agents.collector.failures import RunFailure
 from torchrl_sglang.agents.collector.groups import Groups, GroupSettings
 from torchrl_sglang.agents.collector.loop_thread import LoopThread
-from torchrl_sglang.agents.collector.rows import make_batch
+from torchrl_sglang.agents.collector.rows import Role, RowReward, make_batch
 from torchrl_sglang.agents.collector.runners import RunAgent, make_runner
 from torchrl_sglang.agents.collector.session_runs import SessionRuns
 from torchrl_sglang.agents.collector.task_stream import TaskStream
 from torchrl_sglang.agents.gateway import AgentGateway
+from torchrl_sglang.agents.remote_gateway import RemoteGateway
 from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.errors import ConfigError
 
@@ -36,7 +37,7 @@ class AgentCollector(BaseCollector):
     :attr:`failures` says what happened.
 
     Args:
-        gateway: a running gateway. It stays open at :meth:`shutdown`.
+        gateway: a running gateway, of this process or a :class:`RemoteGateway`. It stays open at :meth:`shutdown`.
         run_agent: an async or plain function ``(task, base_url, api_key) -> reward``, or a command line. A reward is a
             finite number, or ``{"reward": number, "info": {...}}``; a function that returns ``None`` posts it to
             ``.../reward``. Async functions share one event loop, plain functions have a thread each. In a command line
@@ -58,6 +59,10 @@ class AgentCollector(BaseCollector):
         ahead: batches that are run beyond those taken. 0: nothing runs while the trainer trains. 1 or more: collecting
             continues, and tokens are at most ``ahead`` updates old, if there is one update per batch.
         max_staleness: most weight updates since a group's oldest token was sampled; older groups are replaced.
+        row_reward: the reward of one row, as a function of its :class:`Trajectory`, which has the run's ``reward``,
+            ``info`` and ``tags``; ``None`` gives each row its run's reward.
+        role: the part that a row played in its run, such as ``"solver"``, as a function of its trajectory:
+            :func:`group_advantages` and ``skip_equal`` compare rewards of one role.
         weight_sync_schemes: ``{"policy": scheme}``, for :meth:`update_policy_weights_`.
 
     Attributes:
@@ -71,7 +76,8 @@ class AgentCollector(BaseCollector):
     Yields:
         A ragged, lazily stacked TensorDict of shape ``(B,)``: one row per trajectory, group by group and run by run.
         ``B`` is ``groups_per_batch * group_size``, or more where a session's conversation has branches: each of its
-        leaves is a row and has the session's reward. The last batch may have fewer groups.
+        leaves is a row and has the session's reward, unless ``row_reward`` gives it another. The last batch may have
+        fewer groups.
 
         * ``tokens``, ``masks``, ``log_probs``, ``text``: as :class:`SGLangWrapper` writes them. The prompt ends before
           the row's first token that is trained on. ``masks.all_assistant_mask`` marks sampled tokens, each in one row
@@ -80,6 +86,8 @@ class AgentCollector(BaseCollector):
           oldest of them; ``truncated``: the last answer reached its length limit; ``temperature``, NaN if several.
         * ``("next", "reward")``: float32, ``(B, 1, 1)``; ``("next", "done")``: bool, ``(B, 1)``; ``("next", "right")``
           if every run's info has a bool ``right``.
+        * ``turn``: int64, the number of the answer in its conversation per token of ``tokens.full``, -1 where none is
+          trained on; ``role``: text.
         * ``group_id``: int64, the number of the task; ``position``: the task's own ``"position"``, if it has one;
           ``member``: the run's number in its group; ``query``: the task as text; ``session``, ``info``, ``messages``
           (JSON).
@@ -100,7 +108,7 @@ class AgentCollector(BaseCollector):
 
     def __init__(
         self,
-        gateway: AgentGateway,
+        gateway: AgentGateway | RemoteGateway,
         run_agent: RunAgent,
         tasks: Iterable[Any],
         *,
@@ -116,6 +124,8 @@ class AgentCollector(BaseCollector):
         max_failures: int = 16,
         ahead: int = 0,
         max_staleness: int | None = None,
+        row_reward: RowReward | None = None,
+        role: Role | None = None,
         weight_sync_schemes: Mapping[str, WeightSyncScheme] | None = None,
     ) -> None:
         for name, value in (("group_size", group_size), ("concurrency", concurrency), ("max_skips", max_skips)):
@@ -134,8 +144,8 @@ class AgentCollector(BaseCollector):
         )
         if not getattr(gateway, "is_running", False):
             raise ConfigError(
-                f"gateway must be a running AgentGateway, got {type(gateway).__name__}: use `with AgentGateway(...) as "
-                "gateway`, or gateway.start()"
+                f"gateway must be a running AgentGateway or a RemoteGateway, got {type(gateway).__name__}: use "
+                "`with AgentGateway(...) as gateway`, or gateway.start()"
             )
         super().__init__()
         self.group_size = group_size
@@ -157,9 +167,14 @@ class AgentCollector(BaseCollector):
             ahead=ahead,
             max_staleness=max_staleness,
         )
-        pool = gateway.sessions.model.pool
-        runs = SessionRuns(gateway, make_runner(run_agent), timeout_s=timeout_s)
-        self._groups = Groups(runs.run, self._tasks, settings, weight_version=lambda: pool.weight_version)
+        pools = [scheme.pool for scheme in (weight_sync_schemes or {}).values() if hasattr(scheme, "pool")]
+
+        def weight_version() -> int:  # holds no collector, so that one can be freed
+            return max(pool.weight_version for pool in pools) if pools else gateway.weight_version
+
+        self._weight_version = weight_version
+        runs = SessionRuns(gateway, make_runner(run_agent), timeout_s=timeout_s, row_reward=row_reward, role=role)
+        self._groups = Groups(runs.run, self._tasks, settings, weight_version=weight_version)
         self._loop = LoopThread(self._groups)
         self._stop: Any = weakref.finalize(self, self._loop.stop)
         self._weight_sync_schemes = dict(weight_sync_schemes) if weight_sync_schemes else None
@@ -186,8 +201,7 @@ class AgentCollector(BaseCollector):
             groups = self._loop.call(self._groups.take)
             if not groups:
                 return
-            decode = self._gateway.sessions.model.tokenizer.decode
-            batch = make_batch(groups, decode=decode)
+            batch = make_batch(groups, decode=self._gateway.decode)
             self._frames += len(batch)
             self._batches += 1
             self._call_hook("post_collect_hook", batch)
@@ -229,8 +243,8 @@ class AgentCollector(BaseCollector):
 
     @property
     def policy_version(self) -> int:
-        """Version of the weights on the servers."""
-        return self._gateway.sessions.model.pool.weight_version
+        """Version of the weights on the servers: of what the scheme has sent, else the newest that is known."""
+        return self._weight_version()
 
     def get_policy_version(self) -> int:
         """Version of the weights on the servers."""

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from urllib.parse import urlsplit
 
 from torchrl_sglang.agents.collector import process_keeper
 from torchrl_sglang.agents.collector.failures import RunFailedError
-from torchrl_sglang.agents.collector.rewards import Reward, read_last_line
+from torchrl_sglang.agents.collector.rewards import NoReward, Reward, last_line, read_last_line
+from torchrl_sglang.agents.collector.task_texts import task_as_json
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.server.environment import reach_directly
 from torchrl_sglang.server.supervisor import kill_tree
@@ -27,6 +29,7 @@ __all__ = ["CommandAgent"]
 _FIELD = re.compile(r"\{(base_url|api_key|task)\}")
 _MOST_OUTPUT_BYTES = 1 << 20
 _SHOWN_ERRORS = 2000
+_SHOWN_LINE = 200
 _END_S = 10.0
 """Until a keeper has killed its processes: milliseconds, unless the machine swaps."""
 _PIPES_S = 1.0
@@ -39,7 +42,8 @@ class CommandAgent:
     """Runs a command line once per call.
 
     ``{base_url}``, ``{api_key}`` and ``{task}`` are replaced in every argument; a task that is no string is written as
-    JSON. No shell takes part: what a task contains is never interpreted. The program also finds the first two in
+    JSON. Without ``{task}`` the program reads the task from its stdin, which is empty otherwise. No shell takes part:
+    what a task contains is never interpreted. The program also finds the first two in
     ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``, where OpenAI's clients look for them, and the rest of this process's
     environment. When it ends, and when the run is cancelled, all processes that it started are killed.
 
@@ -50,13 +54,19 @@ class CommandAgent:
         ConfigError: there is no such program.
     """
 
-    def __init__(self, command: str | Sequence[str]) -> None:
+    def __init__(self, command: str | Sequence[str | os.PathLike[str]]) -> None:
         try:
-            words = shlex.split(command) if isinstance(command, str) else list(command)
+            words = shlex.split(command) if isinstance(command, str) else list(map(_as_argument, command))
         except ValueError as error:
             raise ConfigError(f"run_agent={command!r:.200} can't be split into arguments: {error}") from error
         if not words or not all(isinstance(word, str) for word in words):
             raise ConfigError(f"run_agent must be a function or a command line, got {command!r:.200}")
+        operators = [word for word in words if isinstance(command, str) and word in _SHELL_OPERATORS]
+        if operators:
+            raise ConfigError(
+                f"run_agent has {operators[0]!r}, and is started without a shell: for a shell's features use "
+                "bash -c '...' with \"$OPENAI_BASE_URL\""
+            )
         if not _FIELD.search(words[0]) and shutil.which(words[0]) is None:
             raise ConfigError(
                 f"run_agent: there is no program {words[0]!r}. It is started without a shell: for a "
@@ -68,6 +78,7 @@ class CommandAgent:
                 f"run_agent has {{{unknown[0]}}}: what is replaced are {{base_url}}, {{api_key}} and {{task}}"
             )
         self.words = tuple(words)
+        self._takes_task = any("{task}" in word for word in words)
 
     def __str__(self) -> str:
         return shlex.join(self.words)
@@ -82,25 +93,29 @@ class CommandAgent:
             >>> CommandAgent("python agent.py {task} --url={base_url}").arguments({"a": 1}, "http://host/v1", "key")
             ['python', 'agent.py', '{"a": 1}', '--url=http://host/v1']
         """
-        values = {"base_url": base_url, "api_key": api_key, "task": _as_text(task)}
+        values = {"base_url": base_url, "api_key": api_key, "task": _as_text(task) if self._takes_task else ""}
         # In one pass: a task that contains {api_key} stays as it is.
         arguments = [_FIELD.sub(lambda field: values[field[1]], word) for word in self.words]
         for argument in arguments:
             if "\0" in argument:
-                raise RunFailedError("error", "the task contains a NUL character, which an argument can't hold")
-            if len(argument.encode(errors="surrogateescape")) > _LONGEST_ARGUMENT:
+                raise RunFailedError(
+                    "error",
+                    "the task contains a NUL character, which an argument can't hold: leave out {task}, and read the "
+                    "task from stdin",
+                )
+            if len(argument.encode(errors="surrogatepass")) > _LONGEST_ARGUMENT:
                 raise RunFailedError(
                     "error",
                     f"an argument of {len(argument)} characters with the task is longer than the system's 128 KiB: "
-                    "give the agent a name or number of the task, under which it finds the rest",
+                    "leave out {task}, and read the task from stdin",
                 )
         return arguments
 
-    async def __call__(self, task: Any, base_url: str, api_key: str) -> Reward | None:
+    async def __call__(self, task: Any, base_url: str, api_key: str) -> Reward | NoReward:
         """Run the program once.
 
         Returns:
-            The reward in the last line of its output; ``None`` if it has none there.
+            The reward in the last line of its output, or that there is none.
 
         Raises:
             RunFailedError: it can't be started, or exits with an error.
@@ -109,6 +124,7 @@ class CommandAgent:
             "owner_pid": os.getpid(),
             "command": self.arguments(task, base_url, api_key),
             "environment": agent_environment(os.environ, base_url, api_key),
+            "stdin": None if self._takes_task else _as_text(task),
         }
         keeper = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", str(Path(process_keeper.__file__))),
@@ -133,15 +149,41 @@ class CommandAgent:
                 each.cancel()
         if code != 0:
             shown = errors.decode(errors="replace").strip()[-_SHOWN_ERRORS:].replace(api_key, "***")
-            raise RunFailedError("error", f"the program exited with code {code}: {shown or 'it wrote no error'}")
-        return read_last_line(output.decode(errors="replace"))
+            raise RunFailedError("error", f"the program {_ending(code)}: {shown or 'it wrote no error'}")
+        printed = output.decode(errors="replace")
+        shown = last_line(printed).replace(api_key, "***")[-_SHOWN_LINE:]
+        return read_last_line(printed) or NoReward(
+            hint=f"; the last line that it printed is {shown!r}" if shown else "; it printed nothing"
+        )
 
 
-_LIKELY_MISTAKES = {"url", "baseurl", "key", "apikey", "prompt", "question", "token"}
+_LIKELY_MISTAKES = {"url", "baseurl", "key", "apikey", "prompt", "question", "token", "tasks"}
+_SHELL_OPERATORS = {"|", "||", "&", "&&", ";", "<", ">", ">>", "2>", "2>&1", "<<<"}
+
+
+def _as_argument(word: Any) -> Any:
+    return os.fspath(word) if isinstance(word, os.PathLike) else word
+
+
+def _ending(code: int) -> str:
+    """How a program ended, by its exit code in a shell's form."""
+    try:
+        return f"was ended by signal {signal.Signals(code - 128).name}" if code > 128 else f"exited with code {code}"
+    except ValueError:  # a code of the program's own
+        return f"exited with code {code}"
 
 
 def _as_text(task: Any) -> str:
-    return task if isinstance(task, str) else json.dumps(task, ensure_ascii=False, default=str)
+    try:
+        text = task_as_json(task)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RunFailedError("error", f"the task has half of a surrogate pair, which is no text: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise RunFailedError(
+            "error", f"the task can't be written as JSON for the program: {error}. Give tasks as text, or plain values"
+        ) from error
+    return text
 
 
 async def _last(stream: asyncio.StreamReader) -> bytes:

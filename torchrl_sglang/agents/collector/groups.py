@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchrl_sglang.agents.collector.advantages import rewards_are_equal
 from torchrl_sglang.agents.collector.clean_up import until_done
 from torchrl_sglang.agents.collector.failures import Counts, RunFailure, SkipReason
 from torchrl_sglang.agents.collector.rows import Group, Run
@@ -204,7 +203,7 @@ class Groups:
             group = await self._run_group(task)
             if isinstance(group, RunFailure):
                 self._skip("failed", task.number, str(group))
-            elif self._settings.skip_equal and rewards_are_equal([run.reward.value for run in group.runs]):
+            elif self._settings.skip_equal and group.has_equal_rewards():
                 self._skip("equal", task.number, f"all rewards are {group.runs[0].reward.value:g}")
             else:
                 # a group may still become too old while it waits to be taken

@@ -2,15 +2,16 @@
 
 ``python -I -S process_keeper.py``. It reads one line of JSON from stdin, which may hold keys::
 
-    {"owner_pid": 1234, "command": ["python", "agent.py", ...], "environment": {...}}
+    {"owner_pid": 1234, "command": ["python", "agent.py", ...], "environment": {...}, "stdin": null}
 
-The program has the keeper's stdout and stderr and an empty stdin. The keeper ends when the program ends, when its stdin
-is closed, or when the collector's process is gone. Then it kills every process below itself. As a "subreaper" it is the
-ancestor of all of them, also of those that made a session of their own. Its exit code is the program's (128 + signal
-when killed); 127 with a line on stderr if the program can't be started.
+The program has the keeper's stdout and stderr, and the given text, or nothing, as stdin. The keeper ends when the
+program ends, when its stdin is closed, or when the collector's process is gone. Then it kills every process below
+itself. As a "subreaper" it is the ancestor of all of them, also of those that made a session of their own. Its exit
+code is the program's (128 + signal when killed); 127 with a line on stderr if the program can't be started.
 """
 
 import ctypes
+import errno
 import importlib.util
 import json
 import os
@@ -43,9 +44,9 @@ def main() -> int:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     supervisor = _supervisor()
     try:
-        program = subprocess.Popen(order["command"], env=order["environment"], stdin=subprocess.DEVNULL)
+        program = subprocess.Popen(order["command"], env=order["environment"], stdin=_stdin(order["stdin"]))
     except OSError as error:
-        sys.stderr.write(f"{order['command'][0]}: {error.strerror or error}\n")
+        sys.stderr.write(f"{order['command'][0]}: {error.strerror or error}{_hint(order['command'][0], error)}\n")
         return _NOT_STARTED
     ended_read, ended_write = os.pipe()
 
@@ -60,6 +61,25 @@ def main() -> int:
     supervisor.kill_tree(os.getpid())
     code = program.wait()
     return code if code >= 0 else 128 - code
+
+
+def _stdin(text: "str | None") -> int:
+    """A file with this text: a pipe would have to be written while the program reads."""
+    if text is None:
+        return subprocess.DEVNULL
+    made = os.memfd_create("stdin")
+    with open(made, "wb", closefd=False) as file:
+        file.write(text.encode())
+    os.lseek(made, 0, os.SEEK_SET)
+    return made
+
+
+def _hint(program: str, error: OSError) -> str:
+    if error.errno == errno.ENOEXEC:
+        return ": is it a script without a first line such as #!/bin/bash?"
+    if error.errno == errno.ENOENT and Path(program).exists():
+        return ": the file is there, its first line names a program that is not (or ends as on Windows)"
+    return ""
 
 
 def _read_line() -> bytes:

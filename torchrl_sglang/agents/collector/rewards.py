@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,13 @@ from torchrl_sglang.agents.collector.failures import RunFailedError
 from torchrl_sglang.agents.given_values import as_json_object, as_reward
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["Reward", "read_last_line", "read_returned"]
+__all__ = ["NoReward", "Reward", "last_line", "read_last_line", "read_returned"]
 
 _WORDS = {"true": True, "false": False}
 """What Python and JavaScript print of a comparison."""
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE | re.ASCII)
+_STYLE = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)|\x1b[()][A-Z0-9]|\r")
+"""What terminals read as colours, positions and titles."""
 _FORM = 'a number, or {"reward": NUMBER, "info": {...}}'
 
 
@@ -29,6 +33,17 @@ class Reward:
 
     value: float
     info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoReward:
+    """That a run returned none; it may have been posted.
+
+    Attributes:
+        hint: what was found instead.
+    """
+
+    hint: str = ""
 
 
 def read_returned(returned: Any) -> Reward | None:
@@ -72,20 +87,27 @@ def read_last_line(output: str) -> Reward | None:
         >>> read_last_line("the answer is 7") is None
         True
     """
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    if not lines:
-        return None
-    if lines[-1].lower() in _WORDS:
-        return read_returned(_WORDS[lines[-1].lower()])
+    line = last_line(output)
+    if line.lower() in _WORDS:
+        return read_returned(_WORDS[line.lower()])
+    if _NUMBER.fullmatch(line):
+        return read_returned(float(line))
     try:
-        return read_returned(float(lines[-1]))
-    except ValueError:
-        pass
-    try:
-        said = json.loads(lines[-1])
+        said = json.loads(line)
     except ValueError:
         return None
     return read_returned(said) if isinstance(said, dict) and "reward" in said else None
+
+
+def last_line(output: str) -> str:
+    r"""The last line that shows something in a terminal, without its colours; ``""`` if there is none.
+
+    Examples:
+        >>> last_line("7\n\x1b[32m0.5\x1b[0m\n\x1b[0m\n")
+        '0.5'
+    """
+    lines = _STYLE.sub("", output.replace("\r\n", "\n")).split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _reward(value: Any, info: Any) -> Reward:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
+import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from torchrl_sglang.agents.collector.commands import CommandAgent
 from torchrl_sglang.agents.collector.failures import RunFailedError
-from torchrl_sglang.agents.collector.rewards import Reward, read_returned
+from torchrl_sglang.agents.collector.rewards import NoReward, Reward, read_returned
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["RunAgent", "Runner", "make_runner"]
+__all__ = ["Returned", "RunAgent", "Runner", "make_runner"]
 
-RunAgent = Callable[[Any, str, str], Any] | str | Sequence[str]
+RunAgent = Callable[[Any, str, str], Any] | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """``(task, base_url, api_key) -> reward``, plain or async, or a command line."""
 
-Runner = Callable[[Any, str, str], Awaitable[Reward | None]]
+Returned = Reward | NoReward | None
+Runner = Callable[[Any, str, str], Awaitable[Returned]]
 
 
 def make_runner(run_agent: RunAgent) -> Runner:
@@ -27,23 +30,31 @@ def make_runner(run_agent: RunAgent) -> Runner:
     Raises:
         ConfigError: it is none of these, or the function takes other arguments.
     """
-    if isinstance(run_agent, (str, list, tuple)):
-        return CommandAgent(run_agent)
+    if isinstance(run_agent, (str, list, tuple, os.PathLike)):
+        return CommandAgent([run_agent] if isinstance(run_agent, os.PathLike) else run_agent)
     if not callable(run_agent):
         raise ConfigError(
             "run_agent must be a function (task, base_url, api_key) -> reward, or a command line, got "
             f"{type(run_agent).__name__}"
         )
-    _check_arguments(run_agent)
-    if inspect.iscoroutinefunction(run_agent) or inspect.iscoroutinefunction(type(run_agent).__call__):
+    by_name = _takes_names(run_agent)
+    if _is(inspect.isgeneratorfunction, run_agent) or _is(inspect.isasyncgenfunction, run_agent):
+        raise ConfigError("run_agent has a `yield`, so calling it runs nothing: an agent must return its reward")
+
+    def call(task: Any, base_url: str, api_key: str) -> Any:
+        if by_name:
+            return run_agent(task=task, base_url=base_url, api_key=api_key)
+        return run_agent(task, base_url, api_key)
+
+    if _is(inspect.iscoroutinefunction, run_agent):
 
         async def run_async(task: Any, base_url: str, api_key: str) -> Reward | None:
-            return read_returned(await _without_exit(run_agent(task, base_url, api_key)))
+            return read_returned(await _without_exit(call(task, base_url, api_key)))
 
         return run_async
 
     async def run_in_thread(task: Any, base_url: str, api_key: str) -> Reward | None:
-        returned = await _in_thread(run_agent, task, base_url, api_key)
+        returned = await _in_thread(call, task, base_url, api_key)
         if inspect.isawaitable(returned):  # a lambda that calls an async function
             returned = await _without_exit(returned)
         return read_returned(returned)
@@ -51,17 +62,37 @@ def make_runner(run_agent: RunAgent) -> Runner:
     return run_in_thread
 
 
-def _check_arguments(run_agent: Callable[..., Any]) -> None:
+def _is(kind: Callable[[Any], bool], run_agent: Callable[..., Any]) -> bool:
+    """Whether a function, or what an object does when it is called, is of a kind; also behind ``functools.partial``."""
+    while isinstance(run_agent, functools.partial):
+        run_agent = run_agent.func
+    return kind(run_agent) or kind(type(run_agent).__call__)
+
+
+def _takes_names(run_agent: Callable[..., Any]) -> bool:
+    """Whether the function is called with the arguments' names: it has them all, in any order.
+
+    Raises:
+        ConfigError: it takes other arguments.
+    """
     try:
         signature = inspect.signature(run_agent)
     except (TypeError, ValueError):  # some built-in functions have none
-        return
+        return False
+    named = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if {"task", "base_url", "api_key"} <= set(named):
+        try:
+            signature.bind(task="task", base_url="base_url", api_key="api_key")
+        except TypeError as error:
+            raise ConfigError(f"run_agent is called as run_agent(task, base_url, api_key): {error}") from error
+        return True
     try:
         signature.bind("task", "base_url", "api_key")
     except TypeError as error:
         raise ConfigError(
             f"run_agent is called as run_agent(task, base_url, api_key), and takes {signature}: {error}"
         ) from error
+    return False
 
 
 async def _without_exit(work: Awaitable[Any]) -> Any:

@@ -14,10 +14,12 @@ from typing import TypeVar
 from torchrl_sglang.agents.collector.clean_up import until_done
 from torchrl_sglang.agents.collector.failures import RunFailedError, RunFailure
 from torchrl_sglang.agents.collector.rewards import Reward
-from torchrl_sglang.agents.collector.rows import Run, trained_trajectories
-from torchrl_sglang.agents.collector.runners import Runner
+from torchrl_sglang.agents.collector.rows import Role, RowReward, Run, make_run, trained_trajectories
+from torchrl_sglang.agents.collector.runners import Returned, Runner
 from torchrl_sglang.agents.collector.task_stream import NumberedTask
+from torchrl_sglang.agents.collector.task_texts import own_copy
 from torchrl_sglang.agents.gateway import AgentGateway, AgentSession
+from torchrl_sglang.agents.remote_gateway import RemoteGateway
 from torchrl_sglang.agents.types import SessionInfo
 from torchrl_sglang.errors import OverloadedError, SessionError, SGLangError, UnknownSessionError
 
@@ -39,12 +41,24 @@ class SessionRuns:
         runner: runs the agent.
         timeout_s: longest time of a run.
         grace_s: a session outlives this time by so much, so that the time-out is what ends a silent run.
+        row_reward: the reward of one trajectory; ``None``: that of its run.
+        role: the role of one trajectory; ``None``: all have the same.
     """
 
-    def __init__(self, gateway: AgentGateway, runner: Runner, *, timeout_s: float, grace_s: float = _GRACE_S) -> None:
+    def __init__(
+        self,
+        gateway: AgentGateway | RemoteGateway,
+        runner: Runner,
+        *,
+        timeout_s: float,
+        grace_s: float = _GRACE_S,
+        row_reward: RowReward | None = None,
+        role: Role | None = None,
+    ) -> None:
         self._gateway = gateway
         self._runner = runner
         self._timeout_s = timeout_s
+        self._row_reward, self._role = row_reward, role
         self._longest_s = timeout_s + grace_s
         self._has_warned = False
         self._made_at = 0.0
@@ -56,7 +70,7 @@ class SessionRuns:
         except RunFailedError as error:
             return RunFailure(kind=error.kind, message=str(error), group_id=task.number, member=member)
         try:
-            returned = await self._within_time(self._runner(task.task, session.base_url, session.api_key))
+            returned = await self._within_time(self._runner(own_copy(task.task), session.base_url, session.api_key))
             return await self._recorded(session, returned)
         except (RunFailedError, SessionError) as error:  # an agent may have deleted its own session
             kind = error.kind if isinstance(error, RunFailedError) else "gateway"
@@ -96,7 +110,7 @@ class SessionRuns:
                 self._made_at = time.monotonic()
                 return session
 
-    async def _within_time(self, work: Awaitable[Reward | None]) -> Reward | None:
+    async def _within_time(self, work: Awaitable[Returned]) -> Returned:
         """What the agent returned.
 
         Raises:
@@ -122,7 +136,7 @@ class SessionRuns:
                 # an agent may clean up, but not hold up the others; also if the run is given up meanwhile
                 await until_done([asyncio.ensure_future(asyncio.wait({running}, timeout=_CLEAN_UP_S))])
 
-    async def _recorded(self, session: AgentSession, returned: Reward | None) -> Run:
+    async def _recorded(self, session: AgentSession, returned: Returned) -> Run:
         """The finished session.
 
         Raises:
@@ -146,7 +160,10 @@ class SessionRuns:
                 "the agent asks for top_p, top_k or min_p: tokens are drawn from a truncated distribution, and the "
                 "recorded log-probs are those before truncation (generation.exact_log_probs is False)"
             )
-        return Run(session=session.id, reward=reward, trajectories=trained)
+        try:
+            return make_run(session.id, trained, reward, row_reward=self._row_reward, role=self._role)
+        except Exception as error:
+            raise RunFailedError("bad reward", f"row_reward or role failed: {_described(error)}") from error
 
     async def _delete(self, session: AgentSession) -> None:
         """Forget the session, which aborts what it still generates; also while this run is given up."""
@@ -160,7 +177,7 @@ class SessionRuns:
 _CLEAN_UP_S = 5.0
 
 
-def _read_error(running: asyncio.Future[Reward | None]) -> None:
+def _read_error(running: asyncio.Future[Returned]) -> None:
     """Else asyncio logs the error of a run that ended while its group was given up."""
     if not running.cancelled():
         running.exception()
@@ -171,29 +188,48 @@ async def _called(work: Callable[[], _Result]) -> _Result:
     return await asyncio.to_thread(work)
 
 
-def _reward(info: SessionInfo, returned: Reward | None) -> Reward:
+def _reward(info: SessionInfo, returned: Returned) -> Reward:
     if info.status == "expired":
         raise RunFailedError("expired", "its session expired: nothing was heard of the agent for too long")
     if info.status == "finished":
         assert info.reward is not None
-        if returned is not None and returned.value != info.reward:
-            raise RunFailedError(
-                "bad reward",
-                f"the agent returned {returned.value:g} after {info.reward:g} was posted: give a run one reward",
-            )
-        return Reward(value=info.reward, info=info.info)
-    if returned is None:
+        posted = Reward(value=info.reward, info=info.info)
+        return _joined(posted, returned) if isinstance(returned, Reward) else posted
+    if not isinstance(returned, Reward):
+        hint = "" if returned is None else returned.hint
         raise RunFailedError(
             "no reward",
-            "the agent ended without a reward: return it, print it in the last line, or POST it to .../reward",
+            "the agent ended without a reward: return it, print it in the last line, or POST it to .../reward" + hint,
         )
     return returned
 
 
+def _joined(posted: Reward, returned: Reward) -> Reward:
+    """A reward that was posted and returned, with what both say about the run."""
+    if returned.value != posted.value:
+        raise RunFailedError(
+            "bad reward",
+            f"the agent returned {returned.value:g} after {posted.value:g} was posted: give a run one reward",
+        )
+    unlike = [key for key in posted.info if key in returned.info and posted.info[key] != returned.info[key]]
+    if unlike:
+        raise RunFailedError("bad reward", f"the agent returned another info[{unlike[0]!r}] than it had posted")
+    return Reward(value=posted.value, info={**posted.info, **returned.info})
+
+
 def _described(error: BaseException) -> str:
-    """The error and where the agent raised it."""
+    """The error, its cause and where the agent raised it. Of several that were raised together, the first."""
+    while inner := _grouped(error):
+        error = inner[0]
     if isinstance(error, SGLangError):
         return f"{type(error).__name__}: {error}"
     where = traceback.extract_tb(error.__traceback__)
     last = f" (line {where[-1].lineno} of {where[-1].name})" if where else ""
-    return f"{type(error).__name__}: {error}"[:_SHOWN_ERROR] + last
+    cause = f", caused by {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ is not None else ""
+    return f"{type(error).__name__}: {error}"[:_SHOWN_ERROR] + cause[:_SHOWN_ERROR] + last
+
+
+def _grouped(error: BaseException) -> tuple[BaseException, ...]:
+    """The errors of an exception group, which Python 3.10 does not have: there it is one of a package."""
+    inner = getattr(error, "exceptions", ())
+    return inner if isinstance(inner, tuple) and inner and isinstance(inner[0], BaseException) else ()

@@ -6,6 +6,8 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch.utils.data import DataLoader, default_collate
+
 from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.errors import ConfigError
 
@@ -36,8 +38,19 @@ class TaskStream:
     """
 
     def __init__(self, tasks: Iterable[Any], *, epochs: int | None = 1) -> None:
-        if isinstance(tasks, (str, bytes, Mapping)) or (not hasattr(tasks, "__iter__") and not _is_sequence(tasks)):
-            raise ConfigError(f"tasks must be an iterable of tasks, such as a list, got {type(tasks).__name__}")
+        kind = type(tasks).__name__
+        if isinstance(tasks, (str, bytes)) or (not hasattr(tasks, "__iter__") and not _is_sequence(tasks)):
+            raise ConfigError(f"tasks must be an iterable of tasks, such as a list, got {kind}")
+        if isinstance(tasks, Mapping) or hasattr(tasks, "columns"):
+            raise ConfigError(
+                f"tasks is a {kind}, whose items are columns, no tasks: give its rows (a DataFrame's "
+                "df.to_dict('records'), a TensorDict's td.unbind(0), one part of a DatasetDict)"
+            )
+        if isinstance(tasks, DataLoader) and tasks.batch_size is not None and tasks.collate_fn is default_collate:
+            raise ConfigError(
+                f"tasks is a DataLoader of batches of {tasks.batch_size}, and a batch is no task: make it with "
+                "batch_size=None"
+            )
         require_number("epochs", epochs, optional=True, whole=True, at_least=1)
         if _is_sequence(tasks) and len(tasks) == 0:  # type: ignore[arg-type]
             raise ConfigError("tasks is empty: there is nothing to run agents on")

@@ -47,8 +47,11 @@ def _sequence(chain: list[Node]) -> Mapping[str, Any]:
     log_probs: list[float] = []
     weight_versions: list[int] = []
     temperatures: list[float] = []
+    turn_starts: list[int] = []
     for node in chain:
         given, sampled = len(node.prompt_ids), len(node.output_ids)
+        if sampled:
+            turn_starts.append(len(token_ids) + given)
         token_ids += [*node.prompt_ids, *node.output_ids]
         loss_mask += [0] * given + [1] * sampled
         log_probs += [0.0] * given + list(node.log_probs)
@@ -60,6 +63,7 @@ def _sequence(chain: list[Node]) -> Mapping[str, Any]:
         "log_probs": tuple(log_probs),
         "weight_versions": tuple(weight_versions),
         "temperatures": tuple(temperatures),
+        "turn_starts": tuple(turn_starts),
         "images": tuple(url for node in chain for url in node.images),
         "exact_log_probs": all(node.exact_log_probs for node in chain),
     }

@@ -48,6 +48,8 @@ def make_app(serving: Serving) -> ASGIApp:
         _route("POST", f"{_SESSION}/v1/v1/messages", model.messages),
         _route("POST", f"{_SESSION}/v1/completions", model.completions),
         _route("POST", "/sessions", sessions.create),
+        _route("GET", "/sessions", sessions.index),
+        _route("GET", "/info", sessions.about),
         _route("GET", _SESSION, sessions.show),
         _route("DELETE", _SESSION, sessions.delete),
         _route("POST", f"{_SESSION}/reward", sessions.reward),

@@ -49,6 +49,10 @@ def api_error(error: SGLangError) -> ApiError:
         return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=error.retry_after_s)
     if isinstance(error, RequestRejectedError) and error.status == 400:  # such as a grammar that can't be compiled
         return ApiError(400, message, code="invalid_value")
+    if isinstance(error, RequestRejectedError) and error.status in (429, 503):
+        code = "rate_limit_exceeded" if error.status == 429 else "upstream_unavailable"
+        wait_s = _SERVER_RETRY_S if error.retry_after_s is None else error.retry_after_s
+        return ApiError(error.status, message, code=code, retry_after_s=wait_s)
     if isinstance(error, ServerTimeoutError):
         return ApiError(504, message, code="upstream_timeout")
     if isinstance(error, (ServerLostError, RequestRejectedError, ProtocolError)):

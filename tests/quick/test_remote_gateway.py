@@ -1,0 +1,184 @@
+"""A gateway of another process, over HTTP: the same methods, the same errors, and a collector on it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.agent_runs import ask, says, two_turns
+from tests.fake_sglang import FakeServer, FakeSettings
+from torchrl_sglang import (
+    AgentCollector,
+    AgentGateway,
+    AsyncSGLang,
+    ConfigError,
+    OverloadedError,
+    ProtocolError,
+    RemoteGateway,
+    ServerUnreachableError,
+    SessionFinishedError,
+    SessionSettings,
+    SGLangWeightSyncScheme,
+    SyncConfig,
+    UnknownSessionError,
+)
+
+KEY = "the gateway's own key"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: Path) -> Iterator[FakeServer]:
+    with FakeServer(FakeSettings(model_path=tiny_llama)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def served(server: FakeServer) -> Iterator[AgentGateway]:
+    settings = SessionSettings(overrides={"ignore_eos": True}, max_sessions=40)
+    with AgentGateway(server.url, admin_key=KEY, settings=settings) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def gateway(served: AgentGateway) -> Iterator[RemoteGateway]:
+    with RemoteGateway(served.url, admin_key=KEY, unreachable_s=0) as gateway:
+        yield gateway
+    assert served.list_sessions() == []
+
+
+def rising(task: Any) -> Iterator[float]:
+    return map(float, itertools.count())
+
+
+def test_its_sessions_are_those_of_the_gateway(served: AgentGateway, gateway: RemoteGateway) -> None:
+    session = gateway.create_session(tags={"group_id": 3}, ttl_s=60)
+    assert session.base_url.startswith(served.url)
+    ask(session.base_url, session.api_key, [says("hi")])
+    assert gateway.get(session.id).turns == 1
+    assert gateway.reward(session.id, 0.5, {"note": "ü"}).status == "finished"
+    assert gateway.trajectories(session.id) == served.trajectories(session.id)
+    assert gateway.trajectories(session.id)[0].tags == {"group_id": 3}
+    with pytest.raises(SessionFinishedError, match="409"):
+        gateway.reward(session.id, 1.0)
+    gateway.delete(session.id)
+    for call in (gateway.get, gateway.trajectories, gateway.delete):
+        with pytest.raises(UnknownSessionError):
+            call(session.id)
+
+
+def test_who_has_the_gateways_key_finds_the_sessions_of_others(served: AgentGateway, gateway: RemoteGateway) -> None:
+    mine, other = served.create_session(tags={"n": 1}), served.create_session(tags={"n": 2})
+    served.reward(other.id, 1.0)
+    assert [info.id for info in gateway.list_sessions()] == [mine.id, other.id]
+    assert [info.tags for info in gateway.list_sessions("finished")] == [{"n": 2}]
+    with pytest.raises(ConfigError, match="status must be active, finished, expired"):
+        gateway.list_sessions("done")  # type: ignore[arg-type]
+    for session in (mine, other):
+        assert gateway.trajectories(session.id) == []
+        gateway.delete(session.id)
+
+
+def test_nobody_sees_the_sessions_of_others_without_a_key(server: FakeServer) -> None:
+    with AgentGateway(server.url) as open_one, RemoteGateway(open_one.url) as gateway:
+        session, hidden = gateway.create_session(), open_one.create_session()
+        assert gateway.get(session.id).id == session.id
+        with pytest.raises(ConfigError, match="nobody sees the sessions of others: start it with one"):
+            gateway.list_sessions()
+        with pytest.raises(Exception, match="no key was sent"):
+            gateway.get(hidden.id)
+
+
+def test_a_collector_runs_agents_on_it(served: AgentGateway, gateway: RemoteGateway, tokenizer: Any) -> None:
+    with AgentCollector(gateway, two_turns(rising), ["a", "b", "c"], group_size=4, groups_per_batch=3) as collector:
+        (batch,) = collector
+        assert collector.stats()["failed_runs"] == 0
+    assert batch.shape == (12,)
+    for row in batch.unbind(0):
+        assert row["masks", "all_assistant_mask"].sum() == 12
+        assert row["text", "full"] == tokenizer.decode(row["tokens", "prompt"]) + tokenizer.decode(
+            row["tokens", "response"]
+        )
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_versions_are_those_of_the_trainers_own_pool(tiny_llama: Path, model: Any, remote: bool) -> None:
+    """The gateway has a pool of its own, as in another process: it does not hear of the trainer's updates."""
+    with FakeServer(FakeSettings(model_path=tiny_llama)) as server, AgentGateway(server.url, admin_key=KEY) as served:
+        trainer = AsyncSGLang.connect(server.url)
+        scheme = SGLangWeightSyncScheme(trainer, config=SyncConfig(verify="off", transport="http"))
+        gateway = RemoteGateway(served.url, admin_key=KEY) if remote else served
+        seen = []
+        with AgentCollector(
+            gateway,
+            two_turns(rising),
+            range(40),
+            group_size=2,
+            groups_per_batch=1,
+            ahead=1,
+            max_staleness=1,
+            weight_sync_schemes={"policy": scheme},
+        ) as collector:
+            for batch in itertools.islice(collector, 6):
+                seen.append((collector.policy_version, batch["generation", "policy_version"].min().item()))
+                for _ in range(2 if len(seen) % 2 else 1):
+                    collector.update_policy_weights_(model)
+            assert collector.policy_version == 9
+            assert collector.stats()["policy_version"] == 9
+            assert all(now - oldest <= 1 for now, oldest in seen), seen
+        assert gateway.weight_version >= seen[-1][1] > 0
+        trainer.shutdown()
+
+
+def test_a_wrong_key_or_address_is_refused_at_once(served: AgentGateway, server: FakeServer) -> None:
+    with pytest.raises(ConfigError, match="admin_key of RemoteGateway"):
+        RemoteGateway(served.url, admin_key="another")
+    with pytest.raises(ConfigError, match="Is it the address of a gateway"):
+        RemoteGateway(f"{served.url}/gate", admin_key=KEY)
+    with pytest.raises((ConfigError, ProtocolError)):
+        RemoteGateway(server.url)
+    with pytest.raises(ServerUnreachableError, match="is it running"):
+        RemoteGateway("http://127.0.0.1:9")
+    for bad, message in (
+        ({"url": "host:8000"}, "http://host:8000"),
+        ({"url": served.url + "/sessions/s/v1"}, "the address of a session"),
+        ({"url": served.url, "admin_key": "a", "admin_key_file": "b"}, "not both"),
+        ({"url": served.url, "timeout_s": 0}, "timeout_s"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            RemoteGateway(**bad)  # type: ignore[arg-type]
+
+
+def test_as_many_sessions_as_may_be_make_it_wait(gateway: RemoteGateway) -> None:
+    made = [gateway.create_session() for _ in range(40)]
+    with pytest.raises(OverloadedError) as caught:
+        gateway.create_session()
+    assert caught.value.retry_after_s >= 1
+    for session in made:
+        gateway.delete(session.id)
+
+
+def test_calls_wait_for_a_gateway_that_is_restarted(server: FakeServer) -> None:
+    first = AgentGateway(server.url, admin_key=KEY).start()
+    port, gateway = first.port, RemoteGateway(first.url, admin_key=KEY, unreachable_s=60)
+    session = gateway.create_session()
+    first.close()
+    again: list[AgentGateway] = []
+
+    def restart() -> None:
+        time.sleep(0.7)
+        again.append(AgentGateway(server.url, admin_key=KEY, port=port).start())
+
+    threading.Thread(target=restart).start()
+    assert gateway.create_session().id != session.id
+    with pytest.raises(UnknownSessionError):
+        gateway.get(session.id)
+    again[0].close()
+    gateway.close()
+    with pytest.raises(ConfigError, match="was closed"):
+        gateway.create_session()
