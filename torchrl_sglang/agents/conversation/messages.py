@@ -10,8 +10,10 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
+from torchrl_sglang.agents.conversation.filled_arguments import same_but_defaults
 from torchrl_sglang.chat.quoted_text import THINKING
 from torchrl_sglang.chat.response import ToolCall
 from torchrl_sglang.chat.tool_json import plain
@@ -311,12 +313,17 @@ def split_thinking(text: str, *, is_open: bool = False) -> tuple[str, str, str]:
     return (text.strip(), "", text) if is_open else ("", text, "")
 
 
-def same_answer(client: Message, recorded: Message) -> bool:
+def same_answer(client: Message, recorded: Message, schemas: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Whether a client's message is the answer that it got.
 
     White space at the ends of the content and of its lines doesn't count, nor do ids, nor thinking that the client left
-    out, nor how Unicode composes characters. Thinking may also be in the content. Thinking that was changed makes
-    another message of it.
+    out, nor how Unicode composes characters, nor arguments that have their defaults. Thinking may also be in the
+    content. Thinking that was changed makes another message of it.
+
+    Args:
+        client: the client's message.
+        recorded: the answer.
+        schemas: of the arguments of each tool.
 
     Examples:
         >>> ours = Message(role="assistant", content="Yes.", reasoning="Hm.")
@@ -327,7 +334,9 @@ def same_answer(client: Message, recorded: Message) -> bool:
         >>> same_answer(Message(role="assistant", content="Yes.", reasoning="No."), ours)
         False
     """
-    if client.role != "assistant" or [call.key for call in client.calls] != [call.key for call in recorded.calls]:
+    if client.role != "assistant" or len(client.calls) != len(recorded.calls):
+        return False
+    if not all(_same_call(*calls, schemas) for calls in zip(client.calls, recorded.calls, strict=True)):
         return False
     content, reasoning = client.content, client.reasoning or ""
     if not _same_text(content, recorded.content):
@@ -336,6 +345,16 @@ def same_answer(client: Message, recorded: Message) -> bool:
         if not _same_text(content, recorded.content):
             return False
     return not reasoning.strip() or _same_text(reasoning, recorded.reasoning or "")
+
+
+def _same_call(client: Call, recorded: Call, schemas: Mapping[str, Any]) -> bool:
+    if client.key == recorded.key:
+        return True
+    schema = schemas.get(client.name) if client.name == recorded.name else None
+    given, sampled = client.arguments, recorded.arguments
+    if schema is None or isinstance(given, str) or isinstance(sampled, str):
+        return False
+    return same_but_defaults(_plain_numbers(given), _plain_numbers(sampled), schema)
 
 
 def _same_text(one: str, other: str) -> bool:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
 
 from torchrl_sglang.agents.conversation.messages import Message, same_answer
 from torchrl_sglang.agents.types import FinishReason, TokenLogProb
@@ -159,11 +161,15 @@ class Tree:
             node.base.is_base = True
         return node
 
-    def match(self, messages: Sequence[Message]) -> Match:
+    def match(self, messages: Sequence[Message], schemas: Mapping[str, Any] = MappingProxyType({})) -> Match:
         """Find the longest conversation of the session that the messages continue.
 
         Answers are compared by :func:`~.messages.same_answer`, all other messages must be equal. Ids of tool calls
         don't count, as long as the results answer the same calls.
+
+        Args:
+            messages: of a request.
+            schemas: of the arguments of each of its tools.
         """
         best: tuple[Node | None, int, Mapping[str, str]] = (None, 0, {})
         waiting = [best]
@@ -176,7 +182,7 @@ class Tree:
             order = {turn: number for number, turn in enumerate(dict.fromkeys(child.turn for child in children))}
             for child in sorted(children, key=lambda each: (order[each.turn], -each.index)):
                 at = end + len(child.new)
-                if _continues(child, messages, end, names):
+                if _continues(child, messages, end, names, schemas):
                     calls = zip(messages[at].calls, child.answer.calls, strict=True)
                     waiting.append((child, at + 1, {**names, **{c.id: k.id for c, k in calls if c.id}}))
         node, end, names = best
@@ -185,10 +191,12 @@ class Tree:
         return Match(node=node, messages=(*known, *rest), new=rest)
 
 
-def _continues(child: Node, messages: Sequence[Message], start: int, names: Mapping[str, str]) -> bool:
+def _continues(
+    child: Node, messages: Sequence[Message], start: int, names: Mapping[str, str], schemas: Mapping[str, Any]
+) -> bool:
     """Whether the messages from ``start`` on begin with those before an answer, and the answer."""
     at = start + len(child.new)
-    if at >= len(messages) or not same_answer(messages[at], child.answer):
+    if at >= len(messages) or not same_answer(messages[at], child.answer, schemas):
         return False
     return all(_is_same(m, known, names) for m, known in zip(messages[start:at], child.new, strict=True))
 
