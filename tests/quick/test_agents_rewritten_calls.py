@@ -61,3 +61,24 @@ def test_a_call_with_its_defaults_is_the_call_that_was_sampled(
     recorded = session.trajectories()
     check_recorded(recorded, model.calls)
     assert len(recorded) == sequences
+
+
+@pytest.mark.parametrize(
+    ("on_rewrite", "keeps_id", "sequences"), [("keep", True, 1), ("keep", False, 2), ("branch", True, 2)]
+)
+def test_a_call_that_the_agent_has_rewritten_keeps_its_tokens_where_that_is_asked_for(
+    on_rewrite: str, keeps_id: bool, sequences: int
+) -> None:
+    tokenizer = make_tokenizer("byte-level BPE", TEMPLATES["thinking"].source)
+    answers = [says(tokenizer, text, "<|im_end|>") for text in (calls("Edit", path=" a.py "), "Done.")]
+    sessions, model = scripted(tokenizer, lambda _: answers.pop(0), on_rewrite=on_rewrite)
+    session = sessions.create()
+    message = json.loads(json.dumps(chat(session, [user("q")], tools=(EDIT,)).choices[0].message))
+    message["tool_calls"][0]["function"]["arguments"] = json.dumps({"path": "a.py"})  # as Claude Code trims them
+    if not keeps_id:
+        message["tool_calls"][0]["id"] = "other"
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "ok"}
+    chat(session, [user("q"), message, result], tools=(EDIT,))
+    recorded = session.trajectories()
+    check_recorded(recorded, model.calls)
+    assert len(recorded) == sequences
