@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -18,9 +19,11 @@ from torchrl_sglang.agents.http.chat_request import Call, Sending, read_chat, re
 from torchrl_sglang.agents.http.chunk_writer import ChunkWriter
 from torchrl_sglang.agents.http.earlier_responses import EarlierResponses
 from torchrl_sglang.agents.http.event_stream import EventWriter, event_stream
+from torchrl_sglang.agents.http.fields import Fields
 from torchrl_sglang.agents.http.json_reply import JsonReply
 from torchrl_sglang.agents.http.responses_reply import ResponsesReply, ResponsesWriter
 from torchrl_sglang.agents.http.responses_request import read_responses
+from torchrl_sglang.agents.http.responses_tools import ResponsesTools
 from torchrl_sglang.agents.http.running_turn import RunningTurn, until_disconnect
 from torchrl_sglang.agents.http.serving import Serving
 from torchrl_sglang.agents.http.text_reply import TextReply
@@ -85,27 +88,49 @@ class ModelRoutes:
         """``POST .../responses``."""
         session = self._serving.session(request)
         body = await self._serving.body(request)
-        call = read_responses(body, sending_of(request), self._earlier.messages(session, body))
+        tools = ResponsesTools(Fields(body).list("tools") or ())
+        call = read_responses(
+            body,
+            sending_of(request),
+            self._earlier.messages(session, body),
+            tools=tools,
+            items=self._earlier.items(session),
+        )
         reply = ResponsesReply(
             id=_new_id("resp_"),
             created=int(time.time()),
             model=self._model_name,
             body=body,
             texts=self._texts(call),
+            tools=tools,
         )
 
         def keep(turn: Turn) -> None:
-            self._earlier.add(session, reply.id, _conversation(call, body, turn))
+            items = replace(reply, texts=None).items(turn.choices[0])
+            self._earlier.add(session, reply.id, _conversation(call, body, turn), items)
 
         return await self._answer(request, session, call, reply, keep=keep)
 
     async def messages(self, request: Request) -> Response:
         """``POST .../messages``, Anthropic's."""
         session = self._serving.session(request)
-        call = read_anthropic(await self._serving.body(request), sending_of(request))
-        stops = tuple(call.request.sampling.get("stop") or ())
-        reply = AnthropicReply(id=_new_id("msg_"), model=self._model_name, stops=stops)
+        body = await self._serving.body(request)
+        call = read_anthropic(body, sending_of(request), template=self._serving.template)
+        reply = AnthropicReply(
+            id=_new_id("msg_"),
+            model=self._model_name,
+            stops=tuple(call.request.sampling.get("stop") or ()),
+            manages_context=bool(body.get("context_management")),
+        )
         return await self._answer(request, session, call, reply)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """``POST .../messages/count_tokens``, Anthropic's: the length of a prompt, which is not sent."""
+        session = self._serving.session(request)
+        body = await self._serving.body(request)
+        call = read_anthropic(body, sending_of(request), template=self._serving.template, counts=True)
+        assert isinstance(call.request, ChatRequest)
+        return JsonReply({"input_tokens": await session.count_tokens(call.request)})
 
     @property
     def _model_name(self) -> str:
