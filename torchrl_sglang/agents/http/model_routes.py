@@ -24,7 +24,7 @@ from torchrl_sglang.agents.http.responses_request import read_responses
 from torchrl_sglang.agents.http.running_turn import RunningTurn, until_disconnect
 from torchrl_sglang.agents.http.serving import Serving
 from torchrl_sglang.agents.http.text_reply import TextReply
-from torchrl_sglang.agents.http.token_texts import TokenTexts
+from torchrl_sglang.agents.http.token_texts import TokenIdTexts, TokenTexts
 from torchrl_sglang.agents.session import Session
 from torchrl_sglang.agents.types import ChatRequest, OnProgress, Turn
 
@@ -68,7 +68,7 @@ class ModelRoutes:
         session = self._serving.session(request)
         call = read_chat(await self._serving.body(request), sending_of(request))
         reply = ChatReply(
-            id=_new_id("chatcmpl-"), created=int(time.time()), model=self._model_name, texts=self._texts(call)
+            id=_new_id("chatcmpl-"), created=int(time.time()), model=self._model_name, **self._asked(call)
         )
         return await self._answer(request, session, call, reply)
 
@@ -77,7 +77,7 @@ class ModelRoutes:
         session = self._serving.session(request)
         call = read_text(await self._serving.body(request), sending_of(request))
         reply = TextReply(
-            id=_new_id("cmpl-"), created=int(time.time()), model=self._model_name, texts=self._texts(call)
+            id=_new_id("cmpl-"), created=int(time.time()), model=self._model_name, **self._asked(call)
         )
         return await self._answer(request, session, call, reply)
 
@@ -113,6 +113,12 @@ class ModelRoutes:
 
     def _texts(self, call: Call) -> TokenTexts | None:
         return self._serving.token_texts if call.log_probs else None
+
+    def _asked(self, call: Call) -> dict[str, Any]:
+        """What the reply to a call has of tokens."""
+        texts = self._texts(call)
+        as_ids = texts is not None and call.tokens_as_ids
+        return {"texts": TokenIdTexts(texts) if as_ids else texts, "has_token_ids": call.has_token_ids}
 
     async def _answer(
         self,
