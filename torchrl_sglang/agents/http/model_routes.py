@@ -76,9 +76,7 @@ class ModelRoutes:
         """``POST .../completions``."""
         session = self._serving.session(request)
         call = read_text(await self._serving.body(request), sending_of(request))
-        reply = TextReply(
-            id=_new_id("cmpl-"), created=int(time.time()), model=self._model_name, **self._asked(call)
-        )
+        reply = TextReply(id=_new_id("cmpl-"), created=int(time.time()), model=self._model_name, **self._asked(call))
         return await self._answer(request, session, call, reply)
 
     async def responses(self, request: Request) -> Response:
