@@ -61,7 +61,10 @@ class ModelRoutes:
         return JsonReply(self._model())
 
     def _model(self) -> dict[str, Any]:
-        return {"id": self._serving.model, "object": "model", "created": self._created, "owned_by": "torchrl-sglang"}
+        made = {"id": self._serving.model, "object": "model", "created": self._created, "owned_by": "torchrl-sglang"}
+        # As vLLM and SGLang call it: agents shorten their conversations in time.
+        length = self._serving.context_length
+        return made if length is None else {**made, "max_model_len": length}
 
     async def chat(self, request: Request) -> Response:
         """``POST .../chat/completions``."""
