@@ -74,7 +74,21 @@ class ConfigError(SGLangError, ValueError):
 
 
 class ContextLengthError(ConfigError):
-    """A prompt, or a prompt and the response that was asked for, is longer than the model's context."""
+    """A prompt, or a prompt and the response that was asked for, is longer than the model's context.
+
+    Attributes:
+        prompt_tokens: length of the prompt; ``None`` if it is not known.
+        response_tokens: length of the response that was asked for; 0 if the prompt alone is too long.
+        limit: the most tokens that both may have together.
+    """
+
+    def __init__(
+        self, message: str, *, prompt_tokens: int | None = None, response_tokens: int = 0, limit: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.prompt_tokens = prompt_tokens
+        self.response_tokens = response_tokens
+        self.limit = limit
 
 
 class StorageError(SGLangError, OSError):

@@ -133,12 +133,17 @@ class ServedModel:
         if limit is not None and length > limit:
             raise ContextLengthError(
                 f"the conversation has {length} tokens, and the servers take prompts of at most {limit}: shorten "
-                "it, or launch the servers with a larger context_length"
+                "it, or launch the servers with a larger context_length",
+                prompt_tokens=length,
+                limit=limit,
             )
         if context is not None and length + sampling.max_new_tokens > context:
             raise ContextLengthError(
                 f"the conversation has {length} tokens, and a response of up to {sampling.max_new_tokens} is asked "
-                f"for: together more than the context of {context}. Shorten the conversation, or ask for fewer tokens"
+                f"for: together more than the context of {context}. Shorten the conversation, or ask for fewer tokens",
+                prompt_tokens=length,
+                response_tokens=sampling.max_new_tokens,
+                limit=context,
             )
         self.pool.check([ids_P], sampling)
 

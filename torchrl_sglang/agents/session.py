@@ -18,7 +18,7 @@ from torchrl_sglang.agents.conversation.tree import Tree
 from torchrl_sglang.agents.given_values import as_json_object, as_reward
 from torchrl_sglang.agents.served_model import ServedModel
 from torchrl_sglang.agents.sharing import PendingTurn, TurnRecord, TurnRecords
-from torchrl_sglang.agents.turns import sample_chat, sample_text
+from torchrl_sglang.agents.turns import count_chat, sample_chat, sample_text
 from torchrl_sglang.agents.types import (
     ChatRequest,
     OnProgress,
@@ -104,6 +104,18 @@ class Session:
             lambda report: sample_chat(request, self._model, self._chats, preferred=self._server, on_progress=report),
             on_progress,
         )
+
+    async def count_tokens(self, request: ChatRequest) -> int:
+        """The length of the prompt that :meth:`chat` would send; an image counts as one token or a few.
+
+        Raises:
+            ConfigError: something in the request can't be honoured.
+            SessionFinishedError: the session takes no more requests.
+            UnknownSessionError: the session was deleted.
+        """
+        self._require_active()
+        self._heard_at = time.monotonic()
+        return await count_chat(request, self._model, self._chats)
 
     async def complete(self, request: TextRequest, on_progress: OnProgress | None = None) -> Turn:
         """The continuation of a text or of token ids. Arguments and errors are those of :meth:`chat`."""

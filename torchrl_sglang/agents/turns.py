@@ -16,7 +16,7 @@ from torchrl_sglang.agents.conversation.continuation import Prompt, build_prompt
 from torchrl_sglang.agents.conversation.messages import Message, read_messages
 from torchrl_sglang.agents.conversation.progress import ProgressText
 from torchrl_sglang.agents.conversation.texts import build_text_prompt
-from torchrl_sglang.agents.conversation.tree import Node, Tree
+from torchrl_sglang.agents.conversation.tree import Match, Node, Tree
 from torchrl_sglang.agents.image_tokens import PromptImages
 from torchrl_sglang.agents.served_model import ServedModel
 from torchrl_sglang.agents.server_part import Generated
@@ -31,7 +31,7 @@ from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError, RequestRejectedError
 from torchrl_sglang.protocol.stop_strings import StopStrings
 
-__all__ = ["sample_chat", "sample_text"]
+__all__ = ["count_chat", "sample_chat", "sample_text"]
 
 _MOST_TOP_LOGPROBS = 100
 _LONG_TEXT = 100_000
@@ -83,20 +83,7 @@ async def sample_chat(
         ConfigError: something in the request can't be honoured.
         ServerError: no server generated the answer.
     """
-    match = tree.match(await model.images.checked(read_messages(request.messages)))
-    tools = read_tools(list(request.tools)) if request.tools else []
-    variables = {**model.settings.template_kwargs, **check_template_kwargs(request.template_kwargs)}
-    prompt = await _built(
-        sum(len(message.content) for message in match.messages),
-        partial(
-            build_prompt,
-            match,
-            model.template,
-            tools=tools,
-            variables=variables,
-            on_rewrite=model.settings.on_rewrite,
-        ),
-    )
+    match, tools, prompt = await _asked(request, model, tree)
     ids_P = prompt.token_ids()
     thinks = open_thinking(prompt.text)
     # A template that refuses several calls in a message could not write the answer into the next prompt.
@@ -127,6 +114,30 @@ async def sample_chat(
         job = replace(job, sampling=sampling(length), num_tokens=length)
     make = _maker(model, job, parent=match.node, new=match.new, position=len(match.messages))
     return await _run(job, model, tree, make, preferred, on_progress)
+
+
+async def count_chat(request: ChatRequest, model: ServedModel, tree: Tree) -> int:
+    """Number of tokens of the prompt of a conversation. Arguments and errors as :func:`sample_chat`."""
+    _, _, prompt = await _asked(request, model, tree)
+    return len(prompt.token_ids())
+
+
+async def _asked(
+    request: ChatRequest, model: ServedModel, tree: Tree
+) -> tuple[Match, list[dict[str, Any]], Prompt]:
+    """The conversation as far as it is known, its tools, and its prompt."""
+    match = tree.match(await model.images.checked(read_messages(request.messages)))
+    tools = read_tools(list(request.tools)) if request.tools else []
+    variables = {**model.settings.template_kwargs, **check_template_kwargs(request.template_kwargs)}
+    build = partial(
+        build_prompt,
+        match,
+        model.template,
+        tools=tools,
+        variables=variables,
+        on_rewrite=model.settings.on_rewrite,
+    )
+    return match, tools, await _built(sum(len(message.content) for message in match.messages), build)
 
 
 async def sample_text(

@@ -14,6 +14,8 @@ from torchrl_sglang.agents.types import Choice, Progress, Turn
 
 __all__ = ["AnthropicReply", "AnthropicWriter"]
 
+_SIGNATURE = "unsigned"
+"""Anthropic's clients send back only thinking that has a signature."""
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -25,16 +27,24 @@ class AnthropicReply:
         id: of the answer.
         model: the served model's name.
         stops: the stop strings that the client gave.
+        manages_context: whether the client asked for ``context_management``.
     """
 
     id: str
     model: str
     stops: Sequence[str] = ()
+    manages_context: bool = False
 
     def whole(self, turn: Turn) -> dict[str, Any]:
         """The answer in one piece."""
         choice = turn.choices[0]
-        return {**self.head(), "content": list(blocks(choice)), **self.ending(choice), "usage": usage(turn)}
+        return {
+            **self.head(),
+            "content": list(blocks(choice)),
+            **self.ending(choice),
+            "usage": usage(turn),
+            **self.management(),
+        }
 
     def head(self) -> dict[str, Any]:
         """The answer before anything is written."""
@@ -49,6 +59,10 @@ class AnthropicReply:
             "usage": {"input_tokens": 0, "output_tokens": 0},
         }
 
+    def management(self) -> dict[str, Any]:
+        """What became of ``context_management``: nothing is ever left out."""
+        return {"context_management": {"applied_edits": []}} if self.manages_context else {}
+
     def ending(self, choice: Choice) -> dict[str, Any]:
         """Why an answer ended; the gateway may have stop strings of its own, such as after the only call."""
         if choice.stop in self.stops and choice.finish_reason == "stop":
@@ -60,7 +74,7 @@ def blocks(choice: Choice) -> Iterator[dict[str, Any]]:
     """The blocks of an answer: thinking, text, calls."""
     message = choice.message
     if message.get("reasoning_content"):
-        yield {"type": "thinking", "thinking": message["reasoning_content"], "signature": ""}
+        yield {"type": "thinking", "thinking": message["reasoning_content"], "signature": _SIGNATURE}
     if message.get("content"):
         yield {"type": "text", "text": message["content"]}
     for call in message.get("tool_calls") or ():
@@ -119,7 +133,8 @@ class AnthropicWriter:
             written = {"type": "input_json_delta", "partial_json": call["function"]["arguments"] or "{}"}
             yield self._delta(written)
             yield from self._close()
-        yield _event("message_delta", delta=self._reply.ending(choice), usage=usage(turn))
+        ending = {"delta": self._reply.ending(choice), "usage": usage(turn)}
+        yield _event("message_delta", **ending, **self._reply.management())
         yield _event("message_stop")
 
     def failure(self, error: ApiError) -> Iterator[bytes]:
@@ -150,6 +165,8 @@ class AnthropicWriter:
         return _event("content_block_delta", index=self._position, delta=delta)
 
     def _close(self) -> Iterator[bytes]:
+        if self._open == "thinking":
+            yield self._delta({"type": "signature_delta", "signature": _SIGNATURE})
         if self._open is not None:
             yield _event("content_block_stop", index=self._position)
             self._open = None

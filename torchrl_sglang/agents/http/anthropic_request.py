@@ -6,20 +6,31 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torchrl_sglang.agents.http.anthropic_thinking import thinking_variables
 from torchrl_sglang.agents.http.api_errors import bad_request
 from torchrl_sglang.agents.http.chat_messages import check_messages, check_tools, read_tool_choice
 from torchrl_sglang.agents.http.chat_request import Call, Sending
 from torchrl_sglang.agents.http.fields import Fields
-from torchrl_sglang.agents.http.sampling_fields import MOST_INTEGER
+from torchrl_sglang.agents.http.sampling_fields import MOST_INTEGER, read_grammar
 from torchrl_sglang.agents.types import ChatRequest
 
 __all__ = ["read_anthropic"]
 
-_WITHOUT_EFFECT = ("metadata", "service_tier", "cache_control", "inference_geo", "anthropic_beta", "betas")
+_WITHOUT_EFFECT = (
+    *("metadata", "service_tier", "cache_control", "inference_geo", "anthropic_beta", "betas", "speed"),
+    "anthropic_version",
+)
+_ROLES = ("user", "assistant", "system")
 
 
-def read_anthropic(body: Any, sending: Sending) -> Call:
+def read_anthropic(body: Any, sending: Sending, *, template: str = "", counts: bool = False) -> Call:
     """The body of ``/v1/messages``.
+
+    Args:
+        body: the parsed JSON.
+        sending: how it was sent.
+        template: the text of the model's chat template.
+        counts: the body of ``/v1/messages/count_tokens``, which has no ``max_tokens``.
 
     Raises:
         ApiError: a field that is wrong, unknown, or can't be honoured.
@@ -28,13 +39,13 @@ def read_anthropic(body: Any, sending: Sending) -> Call:
     fields.ignore(*_WITHOUT_EFFECT)
     model = fields.required_text("model")
     limit = fields.integer("max_tokens", at_least=1)
-    if limit is None:
+    if limit is None and not counts:
         raise bad_request("max_tokens is missing", "max_tokens", "missing_required_parameter")
     messages = [*_system(fields), *_messages(fields.list("messages", required=True) or [])]
     tools = check_tools([_tool(Fields(tool, f"tools[{i}]")) for i, tool in enumerate(fields.list("tools") or ())])
     choice, parallel = _tool_choice(fields.object("tool_choice"))
     choice = read_tool_choice(choice, [tool["function"]["name"] for tool in tools])
-    sampling: dict[str, Any] = {"max_new_tokens": limit}
+    sampling: dict[str, Any] = {"max_new_tokens": limit, **_grammar(fields)}
     for name in ("temperature", "top_p"):
         sampling[name] = fields.number(name)
     sampling["top_k"] = fields.integer("top_k", at_least=0, at_most=MOST_INTEGER)
@@ -42,6 +53,7 @@ def read_anthropic(body: Any, sending: Sending) -> Call:
     if not all(isinstance(stop, str) and stop for stop in stops):
         raise bad_request(f"stop_sequences must be non-empty strings, got {stops!r:.100}", "stop_sequences")
     sampling["stop"] = stops or None
+    variables = thinking_variables(fields, template)
     _refuse_what_messages_cannot(fields)
     stream = bool(fields.flag("stream"))
     fields.refuse_unread()
@@ -51,6 +63,7 @@ def read_anthropic(body: Any, sending: Sending) -> Call:
             tools=tools,
             tool_choice=choice,
             parallel_tool_calls=parallel,
+            template_kwargs=variables,
             sampling={name: value for name, value in sampling.items() if value is not None},
             idempotency_key=sending.idempotency_key,
             attempt=sending.attempt,
@@ -61,16 +74,28 @@ def read_anthropic(body: Any, sending: Sending) -> Call:
 
 
 def _refuse_what_messages_cannot(fields: Fields) -> None:
-    thinking = fields.object("thinking")
-    if thinking is not None and thinking.get("type") != "disabled":
+    for name in ("container", "mcp_servers", "fallbacks"):
+        fields.refuse(name, "there is nothing like it here")
+    management = fields.object("context_management")
+    edits = Fields(management or {}, "context_management").list("edits") or []
+    if any(edit != _KEEPS_ALL for edit in edits):
         raise bad_request(
-            "thinking can't be switched on by a request: the model's chat template decides (chat_template_kwargs of "
-            "/chat/completions, or the gateway's template_kwargs)",
-            "thinking",
+            f"context_management={management!r:.200} can't be honoured: the conversation is sent to the model as it "
+            "comes. Leave out earlier messages in the request itself",
+            "context_management",
             "unsupported_parameter",
         )
-    for name in ("container", "mcp_servers", "context_management", "output_config", "output_format"):
-        fields.refuse(name, "there is nothing like it here")
+
+
+_KEEPS_ALL = {"type": "clear_thinking_20251015", "keep": "all"}
+"""Asks for nothing: earlier thinking stays as the chat template has it."""
+
+
+def _grammar(fields: Fields) -> dict[str, Any]:
+    """The JSON schema of an answer: ``output_config.format``, formerly ``output_format``."""
+    config = Fields(fields.object("output_config") or {}, "output_config")
+    given = config.object("format") or fields.object("output_format")
+    return {} if given is None else read_grammar(Fields(given, "output_config.format"))
 
 
 def _system(fields: Fields) -> Iterator[dict[str, Any]]:
@@ -78,10 +103,15 @@ def _system(fields: Fields) -> Iterator[dict[str, Any]]:
     if system is None:
         return
     if isinstance(system, list):
-        system = "".join(Fields(part, f"system[{i}]").required_text("text") for i, part in enumerate(system))
+        system = _joined(system, "system")
     if not isinstance(system, str):
         raise bad_request(f"system must be a string or a list of text blocks, got {system!r:.80}", "system")
     yield {"role": "system", "content": system}
+
+
+def _joined(parts: Sequence[Any], where: str) -> str:
+    """The text of text blocks."""
+    return "".join(Fields(part, f"{where}[{i}]").required_text("text") for i, part in enumerate(parts))
 
 
 def _messages(messages: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -96,10 +126,12 @@ def _messages(messages: Sequence[Any]) -> Iterator[dict[str, Any]]:
         )
     for index, message in enumerate(messages):
         fields = Fields(message, f"messages[{index}]")
-        role = fields.text("role", choices=("user", "assistant"), required=True)
+        role = fields.text("role", choices=_ROLES, required=True)
         content = fields.any("content")
         if isinstance(content, str):
             yield {"role": role, "content": content}
+        elif isinstance(content, list) and role == "system":  # in the middle of a conversation
+            yield {"role": role, "content": _joined(content, fields.path("content"))}
         elif isinstance(content, list):
             blocks = [Fields(block, f"{fields.path('content')}[{i}]") for i, block in enumerate(content)]
             yield from _assistant(blocks) if role == "assistant" else _user(blocks)

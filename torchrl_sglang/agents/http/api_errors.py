@@ -28,6 +28,7 @@ class ApiError(Exception):
         message: what is wrong, and what to do.
         param: the field of the request that is at fault, if one is.
         code: a word for programs.
+        anthropic_message: ``message`` in the words by which Anthropic's clients know an error.
         retry_after_s: after how many seconds the request may be sent again; ``None``: the same request fails again.
     """
 
@@ -39,6 +40,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
+        anthropic_message: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -46,6 +48,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.anthropic_message = anthropic_message or message
 
     @property
     def headers(self) -> dict[str, str]:
@@ -72,7 +75,7 @@ class ApiError(Exception):
             {'type': 'error', 'error': {'type': 'authentication_error', 'message': 'wrong key'}}
         """
         kind = _TYPES.get(self.status, _SERVER_TYPES)[1]
-        return {"type": "error", "error": {"type": kind, "message": self.message}}
+        return {"type": "error", "error": {"type": kind, "message": self.anthropic_message}}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

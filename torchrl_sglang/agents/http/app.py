@@ -47,6 +47,8 @@ def make_app(serving: Serving) -> ASGIApp:
         # Anthropic's clients add /v1 to the address that they are given.
         _route("POST", f"{_SESSION}/v1/v1/messages", model.messages),
         _route("POST", f"{_SESSION}/v1/completions", model.completions),
+        _route("POST", f"{_SESSION}/v1/messages/count_tokens", model.count_tokens),
+        _route("POST", f"{_SESSION}/v1/v1/messages/count_tokens", model.count_tokens),
         _route("POST", "/sessions", sessions.create),
         _route("GET", _SESSION, sessions.show),
         _route("DELETE", _SESSION, sessions.delete),
@@ -54,6 +56,8 @@ def make_app(serving: Serving) -> ASGIApp:
         _route("GET", f"{_SESSION}/trajectories", sessions.trajectories),
         _route("GET", f"{_SESSION}/v1/models", model.models),
         _route("GET", f"{_SESSION}/v1/models/{{name:path}}", model.model),
+        # Clients ask their base address whether anybody is there.
+        _route("GET", f"{_SESSION}/v1", _health),
         _route("GET", "/health", _health),
     ]
     return ServerErrorMiddleware(_Application(Router(routes)), handler=_unexpected)

@@ -103,10 +103,23 @@ class ModelRoutes:
     async def messages(self, request: Request) -> Response:
         """``POST .../messages``, Anthropic's."""
         session = self._serving.session(request)
-        call = read_anthropic(await self._serving.body(request), sending_of(request))
-        stops = tuple(call.request.sampling.get("stop") or ())
-        reply = AnthropicReply(id=_new_id("msg_"), model=self._model_name, stops=stops)
+        body = await self._serving.body(request)
+        call = read_anthropic(body, sending_of(request), template=self._serving.template)
+        reply = AnthropicReply(
+            id=_new_id("msg_"),
+            model=self._model_name,
+            stops=tuple(call.request.sampling.get("stop") or ()),
+            manages_context=bool(body.get("context_management")),
+        )
         return await self._answer(request, session, call, reply)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """``POST .../messages/count_tokens``, Anthropic's: the length of a prompt, which is not sent."""
+        session = self._serving.session(request)
+        body = await self._serving.body(request)
+        call = read_anthropic(body, sending_of(request), template=self._serving.template, counts=True)
+        assert isinstance(call.request, ChatRequest)
+        return JsonReply({"input_tokens": await session.count_tokens(call.request)})
 
     @property
     def _model_name(self) -> str:

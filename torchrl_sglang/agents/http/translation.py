@@ -36,7 +36,13 @@ def api_error(error: SGLangError) -> ApiError:
     """
     message = str(error)
     if isinstance(error, ContextLengthError):
-        return ApiError(400, message, param="messages", code="context_length_exceeded")
+        return ApiError(
+            400,
+            message,
+            param="messages",
+            code="context_length_exceeded",
+            anthropic_message=f"{_too_long(error)}{message}",
+        )
     if isinstance(error, ConfigError):
         return ApiError(400, message, code="invalid_value")
     if isinstance(error, SessionKeyError):
@@ -56,3 +62,18 @@ def api_error(error: SGLangError) -> ApiError:
     if isinstance(error, (ServerError, WeightSyncError)):  # no server is left, or none may be used
         return ApiError(503, message, code="upstream_unavailable", retry_after_s=_SERVER_RETRY_S)
     return ApiError(500, message, code="internal_error")
+
+
+def _too_long(error: ContextLengthError) -> str:
+    """Anthropic's words, by which its clients ask again for a shorter answer, or shorten the conversation.
+
+    Examples:
+        >>> _too_long(ContextLengthError("", prompt_tokens=9, response_tokens=8, limit=16))
+        'input length and `max_tokens` exceed context limit: 9 + 8 > 16: '
+    """
+    if error.prompt_tokens is None:
+        return "prompt is too long: "
+    if error.response_tokens:
+        numbers = f"{error.prompt_tokens} + {error.response_tokens} > {error.limit}"
+        return f"input length and `max_tokens` exceed context limit: {numbers}: "
+    return f"prompt is too long: {error.prompt_tokens} tokens > {error.limit} maximum: "
