@@ -9,6 +9,7 @@ import pytest
 
 from tests.gateway_stand_in import StandInGateway, make_choice, make_turn
 from torchrl_sglang.agents.types import ChatRequest, Turn
+from torchrl_sglang.errors import ContextLengthError
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
@@ -189,3 +190,25 @@ def test_what_cannot_be_honoured_is_refused_with_what_to_do(
     assert answer.json()["error"]["param"] == param
     assert words in answer.json()["error"]["message"]
     assert not gateway.session.requests
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ContextLengthError("it has 9", prompt_tokens=9, limit=8), "This model's maximum context length is 8 tokens: "),
+        (ContextLengthError("it has 9"), "The prompt is longer than the model's maximum context length: "),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_refused_in_the_words_that_frameworks_look_for(
+    gateway: StandInGateway, error: ContextLengthError, words: str
+) -> None:
+    gateway.session.answers.append(error)
+    refusal = gateway.chat().json()["error"]
+    assert refusal["code"] == "context_length_exceeded"
+    assert refusal["message"] == f"{words}it has 9"
+
+
+def test_the_model_list_has_the_length_of_the_context() -> None:
+    gateway = StandInGateway(context_length=4096)
+    (model,) = gateway.send("/sessions/s1/v1/models", method="GET").json()["data"]
+    assert model["max_model_len"] == 4096

@@ -122,9 +122,7 @@ async def count_chat(request: ChatRequest, model: ServedModel, tree: Tree) -> in
     return len(prompt.token_ids())
 
 
-async def _asked(
-    request: ChatRequest, model: ServedModel, tree: Tree
-) -> tuple[Match, list[dict[str, Any]], Prompt]:
+async def _asked(request: ChatRequest, model: ServedModel, tree: Tree) -> tuple[Match, list[dict[str, Any]], Prompt]:
     """The conversation as far as it is known, its tools, and its prompt."""
     match = tree.match(await model.images.checked(read_messages(request.messages)))
     tools = read_tools(list(request.tools)) if request.tools else []
