@@ -39,7 +39,7 @@ def test_an_answer_has_anthropics_form(gateway: StandInGateway) -> None:
     function = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
     assert asked(gateway).tools == ({"type": "function", "function": function},)
     assert body["content"] == [
-        {"type": "thinking", "thinking": "Hm.", "signature": ""},
+        {"type": "thinking", "thinking": "Hm.", "signature": "unsigned"},
         {"type": "text", "text": "Sum:"},
         {"type": "tool_use", "id": "call0", "name": "add", "input": {"a": 1}},
     ]
@@ -76,7 +76,7 @@ def test_blocks_become_messages(gateway: StandInGateway) -> None:
         {
             "role": "assistant",
             "content": [
-                {"type": "thinking", "thinking": "Hm.", "signature": ""},
+                {"type": "thinking", "thinking": "Hm.", "signature": "unsigned"},
                 {"type": "text", "text": "Sum:"},
                 {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": 2}},
             ],
@@ -142,7 +142,7 @@ def test_a_failed_stream_ends_with_the_failure(gateway: StandInGateway) -> None:
     [
         ({"max_tokens": None}, "max_tokens is missing"),
         ({"messages": []}, "messages is empty"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "must be one of"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "must be one of"),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "must be one of"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "Anthropic's own tools"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "chat template"),

@@ -30,8 +30,9 @@ class SessionSettings:
     """Variables of the chat template, such as ``enable_thinking``; a request's own go before."""
     on_rewrite: OnRewrite = "branch"
     """What becomes of an earlier answer that the template writes otherwise than it was generated, such as without its
-    thinking. ``"branch"``: the prompt is what the template makes of it, and a new trajectory begins. ``"keep"``: the
-    sampled tokens stay in the prompt, and the trajectory goes on."""
+    thinking, or whose calls the agent sends back under their ids with other arguments. ``"branch"``: the prompt is
+    what the template makes of it now, and a new trajectory begins. ``"keep"``: the sampled tokens stay in the prompt,
+    and the trajectory goes on."""
     tool_call_parser: str | None = None
     """SGLang's name of the format in which the model writes calls; ``None`` finds it, as :class:`SGLangChat` does."""
     adapter: str | None = None

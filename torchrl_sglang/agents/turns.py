@@ -15,6 +15,7 @@ from torchrl_sglang.agents.conversation.answers import decode_answer, finish_rea
 from torchrl_sglang.agents.conversation.continuation import Prompt, build_prompt
 from torchrl_sglang.agents.conversation.messages import Message, read_messages
 from torchrl_sglang.agents.conversation.progress import ProgressText
+from torchrl_sglang.agents.conversation.same_calls import SameCalls
 from torchrl_sglang.agents.conversation.texts import build_text_prompt
 from torchrl_sglang.agents.conversation.tree import Match, Node, Tree
 from torchrl_sglang.agents.image_tokens import PromptImages
@@ -124,8 +125,12 @@ async def count_chat(request: ChatRequest, model: ServedModel, tree: Tree) -> in
 
 async def _asked(request: ChatRequest, model: ServedModel, tree: Tree) -> tuple[Match, list[dict[str, Any]], Prompt]:
     """The conversation as far as it is known, its tools, and its prompt."""
-    match = tree.match(await model.images.checked(read_messages(request.messages)))
     tools = read_tools(list(request.tools)) if request.tools else []
+    calls = SameCalls(
+        schemas={tool["function"]["name"]: tool["function"].get("parameters") for tool in tools},
+        by_id=model.settings.on_rewrite == "keep",
+    )
+    match = tree.match(await model.images.checked(read_messages(request.messages)), calls)
     variables = {**model.settings.template_kwargs, **check_template_kwargs(request.template_kwargs)}
     build = partial(
         build_prompt,

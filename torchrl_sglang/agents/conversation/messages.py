@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torchrl_sglang.agents.conversation.same_calls import SameCalls, call_key
 from torchrl_sglang.chat.quoted_text import THINKING
 from torchrl_sglang.chat.response import ToolCall
 from torchrl_sglang.chat.tool_json import plain
@@ -25,6 +26,7 @@ _LEFT_OUT_PARTS = ("thinking", "redacted_thinking", "reasoning", "tool_use", "to
 """What some clients write into an assistant's content besides its text; calls are in ``tool_calls``, too."""
 _IMAGE_PARTS = ("image_url", "image", "input_image")
 _OTHER_MEDIA_PARTS = ("input_audio", "audio", "video", "video_url", "file")
+_PLAINLY = SameCalls()
 _IMAGE_ROLES = ("user", "tool", "function")
 
 
@@ -50,10 +52,7 @@ class Call:
     @property
     def key(self) -> tuple[str, str]:
         """Equal for calls that are the same, whatever their ids and the spelling of their arguments."""
-        if isinstance(self.arguments, str):
-            return self.name, unicodedata.normalize("NFC", self.arguments.strip())
-        written = json.dumps(_plain_numbers(self.arguments), sort_keys=True, ensure_ascii=False)
-        return self.name, unicodedata.normalize("NFC", written)
+        return call_key(self.name, self.arguments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,17 +265,6 @@ def _with_call_ids(messages: Sequence[Message]) -> Iterator[Message]:
         yield message
 
 
-def _plain_numbers(value: Any) -> Any:
-    """The value with 1 for 1.0, as JavaScript writes it."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain_numbers(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain_numbers(item) for item in value]
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else float(value)
-    return value
-
-
 def split_thinking(text: str, *, is_open: bool = False) -> tuple[str, str, str]:
     r"""Divide an answer into its thinking and the rest.
 
@@ -311,12 +299,18 @@ def split_thinking(text: str, *, is_open: bool = False) -> tuple[str, str, str]:
     return (text.strip(), "", text) if is_open else ("", text, "")
 
 
-def same_answer(client: Message, recorded: Message) -> bool:
+def same_answer(client: Message, recorded: Message, calls: SameCalls = _PLAINLY) -> bool:
     """Whether a client's message is the answer that it got.
 
     White space at the ends of the content and of its lines doesn't count, nor do ids, nor thinking that the client left
-    out, nor how Unicode composes characters. Thinking may also be in the content. Thinking that was changed makes
-    another message of it. Some clients keep calls without the text before them: the calls' ids say whose they are.
+    out, nor how Unicode composes characters, nor arguments that have their defaults. Thinking may also be in the
+    content. Thinking that was changed makes another message of it. Some clients keep calls without the text
+    before them: the calls' ids say whose they are.
+
+    Args:
+        client: the client's message.
+        recorded: the answer.
+        calls: how calls are compared.
 
     Examples:
         >>> ours = Message(role="assistant", content="Yes.", reasoning="Hm.")
@@ -327,7 +321,9 @@ def same_answer(client: Message, recorded: Message) -> bool:
         >>> same_answer(Message(role="assistant", content="Yes.", reasoning="No."), ours)
         False
     """
-    if client.role != "assistant" or [call.key for call in client.calls] != [call.key for call in recorded.calls]:
+    if client.role != "assistant" or len(client.calls) != len(recorded.calls):
+        return False
+    if not all(calls.same(*pair) for pair in zip(client.calls, recorded.calls, strict=True)):
         return False
     content, reasoning = client.content, client.reasoning or ""
     if not content and client.calls and [call.id for call in client.calls] == [call.id for call in recorded.calls]:

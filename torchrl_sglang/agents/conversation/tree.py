@@ -13,9 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torchrl_sglang.agents.conversation.messages import Message, same_answer
+from torchrl_sglang.agents.conversation.same_calls import SameCalls
 from torchrl_sglang.agents.types import FinishReason, TokenLogProb
 
 __all__ = ["Match", "Node", "Tree"]
+
+_PLAINLY = SameCalls()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -163,11 +166,15 @@ class Tree:
             node.base.is_base = True
         return node
 
-    def match(self, messages: Sequence[Message]) -> Match:
+    def match(self, messages: Sequence[Message], calls: SameCalls = _PLAINLY) -> Match:
         """Find the longest conversation of the session that the messages continue.
 
         Answers are compared by :func:`~.messages.same_answer`, all other messages must be equal. Ids of tool calls
         don't count, as long as the results answer the same calls.
+
+        Args:
+            messages: of a request.
+            calls: how calls are compared.
         """
         best: tuple[Node | None, int, Mapping[str, str]] = (None, 0, {})
         waiting = [best]
@@ -180,19 +187,21 @@ class Tree:
             order = {turn: number for number, turn in enumerate(dict.fromkeys(child.turn for child in children))}
             for child in sorted(children, key=lambda each: (order[each.turn], -each.index)):
                 at = end + len(child.new)
-                if _continues(child, messages, end, names):
-                    calls = zip(messages[at].calls, child.answer.calls, strict=True)
-                    waiting.append((child, at + 1, {**names, **{c.id: k.id for c, k in calls if c.id}}))
+                if _continues(child, messages, end, names, calls):
+                    pairs = zip(messages[at].calls, child.answer.calls, strict=True)
+                    waiting.append((child, at + 1, {**names, **{c.id: k.id for c, k in pairs if c.id}}))
         node, end, names = best
         known = node.messages() if node is not None else []
         rest = tuple(_renamed(message, names) for message in messages[end:])
         return Match(node=node, messages=(*known, *rest), new=rest)
 
 
-def _continues(child: Node, messages: Sequence[Message], start: int, names: Mapping[str, str]) -> bool:
+def _continues(
+    child: Node, messages: Sequence[Message], start: int, names: Mapping[str, str], calls: SameCalls
+) -> bool:
     """Whether the messages from ``start`` on begin with those before an answer, and the answer."""
     at = start + len(child.new)
-    if at >= len(messages) or not same_answer(messages[at], child.answer):
+    if at >= len(messages) or not same_answer(messages[at], child.answer, calls):
         return False
     return all(_is_same(m, known, names) for m, known in zip(messages[start:at], child.new, strict=True))
 

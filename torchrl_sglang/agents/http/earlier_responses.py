@@ -1,10 +1,10 @@
-"""``EarlierResponses``: the conversations that ``previous_response_id`` continues."""
+"""``EarlierResponses``: what ``previous_response_id`` and ``item_reference`` name."""
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.agents.http.api_errors import ApiError
@@ -22,6 +22,7 @@ class EarlierResponses:
         self._kept: weakref.WeakKeyDictionary[Any, OrderedDict[str, list[Mapping[str, Any]]]] = (
             weakref.WeakKeyDictionary()
         )
+        self._items: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
     def messages(self, session: Any, body: Any) -> list[Mapping[str, Any]]:
         """The messages before those of a request; empty if it names no earlier answer.
@@ -42,8 +43,26 @@ class EarlierResponses:
             )
         return kept[name]
 
-    def add(self, session: Any, name: str, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Keep the messages of an answer, itself included."""
+    def items(self, session: Any) -> Mapping[str, Any]:
+        """The items of a session's answers, by their ids, for ``item_reference``."""
+        return self._items.get(session, {})
+
+    def add(
+        self,
+        session: Any,
+        name: str,
+        messages: Sequence[Mapping[str, Any]],
+        items: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        """Keep an answer.
+
+        Args:
+            session: the session.
+            name: id of the answer.
+            messages: of the conversation, itself included.
+            items: its own.
+        """
+        self._items.setdefault(session, {}).update((item["id"], item) for item in items)
         kept = self._kept.setdefault(session, OrderedDict())
         kept[name] = list(messages)
         if len(kept) > _MOST_KEPT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -18,9 +19,11 @@ from torchrl_sglang.agents.http.chat_request import Call, Sending, read_chat, re
 from torchrl_sglang.agents.http.chunk_writer import ChunkWriter
 from torchrl_sglang.agents.http.earlier_responses import EarlierResponses
 from torchrl_sglang.agents.http.event_stream import EventWriter, event_stream
+from torchrl_sglang.agents.http.fields import Fields
 from torchrl_sglang.agents.http.json_reply import JsonReply
 from torchrl_sglang.agents.http.responses_reply import ResponsesReply, ResponsesWriter
 from torchrl_sglang.agents.http.responses_request import read_responses
+from torchrl_sglang.agents.http.responses_tools import ResponsesTools
 from torchrl_sglang.agents.http.running_turn import RunningTurn, until_disconnect
 from torchrl_sglang.agents.http.serving import Serving
 from torchrl_sglang.agents.http.text_reply import TextReply
@@ -86,17 +89,26 @@ class ModelRoutes:
         """``POST .../responses``."""
         session = self._serving.session(request)
         body = await self._serving.body(request)
-        call = read_responses(body, sending_of(request), self._earlier.messages(session, body))
+        tools = ResponsesTools(Fields(body).list("tools") or ())
+        call = read_responses(
+            body,
+            sending_of(request),
+            self._earlier.messages(session, body),
+            tools=tools,
+            items=self._earlier.items(session),
+        )
         reply = ResponsesReply(
             id=_new_id("resp_"),
             created=int(time.time()),
             model=self._model_name,
             body=body,
             texts=self._texts(call),
+            tools=tools,
         )
 
         def keep(turn: Turn) -> None:
-            self._earlier.add(session, reply.id, _conversation(call, body, turn))
+            items = replace(reply, texts=None).items(turn.choices[0])
+            self._earlier.add(session, reply.id, _conversation(call, body, turn), items)
 
         return await self._answer(request, session, call, reply, keep=keep)
 

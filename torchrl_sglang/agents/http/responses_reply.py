@@ -9,6 +9,7 @@ from typing import Any
 from torchrl_sglang.agents.http.api_errors import ApiError
 from torchrl_sglang.agents.http.event_stream import named_event
 from torchrl_sglang.agents.http.reply_deltas import Delta, ReplyDeltas
+from torchrl_sglang.agents.http.responses_tools import ResponsesTools
 from torchrl_sglang.agents.http.token_texts import TokenTexts
 from torchrl_sglang.agents.types import Choice, Progress, Turn
 
@@ -42,6 +43,7 @@ class ResponsesReply:
         model: the served model's name.
         body: the request, of which the answer repeats fields.
         texts: the texts of tokens; ``None`` without log-probs.
+        tools: the request's tools.
     """
 
     id: str
@@ -49,6 +51,7 @@ class ResponsesReply:
     model: str
     body: Mapping[str, Any] = field(default_factory=dict)
     texts: TokenTexts | None = None
+    tools: ResponsesTools = field(default_factory=ResponsesTools)
 
     def whole(self, turn: Turn) -> dict[str, Any]:
         """The answer in one piece."""
@@ -107,16 +110,7 @@ class ResponsesReply:
 
     def call_item(self, call: Mapping[str, Any], index: int, status: str = "completed") -> dict[str, Any]:
         """The item of a tool call."""
-        function = call["function"]
-        arguments = function["arguments"] if status == "completed" else ""
-        return {
-            "id": f"fc_{self.id}_{index}",
-            "type": "function_call",
-            "call_id": call["id"],
-            "name": function["name"],
-            "arguments": arguments,
-            "status": status,
-        }
+        return self.tools.item(call, f"fc_{self.id}_{index}", status)
 
     def _log_probs(self, choice: Choice) -> list[dict[str, Any]]:
         return log_probs(self.texts, ReplyDeltas().rest(choice))
@@ -179,8 +173,7 @@ class ResponsesWriter:
                 output_index=self._position,
                 item=self._reply.call_item(call, index, "in_progress"),
             )
-            yield self._event("function_call_arguments.delta", **where, delta=done["arguments"])
-            yield self._event("function_call_arguments.done", **where, name=done["name"], arguments=done["arguments"])
+            yield from self._written(done, where)
             yield self._event("output_item.done", output_index=self._position, item=done)
             self._position += 1
         whole = self._reply.whole(turn)
@@ -246,9 +239,18 @@ class ResponsesWriter:
                 text = item["content"][0]["text"]
                 where = {"output_index": index, "item_id": item["id"], "content_index": 0}
                 yield self._event("reasoning_text.done", **where, text=text)
-            if item["type"] != "function_call":
+            if item["type"] in ("message", "reasoning"):
                 yield self._event("output_item.done", output_index=index, item=item)
                 self._position = index + 1
+
+    def _written(self, item: Mapping[str, Any], where: Mapping[str, Any]) -> Iterator[bytes]:
+        """The events that bring what the model wrote into a call."""
+        if item["type"] == "function_call":
+            yield self._event("function_call_arguments.delta", **where, delta=item["arguments"])
+            yield self._event("function_call_arguments.done", **where, name=item["name"], arguments=item["arguments"])
+        elif item["type"] == "custom_tool_call":
+            yield self._event("custom_tool_call_input.delta", **where, delta=item["input"])
+            yield self._event("custom_tool_call_input.done", **where, input=item["input"])
 
     def _event(self, name: str, /, **data: Any) -> bytes:
         event = {"type": f"response.{name}", "sequence_number": self._number, **data}

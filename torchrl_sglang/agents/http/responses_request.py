@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from torchrl_sglang.agents.http.api_errors import bad_request
+from torchrl_sglang.agents.http.api_errors import ApiError, bad_request
 from torchrl_sglang.agents.http.chat_messages import check_messages, check_tools, read_tool_choice
 from torchrl_sglang.agents.http.chat_request import WITHOUT_EFFECT, Call, Sending
 from torchrl_sglang.agents.http.fields import Fields
+from torchrl_sglang.agents.http.responses_tools import ResponsesTools, chat_call, chat_result, is_call, is_result
 from torchrl_sglang.agents.http.sampling_fields import MOST_TOP_LOGPROBS, read_grammar, read_sampling
 from torchrl_sglang.agents.types import ChatRequest
 
@@ -17,27 +19,37 @@ __all__ = ["read_input", "read_responses"]
 _LOG_PROBS = "message.output_text.logprobs"
 
 
-def read_responses(body: Any, sending: Sending, earlier: Sequence[Mapping[str, Any]] = ()) -> Call:
+def read_responses(
+    body: Any,
+    sending: Sending,
+    earlier: Sequence[Mapping[str, Any]] = (),
+    *,
+    tools: ResponsesTools,
+    items: Mapping[str, Any] = MappingProxyType({}),
+) -> Call:
     """The body of ``/responses``.
 
     Args:
         body: the parsed JSON.
         sending: how it was sent.
         earlier: the messages of ``previous_response_id``, its answer included.
+        tools: the request's tools.
+        items: the items of earlier answers, which ``item_reference`` names.
 
     Raises:
         ApiError: a field that is wrong, unknown, or can't be honoured; ``param`` names it.
     """
     fields = Fields(body)
-    fields.ignore(*WITHOUT_EFFECT, "stream_options", "include", "previous_response_id")
+    fields.ignore(*WITHOUT_EFFECT, "stream_options", "include", "previous_response_id", "client_metadata")
     model = fields.required_text("model")
     instructions = fields.text("instructions")
-    messages = [*earlier, *read_input(fields.any("input"))]
+    messages = [*earlier, *read_input(fields.any("input"), items)]
     if instructions is not None:
         messages = [{"role": "system", "content": instructions}, *messages]
-    tools = check_tools([_tool(tool, index) for index, tool in enumerate(fields.list("tools") or ())])
-    choice = _tool_choice(fields.any("tool_choice"))
-    choice = read_tool_choice(choice, [tool["function"]["name"] for tool in tools])
+    fields.list("tools")
+    functions = check_tools(tools.functions)
+    choice = tools.choice(fields.any("tool_choice"))
+    choice = read_tool_choice(choice, [tool["function"]["name"] for tool in functions])
     fields.refuse("n", "the Responses API has one answer per request", neutral=(1,))
     sampling = read_sampling(fields)
     limit = fields.integer("max_output_tokens", at_least=1)
@@ -62,7 +74,7 @@ def read_responses(body: Any, sending: Sending, earlier: Sequence[Mapping[str, A
     return Call(
         request=ChatRequest(
             messages=check_messages(messages),
-            tools=tools,
+            tools=functions,
             tool_choice=choice,
             parallel_tool_calls=parallel,
             template_kwargs=variables,
@@ -97,39 +109,17 @@ def _read_reasoning(fields: Fields) -> str | None:
     return effort
 
 
-def _tool(tool: Any, index: int) -> dict[str, Any]:
-    """A tool in the chat's form, which has an object ``function``."""
-    fields = Fields(tool, f"tools[{index}]")
-    kind = fields.required_text("type")
-    if kind != "function":
-        raise bad_request(
-            f"tools[{index}].type={kind!r}: only functions are supported; the client runs them",
-            f"tools[{index}].type",
-            "unsupported_parameter",
-        )
-    return {"type": "function", "function": {name: value for name, value in dict(tool).items() if name != "type"}}
-
-
-def _tool_choice(choice: Any) -> Any:
-    """The choice of a tool in the chat's form."""
-    if not isinstance(choice, Mapping):
-        return choice
-    if choice.get("type") == "function" and "function" not in choice:
-        return {"type": "function", "function": {"name": choice.get("name")}}
-    if choice.get("type") == "allowed_tools" and "allowed_tools" not in choice:
-        tools = Fields(choice, "tool_choice").list("tools") or []
-        tools = [{"type": "function", "function": Fields(each, "tool_choice.tools").all()} for each in tools]
-        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": tools}}
-    return choice
-
-
-def read_input(value: Any) -> list[dict[str, Any]]:
+def read_input(value: Any, items: Mapping[str, Any] = MappingProxyType({})) -> list[dict[str, Any]]:
     """``input`` as messages in the chat's form.
 
     The items of one answer (reasoning, text, calls) become one message, as they were one turn of the model.
 
+    Args:
+        value: the input.
+        items: the items of earlier answers.
+
     Raises:
-        ApiError: an item of an unknown form.
+        ApiError: an item of an unknown form, or a reference to an unknown one.
 
     Examples:
         >>> items = [{"type": "function_call", "call_id": "c1", "name": "now", "arguments": "{}"},
@@ -143,7 +133,7 @@ def read_input(value: Any) -> list[dict[str, Any]]:
         raise bad_request(f"input must be a text or a list of items, got {value!r:.100}", "input")
     messages: list[dict[str, Any]] = []
     for index, item in enumerate(value):
-        message = _read_item(Fields(item, f"input[{index}]"))
+        message = _read_item(_referred(Fields(item, f"input[{index}]"), items))
         last = messages[-1] if messages else None
         if (
             message["role"] == "assistant"
@@ -157,6 +147,22 @@ def read_input(value: Any) -> list[dict[str, Any]]:
     return [message for message in messages if set(message) != {"role"}]
 
 
+def _referred(fields: Fields, items: Mapping[str, Any]) -> Fields:
+    """The fields of an item, or of the one that it refers to."""
+    given = fields.all()
+    if not (given.get("type") == "item_reference" or (set(given) == {"id"} and given["id"] in items)):
+        return fields
+    name = fields.required_text("id")
+    if name not in items:
+        raise ApiError(
+            404,
+            f"there is no item {name!r:.80} in this session: send the item itself",
+            param=fields.where,
+            code="item_not_found",
+        )
+    return Fields(items[name], fields.where)
+
+
 def _read_item(fields: Fields) -> dict[str, Any]:
     kind = fields.text("type") or "message"
     if kind == "message":
@@ -165,26 +171,29 @@ def _read_item(fields: Fields) -> dict[str, Any]:
         if isinstance(content, list):
             content = [_read_part(Fields(part, f"{fields.path('content')}[{i}]")) for i, part in enumerate(content)]
         return {"role": role, "content": content}
-    if kind == "function_call":
-        function = {"name": fields.required_text("name"), "arguments": fields.text("arguments") or "{}"}
-        call = {"id": fields.required_text("call_id"), "type": "function", "function": function}
-        return {"role": "assistant", "tool_calls": [call]}
-    if kind == "function_call_output":
-        output = fields.any("output")
-        if isinstance(output, list):
-            output = [_read_part(Fields(part, f"{fields.path('output')}[{i}]")) for i, part in enumerate(output)]
-        elif not isinstance(output, str):
-            raise bad_request(f"{fields.path('output')} must be a string or a list of parts", fields.path("output"))
-        return {"role": "tool", "tool_call_id": fields.required_text("call_id"), "content": output}
+    if is_call(kind):
+        return {"role": "assistant", "tool_calls": [chat_call(kind, fields)]}
+    if is_result(kind):
+        return chat_result(kind, fields, _output)
     if kind == "reasoning":
         parts = fields.list("content") or []
         text = "".join(Fields(part, fields.path("content")).text("text") or "" for part in parts)
         return {"role": "assistant", "reasoning_content": text} if text else {"role": "assistant"}
     raise bad_request(
-        f"{fields.path('type')}={kind!r}: known items are message, function_call, function_call_output and reasoning",
+        f"{fields.path('type')}={kind!r}: known items are messages, reasoning, and calls of tools that the client runs "
+        "with their results",
         fields.path("type"),
         "unsupported_parameter",
     )
+
+
+def _output(fields: Fields) -> str | list[dict[str, Any]]:
+    output = fields.any("output")
+    if isinstance(output, list):
+        return [_read_part(Fields(part, f"{fields.path('output')}[{i}]")) for i, part in enumerate(output)]
+    if not isinstance(output, str):
+        raise bad_request(f"{fields.path('output')} must be a string or a list of parts", fields.path("output"))
+    return output
 
 
 def _read_part(fields: Fields) -> dict[str, Any]:
