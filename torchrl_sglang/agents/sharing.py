@@ -51,6 +51,7 @@ class TurnRecord:
             cached_tokens=self.cached_tokens,
             is_repeated=is_repeated,
             receipt=receipt,
+            read_prompt_ids=self.nodes[0].all_prompt_ids,
         )
 
 

@@ -133,6 +133,7 @@ class Turn:
         cached_tokens: prompt tokens that the server had in its prefix cache (of the choice with the most).
         is_repeated: the request was recognised as a retry: nothing was generated for it.
         receipt: tells this delivery of the turn from others.
+        read_prompt_ids: returns the prompt's tokens, as the server saw them.
     """
 
     id: str
@@ -142,6 +143,7 @@ class Turn:
     cached_tokens: int
     is_repeated: bool = False
     receipt: object = field(default=None, repr=False, compare=False)
+    read_prompt_ids: Callable[[], list[int]] = field(default=list, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

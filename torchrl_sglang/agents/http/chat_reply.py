@@ -25,12 +25,14 @@ class ChatReply(OpenAIReply):
                 "message": {"refusal": None, **choice.message},
                 "logprobs": self._log_probs(choice.token_ids, choice.log_probs, choice.top_log_probs),
                 "finish_reason": choice.finish_reason,
+                **self.token_ids(choice.token_ids),
             }
             for choice in turn.choices
         ]
         return {
             **self.head("chat.completion"),
             "choices": choices,
+            **self.prompt_ids(turn),
             **self.ending(turn),
         }
 
@@ -43,24 +45,30 @@ class ChatReply(OpenAIReply):
         log_probs = self._log_probs(delta.token_ids, delta.log_probs, delta.top_log_probs)
         gained = {"reasoning_content": delta.reasoning_content, "content": delta.content}
         fields = {name: text for name, text in gained.items() if text}
-        if fields or (log_probs and delta.token_ids):
-            yield self._chunk(delta.index, fields or {"content": ""}, log_probs)
+        ids = self.token_ids(delta.token_ids)
+        if fields or (delta.token_ids and (log_probs or ids)):
+            yield self._chunk(delta.index, fields or {"content": ""}, log_probs, more=ids)
 
-    def end(self, choice: Choice) -> Iterator[dict[str, Any]]:
+    def end(self, choice: Choice, turn: Turn) -> Iterator[dict[str, Any]]:
         """The pieces that come last: the tool calls, and why the choice ended."""
         calls = choice.message.get("tool_calls") or ()
         if calls:
             yield self._chunk(choice.index, {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})
-        yield self._chunk(choice.index, {}, finish_reason=choice.finish_reason)
+        yield {**self._chunk(choice.index, {}, finish_reason=choice.finish_reason), **self.prompt_ids(turn)}
 
     def usage_piece(self, turn: Turn) -> dict[str, Any]:
         """The piece that ends a stream with ``stream_options.include_usage``."""
         return {**self.head("chat.completion.chunk"), "choices": [], "usage": self.usage(turn)}
 
     def _chunk(
-        self, index: int, delta: Mapping[str, Any], log_probs: Any = None, finish_reason: str | None = None
+        self,
+        index: int,
+        delta: Mapping[str, Any],
+        log_probs: Any = None,
+        finish_reason: str | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": finish_reason}
+        choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": finish_reason, **(more or {})}
         return {**self.head("chat.completion.chunk"), "choices": [choice]}
 
     def _log_probs(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torchrl_sglang.agents.http.api_errors import bad_request
+from torchrl_sglang.agents.http.chat_extensions import (
+    add_grammar,
+    add_stop_trim,
+    ignore_foreign,
+    read_variables,
+    refuse_foreign,
+)
 from torchrl_sglang.agents.http.chat_messages import check_messages, check_tools, read_tool_choice
 from torchrl_sglang.agents.http.fields import Fields
-from torchrl_sglang.agents.http.sampling_fields import MOST_TOP_LOGPROBS, read_grammar, read_sampling
+from torchrl_sglang.agents.http.sampling_fields import MOST_TOP_LOGPROBS, read_sampling
 from torchrl_sglang.agents.types import ChatRequest, TextRequest
 
 __all__ = ["WITHOUT_EFFECT", "Call", "Sending", "read_chat", "read_text"]
@@ -43,6 +49,8 @@ class Call:
         stream: answer in pieces.
         include_usage: end the stream with the numbers of tokens.
         log_probs: report the log-prob of every sampled token.
+        tokens_as_ids: name tokens by their ids there, instead of their texts (vLLM's ``return_tokens_as_token_ids``).
+        has_token_ids: report the token ids of prompt and answer (vLLM's ``return_token_ids``).
         effort: the effort of reasoning, if one was given; it is among the template's variables.
     """
 
@@ -51,6 +59,8 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     log_probs: bool = False
+    tokens_as_ids: bool = False
+    has_token_ids: bool = False
     effort: str | None = None
 
 
@@ -72,15 +82,15 @@ def read_chat(body: Any, sending: Sending) -> Call:
         raise bad_request("top_logprobs needs logprobs=true", "top_logprobs")
     sampling = read_sampling(fields)
     _add_limit(sampling, fields, "max_completion_tokens", "max_tokens")
-    response_format = fields.object("response_format")
-    if response_format is not None:
-        _add_grammar(sampling, read_grammar(Fields(response_format, "response_format")))
-    variables = dict(fields.object("chat_template_kwargs") or {})
+    add_grammar(sampling, fields)
+    add_stop_trim(sampling, fields)
+    variables = read_variables(fields)
     effort = fields.text("reasoning_effort")
     if effort is not None:
         variables["reasoning_effort"] = effort
     _refuse_what_chat_cannot(fields)
     parallel = fields.flag("parallel_tool_calls")
+    reported = _read_reported(fields)
     fields.refuse_unread()
     return Call(
         request=ChatRequest(
@@ -99,36 +109,12 @@ def read_chat(body: Any, sending: Sending) -> Call:
         include_usage=include_usage,
         log_probs=log_probs,
         effort=effort,
+        **reported,
     )
 
 
-# Fields of other servers than OpenAI's, which say what is the case here: field -> why not otherwise, and that value.
-_AS_HERE: Mapping[str, tuple[str, tuple[Any, ...]]] = {
-    "continue_final_message": ("an answer begins anew; say in a user's message how it is to begin", (False,)),
-    "add_generation_prompt": ("the prompt ends where an answer begins", (True,)),
-    "add_special_tokens": ("the chat template writes them", (False,)),
-    "echo": ("an answer is what the model adds", (False,)),
-    "best_of": ("send n=, and choose yourself", (1,)),
-    "separate_reasoning": ("thinking is returned as reasoning_content", (True,)),
-    "include_reasoning": ("thinking is returned as reasoning_content", (True,)),
-    "stream_reasoning": ("thinking is streamed as it is generated", (True,)),
-    "skip_special_tokens": ("contents have no special tokens; logprobs has every token", (True,)),
-    "include_stop_str_in_output": ("stop strings are trimmed; the trajectory has their tokens", (False,)),
-    "no_stop_trim": ("stop strings are trimmed; the trajectory has their tokens", (False,)),
-    "thinking": ("the chat template decides: send chat_template_kwargs", ({"type": "disabled"},)),
-    "reasoning": ("send reasoning_effort, or chat_template_kwargs", ({"enabled": False}, {"exclude": False})),
-    "chat_template": ("it is the gateway's: SessionSettings.chat_template", ()),
-    "documents": ("send chat_template_kwargs, if the chat template reads documents", ()),
-    **{
-        f"guided_{kind}": ("send response_format, regex or ebnf", ()) for kind in ("json", "regex", "grammar", "choice")
-    },
-    "structured_outputs": ("send response_format, regex or ebnf", ()),
-}
-
-
 def _refuse_what_chat_cannot(fields: Fields) -> None:
-    for name, (why, neutral) in _AS_HERE.items():
-        fields.refuse(name, why, neutral=neutral)
+    refuse_foreign(fields, is_chat=True)
     for name in ("functions", "function_call"):
         fields.refuse(name, "it is OpenAI's old form; send tools and tool_choice")
     fields.refuse("modalities", "the model writes text only", neutral=(["text"],))
@@ -150,10 +136,14 @@ def read_text(body: Any, sending: Sending) -> Call:
     top = fields.integer("logprobs", at_least=0, at_most=MOST_TOP_LOGPROBS)
     sampling = read_sampling(fields)
     _add_limit(sampling, fields, "max_tokens")
+    add_grammar(sampling, fields)
+    add_stop_trim(sampling, fields)
     sampling.setdefault("max_new_tokens", 16)  # OpenAI's default of this endpoint
     fields.refuse("best_of", "send n=, and choose yourself", neutral=(1, sampling.get("n", 1)))
-    fields.refuse("echo", "the prompt is what was sent", neutral=(False,))
+    fields.refuse("echo", "the gateway scores no prompts; ask the SGLang server itself", neutral=(False,))
     fields.refuse("suffix", "the model only continues texts", neutral=("",))
+    refuse_foreign(fields, is_chat=False)
+    reported = _read_reported(fields)
     fields.refuse_unread()
     return Call(
         request=TextRequest(
@@ -167,12 +157,22 @@ def read_text(body: Any, sending: Sending) -> Call:
         stream=stream,
         include_usage=include_usage,
         log_probs=top is not None,
+        **reported,
     )
+
+
+def _read_reported(fields: Fields) -> dict[str, bool]:
+    """What the answer is to have of tokens, beside their log-probs."""
+    return {
+        "tokens_as_ids": bool(fields.flag("return_tokens_as_token_ids")),
+        "has_token_ids": bool(fields.flag("return_token_ids")),
+    }
 
 
 def _read_common(fields: Fields) -> tuple[str, bool, bool]:
     """The model's name, whether to stream, and whether to end a stream with its usage."""
     fields.ignore(*WITHOUT_EFFECT)
+    ignore_foreign(fields)
     model = fields.required_text("model")
     stream = bool(fields.flag("stream"))
     options = fields.object("stream_options")
@@ -182,6 +182,7 @@ def _read_common(fields: Fields) -> tuple[str, bool, bool]:
         raise bad_request("stream_options needs stream=true", "stream_options")
     inner = Fields(options, "stream_options")
     inner.ignore("include_obfuscation")
+    inner.refuse("continuous_usage_stats", "a stream's last piece has the usage", neutral=(False,))
     include_usage = bool(inner.flag("include_usage"))
     inner.refuse_unread()
     return model, stream, include_usage
@@ -207,10 +208,3 @@ def _add_limit(sampling: dict[str, Any], fields: Fields, *names: str) -> None:
         raise bad_request(f"{' and '.join(names)} are two names of one limit, but differ: send one", names[0])
     if limits:
         sampling["max_new_tokens"] = limits.pop()
-
-
-def _add_grammar(sampling: dict[str, Any], grammar: Mapping[str, Any]) -> None:
-    for name in ("regex", "ebnf"):
-        if grammar and name in sampling:
-            raise bad_request(f"response_format and {name} both constrain the answer: send one", "response_format")
-    sampling.update(grammar)
