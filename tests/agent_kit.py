@@ -12,13 +12,13 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from torchrl_sglang.agents.generated import Generated, OnTokens
 from torchrl_sglang.agents.image_tokens import PromptImages
 from torchrl_sglang.agents.served_model import ServedModel
-from torchrl_sglang.agents.server_part import Generated, OnTokens
 from torchrl_sglang.agents.session import Session
 from torchrl_sglang.agents.sessions import Sessions
 from torchrl_sglang.agents.settings import SessionSettings
-from torchrl_sglang.agents.types import ChatRequest, Trajectory, Turn
+from torchrl_sglang.agents.types import ChatRequest, Progress, Trajectory, Turn
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.protocol.limits import check_prompts
 from torchrl_sglang.protocol.messages import ServerInfo
@@ -237,10 +237,13 @@ class Agent:
         reports: list[Any] = []
         request = {"tools": tuple(self.tools), "sampling": {**self.sampling, "n": n}}
         turn = chat(self.session, sent, reports.append if self.rng.random() < 0.5 else None, **request)
-        for report in reports:
-            choice = turn.choices[report.index]
-            assert (choice.message["content"] or "").startswith(report.content)
-            assert (choice.message.get("reasoning_content") or "").startswith(report.reasoning_content)
+        for choice in turn.choices if reports else ():
+            of_choice = [report for report in reports if report.index == choice.index]
+            if of_choice:
+                whole = Progress.joined(of_choice)
+                assert (choice.message["content"] or "").startswith(whole.content)
+                assert (choice.message.get("reasoning_content") or "").startswith(whole.reasoning_content)
+                assert choice.token_ids[: len(whole.token_ids)] == whole.token_ids
         if retry:
             leaves = len(self.session.trajectories())
             again = chat(self.session, sent, attempt=1, **request)

@@ -110,18 +110,22 @@ class StandInSession:
     @staticmethod
     async def _report(choice: Choice, report: OnProgress | None) -> None:
         content, reasoning = choice.message.get("content") or "", choice.message.get("reasoning_content") or ""
-        for end in range(1, len(choice.token_ids) + 1):
+        count = len(choice.token_ids)
+        for at in range(count):
             if report is not None:
-                share = end / (len(choice.token_ids) + 1)
+
+                def share(text: str, at: int = at) -> str:
+                    return text[len(text) * at // (count + 1) : len(text) * (at + 1) // (count + 1)]
+
                 report(
                     Progress(
                         index=choice.index,
-                        text=choice.text[: int(len(choice.text) * share)],
-                        content=content[: int(len(content) * share)],
-                        reasoning_content=reasoning,
-                        token_ids=choice.token_ids[:end],
-                        log_probs=choice.log_probs[:end],
-                        top_log_probs=choice.top_log_probs[:end],
+                        text=share(choice.text),
+                        content=share(content),
+                        reasoning_content=reasoning if at == 0 else "",
+                        token_ids=choice.token_ids[at : at + 1],
+                        log_probs=choice.log_probs[at : at + 1],
+                        top_log_probs=choice.top_log_probs[at : at + 1],
                     )
                 )
             await asyncio.sleep(0)

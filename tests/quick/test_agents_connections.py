@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 from tests.agent_kit import run
 from tests.fake_sglang import FakeServer
+from torchrl_sglang.agents.generated import Generated
 from torchrl_sglang.agents.server_calls import ServerCalls
-from torchrl_sglang.agents.server_part import Generated, ServerParts
+from torchrl_sglang.agents.server_part import ServerParts
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.pool import SGLangPool

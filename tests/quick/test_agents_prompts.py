@@ -13,7 +13,7 @@ from tests.matrix.combinations import TOOLS, pairs
 from tests.matrix.templates import TEMPLATES
 from tests.matrix.tokenizer_kinds import make_tokenizer
 from tests.quick.agent_templates import CALL, QWEN3
-from torchrl_sglang.agents.types import TextRequest
+from torchrl_sglang.agents.types import Progress, TextRequest
 
 ALL = pytest.mark.parametrize(("kind", "name"), [pytest.param(*pair, id=" x ".join(pair)) for pair in pairs()])
 
@@ -173,7 +173,7 @@ def test_a_prompt_that_opens_the_thinking_has_the_thinking_read_from_the_answer(
     reports: list[Any] = []
     turn = chat(session, [user("dog")], reports.append)
     assert turn.choices[0].message == {"role": "assistant", "content": "Yes.", "reasoning_content": "hm"}
-    assert reports[-1].reasoning_content == "hm"
+    assert Progress.joined(reports).reasoning_content == "hm"
     # The template writes contents as they are: the thinking is put back, and the tokens are kept.
     cut = chat(session, [user("dog"), {"role": "assistant", "content": "Yes."}, user("fox")])
     assert len(session.trajectories()) == 1

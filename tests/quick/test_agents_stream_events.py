@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from torchrl_sglang.agents.server_calls import event_data
+from torchrl_sglang.agents.server_events import event_data
 from torchrl_sglang.protocol.stream_events import StreamedReply
 
 

@@ -35,10 +35,10 @@ def test_a_stream_never_shows_what_a_stop_string_cuts_off(tiny_llama: Path, stop
     template = AgentTemplate(tokenizer)
     end = next(n for n in range(len(ids) + 1) if stop in tokenizer.decode(ids[:n]))
     whole = decode_answer(ids[:end], finish_reason="stop", matched=stop, template=template).text
-    progress = ProgressText(template, stops=[stop])
+    progress, content = ProgressText(template, stops=[stop]), ""
     for count in range(1, end + 1):
-        progress.push(ids[:count])
-        assert whole.startswith(progress.content)
+        content += progress.push(ids[:count]).content
+        assert whole.startswith(content)
 
 
 def test_a_stop_string_in_the_text_is_cut_off(tiny_llama: Path) -> None:

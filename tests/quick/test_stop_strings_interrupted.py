@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.matrix.tokenizer_kinds import TOKENIZERS, make_tokenizer
+from torchrl_sglang.agents.generated import Generated
 from torchrl_sglang.agents.generation import Generator
-from torchrl_sglang.agents.server_part import Generated
 from torchrl_sglang.agents.stop_strings import cut_at_stop
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.protocol.messages import GenerateReply, WeightSpan

@@ -166,7 +166,7 @@ class AgentGateway:
     def weight_version(self) -> int:
         """The newest weights on the servers, as far as is known: sent by this process, or seen in answers."""
         pool = self._model.pool
-        return max(pool.weight_version, pool.state.weights.newest_seen)
+        return max(pool.weight_version, pool.state.weights.newest_seen.number)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens."""

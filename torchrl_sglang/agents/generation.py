@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from torchrl_sglang.agents.generated import Generated, OnTokens
 from torchrl_sglang.agents.image_tokens import PromptImages
-from torchrl_sglang.agents.server_part import Broken, Generated, OnTokens, ServerParts, UnloadedError
+from torchrl_sglang.agents.server_part import Broken, ServerParts, UnloadedError
 from torchrl_sglang.agents.slots import ServerSlots
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.config.grammars import GRAMMARS

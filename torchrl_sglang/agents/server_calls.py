@@ -7,7 +7,7 @@ import errno
 import json
 import socket
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from contextvars import ContextVar, Token
 from types import TracebackType
@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import orjson
 
+from torchrl_sglang.agents.server_events import END, Growth, event_data, event_lines
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.connections import IDLE_LIMIT_S, socket_options
 from torchrl_sglang.errors import (
@@ -30,15 +31,13 @@ from torchrl_sglang.protocol.messages import HttpRequest
 from torchrl_sglang.proxies import refuse_web_page
 from torchrl_sglang.tls import explain_tls, trusted_authorities
 
-__all__ = ["ServerCalls", "event_data"]
+__all__ = ["ServerCalls"]
 
 _LOCAL_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.ENETUNREACH}
 
 
 _connected: ContextVar[Callable[[Any], None]] = ContextVar("connected", default=lambda _connection: None)
 """Called with the connection that a request gets."""
-_END = b"[DONE]"
-_ABORT = b'"abort"'
 _FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 
 
@@ -92,7 +91,8 @@ class ServerCalls:
         """Send a request and yield its server-sent events; closing the iterator closes the connection.
 
         Where each event has all tokens so far, those that have been overtaken by the time they are read are left out:
-        a gateway with many streams then reads as much as it has time for, instead of falling behind.
+        a gateway with many streams then reads as much as it has time for, instead of falling behind. Of a long answer
+        only events that add a part of it are read (:class:`Growth`).
 
         Raises:
             SGLangError: the same errors as :meth:`send`, also in the middle of the stream.
@@ -104,12 +104,13 @@ class ServerCalls:
                     self._refuse(answer, await answer.read(), request)
                 known = self.client.known_info  # `info` may ask the server, and all others would wait for its answer
                 is_cumulative = known is not None and known.raw.get("incremental_streaming_output") is False
-                async for lines in _lines(answer.content):
+                growth = Growth()
+                async for lines in event_lines(answer.content):
                     events = event_data(lines, latest_only=is_cumulative)
                     if not events:
                         refuse_web_page(request, url=url, body=b"\n".join(lines).decode(errors="replace"))
-                    for data in events:
-                        if data == _END:
+                    for data in growth.worth_reading(events) if is_cumulative else events:
+                        if data == END:
                             return
                         yield _parsed(data)
         except _FAILURES as error:
@@ -283,37 +284,6 @@ def _with_causes(error: BaseException) -> BaseException:
 
 def _is_local(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _LOCAL_ERRNOS
-
-
-def event_data(lines: Sequence[bytes], *, latest_only: bool) -> list[bytes]:
-    """The data of server-sent events.
-
-    Args:
-        lines: lines that came together.
-        latest_only: only the last one's, and the end of the stream, if that is among them. The event of an
-            abort is kept with the one before it: some versions of SGLang write the last token alone into it.
-
-    Examples:
-        >>> lines = [b"data: 1", b"", b"data: 2", b"", b"data: [DONE]", b""]
-        >>> event_data(lines, latest_only=False), event_data(lines, latest_only=True)
-        ([b'1', b'2', b'[DONE]'], [b'2', b'[DONE]'])
-    """
-    found = [line[5:].strip() for line in lines if line.startswith(b"data:")]
-    if not latest_only or len(found) < 2:
-        return found
-    ends = found[-1] == _END
-    is_abort = _ABORT in found[-2 if ends else -1]
-    return found[-1 - ends - is_abort :]
-
-
-async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[list[bytes]]:
-    """The lines of an answer that came together, of any length: aiohttp's own iterator limits them."""
-    rest = b""
-    async for chunk in content.iter_any():
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield lines
-    if rest:
-        yield [rest]
 
 
 def _socket(address: tuple[Any, ...]) -> socket.socket:

@@ -10,13 +10,15 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
+from torchrl_sglang.agents.generated import Generated, OnTokens
 from torchrl_sglang.agents.image_tokens import PromptImages
 from torchrl_sglang.agents.server_calls import ServerCalls
+from torchrl_sglang.agents.streamed_part import StreamedPart
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import (
@@ -35,9 +37,8 @@ from torchrl_sglang.protocol.control import build_abort
 from torchrl_sglang.protocol.generate import build_generate, parse_one, token_versions
 from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest
-from torchrl_sglang.protocol.stream_events import StreamedReply
 
-__all__ = ["Broken", "Generated", "Label", "OnTokens", "ServerParts", "UnloadedError"]
+__all__ = ["Broken", "Label", "ServerParts", "UnloadedError"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,57 +46,6 @@ _ABORT_TIMEOUT_S = 10.0
 _VERIFIED_POLL_S = 0.02
 _MISSED = (502, 503)
 """A proxy does not reach the server, or has lost it in the middle: the request may still run."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Generated:
-    """A sequence, finished or so far.
-
-    Attributes:
-        output_ids: sampled tokens, length ``R``.
-        log_probs: natural-log probability of each, length ``R``.
-        versions: number of the weights that generated each, length ``R``; of a sequence that is not finished yet only
-            those of its finished parts.
-        top_log_probs: per token ``[log_prob, id, text]`` of the most likely ones, if requested.
-        finish_reason: ``"stop"`` or ``"length"``.
-        matched: the stop token or string that ended it.
-        abort_message: what the server said when it aborted the last part.
-        cached_tokens: prompt tokens from the prefix cache.
-        server: URL of the server that generated the last part.
-        resumes: how often it was continued.
-        prompt_ids: the prompt as the server saw it, images expanded; ``None`` for a prompt without images.
-    """
-
-    output_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    top_log_probs: list[Any] = field(default_factory=list)
-    finish_reason: str = ""
-    matched: int | str | None = None
-    abort_message: str = ""
-    cached_tokens: int = 0
-    server: str = ""
-    resumes: int = 0
-    prompt_ids: list[int] | None = None
-
-    def with_part(self, reply: GenerateReply, top: Sequence[Any], *, versions: Sequence[int]) -> Generated:
-        """The sequence with a further part."""
-        return Generated(
-            output_ids=self.output_ids + reply.output_ids,
-            log_probs=self.log_probs + (reply.output_logprobs or []),
-            versions=[*self.versions, *versions],
-            top_log_probs=[*self.top_log_probs, *top],
-            finish_reason=reply.finish_reason,
-            matched=reply.matched,
-            abort_message=reply.abort_message,
-            cached_tokens=self.cached_tokens if self.resumes or self.output_ids else reply.cached_tokens,
-            server=reply.server,
-            resumes=self.resumes,
-            prompt_ids=self.prompt_ids,
-        )
-
-
-OnTokens = Callable[[Generated], None]
 
 
 Label = Callable[[GenerateReply], GenerateReply]
@@ -211,23 +161,31 @@ class ServerParts:
         before = self._pool.state.servers
         last: Generated | None = None
         try:
-            async with aclosing(self._events(client, request, stream=on_tokens is not None)) as items:
-                async for item in items:
-                    reply = parse_one(item, server=client.url)
-                    top = item["meta_info"].get("output_top_logprobs") or [] if top_logprobs else []
-                    if item["meta_info"].get("finish_reason") is not None:
-                        await self._check(reply, before, client, label, streamed=last is not None)
-                        reply = label(reply)
-                        if images is not None and reply.output_ids:
-                            done = _with_prompt(done, images, ids_P, item, reply)
-                        whole = done.with_part(reply, top, versions=token_versions(reply))
-                        if on_tokens is not None:
-                            on_tokens(whole)
-                        return whole
-                    last = done.with_part(reply, top, versions=[])
-                    if on_tokens is not None:
+            if on_tokens is None:
+                item = await self._answer(client, request)
+            else:
+                part = StreamedPart(done, server=client.url)
+                async with aclosing(self.calls(client).stream(request)) as events:
+                    async for event in events:
+                        if (finished := part.add(event)) is not None:
+                            item = finished
+                            break
+                        last = part.so_far
                         on_tokens(last)
-            raise ProtocolError(f"{client.url} ended an answer without a finished response", server=client.url)
+                    else:
+                        raise ProtocolError(
+                            f"{client.url} ended a stream without a finished response", server=client.url
+                        )
+            reply = parse_one(item, server=client.url)
+            await self._check(reply, before, client, label, streamed=last is not None)
+            reply = label(reply)
+            if images is not None and reply.output_ids:
+                done = _with_prompt(done, images, ids_P, item, reply)
+            top = item["meta_info"].get("output_top_logprobs") or [] if top_logprobs else []
+            whole = done.with_part(reply, top, versions=token_versions(reply))
+            if on_tokens is not None:
+                on_tokens(whole)
+            return whole
         except asyncio.CancelledError:
             self._abort(client, request_id)
             raise
@@ -249,19 +207,19 @@ class ServerParts:
     def _known(self, client: SGLangClient, before: Mapping[str, ServerState]) -> ServerState:
         return before.get(client.url) or self._pool.state.server(client.url)
 
-    async def _events(self, client: SGLangClient, request: HttpRequest, *, stream: bool) -> AsyncGenerator[Any, None]:
-        """The whole answer, or the events of a stream, each with all tokens so far."""
-        calls = self.calls(client)
-        if not stream:
-            answer = await calls.send(request)
-            if not isinstance(answer, list) or len(answer) != 1:
-                raise ProtocolError(f"{client.url} answered one prompt with {str(answer)[:100]!r}", server=client.url)
-            yield answer[0]
-            return
-        sequence = StreamedReply(client.url)
-        async with aclosing(calls.stream(request)) as events:
-            async for event in events:
-                yield sequence.add(event)
+    async def _answer(self, client: SGLangClient, request: HttpRequest) -> Any:
+        """The answer to one prompt.
+
+        Raises:
+            ProtocolError: it is not finished, or not one.
+        """
+        answer = await self.calls(client).send(request)
+        if not isinstance(answer, list) or len(answer) != 1:
+            raise ProtocolError(f"{client.url} answered one prompt with {str(answer)[:100]!r}", server=client.url)
+        meta = answer[0].get("meta_info") if isinstance(answer[0], Mapping) else None
+        if isinstance(meta, Mapping) and meta.get("finish_reason") is None:
+            raise ProtocolError(f"{client.url} ended an answer without a finished response", server=client.url)
+        return answer[0]
 
     async def _check(
         self,

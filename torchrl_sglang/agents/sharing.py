@@ -87,13 +87,13 @@ class PendingTurn:
         self.is_withdrawn = False
         self.is_ending = False
         self._listeners: list[OnProgress] = []
-        self._latest: dict[int, Progress] = {}
+        self._reports: dict[int, list[Progress]] = {}
         self._waiting = 0
         self._is_taken = False
         self.task = asyncio.get_running_loop().create_task(sample(self._report if streams else None))
 
     def _report(self, progress: Progress) -> None:
-        self._latest[progress.index] = progress
+        _keep(self._reports.setdefault(progress.index, []), progress)
         for listener in self._listeners:
             listener(progress)
 
@@ -101,8 +101,8 @@ class PendingTurn:
         """Wait for it. If everybody who waits is cancelled, so is the turn."""
         if on_progress is not None:
             self._listeners.append(on_progress)
-            for progress in self._latest.values():
-                on_progress(progress)
+            for reports in self._reports.values():
+                on_progress(Progress.joined(reports))
         self._waiting += 1
         try:
             record = await asyncio.shield(self.task)
@@ -134,6 +134,13 @@ class PendingTurn:
     def _end(self) -> None:
         self.is_ending = True
         self.task.cancel()  # does nothing if it is done
+
+
+def _keep(reports: list[Progress], new: Progress) -> None:
+    """Add a report. Those of like length are joined, so few are kept, and none is copied often."""
+    reports.append(new)
+    while len(reports) > 1 and len(reports[-2].token_ids) <= len(reports[-1].token_ids):
+        reports[-2:] = [Progress.joined(reports[-2:])]
 
 
 @dataclass(slots=True)

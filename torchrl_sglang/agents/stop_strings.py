@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torchrl_sglang.agents.server_part import Generated
+from torchrl_sglang.agents.generated import Generated
 from torchrl_sglang.protocol.stop_strings import StopStrings
 
 __all__ = ["cut_at_stop"]

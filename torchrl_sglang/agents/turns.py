@@ -18,13 +18,14 @@ from torchrl_sglang.agents.conversation.progress import ProgressText
 from torchrl_sglang.agents.conversation.same_calls import SameCalls
 from torchrl_sglang.agents.conversation.texts import build_text_prompt
 from torchrl_sglang.agents.conversation.tree import Match, Node, Tree
+from torchrl_sglang.agents.generated import Generated
 from torchrl_sglang.agents.image_tokens import PromptImages
 from torchrl_sglang.agents.served_model import ServedModel
-from torchrl_sglang.agents.server_part import Generated
 from torchrl_sglang.agents.sharing import TurnRecord
 from torchrl_sglang.agents.stop_strings import cut_at_stop
 from torchrl_sglang.agents.tool_choice import constrain, reads_calls
-from torchrl_sglang.agents.types import ChatRequest, OnProgress, Progress, TextRequest, TokenLogProb
+from torchrl_sglang.agents.turn_reports import reporter, top_log_probs
+from torchrl_sglang.agents.types import ChatRequest, OnProgress, TextRequest
 from torchrl_sglang.chat.quoted_text import open_thinking
 from torchrl_sglang.chat.tool_schemas import read_tools
 from torchrl_sglang.chat_templates import check_template_kwargs
@@ -217,7 +218,7 @@ def _maker(model: ServedModel, job: _Job, *, parent: Node | None, new: tuple[Mes
             temperature=0.0 if job.sampling.is_greedy else job.sampling.temperature,
             exact_log_probs=not job.sampling.truncates,
             stop=made.matched if isinstance(made.matched, str) else None,
-            top_log_probs=_top(made, model),
+            top_log_probs=top_log_probs(made.top_log_probs, model.template),
         )
 
     return make
@@ -240,7 +241,25 @@ async def _run(
     stops = StopStrings.of(job.sampling, model.template.decode)
 
     async def one(index: int) -> Generated:
-        report = None if on_progress is None else _reporter(index, job, model, stops, on_progress)
+        report = (
+            None
+            if on_progress is None
+            else reporter(
+                index,
+                ProgressText(
+                    model.template,
+                    stops=job.sampling.stop,
+                    has_tools=bool(job.tools),
+                    reads_here=model.reads_calls_here,
+                    thinks=open_thinking(job.prompt.text) if job.is_chat else None,
+                    is_chat=job.is_chat,
+                    holds_all=bool(job.sampling.stop_regex),
+                ),
+                stops,
+                on_progress,
+                model.template,
+            )
+        )
         made = await model.generator.generate(
             job.ids_P,
             single if seed is None else replace(single, sampling_seed=seed + index),
@@ -340,44 +359,3 @@ async def _all_or_none(work: Sequence[Coroutine[Any, Any, Generated]]) -> list[G
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _reporter(
-    index: int, job: _Job, model: ServedModel, stops: StopStrings, on_progress: OnProgress
-) -> Callable[[Generated], None]:
-    text = ProgressText(
-        model.template,
-        stops=job.sampling.stop,
-        has_tools=bool(job.tools),
-        reads_here=model.reads_calls_here,
-        thinks=open_thinking(job.prompt.text) if job.is_chat else None,
-        is_chat=job.is_chat,
-        holds_all=bool(job.sampling.stop_regex),
-    )
-
-    def report(so_far: Generated) -> None:
-        text.push(so_far.output_ids)
-        so_far = cut_at_stop(so_far, stops) if text.is_stopped else so_far
-        on_progress(
-            Progress(
-                index=index,
-                text=text.text,
-                content=text.content,
-                reasoning_content=text.reasoning,
-                token_ids=tuple(so_far.output_ids),
-                log_probs=tuple(so_far.log_probs),
-                top_log_probs=_top(so_far, model),
-            )
-        )
-
-    return report
-
-
-def _top(made: Generated, model: ServedModel) -> tuple[tuple[TokenLogProb, ...], ...]:
-    return tuple(
-        tuple(
-            TokenLogProb(token_id=token, text=model.template.decode([token]), log_prob=log_prob)
-            for log_prob, token, _ in entries or ()
-        )
-        for entries in made.top_log_probs
-    )

@@ -5,8 +5,9 @@ Shapes: ``T`` tokens of a whole conversation, ``R`` tokens of one choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from typing import Any, Literal
 
 from torchrl_sglang.errors import ConfigError
@@ -148,26 +149,45 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """One choice as far as it is generated. What an earlier report had does not change.
+    """What one choice has gained since the report before. The finished choice begins with all reports joined.
 
     Attributes:
         index: number of the choice.
-        text: all text so far that is certain (no half character, no beginning of a stop string).
-        content: the part of it that belongs to the message's ``content``. With tools, what may be a call is held back;
-            the finished message's content begins with this.
+        text: new text that is certain (no half character, no beginning of a stop string).
+        content: the part of it that belongs to the message's ``content``. With tools, what may be a call is held back.
         reasoning_content: the part of it that belongs to ``reasoning_content``.
-        token_ids: all tokens so far, length ``R``.
+        token_ids: new tokens, length ``R``.
         log_probs: their natural-log probabilities, length ``R``.
         top_log_probs: as in :class:`Choice`.
     """
 
     index: int
-    text: str
-    content: str
-    reasoning_content: str
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
+    text: str = ""
+    content: str = ""
+    reasoning_content: str = ""
+    token_ids: tuple[int, ...] = ()
+    log_probs: tuple[float, ...] = ()
     top_log_probs: tuple[tuple[TokenLogProb, ...], ...] = ()
+
+    @classmethod
+    def joined(cls, reports: Sequence[Progress]) -> Progress:
+        """Reports of one choice that follow each other, as one.
+
+        Examples:
+            >>> Progress.joined([Progress(index=0, text="He", token_ids=(5,)), Progress(index=0, text="llo")]).text
+            'Hello'
+        """
+        if len(reports) == 1:
+            return reports[0]
+        return cls(
+            index=reports[0].index,
+            text="".join([each.text for each in reports]),
+            content="".join([each.content for each in reports]),
+            reasoning_content="".join([each.reasoning_content for each in reports]),
+            token_ids=tuple(chain.from_iterable([each.token_ids for each in reports])),
+            log_probs=tuple(chain.from_iterable([each.log_probs for each in reports])),
+            top_log_probs=tuple(chain.from_iterable([each.top_log_probs for each in reports])),
+        )
 
 
 OnProgress = Callable[[Progress], None]

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-__all__ = ["TextDeltas"]
+__all__ = ["Beginnings", "TextDeltas"]
+
+
+class Beginnings:
+    """How much of a text's end may be the beginning of one of some marks.
+
+    Args:
+        marks: the marks, such as stop strings or tags.
+        or_whole: a whole mark at the end counts, too.
+
+    Examples:
+        >>> Beginnings(["END", "</think>"]).at_end("The E"), Beginnings(["END"]).at_end("The END")
+        (1, 0)
+    """
+
+    def __init__(self, marks: Iterable[str], *, or_whole: bool = False) -> None:
+        self._known = frozenset(mark[:size] for mark in marks for size in range(1, len(mark) + or_whole))
+        self._firsts = tuple({each[0] for each in self._known})
+        self._longest = max(map(len, self._known), default=0)
+
+    def at_end(self, text: str) -> int:
+        """Number of the last characters that are the longest beginning of a mark."""
+        end = text[-self._longest :] if self._longest else ""
+        if not any(first in end for first in self._firsts):
+            return 0
+        return next((len(end) - start for start in range(len(end)) if end[start:] in self._known), 0)
 
 
 class TextDeltas:
@@ -23,25 +48,18 @@ class TextDeltas:
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
-        self._stops = tuple(stops)
+        self._stops = Beginnings(stops, or_whole=True)
         self._sent = ""
 
     def push(self, text: str) -> str:
         """The new part of the text so far that will not change."""
         settled = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        settled = settled[: len(settled) - self._unsettled(settled)]
+        settled = settled[: len(settled) - self._stops.at_end(settled)]
         return self._advance(settled) if len(settled) > len(self._sent) else ""
 
     def finish(self, text: str) -> str:
         """The rest of the complete text."""
         return self._advance(text)
-
-    def _unsettled(self, text: str) -> int:
-        longest = max((len(stop) for stop in self._stops), default=0)
-        return next((n for n in range(min(longest, len(text)), 0, -1) if self._may_be_stop(text[-n:])), 0)
-
-    def _may_be_stop(self, end: str) -> bool:
-        return any(stop.startswith(end) for stop in self._stops)
 
     def _advance(self, text: str) -> str:
         new = text[len(self._sent) :]

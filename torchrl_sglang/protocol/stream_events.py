@@ -11,7 +11,7 @@ from typing import Any
 
 from torchrl_sglang.errors import ProtocolError, RequestRejectedError
 
-__all__ = ["StreamedReply"]
+__all__ = ["StreamedReply", "refuse_errors"]
 
 # These lists of `meta_info` have one entry per response token. Others, such as the prompt's log-probs, are whole.
 _PER_TOKEN = (
@@ -54,7 +54,7 @@ class StreamedReply:
             RequestRejectedError: the server ended the stream with an error.
             ProtocolError: a field is missing, or the event neither repeats nor continues the tokens before it.
         """
-        self._refuse_errors(event)
+        refuse_errors(event, server=self._server)
         try:
             ids_T, meta = list(event["output_ids"]), dict(event["meta_info"])
             count = int(meta.get("completion_tokens", len(ids_T)))
@@ -87,26 +87,32 @@ class StreamedReply:
         self._whole = whole
         return whole
 
-    def _refuse_errors(self, event: Mapping[str, Any]) -> None:
-        """An error in the middle of a stream comes as an event: the status 200 was sent before."""
-        if not isinstance(event, Mapping):
-            raise ProtocolError(f"{self._server} streamed an event that is no object", server=self._server)
-        error = event.get("error") if "meta_info" not in event else None
-        if "meta_info" not in event:
-            detail = str(error.get("message", error) if isinstance(error, Mapping) else error or dict(event))
-            status = int(error["code"]) if isinstance(error, Mapping) and str(error.get("code")).isdigit() else 200
-            raise RequestRejectedError(
-                f"{self._server} stopped the stream: {detail}", server=self._server, status=status, detail=detail
-            )
-        finish = event["meta_info"].get("finish_reason") if isinstance(event["meta_info"], Mapping) else None
-        if not isinstance(finish, Mapping) or finish.get("type") != "abort":
-            return
-        code = finish.get("status_code")
-        if isinstance(code, int) and code >= 400:
-            detail = str(finish.get("message", ""))
-            raise RequestRejectedError(
-                f"{self._server} answered {code} in the stream: {detail}",
-                server=self._server,
-                status=code,
-                detail=detail,
-            )
+
+def refuse_errors(event: Mapping[str, Any], *, server: str) -> None:
+    """Refuse an event that is an error, as which one in the middle of a stream comes: the status 200 was sent.
+
+    Raises:
+        RequestRejectedError: the server ended the stream with an error.
+        ProtocolError: the event is no object.
+    """
+    if not isinstance(event, Mapping):
+        raise ProtocolError(f"{server} streamed an event that is no object", server=server)
+    error = event.get("error") if "meta_info" not in event else None
+    if "meta_info" not in event:
+        detail = str(error.get("message", error) if isinstance(error, Mapping) else error or dict(event))
+        status = int(error["code"]) if isinstance(error, Mapping) and str(error.get("code")).isdigit() else 200
+        raise RequestRejectedError(
+            f"{server} stopped the stream: {detail}", server=server, status=status, detail=detail
+        )
+    finish = event["meta_info"].get("finish_reason") if isinstance(event["meta_info"], Mapping) else None
+    if not isinstance(finish, Mapping) or finish.get("type") != "abort":
+        return
+    code = finish.get("status_code")
+    if isinstance(code, int) and code >= 400:
+        detail = str(finish.get("message", ""))
+        raise RequestRejectedError(
+            f"{server} answered {code} in the stream: {detail}",
+            server=server,
+            status=code,
+            detail=detail,
+        )

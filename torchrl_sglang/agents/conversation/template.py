@@ -9,6 +9,7 @@ from typing import Any
 
 from torchrl_sglang.agents.conversation.forms import Form, join_contents, with_first_system, without_system
 from torchrl_sglang.agents.conversation.messages import Call, Message
+from torchrl_sglang.chat.text_deltas import Beginnings
 from torchrl_sglang.chat.tool_parsers import template_text
 from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.errors import ConfigError
@@ -53,6 +54,7 @@ class AgentTemplate:
     Attributes:
         special: ids of tokens that mark places in a conversation, and of those that end an answer.
         end_texts: texts of the tokens that end an answer.
+        mark_beginnings: finds what may be the beginning of a special token's text at the end of a text.
         knows_tools: whether the template writes tools.
         knows_calls: whether it writes calls; DeepSeek's do, and write no tools.
         takes_several_calls: whether the template takes several calls in one message, which Llama 3's refuses.
@@ -72,7 +74,9 @@ class AgentTemplate:
         self.turn_end_ids = tuple(sorted(plain.turn_end_ids()))
         self.special = special_ids(tokenizer) | frozenset(self.turn_end_ids)
         self.end_texts = tuple(text for text in (self.decode([token]) for token in self.turn_end_ids) if text.strip())
-        self._marks = _pattern(tokenizer)
+        marks = _marks(tokenizer)
+        self.mark_beginnings = Beginnings(marks)
+        self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
         self._renderers: dict[str, ChatRenderer] = {}
         self._takes_system = _renders(plain, [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}])
         # mistral-common's tokenizers raise errors of their own for what they don't take.
@@ -171,13 +175,13 @@ class AgentTemplate:
         return made
 
 
-def _pattern(tokenizer: Any) -> re.Pattern[str] | None:
-    """Matches special tokens in text; ``None`` if there are none. Byte tokens count as special in some tokenizers."""
+def _marks(tokenizer: Any) -> list[str]:
+    """Texts of the special tokens, the longest first. Byte tokens, which count as special in some, are none."""
     ids = sorted(special_ids(tokenizer))
     tokens = [str(token).strip() for token in tokenizer.convert_ids_to_tokens(ids)]
     texts = [str(tokenizer.decode([token], skip_special_tokens=False)).strip() for token in ids]
     marks = [token for token, text in zip(tokens, texts, strict=True) if token == text and len(token) > 1]
-    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True)))) if marks else None
+    return sorted(marks, key=len, reverse=True)
 
 
 def _content(message: Message) -> str | list[dict[str, Any]]:

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torchrl_sglang.agents.types import Choice, Progress, TokenLogProb
+from torchrl_sglang.agents.types import Choice, Progress
 
 __all__ = ["Delta", "ReplyDeltas"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """What a choice has gained.
-
-    Attributes:
-        index: number of the choice.
-        content: new text of the message.
-        reasoning_content: new text of the reasoning.
-        text: new text of a completion without messages.
-        token_ids: new tokens.
-        log_probs: their log-probs.
-        top_log_probs: the likeliest tokens for each of them; empty unless requested.
-    """
-
-    index: int
-    content: str = ""
-    reasoning_content: str = ""
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    log_probs: tuple[float, ...] = ()
-    top_log_probs: tuple[tuple[TokenLogProb, ...], ...] = ()
+Delta = Progress
+"""What a choice has gained."""
 
 
 class _Sent:
@@ -42,13 +21,17 @@ class _Sent:
 
 
 class ReplyDeltas:
-    """Keeps what was sent of each choice.
+    """Counts what was sent of each choice.
 
     Examples:
         >>> deltas = ReplyDeltas()
-        >>> so_far = dict(index=0, reasoning_content="", token_ids=(), log_probs=())
-        >>> [deltas.of(Progress(text=t, content=t, **so_far)).content for t in ("He", "Hello")]
-        ['He', 'llo']
+        >>> deltas.of(Progress(index=0, content="He", token_ids=(5,))).content
+        'He'
+        >>> message = {"role": "assistant", "content": "Hello"}
+        >>> whole = dict(text="Hello", token_ids=(5, 6), log_probs=(-0.5, -0.1), weight_versions=(3, 3))
+        >>> rest = deltas.rest(Choice(index=0, message=message, finish_reason="stop", **whole))
+        >>> rest.content, rest.token_ids
+        ('llo', (6,))
     """
 
     def __init__(self) -> None:
@@ -63,51 +46,25 @@ class ReplyDeltas:
 
     def of(self, progress: Progress) -> Delta:
         """What a choice has gained with this report."""
-        return self._advance(
-            progress.index,
-            progress.content,
-            progress.reasoning_content,
-            progress.text,
-            progress.token_ids,
-            progress.log_probs,
-            progress.top_log_probs,
-        )
+        sent = self._sent.setdefault(progress.index, _Sent())
+        sent.content += len(progress.content)
+        sent.reasoning_content += len(progress.reasoning_content)
+        sent.text += len(progress.text)
+        sent.tokens += len(progress.token_ids)
+        return progress
 
     def rest(self, choice: Choice) -> Delta:
         """What a finished choice has that was not reported."""
-        message = choice.message
-        return self._advance(
-            choice.index,
-            message.get("content") or "",
-            message.get("reasoning_content") or "",
-            message.get("content") or "",  # of a completion: its text, as the reports have it
-            choice.token_ids,
-            choice.log_probs,
-            choice.top_log_probs,
+        sent, message = self._sent.setdefault(choice.index, _Sent()), choice.message
+        content = message.get("content") or ""
+        return self.of(
+            Progress(
+                index=choice.index,
+                content=content[sent.content :],
+                reasoning_content=(message.get("reasoning_content") or "")[sent.reasoning_content :],
+                text=content[sent.text :],  # of a completion: its text, as the reports have it
+                token_ids=choice.token_ids[sent.tokens :],
+                log_probs=choice.log_probs[sent.tokens :],
+                top_log_probs=choice.top_log_probs[sent.tokens :],
+            )
         )
-
-    def _advance(
-        self,
-        index: int,
-        content: str,
-        reasoning: str,
-        text: str,
-        token_ids: tuple[int, ...],
-        log_probs: tuple[float, ...],
-        top: tuple[tuple[TokenLogProb, ...], ...],
-    ) -> Delta:
-        sent = self._sent.setdefault(index, _Sent())
-        delta = Delta(
-            index=index,
-            content=content[sent.content :],
-            reasoning_content=reasoning[sent.reasoning_content :],
-            text=text[sent.text :],
-            token_ids=token_ids[sent.tokens :],
-            log_probs=log_probs[sent.tokens :],
-            top_log_probs=top[sent.tokens :],
-        )
-        sent.content = max(sent.content, len(content))
-        sent.reasoning_content = max(sent.reasoning_content, len(reasoning))
-        sent.text = max(sent.text, len(text))
-        sent.tokens = max(sent.tokens, len(token_ids))
-        return delta

@@ -23,13 +23,13 @@ class RunningTurn:
     """
 
     def __init__(self, start: Callable[[OnProgress], Coroutine[Any, Any, Turn]]) -> None:
-        self._latest: dict[int, Progress] = {}
+        self._unread: dict[int, list[Progress]] = {}
         self._changed = asyncio.Event()
         self._task = asyncio.ensure_future(start(self._report))
         self._task.add_done_callback(lambda _task: self._changed.set())
 
     def _report(self, progress: Progress) -> None:
-        self._latest[progress.index] = progress
+        self._unread.setdefault(progress.index, []).append(progress)
         self._changed.set()
 
     async def begun(self) -> None:
@@ -51,10 +51,10 @@ class RunningTurn:
             timer.cancel()
             self._changed.clear()
             ended = self._task.done()
-            latest, self._latest = self._latest, {}
-            for progress in latest.values():
-                yield progress
-            if not latest and not ended:
+            unread, self._unread = self._unread, {}
+            for reports in unread.values():
+                yield Progress.joined(reports)
+            if not unread and not ended:
                 yield None
             if ended:
                 return

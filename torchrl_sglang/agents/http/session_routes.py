@@ -61,7 +61,7 @@ class SessionRoutes:
                 "model": self._serving.model,
                 "tokenizer_path": pool.info.tokenizer_path,
                 "revision": pool.info.revision,
-                "weight_version": max(pool.weight_version, pool.state.weights.newest_seen),
+                "weight_version": max(pool.weight_version, pool.state.weights.newest_seen.number),
                 "sessions": len(self._serving.sessions),
             }
         )
