@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchrl_sglang.chat.quoted_text import THINKING
@@ -19,6 +19,7 @@ from torchrl_sglang.errors import ConfigError
 
 __all__ = ["Call", "Image", "Message", "read_messages", "same_answer", "split_thinking"]
 
+_PLAIN_FIELDS, _PLAIN_ROLES = {"role", "content", "tool_call_id"}, {"system", "developer", "user", "assistant", "tool"}
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _LEFT_OUT_PARTS = ("thinking", "redacted_thinking", "reasoning", "tool_use", "tool_call", "function_call")
@@ -41,6 +42,7 @@ class Call:
     name: str
     arguments: Mapping[str, Any] | str
     id: str = ""
+    _key: tuple[str, str] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, call: ToolCall) -> Call:
@@ -50,10 +52,15 @@ class Call:
     @property
     def key(self) -> tuple[str, str]:
         """Equal for calls that are the same, whatever their ids and the spelling of their arguments."""
-        if isinstance(self.arguments, str):
-            return self.name, unicodedata.normalize("NFC", self.arguments.strip())
-        written = json.dumps(_plain_numbers(self.arguments), sort_keys=True, ensure_ascii=False)
-        return self.name, unicodedata.normalize("NFC", written)
+        if self._key is None:  # a recorded call is compared in each later turn
+            written = (
+                self.arguments.strip()
+                if isinstance(self.arguments, str)
+                else json.dumps(_plain_numbers(self.arguments), sort_keys=True, ensure_ascii=False)
+            )
+            object.__setattr__(self, "_key", (self.name, unicodedata.normalize("NFC", written)))
+        assert self._key is not None
+        return self._key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +167,10 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 
 def _read_message(index: int, message: Any) -> Message:
+    if type(message) is dict and message.keys() <= _PLAIN_FIELDS and message.get("role") in _PLAIN_ROLES:
+        role, content, call_id = message["role"], message.get("content"), message.get("tool_call_id")
+        if isinstance(content, str) and (call_id is None or isinstance(call_id, str)):
+            return Message(role=role, content=content, call_id=call_id or "" if role == "tool" else "")
     where = f"messages[{index}]"
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ConfigError(f"{where} must be an object with 'role' and 'content', got {message!r:.100}")

@@ -80,17 +80,17 @@ class Node:
         """The answers whose tokens this node's sequence has, this one included."""
         return list(_upwards(self, "base"))[::-1]
 
-    def token_ids(self) -> list[int]:
+    def token_ids(self) -> array[int]:
         """All tokens of the sequence, up to the end of the answer."""
-        ids: list[int] = []
+        ids = array("q")
         for node in self.chain():
             ids += node.prompt_ids
             ids += node.output_ids
         return ids
 
-    def token_ids_to_send(self) -> list[int]:
+    def token_ids_to_send(self) -> array[int]:
         """The same as it is sent to a server, with one placeholder per image."""
-        ids: list[int] = []
+        ids = array("q")
         for node in self.chain():
             ids += node.prompt_ids if node.sent_ids is None else node.sent_ids
             ids += node.output_ids
@@ -178,7 +178,8 @@ class Tree:
                 at = end + len(child.new)
                 if _continues(child, messages, end, names):
                     calls = zip(messages[at].calls, child.answer.calls, strict=True)
-                    waiting.append((child, at + 1, {**names, **{c.id: k.id for c, k in calls if c.id}}))
+                    other = {c.id: k.id for c, k in calls if c.id and names.get(c.id, c.id) != k.id}
+                    waiting.append((child, at + 1, {**names, **other} if other else names))
         node, end, names = best
         known = node.messages() if node is not None else []
         rest = tuple(_renamed(message, names) for message in messages[end:])
