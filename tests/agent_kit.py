@@ -144,6 +144,11 @@ def chat(session: Session, messages: Sequence[Mapping[str, Any]], on_progress: A
     return run(session.chat(ChatRequest(messages=tuple(messages), **request), on_progress))
 
 
+def told_tokens(reports: Sequence[Progress]) -> tuple[int, ...]:
+    """The tokens that reports have told of a choice."""
+    return Progress.joined(reports).token_ids if reports else ()
+
+
 _loop: list[asyncio.AbstractEventLoop] = []
 
 

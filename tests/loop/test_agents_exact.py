@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.agent_kit import ACTIONS, Agent, chat, check_parents, run, user
+from tests.agent_kit import ACTIONS, Agent, chat, check_parents, run, told_tokens, user
 from tests.loop.sync_cases import load
 from torchrl_sglang import SyncConfig, WeightSync
 from torchrl_sglang.agents.served_model import ServedModel
@@ -115,7 +115,7 @@ def test_an_update_in_a_turn_splits_its_versions_and_each_part_agrees_with_its_m
             talk = (user("dog"), first.choices[0].message, user("fox"))
             quiet = asyncio.ensure_future(session.chat(ChatRequest(messages=(user("cat"),), sampling=sampling)))
             turn = asyncio.ensure_future(session.chat(ChatRequest(messages=talk, sampling=sampling), seen.append))
-            while not seen or len(seen[-1].token_ids) < 20:
+            while len(told_tokens(seen)) < 20:
                 await asyncio.sleep(0.001)
             with closing(sync):
                 await asyncio.to_thread(sync.push, models[1])

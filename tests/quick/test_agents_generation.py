@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.agent_kit import check_parents, run, user
+from tests.agent_kit import check_parents, run, told_tokens, user
 from tests.fake_sglang import FakeServer, Fault, logprobs, signature
 from tests.fake_sglang.model import read_checkpoint
 from torchrl_sglang.agents.served_model import ServedModel
@@ -66,7 +65,7 @@ def check_log_probs(trajectories: list[Trajectory], folder: Path) -> None:
 
 async def a_few_tokens(seen: list[Any], servers: list[FakeServer], *, streams: bool) -> None:
     """Wait until tokens have come; without a stream, until the request has, and long enough for some tokens."""
-    while streams and (not seen or len(seen[-1].token_ids) < 3):
+    while streams and len(told_tokens(seen)) < 3:
         await asyncio.sleep(0.001)
     while not any(paths(server, "/generate") for server in servers):
         await asyncio.sleep(0.001)
@@ -138,8 +137,7 @@ def test_a_turn_that_an_update_aborts_is_continued_from_its_tokens(
         assert paths(server, "/generate") == 2
         (trajectory,) = session.trajectories()
         check_log_probs([trajectory], tiny_llama)
-        for before, after in itertools.pairwise(seen):
-            assert after.token_ids[: len(before.token_ids)] == before.token_ids
+        assert told_tokens(seen) == turn.choices[0].token_ids[: len(told_tokens(seen))]
 
 
 def test_a_turn_waits_while_servers_are_paused(fake: FakeServer) -> None:
@@ -179,8 +177,7 @@ def test_a_turn_whose_server_dies_is_generated_elsewhere(
         assert len(sessions.model.pool.healthy) == 1
         check_log_probs(session.trajectories(), tiny_llama)
         if streams:  # what the client has seen stays
-            longest = [report.token_ids for report in seen]
-            assert all(turn.choices[0].token_ids[: len(ids)] == ids for ids in longest)
+            assert turn.choices[0].token_ids[: len(told_tokens(seen))] == told_tokens(seen)
 
 
 def test_a_connection_that_breaks_is_no_dead_server(fake: FakeServer, tiny_llama: Path) -> None:

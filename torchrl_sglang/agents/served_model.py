@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from torchrl_sglang.agents.conversation.answers import find_calls
 from torchrl_sglang.agents.conversation.template import AgentTemplate
@@ -115,19 +118,27 @@ class ServedModel:
         """Close the connections to servers that have left the pool."""
         self.generator.close_departed()
 
-    def check(self, ids_P: Sequence[int], sampling: SamplingParams, *, num_tokens: int | None = None) -> None:
+    def check(
+        self,
+        ids_P: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        num_tokens: int | None = None,
+        new: Sequence[int] = (),
+    ) -> None:
         """Refuse a prompt or settings that the servers can't serve.
 
         Args:
             ids_P: the prompt as it is sent.
             sampling: the settings.
             num_tokens: its length where images take more than one token each.
+            new: the end of the prompt, if the tokens before it have been sent before.
 
         Raises:
             ContextLengthError: prompt and response don't fit into the context.
             ConfigError: another reason.
         """
-        longest, context = self.pool.max_prompt_tokens, self.pool.context_length
+        longest, context, vocab_size = self.pool.max_prompt_tokens, self.pool.context_length, self.pool.vocab_size
         limit = min((length for length in (longest, context) if length is not None), default=None)
         length = len(ids_P) if num_tokens is None else num_tokens
         if limit is not None and length > limit:
@@ -145,7 +156,12 @@ class ServedModel:
                 response_tokens=sampling.max_new_tokens,
                 limit=context,
             )
-        self.pool.check([ids_P], sampling)
+        unchecked = new or ids_P
+        if isinstance(unchecked, array) and unchecked and vocab_size is not None:
+            values = np.frombuffer(unchecked, dtype=np.int64)
+            if values.min() >= 0 and values.max() < vocab_size:
+                unchecked = unchecked[:1]
+        self.pool.check([unchecked], sampling)
 
     async def find_calls(
         self, text: str, tools: Sequence[Mapping[str, Any]], *, prompt_text: str, is_cut: bool

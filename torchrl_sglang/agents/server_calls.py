@@ -263,9 +263,14 @@ def _parsed(data: bytes) -> Any:
 
 def _written(body: Mapping[str, Any]) -> bytes:
     try:
-        return orjson.dumps(body)
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
     except TypeError:  # keys that are no texts, integers of more than 64 bits
-        return json.dumps(body).encode()
+        return json.dumps(body, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    """Token ids of a prompt, which are an array."""
+    return value.tolist()
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

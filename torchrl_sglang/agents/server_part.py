@@ -15,6 +15,8 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from torchrl_sglang.agents.generated import Generated, OnTokens
 from torchrl_sglang.agents.image_tokens import PromptImages
 from torchrl_sglang.agents.server_calls import ServerCalls
@@ -145,7 +147,7 @@ class ServerParts:
         adapter, label = self._pool.resolve_adapter(self._adapter)
         request_id = uuid.uuid4().hex
         request = build_generate(
-            [[*ids_P, *done.output_ids]],
+            [],
             sampling,
             stream=on_tokens is not None,
             request_ids=[request_id],
@@ -153,11 +155,14 @@ class ServerParts:
             cache_salt=self._pool.state.weights.cache_salt,
             media=None if images is None else [Media(images=images.urls)],
         )
-        further: dict[str, Any] = {} if images is None else {"return_prompt_token_ids": True}
+        # An array is written as JSON without an object for each token of a long conversation.
+        ids_T = np.array([*ids_P, *done.output_ids] if done.output_ids else ids_P, dtype=np.int64)
+        further: dict[str, Any] = {"input_ids": [ids_T]}
+        if images is not None:
+            further["return_prompt_token_ids"] = True
         if top_logprobs:
             further["top_logprobs_num"] = top_logprobs
-        if further:
-            request = replace(request, body={**(request.body or {}), **further})
+        request = replace(request, body={**(request.body or {}), **further})
         before = self._pool.state.servers
         last: Generated | None = None
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 from array import array
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ class _Job:
     """
 
     prompt: Prompt
-    ids_P: list[int]
+    ids_P: array[int]
     sampling: SamplingParams
     top_logprobs: int
     tools: Sequence[Mapping[str, Any]] = ()
@@ -193,7 +194,7 @@ def _maker(model: ServedModel, job: _Job, *, parent: Node | None, new: tuple[Mes
                 written,
                 found,
                 prompt_text=prompt_text,
-                prompt_ids=job.ids_P,
+                prompt_ids=hashlib.sha256(job.ids_P).digest() if found is not None and found.calls else (),
                 output_ids=made.output_ids,
                 template=model.template,
                 parser=model.parser,
@@ -235,7 +236,7 @@ async def _run(
     """Generate all choices side by side, and record them together: a turn that fails leaves nothing."""
     if not 0 <= job.top_logprobs <= _MOST_TOP_LOGPROBS:
         raise ConfigError(f"top_logprobs must be between 0 and {_MOST_TOP_LOGPROBS}, got {job.top_logprobs}")
-    model.check(job.ids_P, job.sampling, num_tokens=job.num_tokens)
+    model.check(job.ids_P, job.sampling, num_tokens=job.num_tokens, new=job.prompt.ids)
     single = job.sampling if job.sampling.n == 1 else replace(job.sampling, n=1)
     seed = job.sampling.sampling_seed
     stops = StopStrings.of(job.sampling, model.template.decode)
@@ -297,19 +298,19 @@ def _prompt_fields(job: _Job, made: Generated) -> dict[str, Any]:
     """
     prompt, seen = job.prompt, made.prompt_ids
     if job.images is None or seen is None:
-        return {"base": prompt.base, "prompt_ids": array("q", prompt.ids)}
+        return {"base": prompt.base, "prompt_ids": prompt.ids}
     known = job.images.known_ids
     if tuple(seen[: len(known)]) != known:
         return {
             "base": None,
             "prompt_ids": array("q", seen),
-            "sent_ids": array("q", job.ids_P),
+            "sent_ids": job.ids_P,
             "images": job.images.urls,
         }
     return {
         "base": prompt.base,
         "prompt_ids": array("q", seen[len(known) :]),
-        "sent_ids": array("q", prompt.ids),
+        "sent_ids": prompt.ids,
         "images": prompt.images,
     }
 

@@ -92,7 +92,7 @@ def read_answer(
         written: its text.
         found: its calls; ``None`` if the request has no tools.
         prompt_text: the text before it.
-        prompt_ids: the tokens before it, which calls without an id get theirs from.
+        prompt_ids: the tokens before it, or what stands for them, which calls without an id get theirs from.
         output_ids: its tokens, likewise.
         template: the chat template.
         parser: SGLang's name of the parser for the model's calls.

@@ -8,6 +8,7 @@ its thinking, the rendered text is tokenized, as it is for a conversation in whi
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,13 +43,15 @@ class Prompt:
     """
 
     base: Node | None
-    ids: list[int]
+    ids: array[int]
     text: str
     images: tuple[str, ...] = ()
 
-    def token_ids(self) -> list[int]:
+    def token_ids(self) -> array[int]:
         """All tokens of the prompt as they are sent: an image is one placeholder."""
-        return [*(self.base.token_ids_to_send() if self.base is not None else ()), *self.ids]
+        ids = array("q") if self.base is None else self.base.token_ids_to_send()
+        ids.extend(self.ids)
+        return ids
 
     def all_images(self) -> tuple[str, ...]:
         """URLs of all images of the prompt."""
@@ -76,6 +79,24 @@ def build_prompt(
         ConfigError: the template refuses the conversation.
     """
     renderer = template.renderer(tools, variables or {})
+    if match.node is not None or any(message.calls for message in match.messages):
+        return _build(match, template, renderer, tools, on_rewrite)
+    # The agents of a group begin with one conversation.
+    key = (renderer, match.messages)
+    known: Prompt | None = template.prompts.get(key)
+    if known is None:
+        known = _build(match, template, renderer, tools, on_rewrite)
+        template.prompts.put(key, known, size=len(known.text) + sum(map(len, known.images)))
+    return known
+
+
+def _build(
+    match: Match,
+    template: AgentTemplate,
+    renderer: ChatRenderer,
+    tools: Sequence[Mapping[str, Any]],
+    on_rewrite: OnRewrite,
+) -> Prompt:
     form, text = render_form(template.form(match.messages, tools), renderer)
     images = tuple(image.url for message in match.messages for image in message.images)
     if images:
@@ -88,13 +109,13 @@ def build_prompt(
             behind = _after(renderer, form, match.node)
             found = found if behind is None else (match.node, behind)
     if found is None:
-        return Prompt(base=None, ids=renderer.encode(text), text=text, images=images)
+        return Prompt(base=None, ids=template.segments.encode(text), text=text, images=images)
     base, behind = found
     before = _images_of(base)
     if images[: len(before)] != before:  # the template hides earlier images
-        return Prompt(base=None, ids=renderer.encode(text), text=text, images=images)
+        return Prompt(base=None, ids=template.segments.encode(text), text=text, images=images)
     ids = _encode_behind(base, behind, renderer, template)
-    return Prompt(base=base, ids=ids, text=behind, images=images[len(before) :])
+    return Prompt(base=base, ids=array("q", ids), text=behind, images=images[len(before) :])
 
 
 def _images_of(node: Node | None) -> tuple[str, ...]:

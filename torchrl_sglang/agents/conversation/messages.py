@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchrl_sglang.agents.conversation.same_calls import SameCalls, call_key
@@ -20,6 +20,7 @@ from torchrl_sglang.errors import ConfigError
 
 __all__ = ["Call", "Image", "Message", "read_messages", "same_answer", "split_thinking"]
 
+_PLAIN_FIELDS, _PLAIN_ROLES = {"role", "content", "tool_call_id"}, {"system", "developer", "user", "assistant", "tool"}
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _LEFT_OUT_PARTS = ("thinking", "redacted_thinking", "reasoning", "tool_use", "tool_call", "function_call")
@@ -43,6 +44,7 @@ class Call:
     name: str
     arguments: Mapping[str, Any] | str
     id: str = ""
+    _key: tuple[str, str] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, call: ToolCall) -> Call:
@@ -52,7 +54,10 @@ class Call:
     @property
     def key(self) -> tuple[str, str]:
         """Equal for calls that are the same, whatever their ids and the spelling of their arguments."""
-        return call_key(self.name, self.arguments)
+        if self._key is None:  # a recorded call is compared in each later turn
+            object.__setattr__(self, "_key", call_key(self.name, self.arguments))
+        assert self._key is not None
+        return self._key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +164,10 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 
 def _read_message(index: int, message: Any) -> Message:
+    if type(message) is dict and message.keys() <= _PLAIN_FIELDS and message.get("role") in _PLAIN_ROLES:
+        role, content, call_id = message["role"], message.get("content"), message.get("tool_call_id")
+        if isinstance(content, str) and (call_id is None or isinstance(call_id, str)):
+            return Message(role=role, content=content, call_id=call_id or "" if role == "tool" else "")
     where = f"messages[{index}]"
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ConfigError(f"{where} must be an object with 'role' and 'content', got {message!r:.100}")

@@ -7,8 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import orjson
+
 from torchrl_sglang.agents.conversation.forms import Form, join_contents, with_first_system, without_system
+from torchrl_sglang.agents.conversation.kept import Kept
 from torchrl_sglang.agents.conversation.messages import Call, Message
+from torchrl_sglang.agents.conversation.segment_ids import SegmentIds
 from torchrl_sglang.chat.text_deltas import Beginnings
 from torchrl_sglang.chat.tool_parsers import template_text
 from torchrl_sglang.chat_templates import ChatRenderer
@@ -19,6 +23,7 @@ from torchrl_sglang.text_tokens import special_ids
 __all__ = ["AgentTemplate"]
 
 _KEPT_RENDERERS = 32
+_KEPT_CHARACTERS = 4 * 2**20
 _TOOL_ROLE = re.compile(r"""['"]tool['"]""")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TOOL_PROMPT = """\
@@ -55,6 +60,8 @@ class AgentTemplate:
         special: ids of tokens that mark places in a conversation, and of those that end an answer.
         end_texts: texts of the tokens that end an answer.
         mark_beginnings: finds what may be the beginning of a special token's text at the end of a text.
+        segments: encodes rendered texts.
+        prompts: those of conversations in which nothing was generated yet.
         knows_tools: whether the template writes tools.
         knows_calls: whether it writes calls; DeepSeek's do, and write no tools.
         takes_several_calls: whether the template takes several calls in one message, which Llama 3's refuses.
@@ -77,7 +84,9 @@ class AgentTemplate:
         marks = _marks(tokenizer)
         self.mark_beginnings = Beginnings(marks)
         self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
-        self._renderers: dict[str, ChatRenderer] = {}
+        self._renderers: dict[bytes, ChatRenderer] = {}
+        self.segments = SegmentIds(tokenizer)
+        self.prompts: Kept[Any, Any] = Kept(_KEPT_CHARACTERS)
         self._takes_system = _renders(plain, [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}])
         # mistral-common's tokenizers raise errors of their own for what they don't take.
         later = [{"role": role, "content": "?"} for role in ("user", "assistant", "system", "user")]
@@ -105,11 +114,16 @@ class AgentTemplate:
         Raises:
             ConfigError: a variable's name is taken.
         """
-        key = json.dumps([tools, variables], sort_keys=True, default=repr)
+        # Not sorted: templates write the fields in their order.
+        try:
+            key = orjson.dumps([tools, variables])
+        except TypeError:  # keys that are no texts, integers of more than 64 bits, half of a surrogate pair
+            key = json.dumps([tools, variables], default=repr).encode()
         known = self._renderers.get(key)
         if known is None:
             given = {"tools": [dict(tool) for tool in tools]} if tools and self.knows_tools else {}
-            known = ChatRenderer(self.tokenizer, chat_template=self._chat_template, variables={**variables, **given})
+            known = _Renderer(self.tokenizer, chat_template=self._chat_template, variables={**variables, **given})
+            known.segment_ids = self.segments
             if len(self._renderers) >= _KEPT_RENDERERS:
                 self._renderers.clear()
             self._renderers[key] = known  # not read again: the prompts of long texts are made in other threads
@@ -173,6 +187,16 @@ class AgentTemplate:
                 for call in message.calls
             ]
         return made
+
+
+class _Renderer(ChatRenderer):
+    """Encodes passages that conversations have in common once."""
+
+    segment_ids: SegmentIds
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a rendered text."""
+        return self.segment_ids.encode(text).tolist()
 
 
 def _marks(tokenizer: Any) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from torchrl_sglang.agents.conversation.continuation import Prompt
 from torchrl_sglang.agents.conversation.template import AgentTemplate
 from torchrl_sglang.agents.conversation.tree import Node, Tree
@@ -28,25 +30,37 @@ def build_text_prompt(prompt: str | tuple[int, ...], tree: Tree, template: Agent
         raise ConfigError("the prompt is empty: give a text, or at least one token id")
     if not isinstance(prompt, str):
         return _build_ids_prompt(list(prompt), tree, template)
-    best, said = None, ""
+    best, end = None, 0
+    ends: dict[Node | None, int] = {None: 0}  # of the texts that the prompt begins with; a base comes before its nodes
     for node in tree.nodes:
-        text = "".join(each.prompt_text + each.answer.content for each in node.chain())
-        if _is_open(node, template) and prompt.startswith(text) and len(text) >= len(said):
-            best, said = node, text
+        text = node.prompt_text + node.answer.content
+        start = ends.get(node.base)
+        if start is None or not prompt.startswith(text, start):
+            continue
+        ends[node] = start + len(text)
+        if _is_open(node, template) and ends[node] >= end:
+            best, end = node, ends[node]
     if best is None:
         (ids,) = encode_texts(template.tokenizer, [prompt], open_end=True)
-        return Prompt(base=None, ids=ids, text=prompt)
-    rest = prompt[len(said) :]
-    return Prompt(base=best, ids=template.renderer((), {}).encode_after(said[-32:], rest), text=rest)
+        return Prompt(base=None, ids=array("q", ids), text=prompt)
+    rest = prompt[end:]
+    ids = template.renderer((), {}).encode_after(prompt[max(0, end - 32) : end], rest)
+    return Prompt(base=best, ids=array("q", ids), text=rest)
 
 
 def _build_ids_prompt(ids: list[int], tree: Tree, template: AgentTemplate) -> Prompt:
     best, count = None, 0
+    given = array("q", ids)
+    ends: dict[Node | None, int] = {None: 0}
     for node in tree.nodes:
-        known = node.token_ids()
-        if len(known) >= count and ids[: len(known)] == known:
-            best, count = node, len(known)
-    return Prompt(base=best, ids=ids[count:], text=template.decode(ids[count:]))
+        start = ends.get(node.base)
+        known = node.prompt_ids + node.output_ids
+        if start is None or given[start : start + len(known)] != known:
+            continue
+        ends[node] = start + len(known)
+        if ends[node] >= count:
+            best, count = node, ends[node]
+    return Prompt(base=best, ids=given[count:], text=template.decode(ids[count:]))
 
 
 def _is_open(node: Node, template: AgentTemplate) -> bool:

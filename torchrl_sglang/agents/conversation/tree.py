@@ -83,9 +83,9 @@ class Node:
         """The answers whose tokens this node's sequence has, this one included."""
         return list(_upwards(self, "base"))[::-1]
 
-    def token_ids(self) -> list[int]:
+    def token_ids(self) -> array[int]:
         """All tokens of the sequence, up to the end of the answer."""
-        ids: list[int] = []
+        ids = array("q")
         for node in self.chain():
             ids += node.prompt_ids
             ids += node.output_ids
@@ -95,9 +95,9 @@ class Node:
         """All tokens before the answer."""
         return [*(() if self.base is None else self.base.token_ids()), *self.prompt_ids]
 
-    def token_ids_to_send(self) -> list[int]:
+    def token_ids_to_send(self) -> array[int]:
         """The same as it is sent to a server, with one placeholder per image."""
-        ids: list[int] = []
+        ids = array("q")
         for node in self.chain():
             ids += node.prompt_ids if node.sent_ids is None else node.sent_ids
             ids += node.output_ids
@@ -189,7 +189,8 @@ class Tree:
                 at = end + len(child.new)
                 if _continues(child, messages, end, names, calls):
                     pairs = zip(messages[at].calls, child.answer.calls, strict=True)
-                    waiting.append((child, at + 1, {**names, **{c.id: k.id for c, k in pairs if c.id}}))
+                    other = {c.id: k.id for c, k in pairs if c.id and names.get(c.id, c.id) != k.id}
+                    waiting.append((child, at + 1, {**names, **other} if other else names))
         node, end, names = best
         known = node.messages() if node is not None else []
         rest = tuple(_renamed(message, names) for message in messages[end:])

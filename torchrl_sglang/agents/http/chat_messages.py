@@ -36,6 +36,8 @@ def check_messages(messages: Sequence[Any]) -> tuple[dict[str, Any], ...]:
 
 def _message(message: Any, where: str, waiting: int) -> dict[str, Any]:
     """A message; ``waiting`` calls before it have no result yet, so that a result without an id has a call."""
+    if _is_plain(message):  # most messages of a long conversation, all of which come with each turn
+        return dict(message)
     fields = Fields(message, where)
     if isinstance(message, Mapping) and message.get("role") == "function":
         raise bad_request(f"{where}.role 'function' is OpenAI's old form: send role 'tool'", f"{where}.role")
@@ -70,6 +72,16 @@ def _message(message: Any, where: str, waiting: int) -> dict[str, Any]:
             f"{where}.content must be a string or a list of parts, got {content!r:.80}", f"{where}.content"
         )
     return checked
+
+
+def _is_plain(message: Any) -> bool:
+    """Whether a message has a role and a text, a tool's also the id of its call, and nothing else."""
+    if type(message) is not dict or type(message.get("content")) is not str:
+        return False
+    role = message.get("role")
+    if role == "tool":
+        return len(message) == 3 and type(message.get("tool_call_id")) is str
+    return len(message) == 2 and type(role) is str and role in _ROLES
 
 
 def _check_call(fields: Fields) -> None:

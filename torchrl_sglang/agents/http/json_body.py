@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
+import orjson
 from starlette.requests import ClientDisconnect, Request
 
 from torchrl_sglang.agents.http.api_errors import ApiError, bad_request
 
 __all__ = ["ClientDisconnect", "parse_json", "read_json_body"]
 
+_LARGE = 2.0**63
 _DEEPEST = 100
 """Levels of nesting: what is recorded is copied and written by recursive functions later."""
 
@@ -55,6 +57,14 @@ def parse_json(body: bytes) -> Any:
         ...
         torchrl_sglang.agents.http.api_errors.ApiError: the body is not valid JSON: NaN is no JSON number
     """
+    try:
+        value = orjson.loads(body)
+    except ValueError:  # `json` takes some that orjson does not, and says what is wrong with all others
+        return _parse_slowly(body)
+    return _parse_slowly(body) if _has_large_number(value) else value
+
+
+def _parse_slowly(body: bytes) -> Any:
     if not body.strip():
         return None
     try:
@@ -70,6 +80,23 @@ def parse_json(body: bytes) -> Any:
     if _is_deeper_than(value, _DEEPEST):
         raise bad_request(f"the body is nested more than {_DEEPEST} levels deep", code="invalid_json")
     return value
+
+
+def _has_large_number(value: Any) -> bool:
+    """Whether orjson may have made a float of an integer, or a value is nested too deeply."""
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        inner = []
+        for each in level:
+            kind = type(each)
+            if kind is dict or kind is list:
+                inner.append(each)
+            elif kind is float and abs(each) >= _LARGE:
+                return True
+        level = [each for one in inner for each in (one.values() if type(one) is dict else one)]
+        if not level:
+            return False
+    return True
 
 
 def _is_deeper_than(value: Any, limit: int) -> bool:
