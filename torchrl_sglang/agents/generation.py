@@ -189,8 +189,8 @@ class Generator:
                 return done
             if len(done.output_ids) == before and _QUEUE_FULL in done.abort_message:
                 refusals += 1
-                error = RequestRejectedError(f"{done.server}: {done.abort_message}", server=done.server, status=503)
-                self._after_refusal(error, refusals, deadline)
+                full = RequestRejectedError(f"{done.server}: {done.abort_message}", server=done.server, status=503)
+                self._after_refusal(full, refusals, deadline)
                 continue
             barren = barren + 1 if len(done.output_ids) == before else 0
             if barren > _MOST_BARREN:

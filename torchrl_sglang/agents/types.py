@@ -255,7 +255,7 @@ class Trajectory:
         if not isinstance(value, Mapping) or not set(value) <= known:
             what = sorted(set(value) - known) if isinstance(value, Mapping) else type(value).__name__
             raise ConfigError(f"this is no trajectory of this version of torchrl-sglang: {what!s:.200}")
-        given = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+        given: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
         try:
             made = cls(**given)
         except TypeError as error:
