@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,8 @@ _FOR_THE_MOMENT = (429, 503)
 _REFUSED_AGAIN_S = 1.0
 """Where the answer does not say when: SGLang's own, whose queue is full."""
 _LEAST_WAIT_S = 0.05
+_LOCAL_AGAIN_S = 0.25
+"""This machine has no free descriptor or port, or no network, for the moment."""
 _QUEUE_FULL = "queue is full"
 """In the event with which SGLang (0.5.23) refuses a stream; what is not streamed it answers with 503."""
 
@@ -152,6 +155,7 @@ class Generator:
     ) -> Generated:
         done = Generated()
         failures = barren = refusals = 0
+        local_since: float | None = None
         while True:
             before = len(done.output_ids)
             rest, is_watched = _rest(sampling, done.output_ids, stops)
@@ -168,6 +172,12 @@ class Generator:
                 _log.warning("a turn is sent again: its adapter was unloaded before it was sent")
                 continue
             except Broken as broken:
+                if isinstance(broken.error, ServerUnreachableError) and broken.error.is_local:
+                    local_since = local_since or time.monotonic()
+                    if time.monotonic() - local_since > self._no_server_wait_s:
+                        raise broken.error from broken
+                    await asyncio.sleep(_LOCAL_AGAIN_S)
+                    continue
                 failures += not self.pool.state.has_left(broken.client.url)
                 done = await self._after_failure(broken, done, failures, streamed=on_tokens is not None)
                 if done.output_ids and _has_grammar(sampling):
@@ -247,8 +257,6 @@ class Generator:
             SGLangError: the failure, if it can't be mended elsewhere.
         """
         client, error = broken.client, broken.error
-        if isinstance(error, ServerUnreachableError) and error.is_local:
-            raise error
         has_left = self.pool.state.has_left(client.url)  # then its connections were cut
         if not has_left and await asyncio.to_thread(dead_server, client, error) is not None:
             self.pool.record_death(client.url, error)

@@ -282,6 +282,7 @@ class SessionInfo:
         reward: its reward, if there is one.
         info: what was given with the reward.
         tags: what was given when it was created.
+        last_error: why its latest request got no answer; empty if it got one.
     """
 
     id: str
@@ -295,3 +296,4 @@ class SessionInfo:
     reward: float | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, Any] = field(default_factory=dict)
+    last_error: str = ""

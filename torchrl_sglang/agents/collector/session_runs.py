@@ -74,10 +74,18 @@ class SessionRuns:
             return await self._recorded(session, returned)
         except (RunFailedError, SessionError) as error:  # an agent may have deleted its own session
             kind = error.kind if isinstance(error, RunFailedError) else "gateway"
-            message = str(error).replace(session.api_key, "***")
+            message = (str(error) + await self._told(session)).replace(session.api_key, "***")
             return RunFailure(kind=kind, message=message, group_id=task.number, member=member, session=session.id)
         finally:
             await self._delete(session)
+
+    async def _told(self, session: AgentSession) -> str:
+        """Why the gateway did not answer its last request: many clients tell the status alone."""
+        try:
+            info = await _called(lambda: self._gateway.get(session.id))
+        except (SGLangError, RuntimeError):  # it is deleted, or the gateway is closed
+            return ""
+        return f". The gateway had told it: {info.last_error}" if info.last_error else ""
 
     async def _session(self, task: NumberedTask, member: int) -> AgentSession:
         """A new session; waits while the gateway keeps as many as it may.
