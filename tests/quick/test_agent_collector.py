@@ -475,7 +475,7 @@ def test_leaving_a_loop_and_iterating_again_goes_on(gateway: AgentGateway) -> No
         ({"concurrency": 0}, "concurrency must be"),
         ({"timeout_s": 0}, "timeout_s must be"),
         ({"ahead": -1}, "ahead must be"),
-        ({"gateway": "http://127.0.0.1:1"}, "must be a running AgentGateway, got str"),
+        ({"gateway": "http://127.0.0.1:1"}, "must be a running AgentGateway or a RemoteGateway, got str"),
     ],
 )
 def test_bad_arguments_are_refused(gateway: AgentGateway, given: dict[str, Any], message: str) -> None:

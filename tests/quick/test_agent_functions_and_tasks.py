@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from tests.agent_runs import ask, ask_async, says
 from tests.fake_sglang import FakeServer, FakeSettings
-from torchrl_sglang import AgentCollector, AgentGateway, ConfigError
+from torchrl_sglang import AgentCollector, AgentGateway, AgentsFailedError, ConfigError
 from torchrl_sglang.agents.collector.rewards import last_line, read_last_line
 from torchrl_sglang.agents.collector.runners import make_runner
 from torchrl_sglang.agents.collector.task_stream import TaskStream
@@ -269,3 +270,27 @@ def test_a_reward_is_read_as_a_terminal_shows_it(output: str, reward: float | No
 
 def test_the_last_line_is_the_last_that_shows_something() -> None:
     assert last_line("a\n\x1b[2K\n \t\n") == "a"
+
+
+# ------------------------------------------------------------------ what the gateway said
+
+
+def test_a_failed_run_says_what_the_gateway_answered_last(gateway: AgentGateway) -> None:
+    """httpx, requests and fetch tell the status alone."""
+
+    def too_long(task: Any, base_url: str, api_key: str) -> float:
+        ask(base_url, api_key, [says("hi")])
+        ask(base_url, api_key, [says("far too long " * 5000)])
+        return 1.0
+
+    def goes_on(task: Any, base_url: str, api_key: str) -> float:
+        with pytest.raises(httpx.HTTPStatusError):
+            ask(base_url, api_key, [says("far too long " * 5000)])
+        ask(base_url, api_key, [says("hi")])
+        raise ValueError("another reason")
+
+    for agent, told in ((too_long, True), (goes_on, False)):
+        with AgentCollector(gateway, agent, ["a"], group_size=2) as collector:
+            with pytest.raises(AgentsFailedError):
+                next(iter(collector))
+            assert ("The gateway had told it: the conversation has" in collector.failures[0].message) == told

@@ -16,6 +16,7 @@ from torchrl_sglang.agents.http.app import make_app
 from torchrl_sglang.agents.http.server_thread import ServerThread
 from torchrl_sglang.agents.http.serving import Serving
 from torchrl_sglang.agents.http.token_texts import TokenTexts
+from torchrl_sglang.agents.open_files import RESERVE, warn_of_low_limit
 from torchrl_sglang.agents.served_model import ServedModel
 from torchrl_sglang.agents.session import Session
 from torchrl_sglang.agents.sessions import Sessions
@@ -129,6 +130,7 @@ class AgentGateway:
 
     def start(self) -> AgentGateway:
         """Serve agents; returns when requests are answered."""
+        warn_of_low_limit()
         self._server.start()
         return self
 
@@ -253,6 +255,7 @@ def _application(serving: Serving, sessions: Sessions) -> Callable[[], Any]:
     """What :class:`ServerThread` starts: the application, and its end. Holds no gateway, so that one can be freed."""
 
     async def start() -> tuple[Any, Callable[[], Any]]:
+        RESERVE.fill()
         expiring = asyncio.get_running_loop().create_task(_expire(sessions))
 
         async def end() -> None:
@@ -271,6 +274,7 @@ async def _expire(sessions: Sessions) -> None:
         await asyncio.sleep(_EXPIRE_EVERY_S)
         sessions.expire()
         sessions.model.close_departed()
+        RESERVE.fill()
 
 
 def _check_access(host: str, admin_key: str | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,6 +45,8 @@ _FOR_THE_MOMENT = (429, 503)
 _REFUSED_AGAIN_S = 1.0
 """Where the answer does not say when: SGLang's own, whose queue is full."""
 _LEAST_WAIT_S = 0.05
+_LOCAL_AGAIN_S = 0.25
+"""This machine has no free descriptor or port, or no network, for the moment."""
 _QUEUE_FULL = "queue is full"
 """In the event with which SGLang (0.5.23) refuses a stream; what is not streamed it answers with 503."""
 
@@ -153,6 +156,7 @@ class Generator:
     ) -> Generated:
         done = Generated()
         failures = barren = refusals = 0
+        local_since: float | None = None
         while True:
             before = len(done.output_ids)
             rest, is_watched = _rest(sampling, done.output_ids, stops)
@@ -169,6 +173,12 @@ class Generator:
                 _log.warning("a turn is sent again: its adapter was unloaded before it was sent")
                 continue
             except Broken as broken:
+                if isinstance(broken.error, ServerUnreachableError) and broken.error.is_local:
+                    local_since = local_since or time.monotonic()
+                    if time.monotonic() - local_since > self._no_server_wait_s:
+                        raise broken.error from broken
+                    await asyncio.sleep(_LOCAL_AGAIN_S)
+                    continue
                 failures += not self.pool.has_left(broken.client)
                 done = await self._after_failure(broken, done, failures, streamed=on_tokens is not None)
                 if done.output_ids and _has_grammar(sampling):
@@ -190,8 +200,8 @@ class Generator:
                 return done
             if len(done.output_ids) == before and _QUEUE_FULL in done.abort_message:
                 refusals += 1
-                error = RequestRejectedError(f"{done.server}: {done.abort_message}", server=done.server, status=503)
-                self._after_refusal(error, refusals, deadline)
+                full = RequestRejectedError(f"{done.server}: {done.abort_message}", server=done.server, status=503)
+                self._after_refusal(full, refusals, deadline)
                 continue
             barren = barren + 1 if len(done.output_ids) == before else 0
             if barren > _MOST_BARREN:
@@ -248,8 +258,6 @@ class Generator:
             SGLangError: the failure, if it can't be mended elsewhere.
         """
         client, error = broken.client, broken.error
-        if isinstance(error, ServerUnreachableError) and error.is_local:
-            raise error
         has_left = self.pool.has_left(client)  # then its connections were cut
         if not has_left and await asyncio.to_thread(dead_server, client, error) is not None:
             self.pool.record_death(client.url, error)

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import orjson
 
+from torchrl_sglang.agents.open_files import RESERVE, is_out_of_files
 from torchrl_sglang.agents.server_events import END, Growth, event_data, event_lines
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.connections import IDLE_LIMIT_S, socket_options
@@ -196,8 +197,9 @@ class ServerCalls:
                 return refusal
             local = next((each for each in _causes(error) if _is_local(each)), None)
             if local is not None:
+                advice = "; raise the limit of this process (ulimit -n)" if is_out_of_files(local) else ""
                 return ServerUnreachableError(
-                    f"this machine could not open a connection to {url}: {local}", server=url, is_local=True
+                    f"this machine could not open a connection to {url}: {local}{advice}", server=url, is_local=True
                 )
             return ServerUnreachableError(
                 f"nothing accepts connections at {url}; is the server running and the address right?", server=url
@@ -292,7 +294,13 @@ def _is_local(error: BaseException) -> bool:
 
 
 def _socket(address: tuple[Any, ...]) -> socket.socket:
-    made = socket.socket(*address[:3])
+    while True:
+        try:
+            made = socket.socket(*address[:3])
+            break
+        except OSError as error:
+            if not (is_out_of_files(error) and RESERVE.release()):
+                raise
     for option in socket_options():
         made.setsockopt(*option)
     return made

@@ -28,7 +28,7 @@ from torchrl_sglang.agents.types import (
     Trajectory,
     Turn,
 )
-from torchrl_sglang.errors import SessionFinishedError, UnknownSessionError
+from torchrl_sglang.errors import SessionFinishedError, SGLangError, UnknownSessionError
 
 __all__ = ["Session"]
 
@@ -77,6 +77,7 @@ class Session:
         self._is_deleted = False
         self._reward: float | None = None
         self._info: dict[str, Any] = {}
+        self._last_error = ""
 
     # ------------------------------------------------------------------ turns
 
@@ -148,8 +149,12 @@ class Session:
             if (lost := known.untaken) is not None:  # it came at this moment, and nobody is there to take it
                 self._records.lost(lost)
             raise
+        except SGLangError as error:
+            self._last_error = str(error)
+            raise
         finally:
             self._heard_at = time.monotonic()
+        self._last_error = ""
         self._server = record.server or self._server
         return self._records.delivered(record, is_repeated=joined, joins=True)
 
@@ -210,6 +215,7 @@ class Session:
             reward=self._reward,
             info=dict(self._info),
             tags=dict(self._tags),
+            last_error=self._last_error,
         )
 
     # ------------------------------------------------------------------ its end

@@ -277,7 +277,7 @@ class Trajectory:
         if not isinstance(value, Mapping) or not set(value) <= known:
             what = sorted(set(value) - known) if isinstance(value, Mapping) else type(value).__name__
             raise ConfigError(f"this is no trajectory of this version of torchrl-sglang: {what!s:.200}")
-        given = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+        given: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
         try:
             made = cls(**given)
         except TypeError as error:
@@ -304,6 +304,7 @@ class SessionInfo:
         reward: its reward, if there is one.
         info: what was given with the reward.
         tags: what was given when it was created.
+        last_error: why its latest request got no answer; empty if it got one.
     """
 
     id: str
@@ -317,3 +318,4 @@ class SessionInfo:
     reward: float | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, Any] = field(default_factory=dict)
+    last_error: str = ""

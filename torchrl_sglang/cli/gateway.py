@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM, or until a launched server ends."""
     from torchrl_sglang.agents.gateway import AgentGateway
+    from torchrl_sglang.agents.open_files import raise_limit
     from torchrl_sglang.agents.settings import SessionSettings
     from torchrl_sglang.model_files import load_tokenizer
 
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     settings = SessionSettings(
         generation=generation_settings(args), adapter=args.adapter, session_timeout_s=args.session_timeout
     )
+    raise_limit()
     try:
         with Termination() as termination, _servers(args, client.api_key) as (urls, launched):
             gateway = AgentGateway(

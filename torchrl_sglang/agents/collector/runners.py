@@ -37,14 +37,15 @@ def make_runner(run_agent: RunAgent) -> Runner:
             "run_agent must be a function (task, base_url, api_key) -> reward, or a command line, got "
             f"{type(run_agent).__name__}"
         )
-    by_name = _takes_names(run_agent)
+    agent: Callable[..., Any] = run_agent
+    by_name = _takes_names(agent)
     if _is(inspect.isgeneratorfunction, run_agent) or _is(inspect.isasyncgenfunction, run_agent):
         raise ConfigError("run_agent has a `yield`, so calling it runs nothing: an agent must return its reward")
 
     def call(task: Any, base_url: str, api_key: str) -> Any:
         if by_name:
-            return run_agent(task=task, base_url=base_url, api_key=api_key)
-        return run_agent(task, base_url, api_key)
+            return agent(task=task, base_url=base_url, api_key=api_key)
+        return agent(task, base_url, api_key)
 
     if _is(inspect.iscoroutinefunction, run_agent):
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from torchrl_sglang.agents.collector.task_stream import NumberedTask
 from torchrl_sglang.agents.collector.task_texts import own_copy
 from torchrl_sglang.agents.gateway import AgentGateway, AgentSession
 from torchrl_sglang.agents.remote_gateway import RemoteGateway
-from torchrl_sglang.agents.types import SessionInfo
+from torchrl_sglang.agents.types import SessionInfo, Trajectory
 from torchrl_sglang.errors import OverloadedError, SessionError, SGLangError, UnknownSessionError
 
 __all__ = ["SessionRuns"]
@@ -74,10 +74,18 @@ class SessionRuns:
             return await self._recorded(session, returned)
         except (RunFailedError, SessionError) as error:  # an agent may have deleted its own session
             kind = error.kind if isinstance(error, RunFailedError) else "gateway"
-            message = str(error).replace(session.api_key, "***")
+            message = (str(error) + await self._told(session)).replace(session.api_key, "***")
             return RunFailure(kind=kind, message=message, group_id=task.number, member=member, session=session.id)
         finally:
             await self._delete(session)
+
+    async def _told(self, session: AgentSession) -> str:
+        """Why the gateway did not answer its last request: many clients tell the status alone."""
+        try:
+            info = await _called(lambda: self._gateway.get(session.id))
+        except (SGLangError, RuntimeError):  # it is deleted, or the gateway is closed
+            return ""
+        return f". The gateway had told it: {info.last_error}" if info.last_error else ""
 
     async def _session(self, task: NumberedTask, member: int) -> AgentSession:
         """A new session; waits while the gateway keeps as many as it may.
@@ -160,10 +168,23 @@ class SessionRuns:
                 "the agent asks for top_p, top_k or min_p: tokens are drawn from a truncated distribution, and the "
                 "recorded log-probs are those before truncation (generation.exact_log_probs is False)"
             )
-        try:
-            return make_run(session.id, trained, reward, row_reward=self._row_reward, role=self._role)
-        except Exception as error:
+        return await self._rated(session, trained, reward)
+
+    async def _rated(self, session: AgentSession, trained: Sequence[Trajectory], reward: Reward) -> Run:
+        """The run with the rewards and roles of its rows, in a thread: the functions are the user's.
+
+        Raises:
+            RunFailedError: one of them raised, or gave no finite number.
+        """
+        make = partial(make_run, session.id, trained, reward, row_reward=self._row_reward, role=self._role)
+        if self._row_reward is None and self._role is None:
+            return make()
+        rating = asyncio.ensure_future(asyncio.to_thread(make))
+        await asyncio.wait({rating})
+        error = rating.exception()
+        if error is not None:
             raise RunFailedError("bad reward", f"row_reward or role failed: {_described(error)}") from error
+        return rating.result()
 
     async def _delete(self, session: AgentSession) -> None:
         """Forget the session, which aborts what it still generates; also while this run is given up."""

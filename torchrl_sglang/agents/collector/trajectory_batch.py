@@ -67,12 +67,12 @@ def trajectories_to_batch(
         reward = Reward(value=first.reward, info=first.info)
         run = make_run(session, trained_trajectories(leaves), reward, row_reward=row_reward, role=role)
         runs.setdefault(_group(first, group_by), []).append((run, first.tags))
-    numbers = list(runs)
-    if not all(type(number) is int for number in numbers):
+    numbers = [key for key in runs if isinstance(key, int) and not isinstance(key, bool)]
+    if len(numbers) < len(runs):
         numbers = list(range(len(runs)))
     groups = [
         Group(
-            number=int(number),
+            number=number,
             task=tags.get("task", tags),
             position=tags.get("position"),
             runs=[run for run, _ in members],
@@ -85,7 +85,7 @@ def trajectories_to_batch(
 
 def _check(sessions: Mapping[str, Sequence[Trajectory]]) -> None:
     """Refuse what must not be trained on by accident."""
-    problems = {
+    problems: dict[str, Callable[[Sequence[Trajectory]], bool]] = {
         "expired, since its agent was silent for too long": lambda leaves: leaves[0].status == "expired",
         "has no reward yet": lambda leaves: leaves[0].reward is None,
         "is not there as a whole: give all its trajectories, in their order": _is_partial,
