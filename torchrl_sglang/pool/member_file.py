@@ -131,7 +131,7 @@ def _delete(path: Path, pid: int, held: list[int]) -> None:
     if os.getpid() == pid:
         with suppress(OSError):
             path.unlink()
-        _close(held)
+    _close(held)  # in a forked child the lock stays that of its parent
 
 
 def _close(held: list[int]) -> None:
