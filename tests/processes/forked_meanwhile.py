@@ -6,6 +6,7 @@ A program of its own, as ``forked_trainer.py`` is.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from typing import Any
@@ -90,6 +91,7 @@ def main(checkpoint: str, first: str, second: str) -> None:
     sync = sync_of(first, "broadcast")
     sync.push(model)
     if os.fork() == 0:
+        signal.alarm(60)
         sys.exit(0)  # in full, with what runs at exit
     assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
     sync.push(model)

@@ -19,7 +19,7 @@ def test_they_work_and_leave_their_parents_groups_alone(tiny_llama: Path) -> Non
             env={**os.environ, "PYTHONPATH": str(program.parents[2]), "OMP_NUM_THREADS": "2"},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=150,
         )
         assert done.stdout.strip().endswith("all done"), done.stdout + done.stderr
         assert len([event for event in first.events if event["path"] == "/init_weights_update_group"]) == 1

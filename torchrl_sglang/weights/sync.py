@@ -39,7 +39,6 @@ __all__ = ["WeightSync"]
 _log = logging.getLogger(__name__)
 
 _LARGEST_VERSION = 2**63 - 1
-_of_parents: list[object] = []
 
 
 class WeightSync:
@@ -107,7 +106,6 @@ class WeightSync:
         if self._pid == os.getpid():
             return
         torch.set_num_threads(1)  # of OpenMP's threads none is left: to compute with several would wait for ever
-        _of_parents.append(self._transport)  # destroying its groups would wait for threads that only the parent has
         self._begin(self._planner.known_checkpoint, self._liveness.restart)
 
     @classmethod
