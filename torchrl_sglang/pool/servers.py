@@ -18,6 +18,7 @@ from torchrl_sglang.pool.checks import refuse_different_models, refuse_same_serv
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.pool.member_file import MemberFile
 from torchrl_sglang.pool.membership import Membership
+from torchrl_sglang.pool.replaced_servers import ReplacedServers
 from torchrl_sglang.pool.router_client import RouterClient
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.pool.update_lock import UpdateLock
@@ -49,6 +50,7 @@ class PoolServers:
         self._weight_sync: weakref.ref[Any] | None = None
         self._connected = False
         self._dead_servers = DeadServerTracker(self.state, self._server_returned, self._membership.current_versions)
+        self._replaced = ReplacedServers(self.state, self._dead_servers.ask)
         renew_in_forked_children(self)
 
     def renew_after_fork(self) -> None:
@@ -300,10 +302,12 @@ class PoolServers:
     def poll_dead_servers(self) -> None:
         """Poll dead and dirty servers, at most every few seconds, and restore those that hold the current weights.
 
-        If no server is left and another process is updating some, wait for it: as long as one step of an update may
+        Servers that were not heard of for a while are asked whether they are the same processes, where no reply shows
+        it. If no server is left and another process is updating some, wait for it: as long as one step of an update may
         take (``ClientConfig.update_timeout_s``).
         """
         self._membership.refresh()
+        self._replaced.find(self.clients)
         self._dead_servers.poll(self.clients)
         deadline = time.monotonic() + max(client.config.update_timeout_s for client in self.clients)
         while not self.healthy and self._is_updated_elsewhere and time.monotonic() < deadline:
