@@ -70,9 +70,10 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
             "batch_run",
             "stream_run",
             "member_file",
+            "returned_servers",
             "draining",
         ),
-        *("membership", "servers", "pool", "resolve", "earlier_weights", "server_list", "following"),
+        *("membership", "copied_members", "servers", "pool", "resolve", "earlier_weights", "server_list", "following"),
     ),
     "recipes": ("available", "setup", "data", "batch", "losses", "run", "tools"),
     "weights": (
