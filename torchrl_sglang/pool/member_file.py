@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import tempfile
+import time
 import uuid
 import weakref
 from collections.abc import Mapping
@@ -24,6 +25,9 @@ from torchrl_sglang.config import ClientConfig
 __all__ = ["MemberFile"]
 
 _PREFIX = "torchrl-sglang-members-"
+_NEW = ".new"
+_BEING_WRITTEN_S = 60.0
+"""A file is made milliseconds before its writer locks it."""
 
 
 class MemberFile:
@@ -72,7 +76,7 @@ class MemberFile:
 
         As long as this process lives, it holds a lock on the file: those of processes that were killed are deleted.
         """
-        new = self.path.with_suffix(".new")
+        new = self.path.with_suffix(_NEW)
         with suppress(FileNotFoundError):
             new.unlink()
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -140,10 +144,12 @@ def _close(held: list[int]) -> None:
 
 
 def _delete_abandoned(folder: Path) -> None:
-    """Delete the files on which nobody holds a lock: their writers were killed."""
-    for path in folder.glob(f"{_PREFIX}*.json"):
+    """Delete the files on which nobody holds a lock: their writers were killed, perhaps while they wrote."""
+    for path in [*folder.glob(f"{_PREFIX}*.json"), *folder.glob(f"{_PREFIX}*{_NEW}")]:
         with suppress(OSError):  # another user's, or deleted meanwhile, or in use
             if not path.is_file():  # opening somebody's pipe would wait for ever
+                continue
+            if path.suffix == _NEW and abs(time.time() - path.stat().st_mtime) < _BEING_WRITTEN_S:
                 continue
             with path.open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
