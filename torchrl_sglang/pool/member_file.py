@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import tempfile
-import time
 import uuid
 import weakref
 from collections.abc import Mapping
@@ -26,8 +25,6 @@ __all__ = ["MemberFile"]
 
 _PREFIX = "torchrl-sglang-members-"
 _NEW = ".new"
-_BEING_WRITTEN_S = 60.0
-"""A file is made milliseconds before its writer locks it."""
 
 
 class MemberFile:
@@ -76,7 +73,7 @@ class MemberFile:
 
         As long as this process lives, it holds a lock on the file: those of processes that were killed are deleted.
         """
-        new = self.path.with_suffix(_NEW)
+        new = self.path.with_suffix(f".{os.getpid()}{_NEW}")
         with suppress(FileNotFoundError):
             new.unlink()
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -146,13 +143,23 @@ def _close(held: list[int]) -> None:
 def _delete_abandoned(folder: Path) -> None:
     """Delete the files on which nobody holds a lock: their writers were killed, perhaps while they wrote."""
     for path in [*folder.glob(f"{_PREFIX}*.json"), *folder.glob(f"{_PREFIX}*{_NEW}")]:
-        with suppress(OSError):  # another user's, or deleted meanwhile, or in use
+        with suppress(OSError, ValueError, IndexError):  # another user's, or deleted meanwhile, or in use
             if not path.is_file():  # opening somebody's pipe would wait for ever
                 continue
-            if path.suffix == _NEW and abs(time.time() - path.stat().st_mtime) < _BEING_WRITTEN_S:
+            if path.suffix == _NEW and _is_running(int(path.suffixes[-2][1:])):  # its writer may not have locked it yet
                 continue
             with path.open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # A living writer may have replaced the file since it was opened, which frees the lock of the old one.
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
