@@ -6,4 +6,5 @@ collect_ignore = [
     "forked_trainer.py",
     "odd_surroundings.py",
     "sharded_trainer.py",
+    "spawned_workers.py",
 ]
