@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 import time
@@ -56,6 +57,9 @@ class SGLangClient:
     Raises:
         ConfigError: the URL is not one.
 
+    Attributes:
+        heard_at: when the server last answered (``time.monotonic()``).
+
     Examples:
         >>> client = SGLangClient("127.0.0.1:30000")
         >>> client.url
@@ -71,6 +75,7 @@ class SGLangClient:
         self._connections = ServerConnections(self.url, self.config)
         self._info: ServerInfo | None = None
         self._dialect: Dialect | None = None
+        self.heard_at = -math.inf
         renew_in_forked_children(self)
 
     def renew_after_fork(self) -> None:
@@ -230,7 +235,7 @@ class SGLangClient:
                 time.sleep(0.05 * 2**tries)  # a server that restarts its listener needs a moment
 
     def _send_once(self, request: HttpRequest, wait_s: float, *, stream: bool) -> requests.Response:
-        return self._connections.session("stream" if stream else _purpose(request)).request(
+        response = self._connections.session("stream" if stream else _purpose(request)).request(
             request.method,
             self.url + request.path,
             data=request.content(),
@@ -239,6 +244,8 @@ class SGLangClient:
             stream=stream,
             allow_redirects=False,
         )
+        self.heard_at = time.monotonic()
+        return response
 
     def headers(self, request: HttpRequest) -> dict[str, str]:
         """The headers of a request: its content's type, and the key."""

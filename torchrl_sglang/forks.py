@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
-from typing import Protocol
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol
 
-__all__ = ["renew_in_forked_children"]
+__all__ = ["ForkSafeLock", "renew_in_forked_children"]
 
 
 class Renewable(Protocol):
@@ -26,6 +29,37 @@ def renew_in_forked_children(owner: Renewable) -> None:
     thread held at the fork stays locked in the child for ever.
     """
     _objects.add(owner)
+
+
+class ForkSafeLock:
+    """A lock for ``with`` blocks that nobody holds in a forked child, whoever held it in the parent at that moment.
+
+    Args:
+        kind: makes the lock: ``threading.Lock`` or ``threading.RLock``.
+
+    Examples:
+        >>> lock = ForkSafeLock()
+        >>> with lock:
+        ...     print("held")
+        held
+    """
+
+    def __init__(self, kind: Callable[[], Any] = threading.Lock) -> None:
+        self._kind = kind
+        self._lock = self._held = kind()
+        renew_in_forked_children(self)
+
+    def renew_after_fork(self) -> None:
+        """Take a new lock. A block that forks inside itself releases the one that it holds."""
+        self._lock = self._kind()
+
+    def __enter__(self) -> None:
+        lock = self._lock
+        lock.acquire()
+        self._held = lock
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._held.release()
 
 
 def _renew() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from torchrl_sglang.errors import SGLangError
+from torchrl_sglang.errors import ConfigError, SGLangError
 
 __all__ = ["Outcome", "Task", "failure_of", "side_by_side", "work_through"]
 
@@ -33,6 +34,8 @@ class Outcome(Generic[Result]):
 class Task(Generic[Result]):
     """One call in a daemon thread, so that an interrupted program does not wait for a server that doesn't answer.
 
+    A forked child does not have the thread: there nothing waits for it.
+
     Args:
         call: what to run.
         name: name of the thread.
@@ -45,6 +48,7 @@ class Task(Generic[Result]):
         self.name = name
         self._call = call
         self._on_done = on_done
+        self._pid = os.getpid()
         self._finished = threading.Event()
         self._value: Result | None = None
         self._error: BaseException | None = None
@@ -67,12 +71,26 @@ class Task(Generic[Result]):
         """Whether the call has ended."""
         return self._finished.is_set()
 
+    @property
+    def runs_elsewhere(self) -> bool:
+        """Whether it was running in the process that this one was forked from: its end does not show here."""
+        return not self.done and self._pid != os.getpid()
+
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the call to end; ``False`` if it still runs after ``timeout_s``."""
-        return self._finished.wait(timeout_s)
+        """Wait for the call to end; ``False`` if it still runs after ``timeout_s``, or in the parent of a fork."""
+        return False if self.runs_elsewhere else self._finished.wait(timeout_s)
 
     def outcome(self) -> Outcome[Result]:
-        """Wait for the call and return its outcome; raises an error that is not one of this package's."""
+        """Wait for the call and return its outcome; raises an error that is not one of this package's.
+
+        Raises:
+            ConfigError: it was begun in the process that this one was forked from, which has the result.
+        """
+        if self.runs_elsewhere:
+            raise ConfigError(
+                f"{self.name} was begun in process {self._pid}, and this process {os.getpid()} was forked meanwhile: "
+                "ask for the result there"
+            )
         self._finished.wait()
         if self._error is None:
             return Outcome(value=self._value)

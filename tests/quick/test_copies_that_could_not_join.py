@@ -35,7 +35,7 @@ def test_it_uses_the_newcomer_later(make: Callable[..., FakeServer]) -> None:
     assert used(copied) == {first.url}
     second.disarm()
     assert used(copied) == {first.url}, "it tries every ten seconds"
-    copied._membership._read_again_at = 0.0
+    copied._copied._read_again_at = 0.0
     assert used(copied) == {first.url, second.url}
 
 
@@ -51,7 +51,7 @@ def test_one_that_leaves_while_it_joins_is_not_kept(make: Callable[..., FakeServ
     def slow(self: SGLangClient) -> object:
         if self.url == second.url:
             pool.remove(second.url)
-            copied._membership.refresh()
+            copied._copied.refresh()
         return connect(self)
 
     try:

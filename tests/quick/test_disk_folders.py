@@ -86,3 +86,11 @@ def test_what_a_dead_trainer_was_writing_is_removed_and_what_a_live_one_writes_i
         sync.push(tensors)
     left = {what for what, folder in folders.items() if folder.exists()}
     assert left == {"another process", "this process", "elsewhere, now"}
+
+
+def test_a_version_that_another_trainer_deletes_meanwhile_is_no_error(
+    tiny_llama: Path, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    (tmp_path / "version-9-other").symlink_to(tmp_path / "deleted")  # listed, and not there when it is looked at
+    with FakeServer(FakeSettings(model_path=tiny_llama)) as server, closing(sync_to(server, tmp_path)) as sync:
+        assert sync.push(tensors) is not None

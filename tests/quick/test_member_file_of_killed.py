@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,16 @@ def test_a_file_that_is_replaced_while_somebody_looks_for_abandoned_ones_stays(
     MemberFile()
     assert MemberFile(living.path).read_if_new() == {"http://b:1": None}
     living.delete()
+
+
+def test_a_file_that_was_just_being_written_is_deleted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    no_process = 2**22 + 1  # above the largest that Linux gives
+    killed, writing = (MemberFile().path.with_suffix(f".{pid}.new") for pid in (no_process, os.getpid()))
+    for path in (killed, writing):
+        path.write_text("[")
+    MemberFile()
+    assert set(tmp_path.iterdir()) == {writing}
 
 
 def test_files_that_nobody_holds_are_deleted_by_the_next_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.errors import ConfigError, ServerStartError
+from torchrl_sglang.forks import ForkSafeLock
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.server import SGLangServer, stop_fleet
 from torchrl_sglang.server_url import base_url
@@ -56,7 +57,7 @@ class Fleet:
         self._launcher = launcher
         self._processes = dict(zip([client.url for client in pool.clients], servers, strict=False)) if servers else {}
         self._joining: frozenset[str] = frozenset()
-        self._changing = threading.Lock()
+        self._changing = ForkSafeLock()
         self._ended = threading.Event()
 
     @property

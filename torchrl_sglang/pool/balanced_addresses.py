@@ -34,13 +34,13 @@ def refuse_balanced_address(client: SGLangClient) -> None:
     Raises:
         ConfigError: two processes have answered.
     """
-    mark = process_mark(client.info)
+    mark = process_mark(client.info.raw)
     if mark is None:
         return
     for _ in range(_CONNECTIONS):
         another = SGLangClient(client.url, client.config)
         try:
-            differs = process_mark(another.connect()) != mark
+            differs = process_mark(another.connect().raw) != mark
         except ConfigError:
             raise
         except SGLangError:

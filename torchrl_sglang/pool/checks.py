@@ -130,18 +130,21 @@ def refuse_same_server(new: Sequence[ServerInfo], members: Sequence[ServerInfo] 
 
 
 def _place(info: ServerInfo) -> tuple[frozenset[tuple[str, int]], str, object]:
-    return resolved_addresses(info.url), urlsplit(info.url).path, process_mark(info)
+    return resolved_addresses(info.url), urlsplit(info.url).path, process_mark(info.raw)
 
 
-def process_mark(info: ServerInfo) -> tuple[object, str] | None:
+def process_mark(server_info: Mapping[str, Any]) -> tuple[object, str] | None:
     """What tells a server's process from others: the random seed that SGLang draws, and how long its start took.
 
     The seed may be fixed with ``--random-seed``; the times are there from SGLang 0.5.23 on, to the microsecond.
 
+    Args:
+        server_info: the answer to ``/server_info``.
+
     Returns:
         ``None`` if the server reports neither.
     """
-    seed, times = info.raw.get("random_seed"), info.raw.get("startup_time")
+    seed, times = server_info.get("random_seed"), server_info.get("startup_time")
     return None if seed is None and not times else (seed, repr(times))
 
 

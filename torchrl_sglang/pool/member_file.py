@@ -24,6 +24,7 @@ from torchrl_sglang.config import ClientConfig
 __all__ = ["MemberFile"]
 
 _PREFIX = "torchrl-sglang-members-"
+_NEW = ".new"
 
 
 class MemberFile:
@@ -72,7 +73,7 @@ class MemberFile:
 
         As long as this process lives, it holds a lock on the file: those of processes that were killed are deleted.
         """
-        new = self.path.with_suffix(".new")
+        new = self.path.with_suffix(f".{os.getpid()}{_NEW}")
         with suppress(FileNotFoundError):
             new.unlink()
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -131,7 +132,7 @@ def _delete(path: Path, pid: int, held: list[int]) -> None:
     if os.getpid() == pid:
         with suppress(OSError):
             path.unlink()
-        _close(held)
+    _close(held)  # in a forked child the lock stays that of its parent
 
 
 def _close(held: list[int]) -> None:
@@ -140,13 +141,25 @@ def _close(held: list[int]) -> None:
 
 
 def _delete_abandoned(folder: Path) -> None:
-    """Delete the files on which nobody holds a lock: their writers were killed."""
-    for path in folder.glob(f"{_PREFIX}*.json"):
-        with suppress(OSError):  # another user's, or deleted meanwhile, or in use
+    """Delete the files on which nobody holds a lock: their writers were killed, perhaps while they wrote."""
+    for path in [*folder.glob(f"{_PREFIX}*.json"), *folder.glob(f"{_PREFIX}*{_NEW}")]:
+        with suppress(OSError, ValueError, IndexError):  # another user's, or deleted meanwhile, or in use
             if not path.is_file():  # opening somebody's pipe would wait for ever
+                continue
+            if path.suffix == _NEW and _is_running(int(path.suffixes[-2][1:])):  # its writer may not have locked it yet
                 continue
             with path.open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # A living writer may have replaced the file since it was opened, which frees the lock of the old one.
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

@@ -1,14 +1,14 @@
 """Servers that join and leave a pool while it generates.
 
 A newcomer gets no requests until it holds the weights that the others hold. A server that leaves gets no new requests;
-it finishes those that it has, or they are generated elsewhere. Copies of the pool learn of both from a file.
+it finishes those that it has, or they are generated elsewhere. Copies of the pool learn of both from a file
+(:mod:`.copied_members`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.config.checking import require, require_number
 from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
-from torchrl_sglang.parallel import Task, failure_of, side_by_side
+from torchrl_sglang.parallel import failure_of, side_by_side
 from torchrl_sglang.pool.balanced_addresses import refuse_balanced_addresses
 from torchrl_sglang.pool.checks import refuse_newcomers, refuse_same_server
 from torchrl_sglang.pool.draining import abort_all, await_idle
@@ -35,7 +35,6 @@ __all__ = ["Membership"]
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
-_RETRY_S = 10.0
 _MAX_ASKED = 8
 """That many servers are asked which weights they hold; more know nothing else."""
 _WAITS = "it has joined, and does not hold the current weights yet; the next weight update brings them"
@@ -95,9 +94,7 @@ class Membership:
         self._served = {client.url for client in clients}
         self._lock = threading.Lock()
         self._publishing = threading.Lock()
-        self._read_again_at = math.inf
         self._joins: dict[str, int] = {}
-        self._has_looked = False
 
     def file_of_copies(self) -> MemberFile:
         """What a copy of the pool reads."""
@@ -143,7 +140,7 @@ class Membership:
                         pool.state.joined(info.url, info.weight_version, _WAITS)
                         self._joins[info.url] = self._joins.get(info.url, 0) + 1
                     self.clients = (*self.clients, *new)
-                on_failure.callback(self._forget, new)
+                on_failure.callback(self.forget, new)
                 self._bring_up_to_date(new)
             on_failure.pop_all()
         self.publish()
@@ -195,7 +192,7 @@ class Membership:
         newest = max(WeightVersion.parse(version).number for version in held)
         return {version for version in held if _is_version(version, newest)}
 
-    def _forget(self, clients: Sequence[SGLangClient]) -> None:
+    def forget(self, clients: Sequence[SGLangClient]) -> None:
         """Take servers off the list."""
         urls = {client.url for client in clients}
         with self._lock:
@@ -206,6 +203,24 @@ class Membership:
         for client in clients:
             self._pool.leave_router(client.url)
             client.close()
+
+    def take_in(self, client: SGLangClient, version: str) -> ServerState | None:
+        """In a copy, put a server on the list that holds this version; ``None`` if it is there already."""
+        with self._lock:
+            if any(each.url == client.url for each in self.clients):
+                return None
+            known = self._pool.state.joined(client.url, version, _WAITS)
+            self.clients = (*self.clients, client)
+            return known
+
+    def came_again(self, servers: Mapping[str, ClientConfig | None]) -> None:
+        """In a copy, servers have left the original and joined it again, perhaps with other keys."""
+        common = self.clients[0].config
+        with self._lock:
+            new = {url: SGLangClient(url, config or common) for url, config in servers.items()}
+            self.clients = tuple(new.get(client.url, client) for client in self.clients)
+            for url in new:
+                self._pool.state.came_again(url)
 
     # ------------------------------------------------------------------ leaving
 
@@ -292,7 +307,7 @@ class Membership:
         with self._lock_while_memory_is_there():  # also, an update under way still counts on them
             sync = self._pool.weight_sync
             unclean = None if sync is None else failure_of(sync.servers_leave)
-            self._forget(clients)
+            self.forget(clients)
         failures = {client.url: failure_of(partial(on_left, client.url)) for client in clients}
         self.publish()
         failed = {url: error for url, error in failures.items() if error is not None}
@@ -327,11 +342,6 @@ class Membership:
         has_left = self._pool.state.has_left
         return tuple(client for client in self.clients if client.url in usable and not has_left(client.url))
 
-    @property
-    def is_copy(self) -> bool:
-        """Whether these are the members of a copied pool, which the original decides on."""
-        return self._is_copy
-
     def publish(self) -> None:
         """Write down for copies which servers there are."""
         if self._is_copy:
@@ -344,69 +354,6 @@ class Membership:
                 _log.warning(
                     "copies of this pool don't learn of its servers: %s can't be written (%s)", self._file.path, error
                 )
-
-    def refresh(self, patience_s: float = 0) -> None:
-        """In a copy, adopt what has changed in the original. A newcomer is asked which weights it holds first.
-
-        Args:
-            patience_s: how long to wait for an update of this copy, or for a server that is just joining it.
-        """
-        if not self._is_copy or not self._pool.update_lock.acquire(timeout=patience_s):
-            return  # an update of this copy counts on its members: the next batch looks again
-        try:
-            if time.monotonic() >= self._read_again_at:
-                self._read_again_at = math.inf
-                self._file.read_again()
-            members = self._file.read_if_new()
-            joins, has_looked, self._has_looked = self._file.joins, self._has_looked, True
-            if members is None:
-                return
-            known = {client.url for client in self.clients}
-            again = [url for url in known & members.keys() if has_looked and joins[url] != self._joins.get(url, 0)]
-            self._came_again({url: members[url] for url in again})
-            self._joins = joins
-            gone = [client for client in self.clients if client.url not in members]
-            new = {url: config for url, config in members.items() if url not in known}
-            if len(gone) < len(known):
-                self._forget(gone)
-                gone = []
-        finally:
-            self._pool.update_lock.release()
-        if not new and not gone:
-            return
-        joining = Task(lambda: self._join_copied(new, gone), name="sglang-new-servers")
-        if gone:  # none of the known servers is left
-            joining.wait()
-
-    def _came_again(self, servers: Mapping[str, ClientConfig | None]) -> None:
-        """Servers have left the original and joined it again since the last look, perhaps with other keys."""
-        common = self.clients[0].config
-        with self._lock:
-            new = {url: SGLangClient(url, config or common) for url, config in servers.items()}
-            self.clients = tuple(new.get(client.url, client) for client in self.clients)
-            for url in new:
-                self._pool.state.came_again(url)
-
-    def _join_copied(self, new: Mapping[str, ClientConfig | None], gone: Sequence[SGLangClient]) -> None:
-        for url, config in new.items():
-            client = SGLangClient(url, config or self.clients[0].config)
-            try:
-                info = client.connect()
-            except SGLangError as error:
-                _log.warning("%s has joined the pool, and can't be used here yet: %s", url, error)
-                self._read_again_at = time.monotonic() + _RETRY_S
-                continue
-            with self._pool.update_lock, self._lock:
-                if any(each.url == url for each in self.clients):
-                    continue
-                known = self._pool.state.joined(url, info.weight_version, _WAITS)
-                self.clients = (*self.clients, client)
-            self._read_again_at = min(self._read_again_at, time.monotonic())  # it may have left meanwhile
-            if gone or info.weight_version in self.current_versions():
-                self._pool.restore(url, based_on=known, updated_to=info.weight_version)
-        if gone and len(self.clients) > len(gone):
-            with self._pool.update_lock:
-                self._forget(gone)
 
 
 def _is_version(version: str, number: int) -> bool:

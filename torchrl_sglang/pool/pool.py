@@ -166,7 +166,7 @@ class SGLangPool(PoolServers):
         before = self.state.servers
         replies = self._dispatch(batch)
         # Of a copy: a server may have been aborted because it leaves.
-        self._membership.refresh(_PATIENCE_S if any(reply.finish_reason == "abort" for reply in replies) else 0)
+        self._follow_original(_PATIENCE_S if any(reply.finish_reason == "abort" for reply in replies) else 0)
         self.reply_checks.await_verification(replies)
         wrong = [index for index, reply in enumerate(replies) if self.reply_checks.is_wrong(reply, before)]
         if not wrong:
@@ -366,7 +366,7 @@ class SGLangPool(PoolServers):
 
     def _find_dead(self, client: SGLangClient, error: SGLangError) -> SGLangClient | None:
         """The server that a failed request was on, if it is known to be dead: only then the request is sent again."""
-        self._membership.refresh()  # of a copy: the server may have left
+        self._follow_original()  # of a copy: the server may have left
         if self.router is None or client is not self.router.client:
             if self.has_left(client) and not isinstance(error, RequestRejectedError):
                 return client

@@ -14,10 +14,13 @@ from torchrl_sglang.errors import ConfigError, ServerError, SGLangError
 from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool.balanced_addresses import refuse_balanced_addresses
-from torchrl_sglang.pool.checks import refuse_different_models, refuse_same_server, refuse_unlike
+from torchrl_sglang.pool.checks import refuse_different_models, refuse_same_server
+from torchrl_sglang.pool.copied_members import CopiedMembers
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 from torchrl_sglang.pool.member_file import MemberFile
 from torchrl_sglang.pool.membership import Membership
+from torchrl_sglang.pool.replaced_servers import ReplacedServers
+from torchrl_sglang.pool.returned_servers import ReturnedServers
 from torchrl_sglang.pool.router_client import RouterClient
 from torchrl_sglang.pool.state import PoolState, ServerState
 from torchrl_sglang.pool.update_lock import UpdateLock
@@ -45,10 +48,13 @@ class PoolServers:
     def _init_runtime(self, clients: Sequence[SGLangClient], copied_from: MemberFile | None = None) -> None:
         self.state = PoolState(client.url for client in clients)
         self._membership = Membership(self, clients, copied_from)
+        self._copied = None if copied_from is None else CopiedMembers(self, self._membership, copied_from)
         self.update_lock = UpdateLock()
         self._weight_sync: weakref.ref[Any] | None = None
         self._connected = False
-        self._dead_servers = DeadServerTracker(self.state, self._server_returned, self._membership.current_versions)
+        self._returned = ReturnedServers(self)
+        self._dead_servers = DeadServerTracker(self.state, self._returned.use, self._membership.current_versions)
+        self._replaced = ReplacedServers(self.state, self._look_at_replaced)
         renew_in_forked_children(self)
 
     def renew_after_fork(self) -> None:
@@ -134,6 +140,11 @@ class PoolServers:
         require(isinstance(drain, bool), f"drain must be True or False, got {drain!r}")
         self._membership.remove(urls, drain=drain, timeout_s=timeout_s, on_left=on_left)
 
+    def _follow_original(self, patience_s: float = 0) -> None:
+        """In a copy, adopt which servers have joined and left the original."""
+        if self._copied is not None:
+            self._copied.refresh(patience_s)
+
     def refuse_in_copy(self) -> None:
         """Raise if this pool is a copy: servers join and leave through the original.
 
@@ -157,11 +168,11 @@ class PoolServers:
         """
         if self._connected:
             return
-        self._membership.refresh()
+        self._follow_original()
         clients = self.clients  # of a copy, more may join meanwhile
         outcomes = side_by_side({client.url: client.connect for client in clients})
         errors = {url: outcome.error for url, outcome in outcomes.items()}
-        if self._membership.is_copy and None in errors.values():
+        if self._copied is not None and None in errors.values():
             for url in [url for url, error in errors.items() if isinstance(error, ServerError)]:
                 del outcomes[url]
                 self.state.died(url, f"it did not answer when this copy of the pool connected ({errors[url]})")
@@ -300,64 +311,26 @@ class PoolServers:
     def poll_dead_servers(self) -> None:
         """Poll dead and dirty servers, at most every few seconds, and restore those that hold the current weights.
 
-        If no server is left and another process is updating some, wait for it: as long as one step of an update may
+        Servers that were not heard of for a while are asked whether they are the same processes, where no reply shows
+        it. If no server is left and another process is updating some, wait for it: as long as one step of an update may
         take (``ClientConfig.update_timeout_s``).
         """
-        self._membership.refresh()
+        self._follow_original()
+        self._replaced.find(self.clients)
         self._dead_servers.poll(self.clients)
         deadline = time.monotonic() + max(client.config.update_timeout_s for client in self.clients)
         while not self.healthy and self._is_updated_elsewhere and time.monotonic() < deadline:
             time.sleep(_POLL_S)
             self._dead_servers.poll(self.clients)
 
+    def _look_at_replaced(self, clients: Sequence[SGLangClient]) -> None:
+        for client in clients:
+            self.leave_router(client.url)
+        self._dead_servers.ask(clients)
+
     @property
     def _is_updated_elsewhere(self) -> bool:
         return any(server.phase == "dirty" for server in self.state.servers.values())
-
-    def _server_returned(self, before: ServerState, version: str) -> None:
-        """Use a server again that answers and holds current weights.
-
-        Raises:
-            SGLangError: it can't be used, which its record says now.
-        """
-        client = next((each for each in self.clients if each.url == before.url), None)
-        if client is None:
-            return
-        if self.state.weights.adapter is not None:
-            self._returned_without_adapter(client, before, version)
-            return
-        try:
-            if before.phase in ("dirty", "joining"):
-                self.restore(before.url, based_on=before, updated_to=version)
-                return
-            self.reconnect(client)
-            self.restore(before.url, based_on=before, new_process_with=version)
-        except SGLangError as error:
-            self.state.came_back_different(before, str(error))
-            raise
-
-    def _returned_without_adapter(self, client: SGLangClient, before: ServerState, version: str) -> None:
-        """A new process has no adapter: it gets that of the last push, if this process sends weights.
-
-        An update under way brings it too, or a later poll does.
-        """
-        if not self.update_lock.acquire(timeout=0):
-            return
-        try:
-            if self.state.server(before.url).revision != before.revision:
-                return
-            sync = self.weight_sync
-            if sync is None:
-                raise ServerError(_lacks_adapter("what has sent it is closed"), server=client.url)
-            self.reconnect(client)
-            self.state.restarted(before.url, version)
-            if sync.bring_up_to_date([client]):
-                raise ServerError(_lacks_adapter("what was pushed last is no adapter"), server=client.url)
-        except SGLangError as error:
-            self.state.came_back_different(self.state.server(before.url), str(error))
-            raise
-        finally:
-            self.update_lock.release()
 
     def reconnect(self, client: SGLangClient) -> ServerInfo:
         """Ask a member whose process was replaced what it serves now, and how.
@@ -367,21 +340,7 @@ class PoolServers:
                 of it stays as it was.
             ServerError: it does not answer.
         """
-        before, updates = client.known_info, self.weight_sync is not None
-        members = self.known_infos
-
-        def check(info: ServerInfo) -> None:
-            if members:
-                refuse_unlike([info], members, updates=updates)
-            if before is None:
-                return
-            if self.state.weights.version == 0 and not updates and info.model_path != before.model_path:
-                raise ConfigError(
-                    f"{info.url} has come back with another checkpoint, {info.model_path!r} instead of "
-                    f"{before.model_path!r}: start it with the one that it had, or make a new pool"
-                )
-
-        return client.connect(check)
+        return self._returned.reconnect(client)
 
     def offload(self, url: str, tags: Iterable[str] = ()) -> None:
         """Take a server out of routing because it is about to release GPU memory, or has released ``tags`` of it."""
@@ -419,8 +378,3 @@ class PoolServers:
             client.close()
         if self.router is not None:
             self.router.close()
-
-
-def _lacks_adapter(why: str) -> str:
-    """Why a server that answers again gets no requests."""
-    return f"it answers again, without the adapter that requests use, and {why}: the next weight update puts it to use"

@@ -91,8 +91,8 @@ class PoolState(UpdateEvents):
             # An unfinished update to N counts as version N - 1: the next update is numbered N again.
             found = max(0, *(version.number - version.dirty for version in parsed))
             self._weights = replace(self._weights, version=found)
-            for version in parsed:
-                before = replace(version, number=version.number - version.dirty, dirty=False)
+            for held in parsed:
+                before = replace(held, number=held.number - held.dirty, dirty=False)
                 self._weights = self._weights.having_seen(before)
 
     def quarantined(self, url: str, reason: str) -> ServerState:

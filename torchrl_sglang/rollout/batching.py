@@ -9,6 +9,8 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from torchrl_sglang.forks import renew_in_forked_children
+
 __all__ = ["Batcher"]
 
 Item = TypeVar("Item")
@@ -52,9 +54,17 @@ class Batcher(Generic[Item, Result]):
         self.min_items = min_items
         self.max_items = max_items
         self.wait_s = wait_s
+        self._begin()
+        renew_in_forked_children(self)
+
+    def _begin(self) -> None:
         self._changed = threading.Condition()
         self._queue: list[_Call[Item, Result]] = []
         self._num_running = 0
+
+    def renew_after_fork(self) -> None:
+        """Forget the parent's calls, which wait in threads that only it has; called in a forked child."""
+        self._begin()
 
     def submit(
         self, items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]], *, kind: Hashable = None

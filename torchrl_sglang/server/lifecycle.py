@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_sglang.errors import ConfigError, ServerError, ServerStartError
+from torchrl_sglang.forks import ForkSafeLock
 from torchrl_sglang.server.diagnosis import ADDRESS_IN_USE
 from torchrl_sglang.server.managed_process import LaunchSpec, ManagedProcess, read_end
 
@@ -65,7 +66,7 @@ class ProcessLifecycle:
         self._may_change_port = port is None
         self._process: ManagedProcess | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
-        self._lock = threading.RLock()
+        self._lock = ForkSafeLock(threading.RLock)
         self._prepare: Callable[[], LaunchSpec] | None = None
         self._last_log = ""
 

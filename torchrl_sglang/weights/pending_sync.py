@@ -40,9 +40,10 @@ class PendingSync:
 
         Raises:
             ServerTimeoutError: it is still running.
+            ConfigError: this process was forked from the one that sends the weights, which has the result.
             SGLangError: it failed; the error that :meth:`WeightSync.push` would have raised.
         """
-        if not self._task.wait(timeout_s):
+        if not self._task.wait(timeout_s) and not self._task.runs_elsewhere:
             raise ServerTimeoutError(f"the weight sync is still under way after {timeout_s} s: call result() again")
         self.retrieved = True
         return self._task.outcome().unwrap()

@@ -39,7 +39,6 @@ __all__ = ["WeightSync"]
 _log = logging.getLogger(__name__)
 
 _LARGEST_VERSION = 2**63 - 1
-_of_parents: list[object] = []
 
 
 class WeightSync:
@@ -107,7 +106,6 @@ class WeightSync:
         if self._pid == os.getpid():
             return
         torch.set_num_threads(1)  # of OpenMP's threads none is left: to compute with several would wait for ever
-        _of_parents.append(self._transport)  # destroying its groups would wait for threads that only the parent has
         self._begin(self._planner.known_checkpoint, self._liveness.restart)
 
     @classmethod
@@ -176,6 +174,7 @@ class WeightSync:
     @property
     def transport_choices(self) -> dict[str, TransportChoice]:
         """How weights reach each server, and why, by URL; empty before the first :meth:`connect` or :meth:`push`."""
+        self._begin_in_child()
         return {} if self._transport is None else choices_of(self._transport, self._pool)
 
     def reach(self, patience_s: float | None = None) -> None:
@@ -190,6 +189,7 @@ class WeightSync:
             ConfigError: the servers don't serve the same model.
             WeightUpdateError: another trainer is updating a server.
         """
+        self._begin_in_child()
         deadline = time.monotonic() + self.config.group_timeout_s
         while True:
             try:
@@ -267,6 +267,7 @@ class WeightSync:
                 twice.
             WeightUpdateError: as :meth:`push`.
         """
+        self._begin_in_child()
         if self._pusher.last_weights is None:
             raise ConfigError("there are no weights to send again: push(model) them")
         return self.push(self._pusher.last_weights)
@@ -299,6 +300,7 @@ class WeightSync:
 
         A trainer on another host may still be at work.
         """
+        self._begin_in_child()
         mark = TrainerMark.parse(WeightVersion.parse(version).owner or "")
         return mark.owner == self.owner or mark.is_alive() is False
 
@@ -378,8 +380,14 @@ class WeightSync:
         if self._transport is None:
             self._transport = make_transport(self._pool, self.config, self.owner, self._planner.checkpoint)
             # Also runs at exit, while sockets and threads still work: a scheme held by a collector is collected later.
-            weakref.finalize(self, self._transport.close)
+            weakref.finalize(self, _close_unless_forked, self._transport, os.getpid())
         return self._transport
+
+
+def _close_unless_forked(transport: WeightTransport[Any], pid: int) -> None:
+    """Close a transport; in a forked child that ends, leave the groups of its parent alone."""
+    if os.getpid() == pid:
+        transport.close()
 
 
 def _held_weakly(restart: Callable[[str], bool]) -> Callable[[str], bool]:

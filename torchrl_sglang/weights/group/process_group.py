@@ -16,6 +16,7 @@ Only this module knows how NCCL differs from gloo (read in SGLang's source, not 
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ import torch.distributed as dist
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SyncConfig
 from torchrl_sglang.errors import ConfigError, SGLangError, WeightUpdateError
+from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.parallel import Task, side_by_side
 from torchrl_sglang.protocol.control import build_destroy_group
 from torchrl_sglang.weights.group.rendezvous import Rendezvous, ask_to_join, await_ranks, check_join, reachable_address
@@ -56,6 +58,18 @@ class WeightGroup:
         self.backend = backend
         self.world_size = world_size
         self._group = group
+        renew_in_forked_children(self)
+
+    def renew_after_fork(self) -> None:
+        """Leave the group to the parent; called in a forked child.
+
+        Destroying its copy would wait for threads that the child does not have, also at the child's exit. So it gets a
+        reference that nobody gives back.
+        """
+        if self._group is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
+            self._group = None
+            self.clients = ()
 
     @classmethod
     def form(cls, clients: Sequence[SGLangClient], config: SyncConfig, name: str) -> WeightGroup:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from torchrl_sglang.forks import ForkSafeLock
+
 __all__ = ["TrainerMark", "update_under_way"]
 
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 _under_way: set[TrainerMark] = set()
 
 

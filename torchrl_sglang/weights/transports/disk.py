@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -145,11 +146,12 @@ class DiskTransport:
     def _expected_bytes(self) -> int | None:
         """Size of a version: that of the newest one, else of the servers' checkpoint; ``None`` if there is neither."""
         complete = (path for path in self._folder.glob("version-*") if _PARTIAL not in path.name)
-        folders = sorted(complete, key=lambda path: path.stat().st_mtime, reverse=True)
+        folders = sorted(complete, key=_written_at, reverse=True)
         for folder in [*folders, *([self._checkpoint_path] if self._checkpoint_path else [])]:
-            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-            if size:
-                return size
+            with suppress(OSError):  # another trainer may be deleting it
+                size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+                if size:
+                    return size
         return None
 
     def _unused(self, name: str) -> Path:
@@ -169,9 +171,17 @@ class DiskTransport:
         """Delete this trainer's older versions."""
         own = re.compile(rf"version-\d+-{re.escape(self._owner)}(\.\d+)?")
         versions = [path for path in self._folder.glob("version-*") if own.fullmatch(path.name)]
-        older = sorted(versions, key=lambda path: path.stat().st_mtime)
+        older = sorted(versions, key=_written_at)
         for path in [path for path in older if path.resolve() != newest][: -(_KEPT_VERSIONS - 1)]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _written_at(path: Path) -> float:
+    """When a folder was last changed; 0 if it has just been deleted, as another trainer may do with its own."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _is_abandoned(partial: Path) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -20,6 +19,7 @@ from torch import nn
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.config import SamplingParams, SyncConfig
 from torchrl_sglang.errors import SGLangError, WeightUpdateError
+from torchrl_sglang.forks import ForkSafeLock
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.protocol.generate import build_generate, parse_generate
 from torchrl_sglang.weights.checksums.verifier import PushChecksums
@@ -30,7 +30,7 @@ from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["Probe", "probe_ids", "trainer_logprobs", "verify_servers"]
 
-_one_at_a_time = threading.Lock()
+_one_at_a_time = ForkSafeLock()
 _PROBE_TOKENS = 12
 _PROBE_TOKENS_ON_CPU = 4
 
