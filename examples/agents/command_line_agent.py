@@ -3,8 +3,8 @@
     python command_line_agent.py claude TASK
 
 TASK is JSON: ``{"prompt": "Fix the bug", "files": {"add.py": "..."}, "check": "python -m pytest -q"}``. The agent works
-in a new folder with these files. The reward, in the last line of the output, is 1 if the check then succeeds there, else
-0. ``AgentCollector`` runs it as a command line, and sets the gateway's address and key in the environment:
+in a new folder with these files. The reward, in the last line of the output, is 1 if the check succeeds there, else 0.
+``AgentCollector`` runs it as a command line, and sets the gateway's address and key in the environment:
 
     AgentCollector(gateway, ["python", "command_line_agent.py", "claude", "{task}"], tasks, group_size=8)
 
