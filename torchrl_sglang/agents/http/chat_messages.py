@@ -37,12 +37,8 @@ def check_messages(messages: Sequence[Any]) -> tuple[dict[str, Any], ...]:
 def _message(message: Any, where: str, waiting: int) -> dict[str, Any]:
     """A message; ``waiting`` calls before it have no result yet, so that a result without an id has a call."""
     fields = Fields(message, where)
-    if isinstance(message, Mapping) and message.get("role") == "function":
-        raise bad_request(f"{where}.role 'function' is OpenAI's old form: send role 'tool'", f"{where}.role")
     role = fields.text("role", choices=_ROLES, required=True)
     checked = dict(message)
-    if message.get("function_call") is not None:
-        raise bad_request(f"{where}.function_call is OpenAI's old form: send tool_calls", f"{where}.function_call")
     fields.refuse(
         "prefix", "an answer begins anew; say in a user's message how it is to begin", neutral=(False,)
     )  # Mistral's and DeepSeek's form
