@@ -126,7 +126,12 @@ def _refuse_what_chat_cannot(fields: Fields) -> None:
     fields.refuse("modalities", "the model writes text only", neutral=(["text"],))
     fields.refuse("audio", "the model writes text only")
     fields.refuse("prediction", "SGLang takes no predicted text")
-    fields.refuse("web_search_options", "there is no web search; give the model a tool")
+    if fields.any("web_search_options") is not None:  # {} asks for a search, too
+        raise bad_request(
+            "web_search_options can't be honoured: there is no web search; give the model a tool",
+            "web_search_options",
+            "unsupported_parameter",
+        )
     fields.refuse("verbosity", "say it in the system message", neutral=("medium",))
 
 
