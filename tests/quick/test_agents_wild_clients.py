@@ -132,8 +132,7 @@ REFUSED: list[dict[str, Any]] = [
     {"add_generation_prompt": False},
     {"skip_special_tokens": False},
     {"separate_reasoning": False},
-    {"guided_json": {"type": "object"}},
-    {"structured_outputs": {"json": {}}},
+    {"truncate_prompt_tokens": 100},
     {"thinking": {"type": "enabled"}},
     {"chat_template": "{{ messages }}"},
 ]

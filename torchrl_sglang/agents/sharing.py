@@ -50,6 +50,7 @@ class TurnRecord:
             completion_tokens=sum(len(node.output_ids) for node in self.nodes),
             cached_tokens=self.cached_tokens,
             is_repeated=is_repeated,
+            read_prompt_ids=self.nodes[0].all_prompt_ids,
         )
 
 

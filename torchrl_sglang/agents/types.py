@@ -130,6 +130,7 @@ class Turn:
         completion_tokens: number of sampled tokens of all choices.
         cached_tokens: prompt tokens that the server had in its prefix cache (of the choice with the most).
         is_repeated: the request was recognised as a retry: nothing was generated for it.
+        read_prompt_ids: returns the prompt's tokens, as the server saw them.
     """
 
     id: str
@@ -138,6 +139,7 @@ class Turn:
     completion_tokens: int
     cached_tokens: int
     is_repeated: bool = False
+    read_prompt_ids: Callable[[], list[int]] = field(default=list, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,6 +91,10 @@ class Node:
             ids += node.output_ids
         return ids
 
+    def all_prompt_ids(self) -> list[int]:
+        """All tokens before the answer."""
+        return [*(() if self.base is None else self.base.token_ids()), *self.prompt_ids]
+
     def token_ids_to_send(self) -> list[int]:
         """The same as it is sent to a server, with one placeholder per image."""
         ids: list[int] = []

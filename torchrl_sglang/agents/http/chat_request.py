@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torchrl_sglang.agents.http.api_errors import bad_request
+from torchrl_sglang.agents.http.chat_extensions import (
+    add_grammar,
+    add_stop_trim,
+    ignore_foreign,
+    read_variables,
+    refuse_foreign,
+)
 from torchrl_sglang.agents.http.chat_messages import check_messages, check_tools, read_tool_choice
 from torchrl_sglang.agents.http.fields import Fields
-from torchrl_sglang.agents.http.sampling_fields import MOST_TOP_LOGPROBS, read_grammar, read_sampling
+from torchrl_sglang.agents.http.old_functions import has_old_functions, with_tools
+from torchrl_sglang.agents.http.sampling_fields import MOST_TOP_LOGPROBS, read_sampling
 from torchrl_sglang.agents.types import ChatRequest, TextRequest
 
 __all__ = ["WITHOUT_EFFECT", "Call", "Sending", "read_chat", "read_text"]
 
+MOST_PROMPTS = 2048
+"""As in OpenAI's API."""
 # They tell OpenAI's platform something, and change no token.
 WITHOUT_EFFECT = (
     *("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"),
@@ -43,7 +52,11 @@ class Call:
         stream: answer in pieces.
         include_usage: end the stream with the numbers of tokens.
         log_probs: report the log-prob of every sampled token.
+        tokens_as_ids: name tokens by their ids there, instead of their texts (vLLM's ``return_tokens_as_token_ids``).
+        has_token_ids: report the token ids of prompt and answer (vLLM's ``return_token_ids``).
         effort: the effort of reasoning, if one was given; it is among the template's variables.
+        other_prompts: of a request with several prompts, those after the first.
+        has_old_functions: write a tool call as ``function_call``, as the request gave its tools as ``functions``.
     """
 
     request: ChatRequest | TextRequest
@@ -51,7 +64,11 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     log_probs: bool = False
+    tokens_as_ids: bool = False
+    has_token_ids: bool = False
     effort: str | None = None
+    other_prompts: tuple[TextRequest, ...] = ()
+    has_old_functions: bool = False
 
 
 def read_chat(body: Any, sending: Sending) -> Call:
@@ -60,7 +77,7 @@ def read_chat(body: Any, sending: Sending) -> Call:
     Raises:
         ApiError: a field that is wrong, unknown, or can't be honoured; ``param`` names it.
     """
-    fields = Fields(body)
+    fields = Fields(with_tools(body))
     model, stream, include_usage = _read_common(fields)
     messages = check_messages(fields.list("messages", required=True) or [])
     tools = check_tools(fields.list("tools"))
@@ -72,15 +89,15 @@ def read_chat(body: Any, sending: Sending) -> Call:
         raise bad_request("top_logprobs needs logprobs=true", "top_logprobs")
     sampling = read_sampling(fields)
     _add_limit(sampling, fields, "max_completion_tokens", "max_tokens")
-    response_format = fields.object("response_format")
-    if response_format is not None:
-        _add_grammar(sampling, read_grammar(Fields(response_format, "response_format")))
-    variables = dict(fields.object("chat_template_kwargs") or {})
+    add_grammar(sampling, fields)
+    add_stop_trim(sampling, fields)
+    variables = read_variables(fields)
     effort = fields.text("reasoning_effort")
     if effort is not None:
         variables["reasoning_effort"] = effort
     _refuse_what_chat_cannot(fields)
     parallel = fields.flag("parallel_tool_calls")
+    reported = _read_reported(fields)
     fields.refuse_unread()
     return Call(
         request=ChatRequest(
@@ -99,42 +116,22 @@ def read_chat(body: Any, sending: Sending) -> Call:
         include_usage=include_usage,
         log_probs=log_probs,
         effort=effort,
+        has_old_functions=has_old_functions(body),
+        **reported,
     )
 
 
-# Fields of other servers than OpenAI's, which say what is the case here: field -> why not otherwise, and that value.
-_AS_HERE: Mapping[str, tuple[str, tuple[Any, ...]]] = {
-    "continue_final_message": ("an answer begins anew; say in a user's message how it is to begin", (False,)),
-    "add_generation_prompt": ("the prompt ends where an answer begins", (True,)),
-    "add_special_tokens": ("the chat template writes them", (False,)),
-    "echo": ("an answer is what the model adds", (False,)),
-    "best_of": ("send n=, and choose yourself", (1,)),
-    "separate_reasoning": ("thinking is returned as reasoning_content", (True,)),
-    "include_reasoning": ("thinking is returned as reasoning_content", (True,)),
-    "stream_reasoning": ("thinking is streamed as it is generated", (True,)),
-    "skip_special_tokens": ("contents have no special tokens; logprobs has every token", (True,)),
-    "include_stop_str_in_output": ("stop strings are trimmed; the trajectory has their tokens", (False,)),
-    "no_stop_trim": ("stop strings are trimmed; the trajectory has their tokens", (False,)),
-    "thinking": ("the chat template decides: send chat_template_kwargs", ({"type": "disabled"},)),
-    "reasoning": ("send reasoning_effort, or chat_template_kwargs", ({"enabled": False}, {"exclude": False})),
-    "chat_template": ("it is the gateway's: SessionSettings.chat_template", ()),
-    "documents": ("send chat_template_kwargs, if the chat template reads documents", ()),
-    **{
-        f"guided_{kind}": ("send response_format, regex or ebnf", ()) for kind in ("json", "regex", "grammar", "choice")
-    },
-    "structured_outputs": ("send response_format, regex or ebnf", ()),
-}
-
-
 def _refuse_what_chat_cannot(fields: Fields) -> None:
-    for name, (why, neutral) in _AS_HERE.items():
-        fields.refuse(name, why, neutral=neutral)
-    for name in ("functions", "function_call"):
-        fields.refuse(name, "it is OpenAI's old form; send tools and tool_choice")
+    refuse_foreign(fields, is_chat=True)
     fields.refuse("modalities", "the model writes text only", neutral=(["text"],))
     fields.refuse("audio", "the model writes text only")
     fields.refuse("prediction", "SGLang takes no predicted text")
-    fields.refuse("web_search_options", "there is no web search; give the model a tool")
+    if fields.any("web_search_options") is not None:  # {} asks for a search, too
+        raise bad_request(
+            "web_search_options can't be honoured: there is no web search; give the model a tool",
+            "web_search_options",
+            "unsupported_parameter",
+        )
     fields.refuse("verbosity", "say it in the system message", neutral=("medium",))
 
 
@@ -146,33 +143,55 @@ def read_text(body: Any, sending: Sending) -> Call:
     """
     fields = Fields(body)
     model, stream, include_usage = _read_common(fields)
-    prompt = _read_prompt(fields.any("prompt"))
+    prompts = _read_prompts(fields.any("prompt"))
+    if stream and len(prompts) > 1:
+        raise bad_request("a stream has one prompt: send one per request", "prompt", "unsupported_parameter")
     top = fields.integer("logprobs", at_least=0, at_most=MOST_TOP_LOGPROBS)
     sampling = read_sampling(fields)
     _add_limit(sampling, fields, "max_tokens")
+    add_grammar(sampling, fields)
+    add_stop_trim(sampling, fields)
     sampling.setdefault("max_new_tokens", 16)  # OpenAI's default of this endpoint
     fields.refuse("best_of", "send n=, and choose yourself", neutral=(1, sampling.get("n", 1)))
-    fields.refuse("echo", "the prompt is what was sent", neutral=(False,))
+    fields.refuse("echo", "the gateway scores no prompts; ask the SGLang server itself", neutral=(False,))
     fields.refuse("suffix", "the model only continues texts", neutral=("",))
+    refuse_foreign(fields, is_chat=False)
+    reported = _read_reported(fields)
     fields.refuse_unread()
-    return Call(
-        request=TextRequest(
+    key = sending.idempotency_key
+    requests = [
+        TextRequest(
             prompt=prompt,
             sampling=sampling,
             top_logprobs=top or 0,
-            idempotency_key=sending.idempotency_key,
+            idempotency_key=key if key is None or not index else f"{key} {index}",
             attempt=sending.attempt,
-        ),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    return Call(
+        request=requests[0],
+        other_prompts=tuple(requests[1:]),
         model=model,
         stream=stream,
         include_usage=include_usage,
         log_probs=top is not None,
+        **reported,
     )
+
+
+def _read_reported(fields: Fields) -> dict[str, bool]:
+    """What the answer is to have of tokens, beside their log-probs."""
+    return {
+        "tokens_as_ids": bool(fields.flag("return_tokens_as_token_ids")),
+        "has_token_ids": bool(fields.flag("return_token_ids")),
+    }
 
 
 def _read_common(fields: Fields) -> tuple[str, bool, bool]:
     """The model's name, whether to stream, and whether to end a stream with its usage."""
     fields.ignore(*WITHOUT_EFFECT)
+    ignore_foreign(fields)
     model = fields.required_text("model")
     stream = bool(fields.flag("stream"))
     options = fields.object("stream_options")
@@ -182,21 +201,29 @@ def _read_common(fields: Fields) -> tuple[str, bool, bool]:
         raise bad_request("stream_options needs stream=true", "stream_options")
     inner = Fields(options, "stream_options")
     inner.ignore("include_obfuscation")
+    inner.refuse("continuous_usage_stats", "a stream's last piece has the usage", neutral=(False,))
     include_usage = bool(inner.flag("include_usage"))
     inner.refuse_unread()
     return model, stream, include_usage
 
 
+def _read_prompts(prompt: Any) -> list[str | tuple[int, ...]]:
+    """One prompt or several: each is a text, or token ids."""
+    several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], (str, list))
+    prompts = prompt if several else [prompt]
+    if len(prompts) > MOST_PROMPTS:
+        raise bad_request(f"prompt holds {len(prompts)} prompts; at most {MOST_PROMPTS} go into a request", "prompt")
+    return [_read_prompt(each) for each in prompts]
+
+
 def _read_prompt(prompt: Any) -> str | tuple[int, ...]:
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
-        prompt = prompt[0]
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list) and prompt and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
         return tuple(prompt)
-    if isinstance(prompt, list) and len(prompt) > 1:
-        raise bad_request("prompt holds several prompts: send one per request", "prompt", "unsupported_parameter")
-    raise bad_request(f"prompt must be a text or a list of token ids, got {prompt!r:.100}", "prompt")
+    raise bad_request(
+        f"prompt must be a text or a list of token ids, or a list of those, got {prompt!r:.100}", "prompt"
+    )
 
 
 def _add_limit(sampling: dict[str, Any], fields: Fields, *names: str) -> None:
@@ -207,10 +234,3 @@ def _add_limit(sampling: dict[str, Any], fields: Fields, *names: str) -> None:
         raise bad_request(f"{' and '.join(names)} are two names of one limit, but differ: send one", names[0])
     if limits:
         sampling["max_new_tokens"] = limits.pop()
-
-
-def _add_grammar(sampling: dict[str, Any], grammar: Mapping[str, Any]) -> None:
-    for name in ("regex", "ebnf"):
-        if grammar and name in sampling:
-            raise bad_request(f"response_format and {name} both constrain the answer: send one", "response_format")
-    sampling.update(grammar)

@@ -37,7 +37,7 @@ class ChunkWriter:
         for choice in turn.choices:
             yield from self._begin(choice.index)
             yield from map(data_event, self._reply.piece(self._deltas.rest(choice)))
-            yield from map(data_event, self._reply.end(choice))
+            yield from map(data_event, self._reply.end(choice, turn))
         if self._include_usage:
             yield data_event(self._reply.usage_piece(turn))
         yield data_event("[DONE]")

@@ -21,15 +21,16 @@ from torchrl_sglang.agents.http.earlier_responses import EarlierResponses
 from torchrl_sglang.agents.http.event_stream import EventWriter, event_stream
 from torchrl_sglang.agents.http.fields import Fields
 from torchrl_sglang.agents.http.json_reply import JsonReply
+from torchrl_sglang.agents.http.many_prompts import complete_all, joined_answer
 from torchrl_sglang.agents.http.responses_reply import ResponsesReply, ResponsesWriter
 from torchrl_sglang.agents.http.responses_request import read_responses
 from torchrl_sglang.agents.http.responses_tools import ResponsesTools
 from torchrl_sglang.agents.http.running_turn import RunningTurn, until_disconnect
 from torchrl_sglang.agents.http.serving import Serving
 from torchrl_sglang.agents.http.text_reply import TextReply
-from torchrl_sglang.agents.http.token_texts import TokenTexts
+from torchrl_sglang.agents.http.token_texts import TokenIdTexts, TokenTexts
 from torchrl_sglang.agents.session import Session
-from torchrl_sglang.agents.types import ChatRequest, OnProgress, Turn
+from torchrl_sglang.agents.types import ChatRequest, OnProgress, TextRequest, Turn
 
 __all__ = ["ModelRoutes"]
 
@@ -64,14 +65,21 @@ class ModelRoutes:
         return JsonReply(self._model())
 
     def _model(self) -> dict[str, Any]:
-        return {"id": self._serving.model, "object": "model", "created": self._created, "owned_by": "torchrl-sglang"}
+        made = {"id": self._serving.model, "object": "model", "created": self._created, "owned_by": "torchrl-sglang"}
+        # As vLLM and SGLang call it: agents shorten their conversations in time.
+        length = self._serving.context_length
+        return made if length is None else {**made, "max_model_len": length}
 
     async def chat(self, request: Request) -> Response:
         """``POST .../chat/completions``."""
         session = self._serving.session(request)
         call = read_chat(await self._serving.body(request), sending_of(request))
         reply = ChatReply(
-            id=_new_id("chatcmpl-"), created=int(time.time()), model=self._model_name, texts=self._texts(call)
+            id=_new_id("chatcmpl-"),
+            created=int(time.time()),
+            model=self._model_name,
+            has_old_functions=call.has_old_functions,
+            **self._asked(call),
         )
         return await self._answer(request, session, call, reply)
 
@@ -79,10 +87,21 @@ class ModelRoutes:
         """``POST .../completions``."""
         session = self._serving.session(request)
         call = read_text(await self._serving.body(request), sending_of(request))
-        reply = TextReply(
-            id=_new_id("cmpl-"), created=int(time.time()), model=self._model_name, texts=self._texts(call)
-        )
+        reply = TextReply(id=_new_id("cmpl-"), created=int(time.time()), model=self._model_name, **self._asked(call))
+        if call.other_prompts:
+            return await self._complete_all(request, session, call, reply)
         return await self._answer(request, session, call, reply)
+
+    async def _complete_all(self, request: Request, session: Session, call: Call, reply: TextReply) -> Response:
+        assert isinstance(call.request, TextRequest)
+
+        def undelivered(turns: list[Turn]) -> None:
+            for turn in turns:
+                session.undelivered(turn)
+
+        work = complete_all(session, (call.request, *call.other_prompts))
+        turns = await until_disconnect(request, work, undelivered=undelivered)
+        return JsonReply(joined_answer(turns, reply))
 
     async def responses(self, request: Request) -> Response:
         """``POST .../responses``."""
@@ -138,6 +157,12 @@ class ModelRoutes:
 
     def _texts(self, call: Call) -> TokenTexts | None:
         return self._serving.token_texts if call.log_probs else None
+
+    def _asked(self, call: Call) -> dict[str, Any]:
+        """What the reply to a call has of tokens."""
+        texts = self._texts(call)
+        as_ids = texts is not None and call.tokens_as_ids
+        return {"texts": TokenIdTexts(texts) if as_ids else texts, "has_token_ids": call.has_token_ids}
 
     async def _answer(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchrl_sglang.agents.http.token_texts import TokenTexts
+from torchrl_sglang.agents.http.token_texts import TokenIdTexts, TokenTexts
 from torchrl_sglang.agents.types import Choice, Turn
 
 __all__ = ["OpenAIReply"]
@@ -21,12 +21,14 @@ class OpenAIReply:
         created: Unix time.
         model: the served model's name.
         texts: the texts of tokens; ``None`` without ``logprobs``.
+        has_token_ids: whether the answer has the token ids of prompt and answer, in vLLM's fields.
     """
 
     id: str
     created: int
     model: str
-    texts: TokenTexts | None
+    texts: TokenTexts | TokenIdTexts | None
+    has_token_ids: bool = False
 
     def head(self, kind: str) -> dict[str, Any]:
         """The fields that come first."""
@@ -35,6 +37,14 @@ class OpenAIReply:
     def ending(self, turn: Turn) -> dict[str, Any]:
         """The fields that come after the choices."""
         return {"usage": self.usage(turn), "system_fingerprint": _fingerprint(turn.choices)}
+
+    def token_ids(self, ids: Sequence[int]) -> dict[str, Any]:
+        """The field of a choice, or of a piece of it, with its tokens; none unless it is asked for."""
+        return {"token_ids": list(ids)} if self.has_token_ids else {}
+
+    def prompt_ids(self, turn: Turn) -> dict[str, Any]:
+        """The field with the prompt's tokens; none unless it is asked for."""
+        return {"prompt_token_ids": turn.read_prompt_ids()} if self.has_token_ids else {}
 
     @staticmethod
     def usage(turn: Turn) -> dict[str, Any]:

@@ -58,7 +58,7 @@ _READERS: dict[str, Callable[[Fields, str], Any]] = {
     **dict.fromkeys(_MORE_INTEGERS, lambda fields, name: fields.integer(name, at_most=MOST_INTEGER)),
     **dict.fromkeys(_GRAMMARS, Fields.text),
     "ignore_eos": Fields.flag,
-    "stop": _read_stop,
+    **dict.fromkeys(("stop", "stop_regex"), _read_stop),
     "stop_token_ids": _read_ids,
     "logit_bias": lambda fields, name: fields.object(name) or None,
 }
@@ -80,8 +80,8 @@ def read_grammar(fields: Fields) -> dict[str, Any]:
     kind = fields.text("type", choices=("text", "json_object", "json_schema"), required=True)
     if kind == "text":
         return {}
-    if kind == "json_object":
-        return {"json_schema": {"type": "object"}}
+    if kind == "json_object":  # some servers take a schema with it
+        return {"json_schema": fields.object("schema") or {"type": "object"}}
     inner = fields.object("json_schema")
     holder = fields if inner is None else Fields(inner, fields.path("json_schema"))
     for name in ("name", "description"):

@@ -29,6 +29,7 @@ class Serving:
         public_url: the gateway's address as agents see it; ``None`` takes that of the request.
         max_body_bytes: largest body of a request.
         template: the text of the model's chat template.
+        context_length: tokens of its context; ``None`` if the servers don't say.
     """
 
     sessions: Sessions
@@ -38,6 +39,7 @@ class Serving:
     public_url: str | None = None
     max_body_bytes: int
     template: str = ""
+    context_length: int | None = None
 
     def session(self, request: Request) -> Session:
         """The session that a request names, if it has the session's key.

@@ -23,12 +23,16 @@ class TextReply(OpenAIReply):
     def whole(self, turn: Turn) -> dict[str, Any]:
         """The answer in one piece."""
         choices = [
-            self._choice(
-                choice.index,
-                choice.message.get("content") or "",
-                self._log_probs(choice.index, choice.token_ids, choice.log_probs, choice.top_log_probs),
-                choice.finish_reason,
-            )
+            {
+                **self._choice(
+                    choice.index,
+                    choice.message.get("content") or "",
+                    self._log_probs(choice.index, choice.token_ids, choice.log_probs, choice.top_log_probs),
+                    choice.finish_reason,
+                ),
+                **self.prompt_ids(turn),
+                **self.token_ids(choice.token_ids),
+            }
             for choice in turn.choices
         ]
         return {
@@ -43,12 +47,15 @@ class TextReply(OpenAIReply):
     def piece(self, delta: Delta) -> Iterator[dict[str, Any]]:
         """Pieces with what a choice has gained."""
         log_probs = self._log_probs(delta.index, delta.token_ids, delta.log_probs, delta.top_log_probs)
-        if delta.text or (log_probs and delta.token_ids):
-            yield {**self.head("text_completion"), "choices": [self._choice(delta.index, delta.text, log_probs, None)]}
+        ids = self.token_ids(delta.token_ids)
+        if delta.text or (delta.token_ids and (log_probs or ids)):
+            choice = {**self._choice(delta.index, delta.text, log_probs, None), **ids}
+            yield {**self.head("text_completion"), "choices": [choice]}
 
-    def end(self, choice: Choice) -> Iterator[dict[str, Any]]:
+    def end(self, choice: Choice, turn: Turn) -> Iterator[dict[str, Any]]:
         """The piece that says why a choice ended."""
-        yield {**self.head("text_completion"), "choices": [self._choice(choice.index, "", None, choice.finish_reason)]}
+        ending = {**self._choice(choice.index, "", None, choice.finish_reason), **self.prompt_ids(turn)}
+        yield {**self.head("text_completion"), "choices": [ending]}
 
     def usage_piece(self, turn: Turn) -> dict[str, Any]:
         """The piece that ends a stream with ``stream_options.include_usage``."""

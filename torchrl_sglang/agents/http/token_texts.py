@@ -7,7 +7,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["TokenTexts"]
+__all__ = ["TokenIdTexts", "TokenTexts"]
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -42,6 +42,21 @@ class TokenTexts:
         if byte:
             return bytes([int(byte[1], 16)])
         return piece.replace("▁", " ").encode()
+
+
+class TokenIdTexts:
+    """Token ids in place of tokens' texts: ``token_id:5``, as vLLM writes them where ``return_tokens_as_token_ids``.
+
+    Args:
+        texts: the texts; the bytes are still those.
+    """
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
+
+    def text_and_bytes(self, token_id: int) -> tuple[str, tuple[int, ...]]:
+        """``token_id:N``, and the token's bytes in UTF-8."""
+        return f"token_id:{token_id}", self._texts.text_and_bytes(token_id)[1]
 
 
 def _byte_characters() -> dict[str, int]:

@@ -38,7 +38,7 @@ def api_error(error: SGLangError) -> ApiError:
     if isinstance(error, ContextLengthError):
         return ApiError(
             400,
-            message,
+            f"{_openai_too_long(error)}{message}",
             param="messages",
             code="context_length_exceeded",
             anthropic_message=f"{_too_long(error)}{message}",
@@ -62,6 +62,13 @@ def api_error(error: SGLangError) -> ApiError:
     if isinstance(error, (ServerError, WeightSyncError)):  # no server is left, or none may be used
         return ApiError(503, message, code="upstream_unavailable", retry_after_s=_SERVER_RETRY_S)
     return ApiError(500, message, code="internal_error")
+
+
+def _openai_too_long(error: ContextLengthError) -> str:
+    """The words of OpenAI's and vLLM's servers: some frameworks look for them, and not for the code."""
+    if error.limit is None:
+        return "The prompt is longer than the model's maximum context length: "
+    return f"This model's maximum context length is {error.limit} tokens: "
 
 
 def _too_long(error: ContextLengthError) -> str:
