@@ -59,7 +59,9 @@ def test_the_pieces_of_a_stream_joined_are_the_text(gateway: StandInGateway) -> 
     [
         ({"prompt": None}, "prompt"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": ["a", "b"], "stream": True}, "prompt"),
+        ({"prompt": ["a", 5]}, "prompt"),
+        ({"prompt": ["a"] * 2049}, "prompt"),
         ({"prompt": [1, "a"]}, "prompt"),
         ({"echo": True}, "echo"),
         ({"suffix": "end"}, "suffix"),

@@ -212,3 +212,19 @@ def test_the_model_list_has_the_length_of_the_context() -> None:
     gateway = StandInGateway(context_length=4096)
     (model,) = gateway.send("/sessions/s1/v1/models", method="GET").json()["data"]
     assert model["max_model_len"] == 4096
+
+
+@pytest.mark.parametrize(
+    "part", ["Hi", {"type": "input_text", "text": "Hi"}, {"type": "output_text", "text": "Hi", "annotations": []}]
+)
+def test_texts_of_other_apis_are_parts_of_a_content(gateway: StandInGateway, part: Any) -> None:
+    answer = gateway.chat(messages=[{"role": "user", "content": [part, {"type": "text", "text": " there"}]}])
+    assert answer.status_code == 200, answer.text
+    (request,) = gateway.session.requests
+    assert isinstance(request, ChatRequest)
+    assert request.messages[0]["content"] == [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]
+
+
+def test_a_web_search_is_refused_also_without_options(gateway: StandInGateway) -> None:
+    answer = gateway.chat(web_search_options={})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "web_search_options")

@@ -12,7 +12,9 @@ from torchrl_sglang.agents.http.fields import Fields
 __all__ = ["check_messages", "check_tools", "read_tool_choice"]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_PARTS = ("text", "image_url", "input_audio", "refusal")
+_PARTS = ("text", "image_url", "input_audio", "refusal", "input_text", "output_text")
+_TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
+"""The last two are of the Responses API; the texts' fields."""
 
 
 def check_messages(messages: Sequence[Any]) -> tuple[dict[str, Any], ...]:
@@ -39,12 +41,8 @@ def _message(message: Any, where: str, waiting: int) -> dict[str, Any]:
     if _is_plain(message):  # most messages of a long conversation, all of which come with each turn
         return dict(message)
     fields = Fields(message, where)
-    if isinstance(message, Mapping) and message.get("role") == "function":
-        raise bad_request(f"{where}.role 'function' is OpenAI's old form: send role 'tool'", f"{where}.role")
     role = fields.text("role", choices=_ROLES, required=True)
     checked = dict(message)
-    if message.get("function_call") is not None:
-        raise bad_request(f"{where}.function_call is OpenAI's old form: send tool_calls", f"{where}.function_call")
     fields.refuse(
         "prefix", "an answer begins anew; say in a user's message how it is to begin", neutral=(False,)
     )  # Mistral's and DeepSeek's form
@@ -65,8 +63,9 @@ def _message(message: Any, where: str, waiting: int) -> dict[str, Any]:
             checked["content"] = message["refusal"]
     elif isinstance(content, list):
         for index, part in enumerate(content):
-            _check_part(part, f"{where}.content[{index}]")
-        checked["content"] = [_text_of_refusal(part) for part in content]
+            if not isinstance(part, str):  # as vLLM takes it
+                _check_part(part, f"{where}.content[{index}]")
+        checked["content"] = [_as_text(part) for part in content]
     elif not isinstance(content, str):
         raise bad_request(
             f"{where}.content must be a string or a list of parts, got {content!r:.80}", f"{where}.content"
@@ -98,16 +97,20 @@ def _check_call(fields: Fields) -> None:
 def _check_part(part: Any, where: str) -> None:
     fields = Fields(part, where)
     kind = fields.text("type", choices=_PARTS, required=True)
-    if kind in ("text", "refusal"):
-        fields.required_text(str(kind))
+    if kind in _TEXT_PARTS:
+        fields.required_text(_TEXT_PARTS[str(kind)])
     elif kind == "image_url":
         Fields(fields.object("image_url", required=True), fields.path("image_url")).required_text("url")
     else:
         Fields(fields.object("input_audio", required=True), fields.path("input_audio")).required_text("data")
 
 
-def _text_of_refusal(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {"type": "text", "text": part["refusal"]} if part["type"] == "refusal" else part
+def _as_text(part: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """A text in the one form of it."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    name = _TEXT_PARTS.get(part["type"])
+    return part if name is None or part["type"] == "text" else {"type": "text", "text": part[name]}
 
 
 def check_tools(tools: Sequence[Any] | None) -> tuple[dict[str, Any], ...]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torchrl_sglang.agents.http.old_functions import as_function_call
 from torchrl_sglang.agents.http.openai_reply import OpenAIReply
 from torchrl_sglang.agents.http.reply_deltas import Delta
 from torchrl_sglang.agents.types import Choice, TokenLogProb, Turn
@@ -15,16 +16,22 @@ __all__ = ["ChatReply"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatReply(OpenAIReply):
-    """Writes the answer to one request."""
+    """Writes the answer to one request.
+
+    Attributes:
+        has_old_functions: a tool call is written as ``function_call``.
+    """
+
+    has_old_functions: bool = False
 
     def whole(self, turn: Turn) -> dict[str, Any]:
         """The answer in one piece."""
         choices = [
             {
                 "index": choice.index,
-                "message": {"refusal": None, **choice.message},
+                "message": {"refusal": None, **self._message(choice)},
                 "logprobs": self._log_probs(choice.token_ids, choice.log_probs, choice.top_log_probs),
-                "finish_reason": choice.finish_reason,
+                "finish_reason": self._reason(choice),
                 **self.token_ids(choice.token_ids),
             }
             for choice in turn.choices
@@ -52,13 +59,22 @@ class ChatReply(OpenAIReply):
     def end(self, choice: Choice, turn: Turn) -> Iterator[dict[str, Any]]:
         """The pieces that come last: the tool calls, and why the choice ended."""
         calls = choice.message.get("tool_calls") or ()
-        if calls:
+        if calls and self.has_old_functions:
+            yield self._chunk(choice.index, {"function_call": calls[0]["function"]})
+        elif calls:
             yield self._chunk(choice.index, {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})
-        yield {**self._chunk(choice.index, {}, finish_reason=choice.finish_reason), **self.prompt_ids(turn)}
+        yield {**self._chunk(choice.index, {}, finish_reason=self._reason(choice)), **self.prompt_ids(turn)}
 
     def usage_piece(self, turn: Turn) -> dict[str, Any]:
         """The piece that ends a stream with ``stream_options.include_usage``."""
         return {**self.head("chat.completion.chunk"), "choices": [], "usage": self.usage(turn)}
+
+    def _message(self, choice: Choice) -> Mapping[str, Any]:
+        return as_function_call(choice.message) if self.has_old_functions else choice.message
+
+    def _reason(self, choice: Choice) -> str:
+        is_old = self.has_old_functions and choice.finish_reason == "tool_calls"
+        return "function_call" if is_old else choice.finish_reason
 
     def _chunk(
         self,

@@ -15,11 +15,14 @@ from torchrl_sglang.agents.http.chat_extensions import (
 )
 from torchrl_sglang.agents.http.chat_messages import check_messages, check_tools, read_tool_choice
 from torchrl_sglang.agents.http.fields import Fields
+from torchrl_sglang.agents.http.old_functions import has_old_functions, with_tools
 from torchrl_sglang.agents.http.sampling_fields import MOST_TOP_LOGPROBS, read_sampling
 from torchrl_sglang.agents.types import ChatRequest, TextRequest
 
 __all__ = ["WITHOUT_EFFECT", "Call", "Sending", "read_chat", "read_text"]
 
+MOST_PROMPTS = 2048
+"""As in OpenAI's API."""
 # They tell OpenAI's platform something, and change no token.
 WITHOUT_EFFECT = (
     *("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"),
@@ -52,6 +55,8 @@ class Call:
         tokens_as_ids: name tokens by their ids there, instead of their texts (vLLM's ``return_tokens_as_token_ids``).
         has_token_ids: report the token ids of prompt and answer (vLLM's ``return_token_ids``).
         effort: the effort of reasoning, if one was given; it is among the template's variables.
+        other_prompts: of a request with several prompts, those after the first.
+        has_old_functions: write a tool call as ``function_call``, as the request gave its tools as ``functions``.
     """
 
     request: ChatRequest | TextRequest
@@ -62,6 +67,8 @@ class Call:
     tokens_as_ids: bool = False
     has_token_ids: bool = False
     effort: str | None = None
+    other_prompts: tuple[TextRequest, ...] = ()
+    has_old_functions: bool = False
 
 
 def read_chat(body: Any, sending: Sending) -> Call:
@@ -70,7 +77,7 @@ def read_chat(body: Any, sending: Sending) -> Call:
     Raises:
         ApiError: a field that is wrong, unknown, or can't be honoured; ``param`` names it.
     """
-    fields = Fields(body)
+    fields = Fields(with_tools(body))
     model, stream, include_usage = _read_common(fields)
     messages = check_messages(fields.list("messages", required=True) or [])
     tools = check_tools(fields.list("tools"))
@@ -109,18 +116,22 @@ def read_chat(body: Any, sending: Sending) -> Call:
         include_usage=include_usage,
         log_probs=log_probs,
         effort=effort,
+        has_old_functions=has_old_functions(body),
         **reported,
     )
 
 
 def _refuse_what_chat_cannot(fields: Fields) -> None:
     refuse_foreign(fields, is_chat=True)
-    for name in ("functions", "function_call"):
-        fields.refuse(name, "it is OpenAI's old form; send tools and tool_choice")
     fields.refuse("modalities", "the model writes text only", neutral=(["text"],))
     fields.refuse("audio", "the model writes text only")
     fields.refuse("prediction", "SGLang takes no predicted text")
-    fields.refuse("web_search_options", "there is no web search; give the model a tool")
+    if fields.any("web_search_options") is not None:  # {} asks for a search, too
+        raise bad_request(
+            "web_search_options can't be honoured: there is no web search; give the model a tool",
+            "web_search_options",
+            "unsupported_parameter",
+        )
     fields.refuse("verbosity", "say it in the system message", neutral=("medium",))
 
 
@@ -132,7 +143,9 @@ def read_text(body: Any, sending: Sending) -> Call:
     """
     fields = Fields(body)
     model, stream, include_usage = _read_common(fields)
-    prompt = _read_prompt(fields.any("prompt"))
+    prompts = _read_prompts(fields.any("prompt"))
+    if stream and len(prompts) > 1:
+        raise bad_request("a stream has one prompt: send one per request", "prompt", "unsupported_parameter")
     top = fields.integer("logprobs", at_least=0, at_most=MOST_TOP_LOGPROBS)
     sampling = read_sampling(fields)
     _add_limit(sampling, fields, "max_tokens")
@@ -145,14 +158,20 @@ def read_text(body: Any, sending: Sending) -> Call:
     refuse_foreign(fields, is_chat=False)
     reported = _read_reported(fields)
     fields.refuse_unread()
-    return Call(
-        request=TextRequest(
+    key = sending.idempotency_key
+    requests = [
+        TextRequest(
             prompt=prompt,
             sampling=sampling,
             top_logprobs=top or 0,
-            idempotency_key=sending.idempotency_key,
+            idempotency_key=key if key is None or not index else f"{key} {index}",
             attempt=sending.attempt,
-        ),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    return Call(
+        request=requests[0],
+        other_prompts=tuple(requests[1:]),
         model=model,
         stream=stream,
         include_usage=include_usage,
@@ -188,16 +207,23 @@ def _read_common(fields: Fields) -> tuple[str, bool, bool]:
     return model, stream, include_usage
 
 
+def _read_prompts(prompt: Any) -> list[str | tuple[int, ...]]:
+    """One prompt or several: each is a text, or token ids."""
+    several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], (str, list))
+    prompts = prompt if several else [prompt]
+    if len(prompts) > MOST_PROMPTS:
+        raise bad_request(f"prompt holds {len(prompts)} prompts; at most {MOST_PROMPTS} go into a request", "prompt")
+    return [_read_prompt(each) for each in prompts]
+
+
 def _read_prompt(prompt: Any) -> str | tuple[int, ...]:
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
-        prompt = prompt[0]
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list) and prompt and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
         return tuple(prompt)
-    if isinstance(prompt, list) and len(prompt) > 1:
-        raise bad_request("prompt holds several prompts: send one per request", "prompt", "unsupported_parameter")
-    raise bad_request(f"prompt must be a text or a list of token ids, got {prompt!r:.100}", "prompt")
+    raise bad_request(
+        f"prompt must be a text or a list of token ids, or a list of those, got {prompt!r:.100}", "prompt"
+    )
 
 
 def _add_limit(sampling: dict[str, Any], fields: Fields, *names: str) -> None:

@@ -21,6 +21,7 @@ from torchrl_sglang.agents.http.earlier_responses import EarlierResponses
 from torchrl_sglang.agents.http.event_stream import EventWriter, event_stream
 from torchrl_sglang.agents.http.fields import Fields
 from torchrl_sglang.agents.http.json_reply import JsonReply
+from torchrl_sglang.agents.http.many_prompts import complete_all, joined_answer
 from torchrl_sglang.agents.http.responses_reply import ResponsesReply, ResponsesWriter
 from torchrl_sglang.agents.http.responses_request import read_responses
 from torchrl_sglang.agents.http.responses_tools import ResponsesTools
@@ -29,7 +30,7 @@ from torchrl_sglang.agents.http.serving import Serving
 from torchrl_sglang.agents.http.text_reply import TextReply
 from torchrl_sglang.agents.http.token_texts import TokenIdTexts, TokenTexts
 from torchrl_sglang.agents.session import Session
-from torchrl_sglang.agents.types import ChatRequest, OnProgress, Turn
+from torchrl_sglang.agents.types import ChatRequest, OnProgress, TextRequest, Turn
 
 __all__ = ["ModelRoutes"]
 
@@ -74,7 +75,11 @@ class ModelRoutes:
         session = self._serving.session(request)
         call = read_chat(await self._serving.body(request), sending_of(request))
         reply = ChatReply(
-            id=_new_id("chatcmpl-"), created=int(time.time()), model=self._model_name, **self._asked(call)
+            id=_new_id("chatcmpl-"),
+            created=int(time.time()),
+            model=self._model_name,
+            has_old_functions=call.has_old_functions,
+            **self._asked(call),
         )
         return await self._answer(request, session, call, reply)
 
@@ -83,7 +88,20 @@ class ModelRoutes:
         session = self._serving.session(request)
         call = read_text(await self._serving.body(request), sending_of(request))
         reply = TextReply(id=_new_id("cmpl-"), created=int(time.time()), model=self._model_name, **self._asked(call))
+        if call.other_prompts:
+            return await self._complete_all(request, session, call, reply)
         return await self._answer(request, session, call, reply)
+
+    async def _complete_all(self, request: Request, session: Session, call: Call, reply: TextReply) -> Response:
+        assert isinstance(call.request, TextRequest)
+
+        def undelivered(turns: list[Turn]) -> None:
+            for turn in turns:
+                session.undelivered(turn)
+
+        work = complete_all(session, (call.request, *call.other_prompts))
+        turns = await until_disconnect(request, work, undelivered=undelivered)
+        return JsonReply(joined_answer(turns, reply))
 
     async def responses(self, request: Request) -> Response:
         """``POST .../responses``."""
@@ -168,9 +186,16 @@ class ModelRoutes:
 
         if call.stream:
             writer = _writer(reply, include_usage=call.include_usage)
-            return await event_stream(request, RunningTurn(run), writer, undelivered=session.undelivered)
+            stream = await event_stream(request, RunningTurn(run), writer, undelivered=session.undelivered)
+            stream.headers.update(_request_id(reply))
+            return stream
         turn = await until_disconnect(request, run(None), undelivered=session.undelivered)
-        return JsonReply(reply.whole(turn))
+        return JsonReply(reply.whole(turn), headers=_request_id(reply))
+
+
+def _request_id(reply: Reply) -> dict[str, str]:
+    """The headers by which OpenAI's and Anthropic's clients name a request in their reports."""
+    return {"x-request-id": reply.id, "request-id": reply.id}
 
 
 def _writer(reply: Reply, *, include_usage: bool) -> EventWriter:
