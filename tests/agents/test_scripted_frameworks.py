@@ -64,7 +64,7 @@ class Agent:
 AGENTS = {
     "verifiers_envs": Agent(adds, [1, 2, 2]),
     "mini_swe_agent": Agent(works_in_a_shell, [2, 2]),
-    "autogen_agentchat": Agent(adds, [2, 2]),
+    "autogen_assistant": Agent(adds, [2, 2]),
     "dspy_react": Agent(fills_in_fields, [1, 1, 1]),  # each prompt is written anew
 }
 
