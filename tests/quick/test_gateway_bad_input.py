@@ -207,7 +207,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"max_tokens": 0},
         {"messages": []},
         {"messages": [5]},
-        {"messages": [{"role": "system", "content": "x"}]},
+        {"messages": [{"role": "developer", "content": "x"}]},
         {"messages": [{"role": "user"}]},
         {"messages": [{"role": "user", "content": [{"type": "document"}]}]},
         {"messages": [{"role": "user", "content": [{"type": "image", "source": 5}]}]},

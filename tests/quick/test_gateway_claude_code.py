@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -224,3 +225,19 @@ def test_two_turns_are_one_trajectory(gateway: ScriptedGateway) -> None:
     assert ask(url, key, messages=messages).json()["stop_reason"] == "end_turn"
     (whole,), info = gateway.recorded(name)
     assert sum(whole.loss_mask) == info.sampled_tokens
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_has_the_id_that_clients_report(stream: bool) -> None:
+    gateway = StandInGateway()
+    answer = send(gateway, stream=stream)
+    name = events(answer)[0]["message"]["id"] if stream else answer.json()["id"]
+    assert answer.headers["request-id"] == answer.headers["x-request-id"] == name
+
+
+def test_a_compressed_body_is_refused() -> None:
+    gateway = StandInGateway()
+    body = gzip.compress(json.dumps(REQUEST).encode())
+    answer = gateway.send("/sessions/s1/v1/messages", body, headers={"content-encoding": "gzip"})
+    assert answer.status_code == 415
+    assert "compressed" in answer.json()["error"]["message"]

@@ -40,7 +40,8 @@ class CommandAgent:
 
     ``{base_url}``, ``{api_key}`` and ``{task}`` are replaced in every argument; a task that is no string is written as
     JSON. No shell takes part: what a task contains is never interpreted. The program also finds the first two in
-    ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``, where OpenAI's clients look for them, and the rest of this process's
+    ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``, where OpenAI's clients look for them, in ``ANTHROPIC_BASE_URL``,
+    ``ANTHROPIC_API_KEY`` and ``ANTHROPIC_AUTH_TOKEN``, where Anthropic's do, and the rest of this process's
     environment. When it ends, and when the run is cancelled, all processes that it started are killed.
 
     Args:
@@ -175,5 +176,9 @@ def agent_environment(variables: Mapping[str, str], base_url: str, api_key: str)
         >>> agent_environment({"HTTP_PROXY": "http://proxy:3128"}, "http://10.0.0.7:8000/v1", "key")["NO_PROXY"]
         'localhost,127.0.0.1,127.0.0.0/8,::1,0.0.0.0,10.0.0.7'
     """
-    made = {**variables, "OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": api_key}
+    made = {
+        **variables,
+        **dict.fromkeys(("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL"), base_url),
+        **dict.fromkeys(("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"), api_key),
+    }
     return reach_directly(made, [urlsplit(base_url).hostname or ""])

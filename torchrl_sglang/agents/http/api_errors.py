@@ -15,6 +15,7 @@ _TYPES = {
     405: ("invalid_request_error", "invalid_request_error"),
     409: ("invalid_request_error", "invalid_request_error"),
     413: ("invalid_request_error", "request_too_large"),
+    415: ("invalid_request_error", "invalid_request_error"),
     429: ("rate_limit_error", "rate_limit_error"),
 }
 _SERVER_TYPES = ("server_error", "api_error")

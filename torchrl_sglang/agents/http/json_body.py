@@ -23,9 +23,17 @@ async def read_json_body(request: Request, *, max_bytes: int) -> Any:
         max_bytes: a longer body is refused, before it is in memory.
 
     Raises:
-        ApiError: 413 for a longer body, 400 for one that is no JSON.
+        ApiError: 413 for a longer body, 415 for a compressed one, 400 for one that is no JSON.
         ClientDisconnect: the client closed the connection.
     """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise ApiError(
+            415,
+            f"the body is compressed ({encoding!r:.40}): send it as it is",
+            param="content-encoding",
+            code="unsupported_encoding",
+        )
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > max_bytes:
         raise _too_large(max_bytes)

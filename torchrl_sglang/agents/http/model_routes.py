@@ -187,9 +187,16 @@ class ModelRoutes:
 
         if call.stream:
             writer = _writer(reply, include_usage=call.include_usage)
-            return await event_stream(request, RunningTurn(run), writer, undelivered=session.undelivered)
+            stream = await event_stream(request, RunningTurn(run), writer, undelivered=session.undelivered)
+            stream.headers.update(_request_id(reply))
+            return stream
         turn = await until_disconnect(request, run(None), undelivered=session.undelivered)
-        return JsonReply(reply.whole(turn))
+        return JsonReply(reply.whole(turn), headers=_request_id(reply))
+
+
+def _request_id(reply: Reply) -> dict[str, str]:
+    """The headers by which OpenAI's and Anthropic's clients name a request in their reports."""
+    return {"x-request-id": reply.id, "request-id": reply.id}
 
 
 def _writer(reply: Reply, *, include_usage: bool) -> EventWriter:

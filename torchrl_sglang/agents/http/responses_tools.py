@@ -41,7 +41,7 @@ class _Kind:
         item: type of the item of a call; that of its result has ``_output`` behind it.
         description: what the model is told.
         parameters: the arguments of the function that it is told.
-        field: the field of the item that has the arguments.
+        holder: the field of the item that has the arguments.
         fixed: what this field has besides.
         renamed: the arguments that have other names there.
     """
@@ -49,7 +49,7 @@ class _Kind:
     item: str
     description: str
     parameters: Mapping[str, Any]
-    field: str
+    holder: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
 
@@ -59,7 +59,7 @@ _KINDS: Mapping[str, _Kind] = {
         item="local_shell_call",
         description="Runs a command and returns its output.",
         parameters=_object("command", command=_TEXTS, workdir=_TEXT, timeout_ms=_NUMBER),
-        field="action",
+        holder="action",
         fixed={"type": "exec", "env": {}, "user": None},
         renamed={"workdir": "working_directory"},
     ),
@@ -67,7 +67,7 @@ _KINDS: Mapping[str, _Kind] = {
         item="shell_call",
         description="Runs shell commands and returns their output.",
         parameters=_object("commands", commands=_TEXTS, timeout_ms=_NUMBER, max_output_length=_NUMBER),
-        field="action",
+        holder="action",
     ),
     "apply_patch": _Kind(
         item="apply_patch_call",
@@ -78,7 +78,7 @@ _KINDS: Mapping[str, _Kind] = {
             path=_TEXT,
             diff=_TEXT,
         ),
-        field="operation",
+        holder="operation",
     ),
 }
 _OF_ITEM = {kind.item: (name, kind) for name, kind in _KINDS.items()}
@@ -174,7 +174,7 @@ class ResponsesTools:
             known = _KINDS[tool.kind]
             action = _action(known, arguments)
             if action is not None:
-                return {"type": known.item, **about, known.field: action}
+                return {"type": known.item, **about, known.holder: action}
         named = {"name": tool.name, **({"namespace": tool.namespace} if tool.namespace else {})}
         if tool.kind == "custom":
             written = "" if status == "in_progress" else _text_of(arguments)
@@ -299,7 +299,7 @@ def chat_call(kind: str, fields: Fields) -> dict[str, Any]:
 
 
 def _arguments(kind: _Kind, fields: Fields) -> Iterator[tuple[str, Any]]:
-    action = fields.object(kind.field, required=True) or {}
+    action = fields.object(kind.holder, required=True) or {}
     for name in kind.parameters["properties"]:
         value = action.get(kind.renamed.get(name, name))
         if value is not None:
