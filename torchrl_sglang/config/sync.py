@@ -49,7 +49,8 @@ class SyncConfig:
     """Share of the bytes that ``verify="probe"`` compares by checksum; the sample changes from sync to sync. Norms and
     biases are always part of it, and a model of up to 8 MB as a whole."""
     verify_atol: float | None = None
-    """Largest log-prob difference that verification accepts; ``None`` is 1e-3 for float32, 0.5 for half precision."""
+    """Largest log-prob difference that verification accepts; ``None`` is 1e-3 for float32, 0.5 for half precision. Of a
+    mixture of experts in half precision the median counts, since rounding may choose another expert for a token."""
     name_map: Mapping[str, str] = field(default_factory=dict)
     """From the trainer's tensor names to the checkpoint's, for custom models; applied before every check."""
     ignore: tuple[str, ...] = ()

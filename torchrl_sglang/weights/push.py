@@ -189,7 +189,9 @@ class Pusher:
             num_bytes=num_bytes,
             num_buckets=len(plan) or 1 + num_bytes // self._config.bucket_size(num_bytes),  # no plan: read only once
             checksums=checksums,
-            probe=None if self._config.verify == "off" else Probe(clients, self._pool.vocab_size, source),
+            probe=None
+            if self._config.verify == "off"
+            else Probe(clients, self._pool.vocab_size, source, has_experts=self._planner.checkpoint.has_experts),
             report=report,
         )
 
