@@ -8,21 +8,13 @@ from collections.abc import Callable
 import pytest
 
 from tests.fake_sglang import FakeServer
-from torchrl_sglang import SamplingParams, ServerUnreachableError
-from torchrl_sglang.client import SGLangClient
+from tests.quick.pools import PROMPTS, SHORT, pool_of
+from torchrl_sglang import ServerUnreachableError
 from torchrl_sglang.pool import PoolState, SGLangPool, dead_servers
 from torchrl_sglang.pool.records import WeightState
 from torchrl_sglang.protocol.version import WeightVersion
 
 Make = Callable[..., FakeServer]
-PROMPTS = [[index + 3, 7, 8] for index in range(8)]
-SHORT = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
-
-
-def pool_of(*servers: FakeServer) -> SGLangPool:
-    pool = SGLangPool([SGLangClient(server.url) for server in servers])
-    pool.connect()
-    return pool
 
 
 def seen(*texts: str) -> WeightState:
