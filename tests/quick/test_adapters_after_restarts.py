@@ -15,15 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from tests.fake_sglang import FakeServer
 from tests.fake_sglang.model import read_checkpoint
-from torchrl_sglang import RequestRejectedError, SamplingParams, ServerError, SyncConfig, WeightSync
+from tests.quick.pools import PROMPTS, SHORT, pool_of, servers_of
+from torchrl_sglang import RequestRejectedError, ServerError, SyncConfig, WeightSync
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.engine.monitor import admit, restart_server
 from torchrl_sglang.pool import SGLangPool, dead_servers
 from torchrl_sglang.weights.transports.http import HttpTransport
 
 Make = Callable[..., FakeServer]
-PROMPTS = [[index + 3, 7, 8] for index in range(8)]
-SHORT = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +46,6 @@ class Process:
         self.server = self._replace(self.server, **self._settings, **version)
 
 
-def pool_of(*servers: FakeServer) -> SGLangPool:
-    pool = SGLangPool([SGLangClient(server.url) for server in servers])
-    pool.connect()
-    return pool
-
-
 def adapted(folder: Path) -> Any:
     base = AutoModelForCausalLM.from_pretrained(folder)
     return peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
@@ -60,10 +53,6 @@ def adapted(folder: Path) -> Any:
 
 def answers(pool: SGLangPool) -> list[tuple[list[int], str]]:
     return [(reply.output_ids, reply.weight_version) for reply in pool.generate(PROMPTS, SHORT)]
-
-
-def servers_of(pool: SGLangPool) -> set[str]:
-    return {reply.server for reply in pool.generate(PROMPTS, SHORT)}
 
 
 def wait_until_both_answer(pool: SGLangPool) -> None:

@@ -16,29 +16,17 @@ from torchrl.modules.llm.policies import Tokens
 
 from tests.fake_sglang import FakeServer, Fault
 from tests.fake_sglang.model import read_checkpoint
+from tests.quick.pools import PROMPTS, SHORT, pool_of, servers_of
 from torchrl_sglang import AsyncSGLang, SamplingParams, ServerUnreachableError, SGLangWrapper, SyncConfig, WeightSync
-from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.parallel import Task
 from torchrl_sglang.pool import SGLangPool, dead_servers
 
 Make = Callable[..., FakeServer]
-PROMPTS = [[index + 3, 7, 8] for index in range(8)]
-SHORT = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
 LONG = SamplingParams(max_new_tokens=60, temperature=0, ignore_eos=True)
-
-
-def pool_of(*servers: FakeServer) -> SGLangPool:
-    pool = SGLangPool([SGLangClient(server.url) for server in servers])
-    pool.connect()
-    return pool
 
 
 def copied(pool: Any) -> Any:
     return pickle.loads(pickle.dumps(pool))
-
-
-def servers_of(pool: SGLangPool) -> set[str]:
-    return {reply.server for reply in pool.generate(PROMPTS, SHORT)}
 
 
 def test_a_copy_made_while_a_server_joins_does_not_use_it_before_it_has_the_weights(

@@ -13,20 +13,13 @@ from typing import Any
 import pytest
 
 from tests.fake_sglang import FakeServer
+from tests.quick.pools import SHORT, pool_of
 from torchrl_sglang import AsyncSGLang, ConfigError, SamplingParams, ServerError
 from torchrl_sglang.cli import main
-from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.pool import ServerListFollower, SGLangPool
 from torchrl_sglang.pool.server_list import read_server_file, reader_of, write_server_file
 
 Make = Callable[..., FakeServer]
-SHORT = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
-
-
-def pool_of(*servers: FakeServer) -> SGLangPool:
-    pool = SGLangPool([SGLangClient(server.url) for server in servers])
-    pool.connect()
-    return pool
 
 
 def urls(pool: SGLangPool) -> list[str]:

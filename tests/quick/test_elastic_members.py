@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.fake_sglang import FakeServer, FakeSettings, Fault, logprobs, signature
 from tests.fake_sglang.model import read_checkpoint
+from tests.quick.pools import PROMPTS, SHORT, pool_of
 from torchrl_sglang import (
     ConfigError,
     SamplingParams,
@@ -26,13 +27,10 @@ from torchrl_sglang import (
     WeightSync,
     WeightUpdateError,
 )
-from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.parallel import Task
-from torchrl_sglang.pool import SGLangPool, membership
+from torchrl_sglang.pool import membership
 from torchrl_sglang.protocol.messages import GenerateReply
 
-PROMPTS = [[index + 3, 7, 8] for index in range(8)]
-SHORT = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
 LONG = SamplingParams(max_new_tokens=150, temperature=0, ignore_eos=True)
 PLAIN = SyncConfig(verify="off")
 
@@ -42,12 +40,6 @@ Make = Callable[..., FakeServer]
 @pytest.fixture
 def tensors(tiny_llama: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(tiny_llama)
-
-
-def pool_of(*servers: FakeServer) -> SGLangPool:
-    pool = SGLangPool([SGLangClient(server.url) for server in servers])
-    pool.connect()
-    return pool
 
 
 def paths(server: FakeServer) -> list[str]:

@@ -13,11 +13,10 @@ import torch
 
 from tests.fake_sglang import FakeServer
 from tests.fake_sglang.model import read_checkpoint
+from tests.quick.pools import pool_of
 from tests.stale_tensors import reload_on_one_server
 from torchrl_sglang import SamplingParams, ServerError, SyncConfig, WeightSync, WeightUpdateError
-from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.parallel import Task
-from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.weights.update.verification import verify_servers
 
 PLAIN = SyncConfig(verify="off")
@@ -28,12 +27,6 @@ PROMPTS = [[1, 2], [3, 4], [5, 6], [7, 8]]
 @pytest.fixture
 def tensors(tiny_llama: Path) -> dict[str, torch.Tensor]:
     return {name: tensor * (1 + 1 / 128) for name, tensor in read_checkpoint(tiny_llama).items()}
-
-
-def pool_of(*servers: FakeServer) -> SGLangPool:
-    pool = SGLangPool([SGLangClient(server.url) for server in servers])
-    pool.connect()
-    return pool
 
 
 def test_prompts_of_a_server_that_somebody_else_restarted_are_generated_elsewhere(

@@ -10,28 +10,17 @@ from pathlib import Path
 import pytest
 
 from tests.fake_sglang import FakeServer
-from torchrl_sglang import SamplingParams, ServerError
+from tests.quick.pools import PROMPTS, SHORT, pool_of, servers_of
+from torchrl_sglang import ServerError
 from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.pool import SGLangPool, replaced_servers
+from torchrl_sglang.pool import replaced_servers
 
 Make = Callable[..., FakeServer]
-PROMPTS = [[index + 3, 7, 8] for index in range(8)]
-SHORT = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
 
 
 @pytest.fixture(autouse=True)
 def servers_start_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replaced_servers, "_QUIET_S", 0.0)
-
-
-def pool_of(*servers: FakeServer) -> SGLangPool:
-    pool = SGLangPool([SGLangClient(server.url) for server in servers])
-    pool.connect()
-    return pool
-
-
-def servers_of(pool: SGLangPool) -> set[str]:
-    return {reply.server for reply in pool.generate(PROMPTS, SHORT)}
 
 
 def test_another_model_gets_no_request(make: Make, make_model: Callable[..., Path], replace: Make) -> None:

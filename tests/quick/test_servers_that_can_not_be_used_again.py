@@ -16,23 +16,15 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.fake_sglang import FakeServer, Fault
-from torchrl_sglang import RequestRejectedError, SamplingParams, ServerError, SyncConfig, WeightSync
-from torchrl_sglang.client import SGLangClient
+from tests.quick.pools import PROMPTS, SHORT, pool_of
+from torchrl_sglang import RequestRejectedError, ServerError, SyncConfig, WeightSync
 from torchrl_sglang.errors import ServerUnreachableError
 from torchrl_sglang.pool import PoolState, SGLangPool, dead_servers
 from torchrl_sglang.pool.dead_servers import DeadServerTracker
 
 Make = Callable[..., FakeServer]
-PROMPTS = [[index + 3, 7, 8] for index in range(8)]
-SHORT = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
 LORA = SyncConfig(verify="off", transport="lora")
 A, B = "http://a:1", "http://b:1"
-
-
-def pool_of(*servers: FakeServer) -> SGLangPool:
-    pool = SGLangPool([SGLangClient(server.url) for server in servers])
-    pool.connect()
-    return pool
 
 
 def adapted(folder: Path) -> Any:

@@ -13,6 +13,7 @@ from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.pool.affinity import Affinity
 from torchrl_sglang.pool.balancing import LoadTracker
+from torchrl_sglang.protocol.version import WeightVersion
 
 Make = Callable[..., FakeServer]
 A, B, C = (SGLangClient(f"http://127.0.0.1:{port}") for port in (1, 2, 3))
@@ -100,9 +101,9 @@ def test_pick_chooses_for_requests_that_the_caller_sends() -> None:
 def test_new_weights_make_all_prefixes_worthless() -> None:
     affinity = Affinity()
     affinity.note(A.url, conversation(1), key="k")
-    affinity.weights_are(0)
+    affinity.weights_are(WeightVersion(number=0))
     assert affinity.find(conversation(1)) == A.url
-    affinity.weights_are(1)
+    affinity.weights_are(WeightVersion(number=1))
     assert affinity.find(conversation(1)) is None
     assert affinity.find([1], key="k") is None
 

@@ -11,6 +11,7 @@ import torch
 
 from tests.fake_sglang import FakeServer, Fault
 from tests.fake_sglang.model import read_checkpoint
+from tests.quick.pools import pool_of
 from torchrl_sglang import (
     ConfigError,
     LethalPromptError,
@@ -21,19 +22,12 @@ from torchrl_sglang import (
     SyncConfig,
     WeightSync,
 )
-from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.pool import SGLangPool
 
 TWELVE = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
 LETHAL = 11
 
 Start = Callable[..., Iterator[object]]
-
-
-def pool_of(*servers: FakeServer) -> SGLangPool:
-    pool = SGLangPool([SGLangClient(server.url) for server in servers])
-    pool.connect()
-    return pool
 
 
 def generates(server: FakeServer) -> int:

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
 
 import pytest
 
 from tests.fake_sglang import FakeServer
-from torchrl_sglang import SamplingParams, ServerUnreachableError
-from torchrl_sglang.client import SGLangClient
+from tests.fake_sglang.model import read_checkpoint
+from tests.quick.pools import PROMPTS, SHORT, pool_of
+from torchrl_sglang import ServerUnreachableError, SyncConfig, WeightSync
 from torchrl_sglang.pool import PoolState, SGLangPool, dead_servers
 from torchrl_sglang.pool.records import WeightState
 from torchrl_sglang.protocol.version import WeightVersion
 
 Make = Callable[..., FakeServer]
-PROMPTS = [[index + 3, 7, 8] for index in range(8)]
-SHORT = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
-
-
-def pool_of(*servers: FakeServer) -> SGLangPool:
-    pool = SGLangPool([SGLangClient(server.url) for server in servers])
-    pool.connect()
-    return pool
 
 
 def seen(*texts: str) -> WeightState:
@@ -92,3 +87,20 @@ def _gone(pool: SGLangPool) -> ServerUnreachableError:
     with pytest.raises(ServerUnreachableError, match="nothing accepts connections") as caught:
         pool.clients[0].weight_version()
     return caught.value
+
+
+def test_trainers_that_take_turns_give_no_number_twice(make: Make, tiny_llama: Path) -> None:
+    server = make()
+    pools = [pool_of(server), pool_of(server)]
+    tensors = read_checkpoint(tiny_llama)
+    numbers = []
+    with ExitStack() as stack:
+        config = SyncConfig(verify="off", transport="http")
+        trainers = [stack.enter_context(closing(WeightSync(pool, config))) for pool in pools]
+        for _ in range(2):
+            for pool, trainer in zip(pools, trainers, strict=True):
+                pool.generate(PROMPTS, SHORT)
+                report = trainer.push(tensors)
+                assert report is not None
+                numbers.append(report.version)
+    assert numbers == [1, 2, 3, 4]

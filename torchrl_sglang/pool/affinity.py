@@ -11,6 +11,8 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator, Sequence
 
+from torchrl_sglang.protocol.version import WeightVersion
+
 __all__ = ["Affinity"]
 
 _BLOCK = 16
@@ -36,9 +38,9 @@ class Affinity:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._server: OrderedDict[Hashable, str] = OrderedDict()
-        self._version: Hashable = None
+        self._version = WeightVersion(number=0)
 
-    def weights_are(self, version: Hashable) -> None:
+    def weights_are(self, version: WeightVersion) -> None:
         """Which weights the servers have: prefixes computed with others are worth nothing, so all are forgotten."""
         with self._lock:
             if version != self._version:

@@ -54,10 +54,12 @@ class DeadServerTracker:
         self._refused: dict[str, tuple[float, float]] = {}  # by URL: not before, and the interval until then
         self._answered: set[str] = set()
 
-    def postpone(self) -> None:
-        """A server has just died: wait before it is polled."""
+    def postpone(self, url: str) -> None:
+        """A server has just died: wait before it is polled. What was found of it before counts no more."""
         with self._lock:
             self._polled_at = time.monotonic()
+        self._answered.discard(url)
+        self._refused.pop(url, None)
 
     def poll(self, clients: Sequence[SGLangClient]) -> None:
         """Poll the dead servers in the background, at most every few seconds. If all are dead, poll now and wait.
@@ -97,7 +99,7 @@ class DeadServerTracker:
             held = client.weight_version()
         except SGLangError as error:
             if client.url in self._answered:  # what comes next is another process
-                self._answered.remove(client.url)
+                self._answered.discard(client.url)
                 self._refused.pop(client.url, None)
                 self._state.came_back_different(before, f"it does not answer any more ({error})")
             return

@@ -130,8 +130,11 @@ class WeightState:
 
     @property
     def next_version(self) -> int:
-        """The number of the next update: no server holds weights under it, not even after a failed update."""
-        return max(self.version, self.highest_version) + 1
+        """The number of the next update: no server is known to hold weights under it, or under a higher one.
+
+        Also not after a failed update, and not where another trainer has updated the servers meanwhile.
+        """
+        return max(self.version, self.highest_version, self.newest_seen.number) + 1
 
     def having_seen(self, version: WeightVersion) -> WeightState:
         """The record after a server was seen to hold a version, as a reply or the server itself says.

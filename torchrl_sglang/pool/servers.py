@@ -305,7 +305,7 @@ class PoolServers:
     def record_death(self, url: str, error: SGLangError) -> None:
         """Take a server that a request found gone out of routing; later requests look whether it is back."""
         self.state.died(url, f"it died while generating ({error})")
-        self._dead_servers.postpone()
+        self._dead_servers.postpone(url)
         self.leave_router(url)
 
     def poll_dead_servers(self) -> None:

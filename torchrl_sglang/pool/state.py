@@ -199,6 +199,7 @@ class PoolState(UpdateEvents):
             known = self._change(url, phase="serving", reason="")
             if updated_to is not None:
                 self._change(url, version=updated_to, weights=weights_under(updated_to))
+                self._weights = self._weights.having_seen(WeightVersion.parse(updated_to))
             if new_process_with is not None:
                 self._new_process(known, new_process_with)
             return True

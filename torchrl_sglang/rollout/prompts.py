@@ -21,6 +21,7 @@ from torchrl_sglang.chat_templates import ChatRenderer
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.rollout.incremental_tokens import RewrittenAnswer, continue_tokens
 from torchrl_sglang.rollout.messages import history_messages, refuse_media
+from torchrl_sglang.rollout.padding import find_padding, first_match, may_be_padded
 from torchrl_sglang.text_tokens import decode_ids, encode_texts, is_encodable
 
 __all__ = ["Prompts", "prefer_given_tokens", "read_history", "read_text", "read_tokens"]
@@ -99,8 +100,8 @@ def read_tokens(
     dense = isinstance(value, torch.Tensor) and not value.is_nested
     ids_B_T, problems = _as_rows(value, key)
     width = value.shape[-1] if dense else None
-    keep_B_T = _first_match(td, mask_keys, ids_B_T)
-    if keep_B_T is None and padding is not None and _may_be_padded(td, key, dense):
+    keep_B_T = first_match(td, mask_keys, ids_B_T)
+    if keep_B_T is None and padding is not None and may_be_padded(td, key, dense):
         keep_B_T = find_padding(ids_B_T, *padding())
         for index, keep_T in enumerate(keep_B_T):
             if ids_B_T[index] and not any(keep_T):
@@ -108,7 +109,7 @@ def read_tokens(
                     f"{key!r} holds nothing but the padding token {ids_B_T[index][0]}; if it is a real token here, "
                     "give an attention mask, or a list of id lists instead of a tensor"
                 )
-    assistant_B_T = _first_match(td, () if assistant_key is None else (assistant_key,), ids_B_T)
+    assistant_B_T = first_match(td, () if assistant_key is None else (assistant_key,), ids_B_T)
     if keep_B_T is not None:
         ids_B_T = [list(compress(ids_T, keep_T)) for ids_T, keep_T in zip(ids_B_T, keep_B_T, strict=True)]
         if assistant_B_T is not None:
@@ -146,79 +147,6 @@ def _as_rows(value: Any, key: NestedKey) -> tuple[list[list[int]], dict[int, str
             problems[index] = f"{key!r} holds {shown}; one dimension of integer token ids is needed"
         rows.append([] if bad else row.tolist() if isinstance(row, torch.Tensor) else list(map(int, row)))
     return rows, problems
-
-
-def _first_match(td: TensorDictBase, keys: Sequence[NestedKey], ids_B_T: list[list[int]]) -> list[list[bool]] | None:
-    """The first mask among ``keys`` whose rows have the lengths of the ids."""
-    for key in keys:
-        value = td.get(key, None, as_list=True)
-        if value is None:
-            continue
-        mask_B_T = (
-            [row.bool().tolist() for row in value.unbind(0)]
-            if isinstance(value, torch.Tensor)
-            else [torch.as_tensor(row).bool().tolist() for row in value]
-        )
-        if [len(m) for m in mask_B_T] == [len(i) for i in ids_B_T]:
-            _require_zeros_and_ones(value, key)
-            return mask_B_T
-    return None
-
-
-def _require_zeros_and_ones(mask: Any, key: NestedKey) -> None:
-    for row in mask.unbind(0) if isinstance(mask, torch.Tensor) else map(torch.as_tensor, mask):
-        if row.dtype != torch.bool and not ((row == 0) | (row == 1)).all():
-            raise ConfigError(
-                f"the mask at {key!r} holds other values than 0 and 1 (masks that are added to attention scores do): "
-                "1 or True must stand for a token, 0 or False for padding"
-            )
-
-
-def _may_be_padded(td: TensorDictBase, key: NestedKey, dense: bool) -> bool:
-    marker = td.get((*key[:-1], "padded"), None) if isinstance(key, tuple) and len(key) > 1 else None
-    if marker is not None:
-        flags = marker.tolist() if hasattr(marker, "tolist") else marker
-        flags = getattr(flags, "data", flags) if is_tensor_collection(flags) else flags
-        return any(flags) if isinstance(flags, (list, tuple)) else bool(flags)
-    return dense
-
-
-def find_padding(
-    ids_B_T: Sequence[Sequence[int]], padding_id: int | None, eos_id: int | None, bos_id: int | None
-) -> list[list[bool]]:
-    """Which ids of the rows of a dense tensor are tokens, judged by their values.
-
-    The runs of the padding id at both ends of a row are padding. But a padding token that is also EOS may be the real
-    end of a row in a tensor padded on the left, and one that is also BOS the real beginning of a row in a tensor padded
-    on the right: a single one stays if no row of the tensor has more of them on that side, and the other side has some.
-
-    Examples:
-        >>> find_padding([[0, 0, 5, 0, 6]], 0, 2, 1)
-        [[False, False, True, True, True]]
-    """
-    only_token = padding_id in (bos_id, eos_id) and all(len(ids_T) == 1 for ids_T in ids_B_T)
-    if padding_id is None or only_token:  # one column of BOS: text generated from nothing
-        return [[True] * len(ids_T) for ids_T in ids_B_T]
-    edges = [_outer_runs(ids_T, padding_id) for ids_T in ids_B_T]
-    real = [(left, right) for (left, right), ids_T in zip(edges, ids_B_T, strict=True) if left < len(ids_T)]
-    most_left = max((left for left, _ in real), default=0)
-    most_right = max((right for _, right in real), default=0)
-    ends_with_eos = padding_id == eos_id and most_right == 1 and most_left > 0
-    begins_with_bos = padding_id == bos_id and most_left == 1 and most_right > 0
-    if ends_with_eos and begins_with_bos:  # one of each: nothing tells which is padding
-        ends_with_eos = begins_with_bos = False
-    keep_B_T = []
-    for (left, right), ids_T in zip(edges, ids_B_T, strict=True):
-        if left < len(ids_T):
-            left, right = 0 if begins_with_bos else left, 0 if ends_with_eos else right
-        keep_B_T.append([left <= i < len(ids_T) - right for i in range(len(ids_T))])
-    return keep_B_T
-
-
-def _outer_runs(ids_T: Sequence[int], padding_id: int) -> tuple[int, int]:
-    """How many padding ids a row begins and ends with."""
-    real = [i for i, token in enumerate(ids_T) if token != padding_id]
-    return (real[0], len(ids_T) - 1 - real[-1]) if real else (len(ids_T), 0)
 
 
 def read_text(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn
@@ -34,17 +33,14 @@ from torchrl_sglang.errors import (
 from torchrl_sglang.parallel import side_by_side
 from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.protocol import control
-from torchrl_sglang.protocol.dialect import MODEL_INFO
 from torchrl_sglang.protocol.messages import HttpRequest
 from torchrl_sglang.protocol.version import WeightVersion
 from torchrl_sglang.weights.group.process_group import WeightGroup
 from torchrl_sglang.weights.group.trainer_mark import TrainerMark, update_under_way
+from torchrl_sglang.weights.update.recovery import Recovery
 from torchrl_sglang.weights.update.report import SyncReport
 
 __all__ = ["UpdateSession"]
-
-_CLEANUP_TIMEOUT_S = 5.0
-"""For control calls after a failure: a server that needs longer is waiting inside a collective."""
 
 _MOST_NAMED = 8
 """Servers that an error's message names; ``server_weights`` has all."""
@@ -106,9 +102,8 @@ class UpdateSession:
         self._under_way = update_under_way(self._mark)
         self._config = config
         self._deadline = deadline
-        self._groups = tuple(groups)
         self._failed: dict[str, SGLangError] = {}
-        self._processes = {client.url: pool.state.server(client.url).restarts for client in clients}
+        self._recovery = Recovery(pool, clients, dirty=self._dirty, groups=groups)
         self._pause_mode: Literal["abort", "retract", "in_place"] = "abort"
         self._paused_at = 0.0
         self._flushed = False
@@ -143,7 +138,7 @@ class UpdateSession:
             self._open()
         except BaseException as error:  # noqa: BLE001  servers are left in a good state on Ctrl-C too; raised below
             try:
-                self._fail(error)
+                self._recovery.clean_up(error)
             finally:
                 self._under_way.__exit__(None, None, None)
             self._raise(error)
@@ -157,7 +152,7 @@ class UpdateSession:
                 raise error
             self._finish()
         except BaseException as failure:  # noqa: BLE001  as above
-            self._fail(failure)
+            self._recovery.clean_up(failure)
             self._raise(failure)
         finally:
             self._under_way.__exit__(None, None, None)
@@ -306,54 +301,12 @@ class UpdateSession:
         """Verification failed after the update: pause the servers named by ``error`` and mark them dirty again."""
         rejected = [client for client in self._clients if client.url in error.server_weights]
         reason = f"its verification failed ({error})"
-        self._take_out({client.url: reason for client in rejected})
-        side_by_side({client.url: partial(self._withdraw, client) for client in rejected})
+        self._recovery.withdraw(rejected, reason)
         for client in rejected:
             self._state.update_rejected(client.url, str(self._version))
         error.server_weights.update(self.server_weights)
 
-    def _withdraw(self, client: SGLangClient) -> None:
-        self._state.weights_changed(client.url, self._mark_dirty(client))
-
-    def _mark_dirty(self, client: SGLangClient) -> ServerWeights:
-        timeout_s = min(_CLEANUP_TIMEOUT_S, client.config.control_timeout_s)
-        try:
-            client.send(control.build_pause("abort"), timeout_s=timeout_s)
-            client.send(control.build_set_version(self._dirty), timeout_s=timeout_s)
-        except SGLangError:
-            return "stuck"
-        return "mixed"
-
     # ------------------------------------------------------------------ after a failure
-
-    def _fail(self, error: BaseException) -> None:
-        """Bring every server into the best state that it can still reach, and record that state."""
-        for group in self._groups:
-            group.drop()  # closes the trainer's connections: servers that wait for its bytes are freed
-        # Quarantined before their requests are aborted: a request that is answered as aborted is routed again.
-        self._quarantine("mixed", error=error)
-        side_by_side({client.url: self._leaving(client) for client in self._clients})
-        self._quarantine("mixed", "stuck", error=error)
-
-    def _quarantine(self, *states: ServerWeights, error: BaseException) -> None:
-        what = str(error) or type(error).__name__
-        reasons = {
-            url: f"its weights are {weights} after a failed update ({what})"
-            for url, weights in self.server_weights.items()
-            if weights in states
-        }
-        self._take_out({url: reason for url, reason in reasons.items() if self._state.server(url).reason != reason})
-
-    def _take_out(self, reasons: Mapping[str, str]) -> None:
-        """Quarantine servers; a router is told of all of them at the same time."""
-        calls = {url: partial(self._pool.quarantine, url, reason) for url, reason in reasons.items()}
-        for outcome in side_by_side(calls).values():
-            outcome.unwrap()
-
-    def _is_replaced(self, client: SGLangClient) -> bool:
-        """Whether a server's process has ended since this update began: nothing of it may reach the next one."""
-        known = self._state.server(client.url)
-        return known.is_restarting or known.restarts != self._processes[client.url]
 
     def _raise(self, error: BaseException) -> NoReturn:
         """Raise an error of this package with what each server holds now and what to do; any other error as it is."""
@@ -364,51 +317,6 @@ class UpdateSession:
         states = _in_words(self.server_weights)
         raise WeightUpdateError(f"{error}.\nNow {states}", server_weights=self.server_weights) from error
 
-    def _leaving(self, client: SGLangClient) -> Callable[[], None]:
-        def leave() -> None:
-            known = self._state.server(client.url)
-            if known.weights == "new":
-                return
-            if self._is_replaced(client):
-                if known.is_restarting:
-                    self._state.weights_changed(client.url, "stuck")
-                return
-            timeout_s = min(_CLEANUP_TIMEOUT_S, client.config.control_timeout_s)
-            try:
-                for group in self._groups:
-                    # First: a healthy server may be waiting for this one in a broadcast.
-                    if client in group.clients:
-                        with suppress(RequestRejectedError):
-                            group.leave(client, timeout_s)
-                if known.session_open:
-                    client.send(control.build_end_update(), timeout_s=timeout_s)
-                    self._state.session_closed(client.url)
-                if known.weights == "old":
-                    if known.version_before and not self._unmark(client, known.version_before, timeout_s):
-                        return
-                    client.send(control.build_continue(), timeout_s=timeout_s)
-                    self._state.update_abandoned(client.url)
-                else:
-                    # Its requests answer with the tokens they have instead of waiting for weights that don't come.
-                    client.send(control.build_abort(), timeout_s=timeout_s)
-            except RequestRejectedError:
-                self._state.weights_changed(client.url, "mixed")
-            except SGLangError:
-                self._state.weights_changed(client.url, "stuck")
-
-        return leave
-
-    def _unmark(self, client: SGLangClient, version_before: str, timeout_s: float) -> bool:
-        """Give a server its version back. ``False`` if it is a new process by now, with its checkpoint's weights."""
-        held = str(client.send(MODEL_INFO, timeout_s=timeout_s)["weight_version"])
-        if held == self._dirty:
-            client.send(control.build_set_version(version_before), timeout_s=timeout_s)
-        elif held != version_before:
-            self._state.replaced_elsewhere(client.url, held)
-            self._state.weights_changed(client.url, "mixed")
-            return False
-        return True
-
     # ------------------------------------------------------------------ calls
 
     def _each(self, what: str, request: HttpRequest, *, at_least_s: float = 0.0) -> list[Any]:
@@ -416,7 +324,7 @@ class UpdateSession:
         return self._run(calls)
 
     def _call(self, client: SGLangClient, request: HttpRequest, what: str, at_least_s: float = 0.0) -> Any:
-        if self._is_replaced(client):
+        if self._recovery.is_replaced(client):
             raise WeightUpdateError(f"{client.url} has ended and is restarted")
         limit_s = max(getattr(client.config, f"{request.timeout}_timeout_s"), at_least_s)
         answer = client.send(request, timeout_s=min(limit_s, self._remaining()))
