@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = ["RemoteGateway"]
 
 _CONNECT_S = 10.0
 _AGAIN_S = 0.5
+_MISSED_S = 10.0
 _PROXY_STATUSES = (502, 503, 504)
 
 
@@ -98,6 +100,7 @@ class RemoteGateway:
         self._keys: dict[str, str] = {}
         self._tokenizer = tokenizer
         self._is_open = True
+        self._missed_at = -math.inf
         about = self._send("GET", "/info")
         if not isinstance(about, dict) or "weight_version" not in about:
             raise ConfigError(f"{self.url} is no gateway of torchrl-sglang of this version: it answered {about!r:.100}")
@@ -193,7 +196,7 @@ class RemoteGateway:
         Raises:
             UnknownSessionError: there is none of this id.
         """
-        self._send("DELETE", self._path(session_id), session=session_id)
+        self._send("DELETE", self._path(session_id), session=session_id, waits=False)
         self._keys.pop(session_id, None)
 
     @staticmethod
@@ -203,14 +206,17 @@ class RemoteGateway:
 
     # ------------------------------------------------------------------ HTTP
 
-    def _send(self, method: str, path: str, body: Any = None, *, session: str = "") -> Any:
+    def _send(self, method: str, path: str, body: Any = None, *, session: str = "", waits: bool = True) -> Any:
         """Send a call, again while the gateway can't be reached: what it does twice, it does once.
 
-        A session that was made twice expires.
+        A session that was made twice, or could not be deleted, expires: a deletion does not wait for the gateway, and
+        at its end a collector deletes many.
         """
         require(self._is_open, "the RemoteGateway was closed")
+        if not waits and time.monotonic() - self._missed_at < _MISSED_S:
+            raise self._unreachable("no answer before")
         key = self._keys.get(session) or self._admin_key
-        deadline = time.monotonic() + self._unreachable_s
+        deadline = time.monotonic() + (self._unreachable_s if waits else 0)
         while True:
             try:
                 answer = self._http.request(
@@ -222,11 +228,8 @@ class RemoteGateway:
                     allow_redirects=False,
                 )
             except requests.RequestException as error:
-                failure: SGLangError = ServerUnreachableError(
-                    f"the gateway {self.url} can't be reached ({type(error).__name__}): is it running, and the address "
-                    "right?",
-                    server=self.url,
-                )
+                self._missed_at = time.monotonic()
+                failure: SGLangError = self._unreachable(type(error).__name__)
             else:
                 if answer.ok:
                     return self._parsed(answer)
@@ -236,6 +239,11 @@ class RemoteGateway:
             if time.monotonic() + _AGAIN_S > deadline:
                 raise failure
             time.sleep(_AGAIN_S)
+
+    def _unreachable(self, why: str) -> ServerUnreachableError:
+        return ServerUnreachableError(
+            f"the gateway {self.url} can't be reached ({why}): is it running, and the address right?", server=self.url
+        )
 
     def _parsed(self, answer: requests.Response) -> Any:
         try:
