@@ -29,6 +29,7 @@ from torchrl_sglang.errors import (
     UnknownSessionError,
 )
 from torchrl_sglang.model_files import load_tokenizer
+from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.tls import trusted_authorities
 
 __all__ = ["RemoteGateway"]
@@ -47,7 +48,8 @@ class RemoteGateway:
     called from any thread.
 
     Weights are pushed to the servers as ever, by ``weight_sync_schemes`` or a :class:`WeightSync` of this process; the
-    gateway takes no part in it, and reads each token's version from the servers' answers.
+    gateway takes no part in it, and reads each token's version from the servers' answers. An adapter that is sent as one
+    (``transport="lora"``) it does not know of: a collector refuses that.
 
     Args:
         url: its address, ``http://host:8000``.
@@ -132,6 +134,10 @@ class RemoteGateway:
     def weight_version(self) -> int:
         """The newest weights that are known to have sampled for an agent: those of the trajectories read here."""
         return self._newest
+
+    def uses(self, pool: SGLangPool) -> bool:
+        """Never: it generates through a pool in its own process."""
+        return False
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens.
