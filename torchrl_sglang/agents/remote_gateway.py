@@ -48,8 +48,8 @@ class RemoteGateway:
     called from any thread.
 
     Weights are pushed to the servers as ever, by ``weight_sync_schemes`` or a :class:`WeightSync` of this process; the
-    gateway takes no part in it, and reads each token's version from the servers' answers. An adapter that is sent as one
-    (``transport="lora"``) it does not know of: a collector refuses that.
+    gateway takes no part in it, and reads each token's version from the servers' answers. It does not know of an adapter
+    that is sent as one (``transport="lora"``): a collector refuses that.
 
     Args:
         url: its address, ``http://host:8000``.
