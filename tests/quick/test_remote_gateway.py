@@ -216,3 +216,23 @@ def test_an_adapter_that_the_gateway_does_not_know_of_is_refused(make: Any, tiny
                 with pytest.raises(ConfigError, match="its agents would sample without the adapter"):
                     call()
     trainer.shutdown()
+
+
+def test_all_calls_end_together_when_the_gateway_is_gone(server: FakeServer) -> None:
+    gone = AgentGateway(server.url, admin_key=KEY).start()
+    gateway = RemoteGateway(gone.url, admin_key=KEY, unreachable_s=2)
+    session = gateway.create_session()
+    gone.close()
+
+    def timed(call: Any) -> float:
+        begun_at = time.monotonic()
+        with pytest.raises(ServerUnreachableError, match="is it running"):
+            call()
+        return time.monotonic() - begun_at
+
+    assert timed(lambda: gateway.get(session.id)) >= 1
+    for _ in range(20):  # without the common limit these take 40 seconds
+        timed(lambda: gateway.trajectories(session.id))
+        timed(lambda: gateway.delete(session.id))
+    assert timed(lambda: [gateway.list_sessions()]) < 2
+    gateway.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +35,6 @@ __all__ = ["RemoteGateway"]
 
 _CONNECT_S = 10.0
 _AGAIN_S = 0.5
-_MISSED_S = 10.0
 _PROXY_STATUSES = (502, 503, 504)
 
 
@@ -48,8 +46,8 @@ class RemoteGateway:
     called from any thread.
 
     Weights are pushed to the servers as ever, by ``weight_sync_schemes`` or a :class:`WeightSync` of this process; the
-    gateway takes no part in it, and reads each token's version from the servers' answers. It does not know of an adapter
-    that is sent as one (``transport="lora"``): a collector refuses that.
+    gateway takes no part in it, and reads each token's version from the servers' answers. It does not know of an
+    adapter that is sent as one (``transport="lora"``): a collector refuses that.
 
     Args:
         url: its address, ``http://host:8000``.
@@ -58,7 +56,8 @@ class RemoteGateway:
         tokenizer: the model's tokenizer, for texts in batches; by default loaded from the path that the servers use.
         ca_certificate: PEM file of the private authority of an ``https://`` address.
         timeout_s: longest time of one call.
-        unreachable_s: how long a call tries again while the gateway can't be reached, such as while it is restarted.
+        unreachable_s: how long calls try again while the gateway can't be reached, such as while it is restarted; after
+            this time every call fails at once, until one gets through.
 
     Attributes:
         url: its address.
@@ -102,7 +101,7 @@ class RemoteGateway:
         self._keys: dict[str, str] = {}
         self._tokenizer = tokenizer
         self._is_open = True
-        self._missed_at = -math.inf
+        self._missing_since: float | None = None
         about = self._send("GET", "/info")
         if not isinstance(about, dict) or "weight_version" not in about:
             raise ConfigError(f"{self.url} is no gateway of torchrl-sglang of this version: it answered {about!r:.100}")
@@ -219,10 +218,9 @@ class RemoteGateway:
         at its end a collector deletes many.
         """
         require(self._is_open, "the RemoteGateway was closed")
-        if not waits and time.monotonic() - self._missed_at < _MISSED_S:
+        if not waits and self._missing_since is not None:
             raise self._unreachable("no answer before")
         key = self._keys.get(session) or self._admin_key
-        deadline = time.monotonic() + (self._unreachable_s if waits else 0)
         while True:
             try:
                 answer = self._http.request(
@@ -234,15 +232,16 @@ class RemoteGateway:
                     allow_redirects=False,
                 )
             except requests.RequestException as error:
-                self._missed_at = time.monotonic()
                 failure: SGLangError = self._unreachable(type(error).__name__)
             else:
-                if answer.ok:
-                    return self._parsed(answer)
-                failure = self._refusal(answer, session)
                 if answer.status_code not in _PROXY_STATUSES:
-                    raise failure
-            if time.monotonic() + _AGAIN_S > deadline:
+                    self._missing_since = None
+                    if answer.ok:
+                        return self._parsed(answer)
+                    raise self._refusal(answer, session)
+                failure = self._refusal(answer, session)
+            self._missing_since = self._missing_since or time.monotonic()  # of all calls: they end together
+            if not waits or time.monotonic() + _AGAIN_S > self._missing_since + self._unreachable_s:
                 raise failure
             time.sleep(_AGAIN_S)
 
