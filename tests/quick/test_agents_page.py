@@ -14,7 +14,7 @@ import torch
 
 from tests.agent_runs import ask_async, says
 from tests.fake_sglang import FakeServer
-from torchrl_sglang import AgentGateway, AsyncSGLang, SGLangWeightSyncScheme, SyncConfig
+from torchrl_sglang import AgentGateway, AsyncSGLang, SessionSettings, SGLangWeightSyncScheme, SyncConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "agents.md"
 KEY = "the gateway's key"
@@ -51,6 +51,7 @@ def test_each_snippet_runs(fake: FakeServer, model: Any, tokenizer: Any, tmp_pat
         "actor": model,
         "tokenizer": tokenizer,
         "torch": torch,
+        "SessionSettings": SessionSettings,
         "print": lambda *values: None,
     }
     trainer = AsyncSGLang.connect(fake.url)
