@@ -138,7 +138,7 @@ def test_an_update_while_agents_run_is_recorded_at_the_right_token(
 def test_the_loop_of_the_docs_page_trains(pristine_server: SGLangServer, tiny_llama: Path) -> None:
     """Its code is run as it stands, with names for what is the reader's own."""
     page = (EXAMPLES.parent / "docs" / "agents.md").read_text()
-    [code] = [each for each in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "AgentCollector" in each]
+    [code] = [each for each in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "train_step(" in each]
     seen: list[Any] = []
     said = itertools.count()
 

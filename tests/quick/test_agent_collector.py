@@ -337,7 +337,12 @@ def test_with_ahead_collecting_continues_up_to_its_bound(gateway: AgentGateway) 
         time.sleep(0.1)
         assert sorted(set(started)) == list(range(6)), "one batch taken, two ahead"
         assert sorted(set(batch["group_id"].tolist())) == [0, 1]
-        assert collector.state_dict()["tasks"] == {"next": 6, "again": [2, 3, 4, 5], "seed": None}
+        assert collector.state_dict()["tasks"] == {
+            "next": 6,
+            "again": [2, 3, 4, 5],
+            "seed": None,
+            "length": 40,
+        }
 
 
 @pytest.mark.torchrl

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -294,3 +296,57 @@ def test_a_failed_run_says_what_the_gateway_answered_last(gateway: AgentGateway)
             with pytest.raises(AgentsFailedError):
                 next(iter(collector))
             assert ("The gateway had told it: the conversation has" in collector.failures[0].message) == told
+
+
+def test_a_client_that_gave_up_is_told_of_where_nothing_was_answered(make: Any) -> None:
+    def hurries(task: Any, base_url: str, api_key: str) -> float:
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(
+                f"{base_url}/chat/completions",
+                json={"model": "m", "messages": [says("hi")], "max_tokens": 200, "ignore_eos": True},
+                headers={"Authorization": f"Bearer {api_key}"},
+                timeout=0.3,
+                verify=False,
+            )
+        while not told:
+            time.sleep(0.01)
+        return 1.0
+
+    told: list[str] = []
+    with AgentGateway(make(step_s=0.05).url) as slow, AgentCollector(slow, hurries, ["a"], group_size=2) as collector:
+
+        def collect() -> None:
+            with pytest.raises(AgentsFailedError):
+                next(iter(collector))
+
+        batches = threading.Thread(target=collect, daemon=True)
+        batches.start()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not any(info.last_error for info in slow.list_sessions()):
+            time.sleep(0.01)
+        assert all("closed the connection" in info.last_error for info in slow.list_sessions() if info.last_error)
+        told.append("")
+        batches.join(60)
+        assert "closed the connection before the answer was complete" in collector.failures[0].message
+
+
+# ------------------------------------------------------------------ resuming
+
+
+def test_a_state_goes_on_with_the_same_tasks_in_the_same_order_alone() -> None:
+    first = TaskStream(list("abcd"))
+    first.seed(3)
+    for _ in range(2):
+        task = first.take()
+        assert task is not None
+        first.done(task.number)
+    state = first.state_dict()
+    with pytest.raises(ConfigError, match="that of 4 tasks, and there are 3"):
+        TaskStream(list("abc")).load_state_dict(state)
+    second = TaskStream(list("abcd"))
+    second.load_state_dict(state)
+    second.seed(3)
+    with pytest.raises(ConfigError, match="has seed 3. Leave set_seed out"):
+        second.seed(4)
+    rest = [second.take(), second.take()]
+    assert [each.task for each in rest if each] == [each.task for each in (first.take(), first.take()) if each]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,25 @@ import torch
 
 from tests.agent_runs import ask_async, says
 from tests.fake_sglang import FakeServer
-from torchrl_sglang import AgentGateway, AsyncSGLang, SGLangWeightSyncScheme, SyncConfig
+from torchrl_sglang import AgentGateway, AsyncSGLang, SessionSettings, SGLangWeightSyncScheme, SyncConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "agents.md"
 KEY = "the gateway's key"
 
 
 def snippets() -> list[str]:
-    found = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    return [each for each in found if "pydantic_ai" not in each and "verifiers" not in each]  # run by make test-agents
+    """Those before the table of frameworks; without those that need a framework, which are run by make test-agents."""
+    text = PAGE.read_text().partition("\n## Frameworks")[0]
+    return [
+        each for each in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if not needs_more(each)
+    ]
+
+
+def needs_more(code: str) -> bool:
+    """Whether a snippet imports a package that is not installed here."""
+    names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = [node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in names]
+    return any(find_spec(module.split(".")[0]) is None for module in modules)
 
 
 async def my_agent(question: str, *, base_url: str, api_key: str) -> str:
@@ -39,6 +51,7 @@ def test_each_snippet_runs(fake: FakeServer, model: Any, tokenizer: Any, tmp_pat
         "actor": model,
         "tokenizer": tokenizer,
         "torch": torch,
+        "SessionSettings": SessionSettings,
         "print": lambda *values: None,
     }
     trainer = AsyncSGLang.connect(fake.url)

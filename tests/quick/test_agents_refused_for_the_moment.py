@@ -149,3 +149,35 @@ def test_other_refusals_are_told_at_once(make: Make, ingress_of: Callable[..., I
         with pytest.raises(RequestRejectedError, match=f"answered {status}"):
             turn(sessions)
         assert ingress.seen.count("/generate") == 1
+
+
+def test_a_stream_that_a_full_server_aborts_before_its_first_token_is_sent_again(
+    make: Make, ingress_of: Callable[..., Ingress]
+) -> None:
+    """With ``--max-queued-requests`` SGLang answers a stream with one event, whose abort has a status."""
+    refused = {
+        "text": "",
+        "output_ids": [],
+        "meta_info": {
+            "id": "a",
+            "finish_reason": {"type": "abort", "status_code": 503, "message": "The request queue is full."},
+            "prompt_tokens": 3,
+            "completion_tokens": 0,
+            "cached_tokens": 0,
+            "weight_version": "default",
+            "output_token_logprobs": [],
+        },
+    }
+    event = answer(200, f"data: {json.dumps(refused)}\n\ndata: [DONE]\n\n", kind="text/event-stream")
+    ingress = ingress_of(make())
+    with serving(ingress, no_server_wait_s=30) as sessions:
+        ingress.seen.clear()
+        ingress.on("/generate", event, times=2)
+        begun_at = time.monotonic()
+        assert len(turn(sessions, streams=True).choices[0].token_ids) == 4
+        assert ingress.seen.count("/generate") == 3
+        assert time.monotonic() - begun_at >= 2, "a full server is not asked again at once"
+    with serving(ingress, no_server_wait_s=0.5) as sessions:
+        ingress.on("/generate", event)
+        with pytest.raises(ServerError, match="The request queue is full"):
+            turn(sessions, streams=True)

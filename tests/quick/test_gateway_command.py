@@ -59,6 +59,9 @@ def test_it_prints_ready_serves_and_ends_with_sigterm(
         (["--admin-key-file", "/no/such/file"], "can't be read"),
         (["--temperature", "-1"], "temperature must be"),
         (["--session-timeout", "0"], "session_timeout_s must be"),
+        (["--max-sessions", "0"], "max_sessions must be"),
+        (["--override", "temperature=-1"], "temperature must be"),
+        (["--override", "colour=red"], "colour"),
     ],
 )
 def test_a_wrong_call_ends_with_a_message(

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+from transformers import AutoModelForCausalLM
 
 from tests.agent_runs import ask, says, two_turns
 from tests.fake_sglang import FakeServer, FakeSettings
@@ -182,3 +184,55 @@ def test_calls_wait_for_a_gateway_that_is_restarted(server: FakeServer) -> None:
     gateway.close()
     with pytest.raises(ConfigError, match="was closed"):
         gateway.create_session()
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_an_adapter_that_the_gateway_does_not_know_of_is_refused(make: Any, tiny_llama: Path, shares: bool) -> None:
+    """Else its agents would sample from the model under the adapter, and nobody would notice."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    server = make(enable_lora=True)
+    trainer = AsyncSGLang.connect(server.url)
+    scheme = SGLangWeightSyncScheme(trainer, config=SyncConfig(verify="off", transport="lora"))
+    with (
+        AgentGateway(trainer if shares else server.url) as gateway,
+        AgentCollector(
+            gateway,
+            two_turns(rising),
+            ["a", "b"],
+            group_size=2,
+            groups_per_batch=1,
+            weight_sync_schemes={"policy": scheme},
+        ) as collector,
+    ):
+        batches = iter(collector)
+        next(batches)
+        if shares:
+            collector.update_policy_weights_(model)
+            batch = next(batches)
+            assert batch["generation", "policy_version"].tolist() == [collector.policy_version] * 2
+        else:
+            for call in (lambda: collector.update_policy_weights_(model), lambda: next(batches)):
+                with pytest.raises(ConfigError, match="its agents would sample without the adapter"):
+                    call()
+    trainer.shutdown()
+
+
+def test_all_calls_end_together_when_the_gateway_is_gone(server: FakeServer) -> None:
+    gone = AgentGateway(server.url, admin_key=KEY).start()
+    gateway = RemoteGateway(gone.url, admin_key=KEY, unreachable_s=2)
+    session = gateway.create_session()
+    gone.close()
+
+    def timed(call: Any) -> float:
+        begun_at = time.monotonic()
+        with pytest.raises(ServerUnreachableError, match="is it running"):
+            call()
+        return time.monotonic() - begun_at
+
+    assert timed(lambda: gateway.get(session.id)) >= 1
+    for _ in range(20):  # without the common limit these take 40 seconds
+        timed(lambda: gateway.trajectories(session.id))
+        timed(lambda: gateway.delete(session.id))
+    assert timed(lambda: [gateway.list_sessions()]) < 2
+    gateway.close()

@@ -26,6 +26,7 @@ from torchrl_sglang.chat.tool_parsers import template_text
 from torchrl_sglang.config import ClientConfig
 from torchrl_sglang.config.checking import require_number
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.pool.resolve import Servers, resolve_pool
 
 __all__ = ["AgentGateway", "AgentSession"]
@@ -169,6 +170,10 @@ class AgentGateway:
         """The newest weights on the servers, as far as is known: sent by this process, or seen in answers."""
         pool = self._model.pool
         return max(pool.weight_version, pool.state.weights.newest_seen.number)
+
+    def uses(self, pool: SGLangPool) -> bool:
+        """Whether it generates through this very pool, and so with the adapter that was sent through it."""
+        return self._model.pool is pool
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens."""

@@ -28,6 +28,7 @@ from torchrl_sglang.errors import (
     UnknownSessionError,
 )
 from torchrl_sglang.model_files import load_tokenizer
+from torchrl_sglang.pool import SGLangPool
 from torchrl_sglang.tls import trusted_authorities
 
 __all__ = ["RemoteGateway"]
@@ -45,7 +46,8 @@ class RemoteGateway:
     called from any thread.
 
     Weights are pushed to the servers as ever, by ``weight_sync_schemes`` or a :class:`WeightSync` of this process; the
-    gateway takes no part in it, and reads each token's version from the servers' answers.
+    gateway takes no part in it, and reads each token's version from the servers' answers. It does not know of an
+    adapter that is sent as one (``transport="lora"``): a collector refuses that.
 
     Args:
         url: its address, ``http://host:8000``.
@@ -54,7 +56,8 @@ class RemoteGateway:
         tokenizer: the model's tokenizer, for texts in batches; by default loaded from the path that the servers use.
         ca_certificate: PEM file of the private authority of an ``https://`` address.
         timeout_s: longest time of one call.
-        unreachable_s: how long a call tries again while the gateway can't be reached, such as while it is restarted.
+        unreachable_s: how long calls try again while the gateway can't be reached, such as while it is restarted; after
+            this time every call fails at once, until one gets through.
 
     Attributes:
         url: its address.
@@ -98,6 +101,7 @@ class RemoteGateway:
         self._keys: dict[str, str] = {}
         self._tokenizer = tokenizer
         self._is_open = True
+        self._missing_since: float | None = None
         about = self._send("GET", "/info")
         if not isinstance(about, dict) or "weight_version" not in about:
             raise ConfigError(f"{self.url} is no gateway of torchrl-sglang of this version: it answered {about!r:.100}")
@@ -129,6 +133,10 @@ class RemoteGateway:
     def weight_version(self) -> int:
         """The newest weights that are known to have sampled for an agent: those of the trajectories read here."""
         return self._newest
+
+    def uses(self, pool: SGLangPool) -> bool:
+        """Never: it generates through a pool in its own process."""
+        return False
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens.
@@ -193,7 +201,7 @@ class RemoteGateway:
         Raises:
             UnknownSessionError: there is none of this id.
         """
-        self._send("DELETE", self._path(session_id), session=session_id)
+        self._send("DELETE", self._path(session_id), session=session_id, waits=False)
         self._keys.pop(session_id, None)
 
     @staticmethod
@@ -203,14 +211,16 @@ class RemoteGateway:
 
     # ------------------------------------------------------------------ HTTP
 
-    def _send(self, method: str, path: str, body: Any = None, *, session: str = "") -> Any:
+    def _send(self, method: str, path: str, body: Any = None, *, session: str = "", waits: bool = True) -> Any:
         """Send a call, again while the gateway can't be reached: what it does twice, it does once.
 
-        A session that was made twice expires.
+        A session that was made twice, or could not be deleted, expires: a deletion does not wait for the gateway, and
+        at its end a collector deletes many.
         """
         require(self._is_open, "the RemoteGateway was closed")
+        if not waits and self._missing_since is not None:
+            raise self._unreachable("no answer before")
         key = self._keys.get(session) or self._admin_key
-        deadline = time.monotonic() + self._unreachable_s
         while True:
             try:
                 answer = self._http.request(
@@ -222,20 +232,23 @@ class RemoteGateway:
                     allow_redirects=False,
                 )
             except requests.RequestException as error:
-                failure: SGLangError = ServerUnreachableError(
-                    f"the gateway {self.url} can't be reached ({type(error).__name__}): is it running, and the address "
-                    "right?",
-                    server=self.url,
-                )
+                failure: SGLangError = self._unreachable(type(error).__name__)
             else:
-                if answer.ok:
-                    return self._parsed(answer)
-                failure = self._refusal(answer, session)
                 if answer.status_code not in _PROXY_STATUSES:
-                    raise failure
-            if time.monotonic() + _AGAIN_S > deadline:
+                    self._missing_since = None
+                    if answer.ok:
+                        return self._parsed(answer)
+                    raise self._refusal(answer, session)
+                failure = self._refusal(answer, session)
+            self._missing_since = self._missing_since or time.monotonic()  # of all calls: they end together
+            if not waits or time.monotonic() + _AGAIN_S > self._missing_since + self._unreachable_s:
                 raise failure
             time.sleep(_AGAIN_S)
+
+    def _unreachable(self, why: str) -> ServerUnreachableError:
+        return ServerUnreachableError(
+            f"the gateway {self.url} can't be reached ({why}): is it running, and the address right?", server=self.url
+        )
 
     def _parsed(self, answer: requests.Response) -> Any:
         try:

@@ -146,6 +146,7 @@ class Session:
         except asyncio.CancelledError:
             if known.is_withdrawn:
                 self._require_active()
+            self._last_error = "its client closed the connection before the answer was complete, by a time-out perhaps"
             if (lost := known.untaken) is not None:  # it came at this moment, and nobody is there to take it
                 self._records.lost(lost)
             raise

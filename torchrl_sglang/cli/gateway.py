@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import json
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchrl_sglang.cli.launching import add_server_options, launch, server_config
 from torchrl_sglang.cli.target import add_generation_options, generation_settings
@@ -54,6 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="a session whose agent is silent for so long expires (default: 1800)",
     )
+    parser.add_argument(
+        "--max-sessions", type=int, default=10_000, metavar="N", help="most sessions that are kept (default: 10000)"
+    )
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        type=_override,
+        metavar="NAME=VALUE",
+        help="a sampling setting in place of what agents ask for, such as temperature=1.0; may be given several times",
+    )
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the server's own")
     models = parser.add_argument_group("the model")
     where = models.add_mutually_exclusive_group()
@@ -72,6 +84,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_server_options(parser)
 
 
+def _override(text: str) -> tuple[str, Any]:
+    """A setting's name and its value, as JSON where it is some.
+
+    Examples:
+        >>> _override("temperature=1.0"), _override("seed=null"), _override("stop=END")
+        (('temperature', 1.0), ('seed', None), ('stop', 'END'))
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE such as temperature=1.0")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM, or until a launched server ends."""
     from torchrl_sglang.agents.gateway import AgentGateway
@@ -84,7 +112,11 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None:
         client = replace(client, api_key=client.api_key or new_key())
     settings = SessionSettings(
-        generation=generation_settings(args), adapter=args.adapter, session_timeout_s=args.session_timeout
+        generation=generation_settings(args),
+        overrides=dict(args.override),
+        adapter=args.adapter,
+        session_timeout_s=args.session_timeout,
+        max_sessions=args.max_sessions,
     )
     raise_limit()
     try:

@@ -167,7 +167,9 @@ class AgentCollector(BaseCollector):
             ahead=ahead,
             max_staleness=max_staleness,
         )
-        pools = [scheme.pool for scheme in (weight_sync_schemes or {}).values() if hasattr(scheme, "pool")]
+        pools = self._pools = [
+            scheme.pool for scheme in (weight_sync_schemes or {}).values() if hasattr(scheme, "pool")
+        ]
 
         def weight_version() -> int:  # holds no collector, so that one can be freed
             return max(pool.weight_version for pool in pools) if pools else gateway.weight_version
@@ -197,6 +199,7 @@ class AgentCollector(BaseCollector):
             SGLangError: the gateway failed.
         """
         while self.total_frames < 0 or self._frames < self.total_frames:
+            self._check_adapters()
             self._call_hook("pre_collect_hook")
             groups = self._loop.call(self._groups.take)
             if not groups:
@@ -232,7 +235,8 @@ class AgentCollector(BaseCollector):
             kwargs: ``worker_ids``, ``model_id`` and ``weights_dict``, as TorchRL's collectors take them.
 
         Raises:
-            ConfigError: the collector has no ``weight_sync_schemes``.
+            ConfigError: the collector has no ``weight_sync_schemes``, or has sent an adapter that the gateway does not
+                know of.
             SGLangError: as :meth:`WeightSync.push`.
         """
         if not self._weight_sync_schemes:
@@ -240,6 +244,21 @@ class AgentCollector(BaseCollector):
                 "the collector has no weight_sync_schemes: pass {'policy': SGLangWeightSyncScheme(servers)} to it"
             )
         super().update_policy_weights_(policy_or_weights, weights=weights, policy=policy, **kwargs)
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        """Refuse adapters that the gateway does not know of: its agents would go on with the model under them.
+
+        Raises:
+            ConfigError: there is such an adapter.
+        """
+        for pool in self._pools:
+            if pool.state.weights.adapter is not None and not self._gateway.uses(pool):
+                raise ConfigError(
+                    "the trainer has sent a LoRA adapter through servers of its own, and the gateway has others: its "
+                    "agents would sample without the adapter. Make the gateway from the same servers, "
+                    "AgentGateway(servers), or send merged weights (SyncConfig(transport='auto'))"
+                )
 
     @property
     def policy_version(self) -> int:

@@ -78,14 +78,24 @@ class TaskStream:
         """Whether there was a task, now or before a resume."""
         return self._next > 0
 
+    @property
+    def _length(self) -> int | None:
+        """Number of tasks of a pass, where it is known."""
+        return len(self._tasks) if _is_sequence(self._tasks) else None  # type: ignore[arg-type]
+
     def seed(self, seed: int) -> None:
         """Shuffle each pass in an order that the seed determines; only a sequence can be shuffled.
 
         Raises:
-            ConfigError: a task was taken already.
+            ConfigError: a task was taken already, or a state of another seed was loaded.
         """
         if self.has_started:
             raise ConfigError("set_seed() determines the order of tasks: call it before the first batch")
+        if self._next > 0 and seed != self._seed:
+            raise ConfigError(
+                f"set_seed({seed}) would change the order of tasks in the middle of them: the state that was loaded "
+                f"has seed {self._seed}. Leave set_seed out after load_state_dict"
+            )
         self._seed = seed
 
     def take(self) -> NumberedTask | None:
@@ -109,16 +119,21 @@ class TaskStream:
         """Which tasks are still to be run."""
         following = self._next  # read first: what is taken meanwhile, in the thread of the agents, is not taken twice
         again = sorted(number for number in self._open | set(self._again) if number < following)
-        return {"next": following, "again": again, "seed": self._seed}
+        return {"next": following, "again": again, "seed": self._seed, "length": self._length}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a stream of the same tasks was.
 
         Raises:
-            ConfigError: a task was taken already.
+            ConfigError: a task was taken already, or the state is that of more or fewer tasks.
         """
         if self.has_started:
             raise ConfigError("load_state_dict() sets which task comes next: call it before the first batch")
+        if state.get("length") not in (None, self._length):
+            raise ConfigError(
+                f"the state is that of {state['length']} tasks, and there are {self._length}: the numbers in it mean "
+                "other tasks here. Resume with the same tasks"
+            )
         self._next, self._again, self._seed = state["next"], list(state["again"]), state["seed"]
 
     def _read(self, number: int) -> NumberedTask | None:
