@@ -68,7 +68,7 @@ class SessionSettings:
         require_numbers(self, "max_sessions", "max_in_flight", "max_waiting", at_least=1)
         require(
             self.overrides.get(_EFFORT) is None,
-            f"overrides can only leave out {_EFFORT} (None); give the one that all requests are to have in template_kwargs",
+            f"overrides can only leave {_EFFORT} out (None); give one for all requests in template_kwargs",
         )
         require(
             self.on_rewrite in get_args(OnRewrite),
