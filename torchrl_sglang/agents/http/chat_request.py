@@ -97,7 +97,7 @@ def read_chat(body: Any, sending: Sending) -> Call:
         variables["reasoning_effort"] = effort
     _refuse_what_chat_cannot(fields)
     parallel = fields.flag("parallel_tool_calls")
-    reported = _read_reported(fields)
+    tokens_as_ids, has_token_ids = fields.flag("return_tokens_as_token_ids"), fields.flag("return_token_ids")
     fields.refuse_unread()
     return Call(
         request=ChatRequest(
@@ -117,7 +117,8 @@ def read_chat(body: Any, sending: Sending) -> Call:
         log_probs=log_probs,
         effort=effort,
         has_old_functions=has_old_functions(body),
-        **reported,
+        tokens_as_ids=bool(tokens_as_ids),
+        has_token_ids=bool(has_token_ids),
     )
 
 
@@ -156,7 +157,7 @@ def read_text(body: Any, sending: Sending) -> Call:
     fields.refuse("echo", "the gateway scores no prompts; ask the SGLang server itself", neutral=(False,))
     fields.refuse("suffix", "the model only continues texts", neutral=("",))
     refuse_foreign(fields, is_chat=False)
-    reported = _read_reported(fields)
+    tokens_as_ids, has_token_ids = fields.flag("return_tokens_as_token_ids"), fields.flag("return_token_ids")
     fields.refuse_unread()
     key = sending.idempotency_key
     requests = [
@@ -176,16 +177,9 @@ def read_text(body: Any, sending: Sending) -> Call:
         stream=stream,
         include_usage=include_usage,
         log_probs=top is not None,
-        **reported,
+        tokens_as_ids=bool(tokens_as_ids),
+        has_token_ids=bool(has_token_ids),
     )
-
-
-def _read_reported(fields: Fields) -> dict[str, bool]:
-    """What the answer is to have of tokens, beside their log-probs."""
-    return {
-        "tokens_as_ids": bool(fields.flag("return_tokens_as_token_ids")),
-        "has_token_ids": bool(fields.flag("return_token_ids")),
-    }
 
 
 def _read_common(fields: Fields) -> tuple[str, bool, bool]:

@@ -166,9 +166,10 @@ class ModelRoutes:
 
     def _asked(self, call: Call) -> dict[str, Any]:
         """What the reply to a call has of tokens."""
-        texts = self._texts(call)
-        as_ids = texts is not None and call.tokens_as_ids
-        return {"texts": TokenIdTexts(texts) if as_ids else texts, "has_token_ids": call.has_token_ids}
+        texts: TokenTexts | TokenIdTexts | None = self._texts(call)
+        if isinstance(texts, TokenTexts) and call.tokens_as_ids:
+            texts = TokenIdTexts(texts)
+        return {"texts": texts, "has_token_ids": call.has_token_ids}
 
     async def _answer(
         self,
