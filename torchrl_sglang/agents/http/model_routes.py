@@ -67,11 +67,12 @@ class ModelRoutes:
         return JsonReply(self._model())
 
     def _model(self) -> dict[str, Any]:
-        made = {
-            **{"id": self._serving.model, "object": "model", "created": self._created, "owned_by": "torchrl-sglang"},
-            # In Anthropic's form.
-            **{"type": "model", "display_name": self._serving.model, "created_at": _written(self._created)},
-        }
+        made = {"id": self._serving.model, "object": "model", "created": self._created, "owned_by": "torchrl-sglang"}
+        made |= {
+            "type": "model",
+            "display_name": self._serving.model,
+            "created_at": _written(self._created),
+        }  # Anthropic's
         # As vLLM and SGLang call it: agents shorten their conversations in time.
         length = self._serving.context_length
         return made if length is None else {**made, "max_model_len": length}
