@@ -27,6 +27,9 @@ FRAMEWORKS = {
     "litellm_agent": [2],
     "anthropic_client": [2],
     "openai_javascript": [2],
+    "vercel_ai": [2, 2, 2],
+    "openai_agents_javascript": [2, 2],
+    "langchain_javascript": [2],
 }
 
 

@@ -123,6 +123,7 @@ class AgentGateway:
             max_body_bytes=max_body_bytes,
             template=self._model.settings.chat_template or template_text(self._model.tokenizer),
             context_length=self._model.pool.context_length,
+            leaves_out_effort=self._model.settings.leaves_out_effort,
         )
         self._server = ServerThread(_application(serving, self.sessions), host=host, port=port)
         self._stop_at_exit: Callable[[], Any] = weakref.finalize(self, self._server.stop)

@@ -19,6 +19,7 @@ from torchrl_sglang.chat.defaults import GenerationDefaults
 from torchrl_sglang.chat.tool_call_reader import LOCAL, asked_calls, more_faithful
 from torchrl_sglang.chat.tool_calls import FoundCalls
 from torchrl_sglang.chat.tool_parsers import NEVER_ASKED, READ_HERE_TOO, parser_for, template_text
+from torchrl_sglang.chat_templates import check_template_kwargs
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError, ContextLengthError, ProtocolError, ServerError
 from torchrl_sglang.model_files import load_tokenizer, read_model_json
@@ -70,7 +71,7 @@ class ServedModel:
         self._defaults = GenerationDefaults(given=self.settings.generation, checkpoint={}, stop_ids=tuple(stops))
         self._known_sampling: dict[str, SamplingParams] = {}
         # raises if one is bad
-        self._defaults.sampling(self.settings.overrides, prompt_length=0, context_length=pool.context_length)
+        self._defaults.sampling(self.settings.sampling_overrides, prompt_length=0, context_length=pool.context_length)
         config = read_model_json(info.model_path, "config.json", info.revision)
         self.images = ImageInputs(lambda *args, **kwargs: self.generator.ask(*args, **kwargs), config)
         known = parser_for(
@@ -101,7 +102,7 @@ class ServedModel:
         Raises:
             ConfigError: an unknown name or a bad value.
         """
-        given = {**given, **self.settings.overrides}
+        given = {**given, **self.settings.sampling_overrides}
         context = self.pool.context_length
         key = json.dumps(given, sort_keys=True, default=repr)
         # The checks take longer than all else that a short turn needs, and an agent's requests have the same settings.
@@ -113,6 +114,17 @@ class ServedModel:
         known = self._known_sampling[key]
         length = self._defaults.max_new_tokens(given, prompt_length, context)
         return known if known.max_new_tokens == length else replace(known, max_new_tokens=length)
+
+    def template_variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables of the chat template: a request's go before those of the settings.
+
+        Raises:
+            ConfigError: a name that is the template's own.
+        """
+        asked = dict(check_template_kwargs(given))
+        if self.settings.leaves_out_effort:
+            asked.pop("reasoning_effort", None)
+        return {**self.settings.template_kwargs, **asked}
 
     def close_departed(self) -> None:
         """Close the connections to servers that have left the pool."""

@@ -11,6 +11,8 @@ from torchrl_sglang.config.checking import names_checked, require, require_numbe
 
 __all__ = ["SessionSettings"]
 
+_EFFORT = "reasoning_effort"
+
 
 @names_checked()
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +25,8 @@ class SessionSettings:
     the recorded log-probs are not those of the distribution that tokens are drawn from."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Sampling settings in place of what requests ask for, in the same names: agents often have ``temperature=0`` built
-    in, at which all runs of a task are the same."""
+    in, at which all runs of a task are the same. ``None`` leaves out what they ask for, such as ``seed``; so does
+    ``"reasoning_effort": None``, which is no sampling setting, for chat templates without that variable."""
     chat_template: str | None = None
     """A Jinja template instead of the tokenizer's."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -50,9 +53,23 @@ class SessionSettings:
     turn_timeout_s: float | None = None
     """Longest time for one answer, waiting included; ``None`` is ``ClientConfig.generate_timeout_s``."""
 
+    @property
+    def leaves_out_effort(self) -> bool:
+        """Whether efforts of reasoning that requests ask for have no effect."""
+        return _EFFORT in self.overrides
+
+    @property
+    def sampling_overrides(self) -> dict[str, Any]:
+        """The sampling settings of ``overrides``."""
+        return {name: value for name, value in self.overrides.items() if name != _EFFORT}
+
     def __post_init__(self) -> None:
         require_numbers(self, *(f.name for f in fields(self) if f.name.endswith("_s")), above=0)
         require_numbers(self, "max_sessions", "max_in_flight", "max_waiting", at_least=1)
+        require(
+            self.overrides.get(_EFFORT) is None,
+            f"overrides can only leave {_EFFORT} out (None); give one for all requests in template_kwargs",
+        )
         require(
             self.on_rewrite in get_args(OnRewrite),
             f"on_rewrite must be {' or '.join(map(repr, get_args(OnRewrite)))}, got {self.on_rewrite!r}",

@@ -29,7 +29,6 @@ from torchrl_sglang.agents.turn_reports import reporter, top_log_probs
 from torchrl_sglang.agents.types import ChatRequest, OnProgress, TextRequest
 from torchrl_sglang.chat.quoted_text import open_thinking
 from torchrl_sglang.chat.tool_schemas import read_tools
-from torchrl_sglang.chat_templates import check_template_kwargs
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.errors import ConfigError, RequestRejectedError
 from torchrl_sglang.protocol.stop_strings import StopStrings
@@ -133,7 +132,7 @@ async def _asked(request: ChatRequest, model: ServedModel, tree: Tree) -> tuple[
         by_id=model.settings.on_rewrite == "keep",
     )
     match = tree.match(await model.images.checked(read_messages(request.messages)), calls)
-    variables = {**model.settings.template_kwargs, **check_template_kwargs(request.template_kwargs)}
+    variables = model.template_variables(request.template_kwargs)
     build = partial(
         build_prompt,
         match,

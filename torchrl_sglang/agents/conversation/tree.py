@@ -202,9 +202,17 @@ def _continues(
 ) -> bool:
     """Whether the messages from ``start`` on begin with those before an answer, and the answer."""
     at = start + len(child.new)
-    if at >= len(messages) or not same_answer(messages[at], child.answer, calls):
+    if at >= len(messages) or not any(same_answer(m, child.answer, calls) for m in _as_sent(messages[at], child.stop)):
         return False
     return all(_is_same(m, known, names) for m, known in zip(messages[start:at], child.new, strict=True))
+
+
+def _as_sent(message: Message, stop: str | None) -> Iterator[Message]:
+    """The message, and what it was before the client put back the stop string that ended it."""
+    yield message
+    content = message.content.rstrip()
+    if stop and stop.strip() and content.endswith(stop.rstrip()):
+        yield replace(message, content=content[: -len(stop.rstrip())])
 
 
 def _renamed(message: Message, names: Mapping[str, str]) -> Message:

@@ -30,6 +30,7 @@ class Serving:
         max_body_bytes: largest body of a request.
         template: the text of the model's chat template.
         context_length: tokens of its context; ``None`` if the servers don't say.
+        leaves_out_effort: an effort of reasoning has no effect.
     """
 
     sessions: Sessions
@@ -40,6 +41,7 @@ class Serving:
     max_body_bytes: int
     template: str = ""
     context_length: int | None = None
+    leaves_out_effort: bool = False
 
     def session(self, request: Request) -> Session:
         """The session that a request names, if it has the session's key.
@@ -56,10 +58,11 @@ class Serving:
         Raises:
             ApiError: the template has no such variable.
         """
-        if effort is not None and "reasoning_effort" not in self.template:
+        if effort is not None and "reasoning_effort" not in self.template and not self.leaves_out_effort:
             raise bad_request(
                 f"reasoning effort {effort!r:.40} would have no effect: this model's chat template has no variable "
-                "reasoning_effort; chat_template_kwargs sets those that it has",
+                "reasoning_effort; chat_template_kwargs sets those that it has. Leave it out, or let "
+                'the gateway do so: SessionSettings(overrides={"reasoning_effort": None})',
                 "reasoning_effort",
                 "unsupported_parameter",
             )
