@@ -221,7 +221,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"stop_sequences": [""]},
         {"tools": [5]},
         {"tools": [{"name": "f", "input_schema": 5}]},
-        {"tools": [{"type": "bash_20250124", "name": "bash"}]},
+        {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
         {"tool_choice": "auto"},
         {"tool_choice": {"type": "tool"}},
         {"tool_choice": {"type": "any"}},

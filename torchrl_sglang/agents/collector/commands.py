@@ -175,6 +175,8 @@ def agent_environment(variables: Mapping[str, str], base_url: str, api_key: str)
     Examples:
         >>> agent_environment({"HTTP_PROXY": "http://proxy:3128"}, "http://10.0.0.7:8000/v1", "key")["NO_PROXY"]
         'localhost,127.0.0.1,127.0.0.0/8,::1,0.0.0.0,10.0.0.7'
+        >>> agent_environment({"ANTHROPIC_AUTH_TOKEN": "mine"}, "http://h/v1", "key")["ANTHROPIC_AUTH_TOKEN"]
+        'key'
     """
     made = {
         **variables,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang.agents.http.anthropic_thinking import thinking_variables
+from torchrl_sglang.agents.http.anthropic_tools import read_tool, read_tool_choice_of_messages
 from torchrl_sglang.agents.http.api_errors import bad_request
 from torchrl_sglang.agents.http.chat_messages import check_messages, check_tools, read_tool_choice
 from torchrl_sglang.agents.http.chat_request import Call, Sending
@@ -20,6 +21,7 @@ _WITHOUT_EFFECT = (
     *("metadata", "service_tier", "cache_control", "inference_geo", "anthropic_beta", "betas", "speed"),
     "anthropic_version",
 )
+_PARTS = ("text", "image", "document", "search_result")
 _ROLES = ("user", "assistant", "system")
 
 
@@ -42,8 +44,8 @@ def read_anthropic(body: Any, sending: Sending, *, template: str = "", counts: b
     if limit is None and not counts:
         raise bad_request("max_tokens is missing", "max_tokens", "missing_required_parameter")
     messages = [*_system(fields), *_messages(fields.list("messages", required=True) or [])]
-    tools = check_tools([_tool(Fields(tool, f"tools[{i}]")) for i, tool in enumerate(fields.list("tools") or ())])
-    choice, parallel = _tool_choice(fields.object("tool_choice"))
+    tools = check_tools([read_tool(Fields(tool, f"tools[{i}]")) for i, tool in enumerate(fields.list("tools") or ())])
+    choice, parallel = read_tool_choice_of_messages(fields.object("tool_choice"))
     choice = read_tool_choice(choice, [tool["function"]["name"] for tool in tools])
     sampling: dict[str, Any] = {"max_new_tokens": limit, **_grammar(fields)}
     for name in ("temperature", "top_p"):
@@ -163,51 +165,64 @@ def _user(blocks: Sequence[Fields]) -> Iterator[dict[str, Any]]:
     """A user's message; the results of tools that it holds become messages of their own, before it."""
     parts: list[dict[str, Any]] = []
     for block in blocks:
-        kind = block.text("type", choices=("text", "image", "tool_result"), required=True)
+        kind = block.text("type", choices=(*_PARTS, "tool_result"), required=True)
         if kind == "tool_result":
             content = block.any("content")
             if isinstance(content, list):
-                content = [_part(Fields(part, f"{block.path('content')}[{i}]")) for i, part in enumerate(content)]
+                content = [
+                    part
+                    for i, each in enumerate(content)
+                    for part in _parts(Fields(each, f"{block.path('content')}[{i}]"))
+                ]
             elif content is None:
                 content = ""
             block.flag("is_error")
             yield {"role": "tool", "tool_call_id": block.required_text("tool_use_id"), "content": content}
         else:
-            parts.append(_part(block))
+            parts += _parts(block)
     if parts:
         yield {"role": "user", "content": parts}
 
 
-def _part(block: Fields) -> dict[str, Any]:
-    if block.text("type", choices=("text", "image"), required=True) == "text":
-        return {"type": "text", "text": block.required_text("text")}
-    source = Fields(block.object("source", required=True), block.path("source"))
+def _parts(block: Fields) -> Iterator[dict[str, Any]]:
+    """A block of a user's message or a tool's result, in the chat's form."""
+    kind = block.text("type", choices=_PARTS, required=True)
+    block.refuse("citations", "the model's answers cite nothing", neutral=({"enabled": False},))
+    if kind == "text":
+        yield {"type": "text", "text": block.required_text("text")}
+    elif kind == "image":
+        yield _image(Fields(block.object("source", required=True), block.path("source")))
+    elif kind == "document":
+        for name in ("title", "context"):
+            if block.text(name):
+                yield {"type": "text", "text": f"{block.required_text(name)}\n"}
+        yield from _document(Fields(block.object("source", required=True), block.path("source")))
+    else:
+        yield {"type": "text", "text": f"{block.required_text('title')}\n{block.required_text('source')}\n"}
+        for index, part in enumerate(block.list("content", required=True) or ()):
+            yield from _parts(Fields(part, f"{block.path('content')}[{index}]"))
+
+
+def _image(source: Fields) -> dict[str, Any]:
     if source.text("type", choices=("base64", "url"), required=True) == "url":
         return {"type": "image_url", "image_url": {"url": source.required_text("url")}}
     url = f"data:{source.required_text('media_type')};base64,{source.required_text('data')}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def _tool(fields: Fields) -> dict[str, Any]:
-    kind = fields.text("type")
-    if kind not in (None, "custom"):
+def _document(source: Fields) -> Iterator[dict[str, Any]]:
+    """The text of a document; the model reads no other."""
+    kind = source.text("type", required=True)
+    if kind == "text":
+        yield {"type": "text", "text": source.required_text("data")}
+    elif kind == "content":
+        content = source.any("content")
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else source.list("content") or []
+        for index, part in enumerate(blocks):
+            yield from _parts(Fields(part, f"{source.path('content')}[{index}]"))
+    else:
         raise bad_request(
-            f"{fields.path('type')}={kind!r}: Anthropic's own tools don't exist here; give tools with an input_schema",
-            fields.path("type"),
+            f"{source.path('type')}={kind!r}: only a document's text can be read; send a source of the type 'text'",
+            source.path("type"),
             "unsupported_parameter",
         )
-    function = {"name": fields.required_text("name"), "parameters": fields.object("input_schema", required=True)}
-    description = fields.text("description")
-    return {"type": "function", "function": function | ({"description": description} if description else {})}
-
-
-def _tool_choice(choice: Mapping[str, Any] | None) -> tuple[Any, bool | None]:
-    """The choice in OpenAI's form, and whether several calls are allowed."""
-    if choice is None:
-        return "auto", None
-    fields = Fields(choice, "tool_choice")
-    kind = fields.text("type", choices=("auto", "any", "tool", "none"), required=True)
-    parallel = False if fields.flag("disable_parallel_tool_use") else None
-    if kind == "tool":
-        return {"type": "function", "function": {"name": fields.required_text("name")}}, parallel
-    return {"auto": "auto", "any": "required", "none": "none"}[str(kind)], parallel

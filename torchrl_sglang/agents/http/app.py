@@ -56,6 +56,8 @@ def make_app(serving: Serving) -> ASGIApp:
         _route("GET", f"{_SESSION}/trajectories", sessions.trajectories),
         _route("GET", f"{_SESSION}/v1/models", model.models),
         _route("GET", f"{_SESSION}/v1/models/{{name:path}}", model.model),
+        _route("GET", f"{_SESSION}/v1/v1/models", model.models),
+        _route("GET", f"{_SESSION}/v1/v1/models/{{name:path}}", model.model),
         # Clients ask their base address whether anybody is there.
         _route("GET", f"{_SESSION}/v1", _health),
         _route("GET", "/health", _health),

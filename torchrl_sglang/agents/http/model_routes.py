@@ -54,7 +54,9 @@ class ModelRoutes:
     async def models(self, request: Request) -> Response:
         """``GET .../models``: the one model."""
         self._serving.session(request)
-        return JsonReply({"object": "list", "data": [self._model()]})
+        model = self._model()
+        page = {"has_more": False, "first_id": model["id"], "last_id": model["id"]}  # Anthropic's
+        return JsonReply({"object": "list", "data": [model], **page})
 
     async def model(self, request: Request) -> Response:
         """``GET .../models/NAME``."""
@@ -66,6 +68,11 @@ class ModelRoutes:
 
     def _model(self) -> dict[str, Any]:
         made = {"id": self._serving.model, "object": "model", "created": self._created, "owned_by": "torchrl-sglang"}
+        made |= {
+            "type": "model",
+            "display_name": self._serving.model,
+            "created_at": _written(self._created),
+        }  # Anthropic's
         # As vLLM and SGLang call it: agents shorten their conversations in time.
         length = self._serving.context_length
         return made if length is None else {**made, "max_model_len": length}
@@ -192,6 +199,10 @@ class ModelRoutes:
             return stream
         turn = await until_disconnect(request, run(None), undelivered=session.undelivered)
         return JsonReply(reply.whole(turn), headers=_request_id(reply))
+
+
+def _written(time_s: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_s))
 
 
 def _request_id(reply: Reply) -> dict[str, str]:
