@@ -15,12 +15,12 @@ the gateway, the client and the whole machine, which should run nothing else. Th
 
     at once      all ask at the same moment, so each turn also waits for the gateway's work on those before it
     turn by turn each session has several turns, one after the other, as an agent has
-    steady       requests arrive one after the other, at half of the rate that raw reaches: the machine is half idle
+    steady       requests arrive one after the other, at a quarter of the rate that raw reaches when all ask at once
     streamed     at once, answered in pieces: the time to the first token, and between tokens
 
 What each can tell: in the first two the machine is full, and a request waits for all others, so their latency is the
 number of sessions over the throughput: a percent of the throughput of 64 sessions is 5 to 8 ms, which a few pairs do
-not resolve. They tell the throughput. Under the steady load a request waits for few others. It has 256 requests, each
+not resolve. They tell the throughput. Under the steady load a request waits for few others. It has 128 requests, each
 of which is compared with itself. The median of these differences tells the latency; what is printed behind it is how
 far it differs between the pairs. A gateway that shares cores with the server also takes time from it, which
 ``--server-cores`` excludes.
@@ -39,6 +39,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ import httpx
 import psutil
 
 IDLE_SESSIONS = 1000
-STEADY_SESSIONS = 256
+STEADY_SESSIONS, STEADY_SHARE = 128, 0.25
 QUESTION = "How are you today? " * 4
 REPLIES = ("Tell me more.", "And then?")
 CLIENT = Path(__file__).with_name("agent_client.py")
@@ -114,8 +115,12 @@ class Gateway:
 
 
 def raw_session(url: str, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-    sampling = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
-    bodies = [{"input_ids": ids_T, "sampling_params": sampling, "return_logprob": True} for ids_T in prompts]
+    """The requests that the gateway sends."""
+    from torchrl_sglang import SamplingParams
+    from torchrl_sglang.protocol.generate import build_generate
+
+    sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0, ignore_eos=True)
+    bodies = [build_generate([ids_T], sampling, request_ids=[uuid.uuid4().hex]).body for ids_T in prompts]
     return {"url": f"{url}/generate", "headers": {}, "bodies": bodies}
 
 
@@ -142,8 +147,8 @@ def measure_pairs(
         print(f"turn by turn, {1 + len(REPLIES)} turns each:")
         _measure(url, gateway, raw(REPLIES), lambda: agents(REPLIES), pairs)
     if wants("steady"):
-        spread_s = 2 * whole_s * STEADY_SESSIONS / num_sessions
-        print(f"steady, {STEADY_SESSIONS} requests over {spread_s:.1f} s, half of the rate of raw:")
+        spread_s = whole_s * STEADY_SESSIONS / num_sessions / STEADY_SHARE
+        print(f"steady, {STEADY_SESSIONS} requests over {spread_s:.1f} s:")
         steady = raw(count=STEADY_SESSIONS)
         _measure(url, gateway, steady, lambda: agents(count=STEADY_SESSIONS), pairs, spread_s=spread_s)
     if wants("streamed"):

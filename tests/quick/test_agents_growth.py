@@ -147,3 +147,27 @@ def test_numbers_are_read_as_they_are_written(written: bytes, value: float) -> N
     if type(value) is int:
         call = read_chat(read, Sending())
         assert call.request.sampling["seed"] == value
+
+
+def test_the_grammar_of_tools_is_made_once_and_one_for_each_order_of_their_fields() -> None:
+    tokenizer = make_tokenizer("byte-level BPE", QWEN3)
+    sessions, _ = scripted(tokenizer, lambda _: says(tokenizer, "Yes.", "<|im_end|>"))
+    made = []
+    for order in (("a", "b"), ("b", "a")):
+        schema = {"type": "object", "properties": {name: {"type": "string"} for name in order}}
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        for length in (10, 20):
+            made.append(
+                sessions.model.constrained(
+                    {"temperature": 0.5},
+                    length,
+                    tools=[dict(tool)],
+                    tool_choice="required",
+                    parallel=True,
+                    thinking_end=None,
+                )
+            )
+    assert [each.max_new_tokens for each in made] == [100_000 - 10, 100_000 - 20] * 2
+    assert made[0].structural_tag == made[1].structural_tag
+    assert list(made[0].to_wire()) == list(made[2].to_wire())
+    assert str(made[0].structural_tag) != str(made[2].structural_tag), "fields are generated in their order"
