@@ -20,10 +20,10 @@ the gateway, the client and the whole machine, which should run nothing else. Th
 
 What each can tell: in the first two the machine is full, and a request waits for all others, so their latency is the
 number of sessions over the throughput: a percent of the throughput of 64 sessions is 5 to 8 ms, which a few pairs do
-not resolve. They tell the throughput. Under the steady load a request waits for few others. It has 128 requests, each
-of which is compared with itself. The median of these differences tells the latency; what is printed behind it is how
-far it differs between the pairs. A gateway that shares cores with the server also takes time from it, which
-``--server-cores`` excludes.
+not resolve. They tell the throughput. Under the steady load, of short answers, a request waits for few others. It has
+128 requests, each of which is compared with itself. The median of these differences tells the latency; what is printed
+behind it is how far it differs between the pairs. A gateway that shares cores with the server also takes time from it,
+which ``--server-cores`` excludes.
 
 Then the memory of 1,000 idle sessions with one turn each (target: less than 200 MB), and how many tokens of the second
 turn's prompt came from the prefix cache.
@@ -48,7 +48,7 @@ import httpx
 import psutil
 
 IDLE_SESSIONS = 1000
-STEADY_SESSIONS, STEADY_SHARE = 128, 0.25
+STEADY_SESSIONS, STEADY_SHARE, STEADY_TOKENS = 128, 0.25, 8
 QUESTION = "How are you today? " * 4
 REPLIES = ("Tell me more.", "And then?")
 CLIENT = Path(__file__).with_name("agent_client.py")
@@ -127,14 +127,14 @@ def raw_session(url: str, prompts: list[list[int]], new_tokens: int) -> dict[str
 def measure_pairs(
     url: str, gateway: Gateway, num_sessions: int, pairs: int, new_tokens: int, loads: list[str] | None
 ) -> None:
-    def agents(replies: tuple[str, ...] = (), *, count: int = num_sessions) -> Sessions:
-        return [gateway.session(f"{QUESTION}{i}", new_tokens, replies) for i in range(count)]
+    def agents(replies: tuple[str, ...] = (), *, count: int = num_sessions, tokens: int = new_tokens) -> Sessions:
+        return [gateway.session(f"{QUESTION}{i}", tokens, replies) for i in range(count)]
 
-    def raw(replies: tuple[str, ...] = (), *, count: int = num_sessions) -> Sessions:
+    def raw(replies: tuple[str, ...] = (), *, count: int = num_sessions, tokens: int = new_tokens) -> Sessions:
         """The same ids; a first run of the agents shows them, and warms both up."""
-        made = agents(replies, count=count)
+        made = agents(replies, count=count, tokens=tokens)
         run_client(made)
-        return [raw_session(url, gateway.prompts(session), new_tokens) for session in made]
+        return [raw_session(url, gateway.prompts(session), tokens) for session in made]
 
     def wants(name: str) -> bool:
         return loads is None or name in loads
@@ -148,9 +148,9 @@ def measure_pairs(
         _measure(url, gateway, raw(REPLIES), lambda: agents(REPLIES), pairs)
     if wants("steady"):
         spread_s = whole_s * STEADY_SESSIONS / num_sessions / STEADY_SHARE
-        print(f"steady, {STEADY_SESSIONS} requests over {spread_s:.1f} s:")
-        steady = raw(count=STEADY_SESSIONS)
-        _measure(url, gateway, steady, lambda: agents(count=STEADY_SESSIONS), pairs, spread_s=spread_s)
+        print(f"steady, {STEADY_SESSIONS} requests of {STEADY_TOKENS} new tokens over {spread_s:.1f} s:")
+        few: dict[str, int] = {"count": STEADY_SESSIONS, "tokens": STEADY_TOKENS}
+        _measure(url, gateway, raw(**few), lambda: agents(**few), pairs, spread_s=spread_s)
     if wants("streamed"):
         print("streamed, at once:")
         _measure(url, gateway, single, agents, pairs, stream=True)
