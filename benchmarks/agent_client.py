@@ -13,24 +13,25 @@ import sys
 import time
 from typing import Any
 
-import httpx
+import aiohttp
 
 
 async def run_plan(plan: dict[str, Any]) -> dict[str, Any]:
     """Run all sessions; the seconds of all, per request, to each first token and between tokens; the last answers."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    times: dict[str, Any] = {"each": [], "first": [], "between": []}
-    async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as http:
+    times: dict[str, Any] = {key: [[] for _ in plan["sessions"]] for key in ("each", "first", "between")}
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
         begun = time.perf_counter()
         answers = await asyncio.gather(
             *(_talk(http, session, plan, index, times) for index, session in enumerate(plan["sessions"]))
         )
         whole = time.perf_counter() - begun
-    return {"whole": whole, "answers": answers, **times}
+    in_order = {key: [value for values in of_sessions for value in values] for key, of_sessions in times.items()}
+    return {"whole": whole, "answers": answers, **in_order}
 
 
 async def _talk(
-    http: httpx.AsyncClient, session: dict[str, Any], plan: dict[str, Any], index: int, times: dict[str, Any]
+    http: aiohttp.ClientSession, session: dict[str, Any], plan: dict[str, Any], index: int, times: dict[str, Any]
 ) -> Any:
     await asyncio.sleep(plan["spread_s"] * index / len(plan["sessions"]))
     bodies, answer = list(session["bodies"]), None
@@ -40,33 +41,34 @@ async def _talk(
             bodies.append({**bodies[-1], "messages": [*bodies[-1]["messages"], *said]})
         begun = time.perf_counter()
         if plan["stream"]:
-            await _read_stream(http, session, bodies[turn], times)
+            await _read_stream(http, session, bodies[turn], times, index)
         else:
-            answer = (await _sent(http, session, bodies[turn])).json()
-        times["each"].append(time.perf_counter() - begun)
+            answer = await _sent(http, session, bodies[turn])
+        times["each"][index].append(time.perf_counter() - begun)
     return answer
 
 
-async def _sent(http: httpx.AsyncClient, session: dict[str, Any], body: Any) -> httpx.Response:
-    response = await http.post(session["url"], json=body, headers=session["headers"])
-    return response.raise_for_status()
+async def _sent(http: aiohttp.ClientSession, session: dict[str, Any], body: Any) -> Any:
+    async with http.post(session["url"], json=body, headers=session["headers"]) as response:
+        response.raise_for_status()
+        return await response.json()
 
 
 async def _read_stream(
-    http: httpx.AsyncClient, session: dict[str, Any], body: dict[str, Any], times: dict[str, Any]
+    http: aiohttp.ClientSession, session: dict[str, Any], body: dict[str, Any], times: dict[str, Any], index: int
 ) -> None:
     begun = time.perf_counter()
     first = last = 0.0
     body = {**body, "stream": True}
-    async with http.stream("POST", session["url"], json=body, headers=session["headers"]) as response:
+    async with http.post(session["url"], json=body, headers=session["headers"]) as response:
         response.raise_for_status()
-        async for piece in response.aiter_raw():
+        async for piece in response.content.iter_any():
             last = time.perf_counter()
             if not first and b"data:" in piece:
                 first = last
     tokens = body.get("max_tokens") or body["sampling_params"]["max_new_tokens"]
-    times["first"].append(first - begun)
-    times["between"].append((last - first) / (tokens - 1))
+    times["first"][index].append(first - begun)
+    times["between"][index].append((last - first) / (tokens - 1))
 
 
 if __name__ == "__main__":

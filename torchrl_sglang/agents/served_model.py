@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from array import array
 from collections.abc import Mapping, Sequence
@@ -9,12 +10,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import orjson
 
 from torchrl_sglang.agents.conversation.answers import find_calls
+from torchrl_sglang.agents.conversation.kept import Kept
 from torchrl_sglang.agents.conversation.template import AgentTemplate
 from torchrl_sglang.agents.generation import Generator
 from torchrl_sglang.agents.image_inputs import ImageInputs
 from torchrl_sglang.agents.settings import SessionSettings
+from torchrl_sglang.agents.tool_choice import constrain
 from torchrl_sglang.chat.defaults import GenerationDefaults
 from torchrl_sglang.chat.tool_call_reader import LOCAL, asked_calls, more_faithful
 from torchrl_sglang.chat.tool_calls import FoundCalls
@@ -30,6 +34,7 @@ __all__ = ["ServedModel"]
 
 _PARSE_TIMEOUT_S = 60.0
 _KEPT_SETTINGS = 64
+_KEPT_BYTES = 4 * 2**20
 
 
 class ServedModel:
@@ -70,6 +75,7 @@ class ServedModel:
         stops = (token for token in self.template.turn_end_ids if vocab_size is None or token < vocab_size)
         self._defaults = GenerationDefaults(given=self.settings.generation, checkpoint={}, stop_ids=tuple(stops))
         self._known_sampling: dict[str, SamplingParams] = {}
+        self._constrained: Kept[bytes, SamplingParams] = Kept(_KEPT_BYTES)
         # raises if one is bad
         self._defaults.sampling(self.settings.sampling_overrides, prompt_length=0, context_length=pool.context_length)
         config = read_model_json(info.model_path, "config.json", info.revision)
@@ -113,7 +119,36 @@ class ServedModel:
             self._known_sampling[key] = made.for_vocabulary(self.pool.vocab_size)
         known = self._known_sampling[key]
         length = self._defaults.max_new_tokens(given, prompt_length, context)
-        return known if known.max_new_tokens == length else replace(known, max_new_tokens=length)
+        return _with_length(known, length)
+
+    def constrained(
+        self,
+        given: Mapping[str, Any],
+        prompt_length: int,
+        *,
+        tools: Sequence[Mapping[str, Any]],
+        tool_choice: str | Mapping[str, Any],
+        parallel: bool,
+        thinking_end: str | None,
+    ) -> SamplingParams:
+        """The settings of a request that may call tools; arguments and errors are those of :func:`constrain`."""
+        plain = self.sampling(given, prompt_length)
+        try:  # tools come with each turn, and to make a grammar of them takes longer than all else
+            key = orjson.dumps([given, tools, tool_choice, parallel, thinking_end])
+        except TypeError:  # keys that are no texts, integers of more than 64 bits
+            key = json.dumps([given, tools, tool_choice, parallel, thinking_end], default=repr).encode()
+        known = self._constrained.get(key)
+        if known is None:
+            known = constrain(
+                plain,
+                tools=tools,
+                tool_choice=tool_choice,
+                parallel=parallel,
+                family=self.family,
+                thinking_end=thinking_end,
+            )
+            self._constrained.put(key, known, size=len(key))
+        return _with_length(known, plain.max_new_tokens)
 
     def template_variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Variables of the chat template: a request's go before those of the settings.
@@ -193,3 +228,14 @@ class ServedModel:
                 raise
             return own
         return more_faithful(own, asked, parser)
+
+
+def _with_length(sampling: SamplingParams, length: int) -> SamplingParams:
+    """The settings for an answer of at most so many tokens. All others are checked already, which takes a while."""
+    if sampling.max_new_tokens == length:
+        return sampling
+    if length < max(1, sampling.min_new_tokens):
+        return replace(sampling, max_new_tokens=length)  # says what is wrong with it
+    made = copy.copy(sampling)
+    object.__setattr__(made, "max_new_tokens", length)
+    return made

@@ -143,7 +143,7 @@ def _keep(reports: list[Progress], new: Progress) -> None:
         reports[-2:] = [Progress.joined(reports[-2:])]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry:
     signature: bytes
     key: str | None
@@ -161,18 +161,21 @@ class TurnRecords:
     """The turns of one session, by what was requested."""
 
     def __init__(self) -> None:
-        self._entries: list[_Entry] = []
+        self._entries: dict[_Entry, None] = {}
+        self._by_signature: dict[bytes, list[_Entry]] = {}
+        self._by_key: dict[str, list[_Entry]] = {}
+        self._num_pending = 0
         self._failed: deque[tuple[bytes, int]] = deque(maxlen=_KEPT_FAILURES)
 
     @property
     def num_turns(self) -> int:
         """Number of finished turns."""
-        return sum(isinstance(entry.turn, TurnRecord) for entry in self._entries)
+        return len(self._entries) - self._num_pending
 
     @property
     def num_pending(self) -> int:
         """Number of turns under way."""
-        return len(self._entries) - self.num_turns
+        return self._num_pending
 
     def find(self, signature: bytes, key: str | None, *, attempt: int) -> PendingTurn | TurnRecord | None:
         """The turn that a request repeats; ``None`` if it has to be generated.
@@ -185,9 +188,8 @@ class TurnRecords:
         Raises:
             ConfigError: the key belongs to another request.
         """
-        alive = [e for e in self._entries if isinstance(e.turn, TurnRecord) or not e.turn.is_ending]
         if key is not None:
-            same_key = next((entry for entry in alive if entry.key == key), None)
+            same_key = next(filter(_is_alive, self._by_key.get(key, ())), None)
             if same_key is None:
                 return None
             if same_key.signature != signature:
@@ -195,7 +197,7 @@ class TurnRecords:
                     f"the idempotency key {key!r:.100} was sent with another request before: use a new key for each"
                 )
             return same_key.turn
-        equal = [entry for entry in reversed(alive) if entry.signature == signature]
+        equal = list(filter(_is_alive, reversed(self._by_signature.get(signature, ()))))
         found = next((entry for entry in equal if entry.is_undelivered), None)
         if found is None and attempt and not self._take_failed(signature, attempt):
             found = next((entry for entry in equal if entry.attempt < attempt and _may_repeat(entry)), None)
@@ -211,9 +213,9 @@ class TurnRecords:
         if earlier:
             self._failed.remove(max(earlier, key=lambda failed: failed[1]))
             return True
-        for entry in self._entries:
+        for entry in self._by_signature.get(signature, ()):
             is_ending = isinstance(entry.turn, PendingTurn) and entry.turn.is_ending
-            if is_ending and not entry.is_retried and entry.signature == signature and entry.attempt < attempt:
+            if is_ending and not entry.is_retried and entry.attempt < attempt:
                 entry.is_retried = True
                 return True
         return False
@@ -221,11 +223,19 @@ class TurnRecords:
     def begin(self, turn: PendingTurn, signature: bytes, key: str | None, *, attempt: int = 0) -> None:
         """A turn has begun. Of one that fails only this is kept: a retry is not a retry of another equal request."""
         entry = _Entry(signature, key, turn, attempt)
-        self._entries.append(entry)
+        self._entries[entry] = None
+        self._num_pending += 1
+        self._by_signature.setdefault(signature, []).append(entry)
+        if key is not None:
+            self._by_key.setdefault(key, []).append(entry)
 
         def ended(task: asyncio.Task[TurnRecord]) -> None:
+            self._num_pending -= 1
             if task.cancelled() or task.exception() is not None:
-                self._entries.remove(entry)
+                del self._entries[entry]
+                _forget(self._by_signature, signature, entry)
+                if key is not None:
+                    _forget(self._by_key, key, entry)
                 if not entry.is_retried:
                     self._failed.append((entry.signature, entry.attempt))
             else:
@@ -279,6 +289,16 @@ class TurnRecords:
         for entry in list(self._entries):
             if isinstance(entry.turn, PendingTurn):
                 entry.turn.withdraw()
+
+
+def _forget(entries: dict[Any, list[_Entry]], name: Any, entry: _Entry) -> None:
+    entries[name].remove(entry)
+    if not entries[name]:
+        del entries[name]
+
+
+def _is_alive(entry: _Entry) -> bool:
+    return isinstance(entry.turn, TurnRecord) or not entry.turn.is_ending
 
 
 def _may_repeat(entry: _Entry) -> bool:

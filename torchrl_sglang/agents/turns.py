@@ -24,7 +24,7 @@ from torchrl_sglang.agents.image_tokens import PromptImages
 from torchrl_sglang.agents.served_model import ServedModel
 from torchrl_sglang.agents.sharing import TurnRecord
 from torchrl_sglang.agents.stop_strings import cut_at_stop
-from torchrl_sglang.agents.tool_choice import constrain, reads_calls
+from torchrl_sglang.agents.tool_choice import reads_calls
 from torchrl_sglang.agents.turn_reports import reporter, top_log_probs
 from torchrl_sglang.agents.types import ChatRequest, OnProgress, TextRequest
 from torchrl_sglang.chat.quoted_text import open_thinking
@@ -92,12 +92,12 @@ async def sample_chat(
     parallel = request.parallel_tool_calls is not False and model.template.takes_several_calls
 
     def sampling(length: int) -> SamplingParams:
-        return constrain(
-            model.sampling(request.sampling, length),
+        return model.constrained(
+            request.sampling,
+            length,
             tools=tools,
             tool_choice=request.tool_choice,
             parallel=parallel,
-            family=model.family,
             thinking_end=None if thinks is None else thinks[1],
         )
 

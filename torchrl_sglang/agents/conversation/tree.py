@@ -142,7 +142,10 @@ class Tree:
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
-        self._roots: list[Node] = []
+        self._numbers: dict[Node, int] = {}
+        # Of thousands of branches those with the messages of a request are found without a look at the others.
+        self._following: dict[tuple[Node | None, _Said], list[Node]] = {}
+        self._lengths: dict[Node | None, dict[int, None]] = {}
 
     def leaves(self) -> list[Node]:
         """The ends of all token sequences, in the order in which they were recorded."""
@@ -155,12 +158,16 @@ class Tree:
             The node; or an equal one that is there already: the same tokens, sampled with the same weights, are the
             same segment.
         """
-        siblings = self._roots if node.parent is None else node.parent.children
-        for known in siblings:
+        alike = self._following.setdefault((node.parent, _said(node.new)), [])
+        for known in alike:
             same_prompt = known.base is node.base and known.prompt_ids == node.prompt_ids and known.new == node.new
             if same_prompt and known.output_ids == node.output_ids and known.versions == node.versions:
                 return known
-        siblings.append(node)
+        alike.append(node)
+        self._lengths.setdefault(node.parent, {})[len(node.new)] = None
+        if node.parent is not None:
+            node.parent.children.append(node)
+        self._numbers[node] = len(self.nodes)
         self.nodes.append(node)
         if node.base is not None:
             node.base.is_base = True
@@ -182,7 +189,7 @@ class Tree:
             node, end, names = waiting.pop()
             if end > best[1]:
                 best = (node, end, names)
-            children = self._roots if node is None else node.children
+            children = self._candidates(node, messages, end)
             # Of equal answers the one of the latest turn, and of its choices the first: it is what the client saw last.
             order = {turn: number for number, turn in enumerate(dict.fromkeys(child.turn for child in children))}
             for child in sorted(children, key=lambda each: (order[each.turn], -each.index)):
@@ -195,6 +202,22 @@ class Tree:
         known = node.messages() if node is not None else []
         rest = tuple(_renamed(message, names) for message in messages[end:])
         return Match(node=node, messages=(*known, *rest), new=rest)
+
+    def _candidates(self, node: Node | None, messages: Sequence[Message], start: int) -> list[Node]:
+        """The answers behind a node before which the same was said as in the messages from ``start`` on."""
+        found: list[Node] = []
+        lengths = self._lengths.get(node, ())
+        for length in lengths:
+            found += self._following.get((node, _said(messages[start : start + length])), ())
+        return found if len(lengths) < 2 else sorted(found, key=self._numbers.__getitem__)
+
+
+_Said = tuple[tuple[str, str, str | None], ...]
+
+
+def _said(messages: Sequence[Message]) -> _Said:
+    """What messages must have in common to be the same. Answers that a client brought along are compared otherwise."""
+    return tuple((each.role, each.name, None if each.role == "assistant" else each.content) for each in messages)
 
 
 def _continues(
