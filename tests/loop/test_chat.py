@@ -212,6 +212,7 @@ def pictures() -> list[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(480)
 def test_a_vision_model_gets_the_same_image_in_every_form(
     special_server: Callable[..., SGLangServer], vision_model: Path, pictures: list[Any], tmp_path: Path
 ) -> None:
