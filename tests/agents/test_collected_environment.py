@@ -13,7 +13,7 @@ from torchrl_sglang.server import SGLangServer
 
 pytestmark = [pytest.mark.agents, pytest.mark.timeout(1500)]
 
-PAGE = Path(__file__).parents[2] / "docs" / "agents.md"
+PAGE = Path(__file__).parents[2] / "docs" / "agent_frameworks.md"
 
 
 def test_the_environment_of_the_docs_page_is_collected(

@@ -1,4 +1,4 @@
-"""The snippets of docs/agents.md run as they stand there, one after the other, before a fake server."""
+"""The snippets of docs/agents.md, and that of agents of the command line, run as they stand, before a fake server."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from tests.agent_runs import ask_async, says
 from tests.fake_sglang import FakeServer
 from torchrl_sglang import AgentGateway, AsyncSGLang, SessionSettings, SGLangWeightSyncScheme, SyncConfig
 
-PAGE = Path(__file__).parents[2] / "docs" / "agents.md"
+DOCS = Path(__file__).parents[2] / "docs"
 KEY = "the gateway's key"
 
 
 def snippets() -> list[str]:
-    """Those before the table of frameworks; without those that need a framework, which are run by make test-agents."""
-    text = PAGE.read_text().partition("\n## Frameworks")[0]
+    """Without those that need a framework, which are run by make test-agents."""
+    commands = (DOCS / "agent_frameworks.md").read_text().partition("\n## A verifiers environment")[0]
+    text = (DOCS / "agents.md").read_text() + commands
     return [
         each for each in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if not needs_more(each)
     ]
@@ -74,7 +75,7 @@ def test_each_snippet_runs(fake: FakeServer, model: Any, tokenizer: Any, tmp_pat
                     elsewhere.reward(session.id, reward)
             for old, new in replaced.items():
                 code = code.replace(old, new)
-            exec(compile(code, f"{PAGE.name}, snippet {number}", "exec"), names)
+            exec(compile(code, f"snippet {number}", "exec"), names)
             if "collector = " in code:
                 names["collector"].shutdown()
             if "AgentGateway(" in code:
