@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from torchrl_sglang.agents.settings import SessionSettings
 from torchrl_sglang.agents.types import ChatRequest, Trajectory
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.protocol.messages import HttpRequest
 from torchrl_sglang.server import SGLangServer
 
 ATOL = 1e-4
@@ -100,25 +102,37 @@ def test_the_second_turn_finds_the_first_in_the_prefix_cache(pool: SGLangPool) -
 
 @pytest.mark.parametrize("mode", ["retract", "abort"])
 def test_an_update_in_a_turn_splits_its_versions_and_each_part_agrees_with_its_model(
-    pristine_server: SGLangServer, tiny_llama: Path, tiny_llama_b: Path, mode: Any
+    pristine_server: SGLangServer, tiny_llama: Path, tiny_llama_b: Path, mode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    is_prepared, goes_on = threading.Event(), threading.Event()
+    send = SGLangClient.send
+
+    def send_later(client: SGLangClient, request: HttpRequest, **options: Any) -> Any:
+        if request.path == "/pause_generation":  # all that is computed before it may take longer than the turn
+            is_prepared.set()
+            goes_on.wait(60)
+        return send(client, request, **options)
+
+    monkeypatch.setattr(SGLangClient, "send", send_later)
     models = load(tiny_llama), load(tiny_llama_b)
     with closing(SGLangPool([SGLangClient(pristine_server.url)])) as pool, serving(pool) as sessions:
         session = sessions.create()
         seen: list[Any] = []
         sync = WeightSync(pool, SyncConfig(pause=mode, bucket_bytes=60_000))
-        sync.connect()  # takes longer than a turn
 
         async def story() -> None:
             sampling = {"max_new_tokens": 300, "ignore_eos": True}
             first = await session.chat(ChatRequest(messages=(user("dog"),), sampling={"max_new_tokens": 8}))
             talk = (user("dog"), first.choices[0].message, user("fox"))
+            update = asyncio.ensure_future(asyncio.to_thread(sync.push, models[1]))
+            await asyncio.to_thread(is_prepared.wait, 60)
             quiet = asyncio.ensure_future(session.chat(ChatRequest(messages=(user("cat"),), sampling=sampling)))
             turn = asyncio.ensure_future(session.chat(ChatRequest(messages=talk, sampling=sampling), seen.append))
             while len(told_tokens(seen)) < 20:
                 await asyncio.sleep(0.001)
+            goes_on.set()
             with closing(sync):
-                await asyncio.to_thread(sync.push, models[1])
+                await update
             await asyncio.gather(turn, quiet)
 
         run(story())
