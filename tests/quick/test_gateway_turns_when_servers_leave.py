@@ -35,7 +35,8 @@ def test_draining_waits_for_turns(make: Callable[..., FakeServer], streams: bool
         assert not paths(left, "/abort_request")
 
 
-@pytest.mark.parametrize("streams", [False, True])
+# A server that hangs is waited for: 15 s.
+@pytest.mark.parametrize("streams", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_turns_on_a_server_that_hangs_are_cut_and_generated_elsewhere(
     make: Callable[..., FakeServer], tiny_llama: Path, streams: bool
 ) -> None:
