@@ -79,7 +79,7 @@ def build_prompt(
         ConfigError: the template refuses the conversation.
     """
     renderer = template.renderer(tools, variables or {})
-    if match.node is not None or any(message.calls for message in match.messages):
+    if match.node is not None or template.tells_time or any(message.calls for message in match.messages):
         return _build(match, template, renderer, tools, on_rewrite)
     # The agents of a group begin with one conversation.
     key = (renderer, match.messages)
