@@ -18,7 +18,7 @@ from torchrl_sglang.chat.response import ToolCall
 from torchrl_sglang.chat.tool_json import plain
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["Call", "Image", "Message", "read_messages", "same_answer", "split_thinking"]
+__all__ = ["Call", "Image", "Message", "read_messages", "results_with_ids", "same_answer", "split_thinking"]
 
 _PLAIN_FIELDS, _PLAIN_ROLES = {"role", "content", "tool_call_id"}, {"system", "developer", "user", "assistant", "tool"}
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
@@ -272,6 +272,17 @@ def _with_call_ids(messages: Sequence[Message]) -> Iterator[Message]:
             elif not message.call_id:
                 message = replace(message, call_id=waiting.pop(0))
         yield message
+
+
+def results_with_ids(answer: Message, following: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages behind an answer; results without an id, as that of a call that came back without, have its id.
+
+    Examples:
+        >>> answer = Message(role="assistant", content="", calls=(Call(name="now", arguments={}, id="c1"),))
+        >>> results_with_ids(answer, [Message(role="tool", content="12:00")])[0].call_id
+        'c1'
+    """
+    return tuple(_with_call_ids([answer, *following]))[1:]
 
 
 def split_thinking(text: str, *, is_open: bool = False) -> tuple[str, str, str]:
