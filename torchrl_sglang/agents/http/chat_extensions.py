@@ -20,7 +20,6 @@ _WITHOUT_EFFECT = (
 _TRIMMED = "stop strings are trimmed; send one of include_stop_str_in_output and no_stop_trim"
 # What asks for the case here: field -> what to do instead, and the values that ask for the case.
 _AS_HERE: Mapping[str, tuple[str, tuple[Any, ...]]] = {
-    "add_special_tokens": ("the chat template writes them", (False,)),
     "skip_special_tokens": ("contents have no special tokens; return_token_ids and logprobs have every token", (True,)),
     "use_beam_search": ("SGLang has no beam search", (False,)),
     "length_penalty": ("SGLang has no beam search", (1, 1.0)),
@@ -38,6 +37,7 @@ _AS_HERE: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "extra_body": ("its fields belong into the request itself, where clients' extra_body= puts them", ()),
 }
 _CHAT_AS_HERE: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "add_special_tokens": ("the chat template writes them", (False,)),
     "continue_final_message": ("an answer begins anew; say in a user's message how it is to begin", (False,)),
     "add_generation_prompt": ("the prompt ends where an answer begins", (True,)),
     "echo": ("an answer is what the model adds", (False,)),
