@@ -231,7 +231,8 @@ def _continues(
 ) -> bool:
     """Whether the messages from ``start`` on begin with those before an answer, and the answer."""
     at = start + len(child.new)
-    if at >= len(messages) or not any(same_answer(m, child.answer, calls) for m in _as_sent(messages[at], child.stop)):
+    trimmed = child.stop if child.beyond else None
+    if at >= len(messages) or not any(same_answer(m, child.answer, calls) for m in _as_sent(messages[at], trimmed)):
         return False
     return all(_is_same(m, known, names) for m, known in zip(messages[start:at], child.new, strict=True))
 
