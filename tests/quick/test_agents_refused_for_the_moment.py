@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.agent_kit import run, user
+from tests.agent_kit import run, told_tokens, user
 from tests.fake_sglang import FakeServer
 from tests.ingress import HTML_502, Ingress, answer
 from torchrl_sglang import ClientConfig, RequestRejectedError, ServerError, ServerTimeoutError, SessionSettings
@@ -181,3 +181,25 @@ def test_a_stream_that_a_full_server_aborts_before_its_first_token_is_sent_again
         ingress.on("/generate", event)
         with pytest.raises(ServerError, match="The request queue is full"):
             turn(sessions, streams=True)
+
+
+def test_a_stream_that_a_server_ends_for_the_moment_goes_on_from_the_tokens_that_were_told(
+    make: Make, ingress_of: Callable[..., Ingress]
+) -> None:
+    """SGLang ends a response that runs for too long (``SGLANG_REQ_RUNNING_TIMEOUT``) with an abort of status 503."""
+    meta = {"id": "a", "prompt_tokens": 3, "cached_tokens": 0, "weight_version": "default"}
+    meta |= {"completion_tokens": 2, "output_token_logprobs": [[-0.5, 11, None], [-0.5, 12, None]]}
+    ended = {"type": "abort", "status_code": 503, "message": "Request running timeout reached."}
+    events = [
+        {"text": "", "output_ids": [11, 12], "meta_info": {**meta, "finish_reason": why}} for why in (None, ended)
+    ]
+    text = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    ingress = ingress_of(make())
+    with serving(ingress) as sessions:
+        ingress.on("/generate", answer(200, f"{text}data: [DONE]\n\n", kind="text/event-stream"), times=1)
+        reports: list[Any] = []
+        choice = run(sessions.create().chat(ASK, reports.append)).choices[0]
+        told = told_tokens(reports)
+        assert len(choice.token_ids) == len(choice.log_probs) == 4
+        assert told[:2] == (11, 12)
+        assert choice.token_ids[: len(told)] == told

@@ -147,6 +147,14 @@ def test_equal_first_prompts_are_made_once_and_others_are_their_own() -> None:
     assert len(made) == len({id(prompt) for prompt in made.values()}) == 18
 
 
+def test_a_prompt_that_has_the_date_is_made_anew_each_time() -> None:
+    source = "{{ strftime_now('%d %b %Y') }}" + QWEN3
+    template = AgentTemplate(make_tokenizer("byte-level BPE", source))
+    first, again = (build_prompt(Tree().match(read_messages([user("dog")])), template) for _ in range(2))
+    assert first is not again
+    assert len(template.prompts) == 0
+
+
 def test_what_is_kept_of_prompts_is_bounded_and_a_giant_drives_nothing_out() -> None:
     kept: Kept[str, int] = Kept(100)
     for number in range(1000):

@@ -42,3 +42,18 @@ def test_anything_else_behind_an_answer_makes_another_message_of_it(talk: Any, e
     ask(session, [user("2 + 3?"), {"role": "assistant", "content": first + end}, user("Go on.")])
     assert len(session.trajectories()) == 2
     check_recorded(session.trajectories(), model.calls)
+
+
+@pytest.mark.parametrize(("end", "sequences"), [("", 1), (STOP, 2)])
+def test_a_second_stop_string_behind_one_that_was_kept_makes_another_message(end: str, sequences: int) -> None:
+    tokenizer = make_tokenizer("byte-level BPE", QWEN3)
+    ids = tuple(tokenizer(f"x = 2{STOP}", add_special_tokens=False)["input_ids"])
+    sessions, model = scripted(tokenizer, lambda _: Sampled(ids, matched=STOP))
+    session = sessions.create()
+    sampling = {"stop": [STOP], "no_stop_trim": True}
+    first = chat(session, [user("2 + 3?")], sampling=sampling).choices[0].message["content"]
+    assert first == f"x = 2{STOP}"
+    talk = [user("2 + 3?"), {"role": "assistant", "content": first + end}, user("Go on.")]
+    chat(session, talk, sampling=sampling)
+    assert len(session.trajectories()) == sequences
+    check_recorded(session.trajectories(), model.calls)

@@ -89,3 +89,24 @@ def test_an_answer_without_a_stop_string_keeps_its_end(tokenizer: Any) -> None:
     turn = chat(session, [user("q")], sampling={"stop": ["c"]})
     assert turn.choices[0].token_ids == ids
     assert turn.choices[0].stop is None
+
+
+@pytest.mark.parametrize("stops", [{"stop": ["Obs:"]}, {"stop_regex": ["Ob.:"]}])
+def test_tokens_behind_the_stop_string_that_come_with_half_a_character_are_not_told(tokenizer: Any, stops: Any) -> None:
+    begun, rest = letters(tokenizer, "a Ob"), letters(tokenizer, "s: 犬")[:-1]
+    ids = (*begun, *rest)
+    session = session_of(tokenizer, Sampled(ids, finish_reason="length"))
+
+    async def generate(*given: Any, on_tokens: Any = None, **named: Any) -> Generated:
+        made = Generated(output_ids=list(begun), log_probs=[-0.5] * len(begun), versions=[0] * len(begun))
+        on_tokens(made)
+        made = replace(made, output_ids=list(ids), log_probs=[-0.5] * len(ids), versions=[0] * len(ids), resumes=1)
+        on_tokens(made)  # the events of the second part came together
+        return replace(made, finish_reason="length")
+
+    session._model.generator.generate = generate
+    reports: list[Any] = []
+    choice = chat(session, [user("q")], reports.append, sampling=stops).choices[0]
+    assert choice.token_ids == letters(tokenizer, "a Obs:")
+    told = Progress.joined(reports).token_ids
+    assert told == choice.token_ids[: len(told)]

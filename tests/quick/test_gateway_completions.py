@@ -29,6 +29,15 @@ def test_a_prompt_is_text_or_token_ids(gateway: StandInGateway, prompt: Any) -> 
     assert body["choices"] == [{"index": 0, "text": "Hello there", "logprobs": None, "finish_reason": "stop"}]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "adds", "status"), [("a", True, 200), ("a", False, 400), ([5], True, 200), ([5], False, 200)]
+)
+def test_special_tokens_of_the_tokenizer_stand_before_a_text_and_not_before_token_ids(
+    gateway: StandInGateway, prompt: Any, adds: bool, status: int
+) -> None:
+    assert complete(gateway, prompt=prompt, add_special_tokens=adds).status_code == status
+
+
 def test_log_probs_have_the_old_form(gateway: StandInGateway) -> None:
     top = ((TokenLogProb(token_id=72, text="H", log_prob=-0.1),), (TokenLogProb(token_id=33, text="!", log_prob=-1.0),))
     gateway.session.answers.append(make_turn(make_choice(top=top)))

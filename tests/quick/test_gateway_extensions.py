@@ -156,6 +156,14 @@ def test_thinking_can_be_switched_off_by_a_field_of_the_request(gateway: StandIn
     assert [request.template_kwargs["enable_thinking"] for request in gateway.session.requests] == [False, True]
 
 
+@pytest.mark.parametrize("fields", [{"thinking": {"type": "disabled"}}, {"reasoning": {"enabled": False}}])
+def test_thinking_that_other_servers_fields_switch_off_is_off(gateway: StandInGateway, fields: dict[str, Any]) -> None:
+    assert gateway.chat(**fields).status_code == 200
+    assert gateway.chat(**fields, chat_template_kwargs={"thinking": True}).status_code == 200
+    off, other = (request.template_kwargs for request in gateway.session.requests)
+    assert (off, other["thinking"]) == ({"enable_thinking": False, "thinking": False}, True)
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [

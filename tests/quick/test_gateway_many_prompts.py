@@ -26,7 +26,9 @@ def complete(gateway: StandInGateway, prompt: Any, **fields: Any) -> Any:
 
 def test_each_prompt_has_its_choice_and_the_usage_is_their_sum(gateway: StandInGateway) -> None:
     gateway.session.answers.extend([make_turn(make_choice(content="one")), make_turn(make_choice(content="two"))])
-    answer = complete(gateway, ["Once", "Twice"], **LANGCHAIN).json()
+    reply = complete(gateway, ["Once", "Twice"], **LANGCHAIN)
+    answer = reply.json()
+    assert reply.headers["x-request-id"] == answer["id"]
     assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [(0, "one"), (1, "two")]
     assert answer["usage"]["prompt_tokens"] == 20
     assert answer["usage"]["total_tokens"] == 24

@@ -15,7 +15,7 @@ from typing import Any
 
 from torchrl_sglang.agents.generated import Generated, OnTokens
 from torchrl_sglang.agents.image_tokens import PromptImages
-from torchrl_sglang.agents.server_part import Broken, ServerParts, UnloadedError
+from torchrl_sglang.agents.server_part import FOR_THE_MOMENT, Broken, ServerParts, UnloadedError
 from torchrl_sglang.agents.slots import ServerSlots
 from torchrl_sglang.config import SamplingParams
 from torchrl_sglang.config.grammars import GRAMMARS
@@ -41,7 +41,6 @@ _MOST_FAILURES = 3
 _MOST_BARREN = 20
 """Aborts in a row without a token. A weight update aborts once: what is sent again waits on the server."""
 _ABORTED_AGAIN_S = 0.05
-_FOR_THE_MOMENT = (429, 503)
 _REFUSED_AGAIN_S = 1.0
 """Where the answer does not say when: SGLang's own, whose queue is full."""
 _LEAST_WAIT_S = 0.05
@@ -239,7 +238,7 @@ class Generator:
         Raises:
             RequestRejectedError: it is not sent again: it would be refused again, or the turn has no time left for it.
         """
-        if error.status not in _FOR_THE_MOMENT or (error.is_from_proxy and error.retry_after_s is None):
+        if error.status not in FOR_THE_MOMENT or (error.is_from_proxy and error.retry_after_s is None):
             raise error
         wait_s = _REFUSED_AGAIN_S if error.retry_after_s is None else max(_LEAST_WAIT_S, error.retry_after_s)
         self.slots.refused(error.server or "", wait_s)

@@ -40,12 +40,14 @@ from torchrl_sglang.protocol.generate import build_generate, parse_one, token_ve
 from torchrl_sglang.protocol.media import Media
 from torchrl_sglang.protocol.messages import GenerateReply, HttpRequest
 
-__all__ = ["Broken", "Label", "ServerParts", "UnloadedError"]
+__all__ = ["FOR_THE_MOMENT", "Broken", "Label", "ServerParts", "UnloadedError"]
 
 _log = logging.getLogger(__name__)
 
 _ABORT_TIMEOUT_S = 10.0
 _VERIFIED_POLL_S = 0.02
+FOR_THE_MOMENT = (429, 503)
+"""Statuses of requests that a server, or a proxy before it, refuses for the moment."""
 _MISSED = (502, 503)
 """A proxy does not reach the server, or has lost it in the middle: the request may still run."""
 
@@ -197,6 +199,9 @@ class ServerParts:
         except RequestRejectedError as error:
             if last is None and self._adapter is None and self._pool.was_unloaded(adapter, error):
                 raise UnloadedError from error
+            if last is not None and error.status in FOR_THE_MOMENT:  # what was told of a stream can't be sampled anew
+                known = self._known(client, before)
+                raise Broken(client=client, error=error, known=known, label=label, part=last) from error
             if not (error.is_from_proxy and error.status in _MISSED):
                 raise
             self._abort(client, request_id)

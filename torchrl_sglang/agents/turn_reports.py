@@ -37,8 +37,11 @@ def reporter(
         gained = text.push(so_far.output_ids)
         if text.is_stopped:  # what follows is told when it is known where the answer ends
             so_far, is_over = cut_at_stop(so_far, stops), True
-        new = slice(given, len(so_far.output_ids))
-        given = max(given, len(so_far.output_ids))
+        end = len(so_far.output_ids)
+        if so_far.resumes and (stops.strings or stops.patterns) and not is_over:
+            end = text.num_read  # in what was not read yet the answer may be cut off
+        new = slice(given, end)
+        given = max(given, end)
         on_progress(
             Progress(
                 index=index,

@@ -108,7 +108,7 @@ def read_answer(
         )
         calls = tuple(Call.of(call) for call in named[:most_calls])
         source = found.content
-    reasoning, content, _ = split_thinking(source, is_open=opened is not None)
+    reasoning, content, _ = split_thinking(source, opened=opened)
     content = template.without_marks(content)
     return Message(
         role="assistant",

@@ -79,7 +79,7 @@ def build_prompt(
         ConfigError: the template refuses the conversation.
     """
     renderer = template.renderer(tools, variables or {})
-    if match.node is not None or any(message.calls for message in match.messages):
+    if match.node is not None or template.tells_time or any(message.calls for message in match.messages):
         return _build(match, template, renderer, tools, on_rewrite)
     # The agents of a group begin with one conversation.
     key = (renderer, match.messages)
@@ -212,13 +212,13 @@ class _Walk:
         if rendered.strip() == node.text.strip() or self._tokens_are_same(node.text, rendered):
             return True
         answer = node.answer
-        is_open = open_thinking(node.prompt_text) is not None
-        thinking, rest, _ = split_thinking(self.template.without_marks(rendered), is_open=is_open)
+        opened = open_thinking(node.prompt_text)
+        thinking, rest, _ = split_thinking(self.template.without_marks(rendered), opened=opened)
         if thinking != (answer.reasoning or "").strip():
             return False
         if not answer.calls:
             return rest.strip() == answer.content.strip()
-        found = read_tool_calls(split_thinking(rendered, is_open=is_open)[1], self.tools)
+        found = read_tool_calls(split_thinking(rendered, opened=opened)[1], self.tools)
         if found.calls:
             same_calls = [Call.of(call).key for call in found.calls] == [call.key for call in answer.calls]
             return same_calls and self._said(found.content) == answer.content.strip()

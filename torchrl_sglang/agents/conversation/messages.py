@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchrl_sglang.agents.conversation.same_calls import SameCalls, call_key
-from torchrl_sglang.chat.quoted_text import THINKING
+from torchrl_sglang.chat.quoted_text import THINKING, Thinking
 from torchrl_sglang.chat.response import ToolCall
 from torchrl_sglang.chat.tool_json import plain
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["Call", "Image", "Message", "read_messages", "same_answer", "split_thinking"]
+__all__ = ["Call", "Image", "Message", "read_messages", "results_with_ids", "same_answer", "split_thinking"]
 
 _PLAIN_FIELDS, _PLAIN_ROLES = {"role", "content", "tool_call_id"}, {"system", "developer", "user", "assistant", "tool"}
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
@@ -274,12 +274,24 @@ def _with_call_ids(messages: Sequence[Message]) -> Iterator[Message]:
         yield message
 
 
-def split_thinking(text: str, *, is_open: bool = False) -> tuple[str, str, str]:
+def results_with_ids(answer: Message, following: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages behind an answer; results without an id, as that of a call that came back without, have its id.
+
+    Examples:
+        >>> answer = Message(role="assistant", content="", calls=(Call(name="now", arguments={}, id="c1"),))
+        >>> results_with_ids(answer, [Message(role="tool", content="12:00")])[0].call_id
+        'c1'
+    """
+    return tuple(_with_call_ids([answer, *following]))[1:]
+
+
+def split_thinking(text: str, *, opened: Thinking | None = None) -> tuple[str, str, str]:
     r"""Divide an answer into its thinking and the rest.
 
     Args:
         text: the answer.
-        is_open: the prompt has opened the thinking, so that the answer begins inside it.
+        opened: the tags of the thinking that the prompt has opened, so that the answer begins inside it; no others
+            count then.
 
     Returns:
         The thinking without its tags, what follows it, and the thinking as it was written, with its tags.
@@ -287,16 +299,16 @@ def split_thinking(text: str, *, is_open: bool = False) -> tuple[str, str, str]:
     Examples:
         >>> split_thinking("<think>\nHm.\n</think>\n\nYes.")
         ('Hm.', 'Yes.', '<think>\nHm.\n</think>\n\n')
-        >>> split_thinking("Hm.</think>Yes.", is_open=True)
+        >>> split_thinking("Hm.</think>Yes.", opened=("<think>", "</think>"))
         ('Hm.', 'Yes.', 'Hm.</think>')
         >>> split_thinking("Yes.")
         ('', 'Yes.', '')
     """
     begin = len(text) - len(text.lstrip())
-    for opening, closing in THINKING:
+    for opening, closing in THINKING if opened is None else (opened,):
         if text.startswith(opening, begin):
             start = begin + len(opening)
-        elif is_open and closing in text:
+        elif opened is not None and closing in text:
             start = begin
         else:
             continue
@@ -305,7 +317,7 @@ def split_thinking(text: str, *, is_open: bool = False) -> tuple[str, str, str]:
             return text[start:].strip(), "", text
         rest = text[end + len(closing) :].lstrip()
         return text[start:end].strip(), rest, text[: len(text) - len(rest)]
-    return (text.strip(), "", text) if is_open else ("", text, "")
+    return ("", text, "") if opened is None else (text.strip(), "", text)
 
 
 def same_answer(client: Message, recorded: Message, calls: SameCalls = _PLAINLY) -> bool:

@@ -79,6 +79,11 @@ class ProgressText:
         self._content: _Content = (_BeforeCalls if has_tools else _Content)(content, holds_all=not reads_here)
         self._thinking = _Thinking(template, thinks) if is_chat else None
 
+    @property
+    def num_read(self) -> int:
+        """Number of tokens whose text was looked at: no stop string is complete in them, unless it is stopped."""
+        return self._read
+
     def push(self, output_ids: Sequence[int]) -> Gained:
         """What new tokens add.
 

@@ -64,6 +64,7 @@ class AgentTemplate:
         prompts: those of conversations in which nothing was generated yet.
         knows_tools: whether the template writes tools.
         knows_calls: whether it writes calls; DeepSeek's do, and write no tools.
+        tells_time: whether it writes today's date, as Llama 3.2's does: tomorrow's prompt is another one.
         takes_several_calls: whether the template takes several calls in one message, which Llama 3's refuses.
     """
 
@@ -78,6 +79,7 @@ class AgentTemplate:
         self._knows_results = self.knows_calls and (self.knows_tools or bool(_TOOL_ROLE.search(source)))
         self._knows_reasoning = "reasoning_content" in source
         self._knows_developer = "developer" in source
+        self.tells_time = "strftime_now" in source
         self.turn_end_ids = tuple(sorted(plain.turn_end_ids()))
         self.special = special_ids(tokenizer) | frozenset(self.turn_end_ids)
         self.end_texts = tuple(text for text in (self.decode([token]) for token in self.turn_end_ids) if text.strip())

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torchrl_sglang.agents.conversation.messages import Message, same_answer
+from torchrl_sglang.agents.conversation.messages import Message, results_with_ids, same_answer
 from torchrl_sglang.agents.conversation.same_calls import SameCalls
 from torchrl_sglang.agents.types import FinishReason, TokenLogProb
 
@@ -190,17 +190,23 @@ class Tree:
             if end > best[1]:
                 best = (node, end, names)
             children = self._candidates(node, messages, end)
-            # Of equal answers the one of the latest turn, and of its choices the first: it is what the client saw last.
+            # Of answers that are alike the one whose ids the client has, or which it has changed least; of equal ones
+            # that of the latest turn, and of its choices the first: it is what the client saw last.
             order = {turn: number for number, turn in enumerate(dict.fromkeys(child.turn for child in children))}
-            for child in sorted(children, key=lambda each: (order[each.turn], -each.index)):
+            same = [child for child in children if _continues(child, messages, end, names, calls)]
+            if len(same) > 1:
+                like = {child: _likeness(child, messages[end + len(child.new)]) for child in same}
+                same.sort(key=lambda each: (like[each], order[each.turn], -each.index))
+            for child in same:
                 at = end + len(child.new)
-                if _continues(child, messages, end, names, calls):
-                    pairs = zip(messages[at].calls, child.answer.calls, strict=True)
-                    other = {c.id: k.id for c, k in pairs if c.id and names.get(c.id, c.id) != k.id}
-                    waiting.append((child, at + 1, {**names, **other} if other else names))
+                pairs = zip(messages[at].calls, child.answer.calls, strict=True)
+                other = {c.id: k.id for c, k in pairs if c.id and names.get(c.id, c.id) != k.id}
+                waiting.append((child, at + 1, {**names, **other} if other else names))
         node, end, names = best
         known = node.messages() if node is not None else []
         rest = tuple(_renamed(message, names) for message in messages[end:])
+        if node is not None:
+            rest = results_with_ids(node.answer, rest)
         return Match(node=node, messages=(*known, *rest), new=rest)
 
     def _candidates(self, node: Node | None, messages: Sequence[Message], start: int) -> list[Node]:
@@ -225,9 +231,20 @@ def _continues(
 ) -> bool:
     """Whether the messages from ``start`` on begin with those before an answer, and the answer."""
     at = start + len(child.new)
-    if at >= len(messages) or not any(same_answer(m, child.answer, calls) for m in _as_sent(messages[at], child.stop)):
+    trimmed = child.stop if child.beyond else None
+    if at >= len(messages) or not any(same_answer(m, child.answer, calls) for m in _as_sent(messages[at], trimmed)):
         return False
     return all(_is_same(m, known, names) for m, known in zip(messages[start:at], child.new, strict=True))
+
+
+def _likeness(child: Node, message: Message) -> tuple[bool, bool, bool]:
+    """How much a client's message is like an answer that it continues; ids say most."""
+    answer = child.answer
+    return (
+        bool(answer.calls) and [call.id for call in message.calls] == [call.id for call in answer.calls],
+        [call.key for call in message.calls] == [call.key for call in answer.calls],
+        message.content == answer.content,
+    )
 
 
 def _as_sent(message: Message, stop: str | None) -> Iterator[Message]:

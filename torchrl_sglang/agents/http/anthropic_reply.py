@@ -119,7 +119,8 @@ class AnthropicWriter:
     def progress(self, progress: Progress) -> Iterator[bytes]:
         """See :class:`EventWriter`."""
         yield from self._begin()
-        yield from self._write(self._deltas.of(progress))
+        if progress.index == 0:  # the API has one answer; the gateway's settings may ask for more choices
+            yield from self._write(self._deltas.of(progress))
 
     def finish(self, turn: Turn) -> Iterator[bytes]:
         """See :class:`EventWriter`."""

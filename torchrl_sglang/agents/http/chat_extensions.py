@@ -20,7 +20,6 @@ _WITHOUT_EFFECT = (
 _TRIMMED = "stop strings are trimmed; send one of include_stop_str_in_output and no_stop_trim"
 # What asks for the case here: field -> what to do instead, and the values that ask for the case.
 _AS_HERE: Mapping[str, tuple[str, tuple[Any, ...]]] = {
-    "add_special_tokens": ("the chat template writes them", (False,)),
     "skip_special_tokens": ("contents have no special tokens; return_token_ids and logprobs have every token", (True,)),
     "use_beam_search": ("SGLang has no beam search", (False,)),
     "length_penalty": ("SGLang has no beam search", (1, 1.0)),
@@ -37,7 +36,9 @@ _AS_HERE: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "return_routed_experts": ("the gateway returns tokens and log-probs alone", (False,)),
     "extra_body": ("its fields belong into the request itself, where clients' extra_body= puts them", ()),
 }
+_THINKING_OFF, _REASONING_OFF = {"type": "disabled"}, {"enabled": False}
 _CHAT_AS_HERE: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "add_special_tokens": ("the chat template writes them", (False,)),
     "continue_final_message": ("an answer begins anew; say in a user's message how it is to begin", (False,)),
     "add_generation_prompt": ("the prompt ends where an answer begins", (True,)),
     "echo": ("an answer is what the model adds", (False,)),
@@ -45,8 +46,8 @@ _CHAT_AS_HERE: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "separate_reasoning": ("thinking is returned as reasoning_content", (True,)),
     "include_reasoning": ("thinking is returned as reasoning_content", (True,)),
     "stream_reasoning": ("thinking is streamed as it is generated", (True,)),
-    "thinking": ("the chat template decides: send chat_template_kwargs", ({"type": "disabled"},)),
-    "reasoning": ("send reasoning_effort, or chat_template_kwargs", ({"enabled": False}, {"exclude": False})),
+    "thinking": ("the chat template decides: send chat_template_kwargs", (_THINKING_OFF,)),
+    "reasoning": ("send reasoning_effort, or chat_template_kwargs", (_REASONING_OFF, {"exclude": False})),
     "chat_template": ("it is the gateway's: SessionSettings.chat_template", ()),
     "documents": ("send chat_template_kwargs, if the chat template reads documents", ()),
     "plugins": ("give the model tools", ()),
@@ -85,14 +86,20 @@ def add_stop_trim(sampling: dict[str, Any], fields: Fields) -> None:
 
 
 def read_variables(fields: Fields) -> dict[str, Any]:
-    """Variables of the chat template: ``chat_template_kwargs``, and ``enable_thinking`` as some servers take it.
+    """Variables of the chat template: ``chat_template_kwargs``, and fields by which some servers switch thinking.
+
+    ``enable_thinking``; ``thinking`` and ``reasoning`` can only switch it off.
 
     Raises:
         ApiError: a value of the wrong type.
     """
-    variables = dict(fields.object("chat_template_kwargs") or {})
+    variables: dict[str, Any] = {}
+    if fields.any("thinking") == _THINKING_OFF or fields.any("reasoning") == _REASONING_OFF:
+        variables.update(enable_thinking=False, thinking=False)  # the names in Qwen3's and in DeepSeek's templates
     thinks = fields.flag("enable_thinking")
-    return variables if thinks is None else {"enable_thinking": thinks, **variables}
+    if thinks is not None:
+        variables["enable_thinking"] = thinks
+    return {**variables, **(fields.object("chat_template_kwargs") or {})}
 
 
 # ------------------------------------------------------------------ grammars

@@ -156,6 +156,12 @@ def read_text(body: Any, sending: Sending) -> Call:
     fields.refuse("best_of", "send n=, and choose yourself", neutral=(1, sampling.get("n", 1)))
     fields.refuse("echo", "the gateway scores no prompts; ask the SGLang server itself", neutral=(False,))
     fields.refuse("suffix", "the model only continues texts", neutral=("",))
+    has_text = any(isinstance(prompt, str) for prompt in prompts)
+    fields.refuse(
+        "add_special_tokens",
+        "a text gets those that the tokenizer adds; send token ids",
+        neutral=(True,) if has_text else (True, False),
+    )
     refuse_foreign(fields, is_chat=False)
     tokens_as_ids, has_token_ids = fields.flag("return_tokens_as_token_ids"), fields.flag("return_token_ids")
     fields.refuse_unread()

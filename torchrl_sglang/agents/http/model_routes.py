@@ -108,7 +108,7 @@ class ModelRoutes:
 
         work = complete_all(session, (call.request, *call.other_prompts))
         turns = await until_disconnect(request, work, undelivered=undelivered)
-        return JsonReply(joined_answer(turns, reply))
+        return JsonReply(joined_answer(turns, reply), headers=_request_id(reply))
 
     async def responses(self, request: Request) -> Response:
         """``POST .../responses``."""
