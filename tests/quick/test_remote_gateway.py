@@ -300,3 +300,17 @@ def test_a_call_that_never_gets_through_ends_though_others_do(served: AgentGatew
             time.sleep(0.02)
         assert "answered 504" in str(failures[0])
     served.delete(session.id)
+
+
+def test_the_newest_weights_may_have_a_lower_number(make: Any) -> None:
+    """Of a trainer that has begun anew: else all that it samples would be too old."""
+    server = make(weight_version="500@old")
+    with AgentGateway(server.url, admin_key=KEY) as served:
+        assert served.weight_version == 500
+        server.set_state(weight_version="3@new")
+        session = served.create_session()
+        ask(session.base_url, session.api_key, [says("hi")])
+        assert served.trajectories(session.id)[0].weight_versions[-1] == 3
+        assert served.weight_version == 3
+        with RemoteGateway(served.url, admin_key=KEY) as gateway:
+            assert gateway.weight_version == 3

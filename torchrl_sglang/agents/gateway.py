@@ -169,8 +169,7 @@ class AgentGateway:
     @property
     def weight_version(self) -> int:
         """The newest weights on the servers, as far as is known: sent by this process, or seen in answers."""
-        pool = self._model.pool
-        return max(pool.weight_version, pool.state.weights.newest_seen.number)
+        return self._model.weight_version
 
     def uses(self, pool: SGLangPool) -> bool:
         """Whether it generates through this very pool, and so with the adapter that was sent through it."""
