@@ -314,3 +314,10 @@ def test_the_newest_weights_may_have_a_lower_number(make: Any) -> None:
         assert served.weight_version == 3
         with RemoteGateway(served.url, admin_key=KEY) as gateway:
             assert gateway.weight_version == 3
+
+
+def test_the_key_of_a_session_is_not_written_with_it(gateway: RemoteGateway, served: AgentGateway) -> None:
+    for made in (gateway.create_session(), served.create_session()):
+        assert made.api_key not in repr(made)
+        assert made.id in repr(made)
+        served.delete(made.id)

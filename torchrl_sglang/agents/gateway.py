@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -49,7 +49,7 @@ class AgentSession:
 
     id: str
     base_url: str
-    api_key: str
+    api_key: str = field(repr=False)
 
 
 class AgentGateway:
@@ -267,6 +267,7 @@ def _application(serving: Serving, sessions: Sessions) -> Callable[[], Any]:
             expiring.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await expiring
+            RESERVE.empty()
             await sessions.close()
 
         return make_app(serving), end
