@@ -189,7 +189,8 @@ class SessionRuns:
         if error is not None:
             what = str(error) if isinstance(error, RunFailedError) else _described(error)
             raise RunFailedError("bad reward", f"row_reward or role failed: {what}") from error
-        return rating.result()
+        rated: Run = rating.result()
+        return rated
 
     async def _delete(self, session: AgentSession) -> None:
         """Forget the session, which aborts what it still generates; also while this run is given up."""

@@ -57,11 +57,13 @@ def _copied(task: Any, made: dict[int, Any]) -> Any:
     if id(task) in made:
         return made[id(task)]
     if kind is dict:
-        made[id(task)] = items = {}
+        items: dict[Any, Any] = {}
+        made[id(task)] = items
         items.update((key, _copied(value, made)) for key, value in task.items())
         return items
     if kind is list:
-        made[id(task)] = values = []
+        values: list[Any] = []
+        made[id(task)] = values
         values.extend(_copied(value, made) for value in task)
         return values
     if kind is tuple:
