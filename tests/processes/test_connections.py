@@ -18,7 +18,14 @@ import requests
 from urllib3.exceptions import MaxRetryError, NameResolutionError
 
 from tests.fake_sglang import FakeServer, FakeSettings, Fault
-from torchrl_sglang import ClientConfig, SamplingParams, ServerTimeoutError, ServerUnreachableError
+from torchrl_sglang import (
+    AgentGateway,
+    ClientConfig,
+    RemoteGateway,
+    SamplingParams,
+    ServerTimeoutError,
+    ServerUnreachableError,
+)
 from torchrl_sglang.client import SGLangClient
 from torchrl_sglang.http_errors import translate_error
 from torchrl_sglang.pool import SGLangPool
@@ -74,6 +81,29 @@ def test_a_forked_child_and_its_parent_get_their_own_replies(tiny_llama: Path) -
             assert forked.result() == right[::-1]
         thread.join()
         assert parent == right
+
+
+def test_a_forked_child_and_its_parent_get_the_remote_gateways_answers_to_their_own_calls(tiny_llama: Path) -> None:
+    with (
+        FakeServer(FakeSettings(model_path=tiny_llama)) as fake,
+        AgentGateway(fake.url) as served,
+        RemoteGateway(served.url) as gateway,
+    ):
+        mine, other = gateway.create_session().id, gateway.create_session().id
+        with ThreadPoolExecutor(1) as pool:
+            go = threading.Event()
+
+            def ask(session: str) -> list[str]:
+                return sorted({gateway.get(session).id for _ in range(400)})
+
+            def ask_meanwhile() -> list[str]:
+                go.wait()
+                return ask(mine)
+
+            waiting = pool.submit(ask_meanwhile)
+            threading.Timer(0.05, go.set).start()
+            assert in_child(lambda: ask(other)) == [other]
+            assert waiting.result(timeout=60) == [mine]
 
 
 def test_a_child_that_is_forked_while_the_parent_holds_the_pools_locks_generates(tiny_llama: Path) -> None:

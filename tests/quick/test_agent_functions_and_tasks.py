@@ -170,6 +170,15 @@ def test_a_copy_shares_what_is_no_plain_container() -> None:
     assert made["a"][0]["b"][1] is not task["a"][0]["b"][1]  # type: ignore[index]
 
 
+def test_a_copy_holds_itself_where_the_task_does() -> None:
+    task: dict[str, Any] = {"steps": []}
+    task["steps"].append((task, task["steps"]))
+    made = own_copy(task)
+    ((itself, steps),) = made["steps"]
+    assert itself is made is not task
+    assert steps is made["steps"] is not task["steps"]
+
+
 @dataclass
 class Sum:
     a: int

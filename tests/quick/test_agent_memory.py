@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 from pathlib import Path
 
 from tests.agent_runs import two_turns
 from tests.fake_sglang import FakeServer, FakeSettings
 from torchrl_sglang import AgentCollector, AgentGateway
 from torchrl_sglang.agents.conversation.tree import Node
-from torchrl_sglang.agents.open_files import DescriptorReserve, is_out_of_files
+from torchrl_sglang.agents.open_files import RESERVE, DescriptorReserve, is_out_of_files
 from torchrl_sglang.agents.session import Session
 from torchrl_sglang.agents.types import Trajectory
 
@@ -43,6 +44,18 @@ def test_reserved_descriptors_are_given_up_one_by_one_and_taken_again() -> None:
         reserve.fill()
         reserve.fill()
         assert [reserve.release() for _ in range(4)] == [True, True, True, False]
+
+
+def test_a_gateway_that_is_closed_reserves_no_descriptors(tiny_llama: Path) -> None:
+    def of_nothing() -> int:
+        return [os.path.realpath(each) for each in Path("/proc/self/fd").iterdir()].count(os.devnull)
+
+    RESERVE.empty()
+    before = of_nothing()
+    with FakeServer(FakeSettings(model_path=tiny_llama)) as server:
+        with AgentGateway(server.url):
+            assert of_nothing() >= before + 32
+        assert of_nothing() == before
 
 
 def test_the_want_of_descriptors_is_found_among_the_causes_of_an_error() -> None:

@@ -15,6 +15,7 @@ from tests.agent_kit import run, told_tokens, user
 from tests.fake_sglang import FakeServer
 from tests.ingress import HTML_502, Ingress, answer
 from torchrl_sglang import ClientConfig, RequestRejectedError, ServerError, ServerTimeoutError, SessionSettings
+from torchrl_sglang.agents import slots
 from torchrl_sglang.agents.http.translation import api_error
 from torchrl_sglang.agents.served_model import ServedModel
 from torchrl_sglang.agents.sessions import Sessions
@@ -121,6 +122,18 @@ def test_a_refusal_that_outlasts_the_turn_is_told_at_once(make: Make, ingress_of
         assert time.monotonic() - begun_at < 50
     told = api_error(caught.value)
     assert (told.status, told.code, told.headers["retry-after"]) == (429, "rate_limit_exceeded", "3600")
+
+
+def test_later_turns_look_whether_a_long_refusal_is_over(
+    make: Make, ingress_of: Callable[..., Ingress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "_LONGEST_REFUSAL_S", 0.5)
+    ingress = ingress_of(make())
+    with serving(ingress, turn_timeout_s=60) as sessions:
+        ingress.on("/generate", answer(429, HTML_502, Retry_After="3600"), times=1)
+        with pytest.raises(RequestRejectedError, match="it limits the rate"):
+            turn(sessions)
+        assert len(turn(sessions).choices[0].token_ids) == 4
 
 
 def test_a_turn_that_is_refused_until_its_time_is_over_says_so(make: Make, ingress_of: Callable[..., Ingress]) -> None:

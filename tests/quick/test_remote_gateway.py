@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.agent_runs import ask, says, two_turns
 from tests.fake_sglang import FakeServer, FakeSettings
+from tests.ingress import HTML_502, Ingress, answer
 from torchrl_sglang import (
     AgentCollector,
     AgentGateway,
@@ -23,6 +24,7 @@ from torchrl_sglang import (
     OverloadedError,
     ProtocolError,
     RemoteGateway,
+    ServerError,
     ServerUnreachableError,
     SessionFinishedError,
     SessionSettings,
@@ -149,11 +151,13 @@ def test_a_wrong_key_or_address_is_refused_at_once(served: AgentGateway, server:
     for bad, message in (
         ({"url": "host:8000"}, "http://host:8000"),
         ({"url": served.url + "/sessions/s/v1"}, "the address of a session"),
+        ({"url": served.url.replace("//", "//me:secret@")}, "only admin_key opens the gateway"),
         ({"url": served.url, "admin_key": "a", "admin_key_file": "b"}, "not both"),
         ({"url": served.url, "timeout_s": 0}, "timeout_s"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message) as caught:
             RemoteGateway(**bad)  # type: ignore[arg-type]
+        assert "secret" not in str(caught.value)
 
 
 def test_as_many_sessions_as_may_be_make_it_wait(gateway: RemoteGateway) -> None:
@@ -236,3 +240,84 @@ def test_all_calls_end_together_when_the_gateway_is_gone(server: FakeServer) -> 
         timed(lambda: gateway.delete(session.id))
     assert timed(lambda: [gateway.list_sessions()]) < 2
     gateway.close()
+
+
+def test_a_failure_of_long_ago_does_not_end_the_waiting_for_the_next_one(server: FakeServer) -> None:
+    first = AgentGateway(server.url, admin_key=KEY).start()
+    port, gateway = first.port, RemoteGateway(first.url, admin_key=KEY, unreachable_s=2)
+    session = gateway.create_session()
+    first.close()
+    with pytest.raises(ServerUnreachableError):
+        gateway.delete(session.id)
+    time.sleep(2.1)
+    again: list[AgentGateway] = []
+    starting = threading.Timer(0.7, lambda: again.append(AgentGateway(server.url, admin_key=KEY, port=port).start()))
+    starting.start()
+    gateway.create_session()
+    gateway.close()
+    starting.join()
+    again[0].close()
+
+
+def test_closing_it_ends_the_calls_that_wait(server: FakeServer) -> None:
+    gone = AgentGateway(server.url, admin_key=KEY).start()
+    gateway = RemoteGateway(gone.url, admin_key=KEY, unreachable_s=600)
+    gone.close()
+    threading.Timer(1.0, gateway.close).start()
+    with pytest.raises(ConfigError, match="was closed while a call waited"):
+        gateway.create_session()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_calls_wait_for_a_proxy_that_refuses_for_the_moment(served: AgentGateway, status: int) -> None:
+    with Ingress(served.url) as ingress, RemoteGateway(ingress.url, admin_key=KEY) as gateway:
+        ingress.on("/sessions", answer(status, HTML_502, Retry_After="1"), times=2)
+        session = gateway.create_session()
+        ingress.on("/sessions", answer(301, Location="https://elsewhere/"))
+        with pytest.raises(ConfigError, match="it sends calls on to 'https://elsewhere/'"):
+            gateway.create_session()
+        gateway.delete(session.id)
+
+
+def test_a_call_that_never_gets_through_ends_though_others_do(served: AgentGateway) -> None:
+    """A proxy may give up on one large answer each time."""
+    with Ingress(served.url) as ingress, RemoteGateway(ingress.url, admin_key=KEY, unreachable_s=2) as gateway:
+        session = gateway.create_session()
+        ingress.on(f"/sessions/{session.id}/trajectories", answer(504, HTML_502))
+        failures: list[BaseException] = []
+
+        def read() -> None:
+            try:
+                gateway.trajectories(session.id)
+            except ServerError as error:
+                failures.append(error)
+
+        reading = threading.Thread(target=read, daemon=True)
+        reading.start()
+        deadline = time.monotonic() + 60
+        while reading.is_alive() and time.monotonic() < deadline:
+            assert gateway.get(session.id).id == session.id
+            time.sleep(0.02)
+        assert "answered 504" in str(failures[0])
+    served.delete(session.id)
+
+
+def test_the_newest_weights_may_have_a_lower_number(make: Any) -> None:
+    """Of a trainer that has begun anew: else all that it samples would be too old."""
+    server = make(weight_version="500@old")
+    with AgentGateway(server.url, admin_key=KEY) as served:
+        assert served.weight_version == 500
+        server.set_state(weight_version="3@new")
+        session = served.create_session()
+        ask(session.base_url, session.api_key, [says("hi")])
+        assert served.trajectories(session.id)[0].weight_versions[-1] == 3
+        assert served.weight_version == 3
+        with RemoteGateway(served.url, admin_key=KEY) as gateway:
+            assert gateway.weight_version == 3
+
+
+def test_the_key_of_a_session_is_not_written_with_it(gateway: RemoteGateway, served: AgentGateway) -> None:
+    for made in (gateway.create_session(), served.create_session()):
+        assert made.api_key not in repr(made)
+        assert made.id in repr(made)
+        served.delete(made.id)

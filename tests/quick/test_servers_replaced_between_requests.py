@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace as with_changes
 from pathlib import Path
 
 import pytest
 
-from tests.fake_sglang import FakeServer
+from tests.fake_sglang import FakeServer, Fault
 from tests.quick.pools import PROMPTS, SHORT, pool_of, servers_of
 from torchrl_sglang import ServerError
 from torchrl_sglang.client import SGLangClient
@@ -94,4 +96,21 @@ def test_a_server_that_can_not_say_what_it_is_is_used_as_before(make: Make, monk
         return answer
 
     monkeypatch.setattr(SGLangClient, "send", without_seed)
+    assert servers_of(pool) == {server.url}
+
+
+def test_a_server_that_does_not_say_what_it_is_is_asked_once_and_not_by_each_thread(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replaced_servers, "_QUIET_S", 600.0)
+    monkeypatch.setattr(replaced_servers, "_TIMEOUT_S", 0.3)
+    server = make()
+    pool = pool_of(server)
+    server.arm(Fault(path="/server_info", action="hang", times=0))
+    asked = sum(event["path"] == "/server_info" for event in server.events)
+    pool.clients[0].heard_at = -math.inf
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: pool.poll_dead_servers(), range(8)))
+    server.disarm()
+    assert sum(event["path"] == "/server_info" for event in server.events) == asked + 1
     assert servers_of(pool) == {server.url}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from torchrl_sglang import (
     recipes,
     trajectories_to_batch,
 )
+from torchrl_sglang.agents.collector.rewards import Reward
+from torchrl_sglang.agents.collector.rows import Group, make_batch, make_run
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,11 @@ def test_groups_are_those_of_a_tag_and_advantages_count_runs(gateway: AgentGatew
     turns = [sorted(set(row["turn"].tolist()) - {-1}) for row in batch.unbind(0)]
     assert turns == [[0, 1], [0, 1], [1], [0, 1], [0, 1]], "the branch trains on its second answer alone"
     assert recipes.Conversations.from_trajectories(batch).turns_B.tolist() == [2, 2, 1, 2, 2]
+
+
+def test_a_groups_number_that_a_tensor_can_not_hold_is_a_name(gateway: AgentGateway, tokenizer: Any) -> None:
+    leaves = [*finished(gateway, "x", 1.0, group_id=2**64 - 1), *finished(gateway, "y", 0.0, group_id=5)]
+    assert trajectories_to_batch(leaves, tokenizer=tokenizer)["group_id"].tolist() == [0, 1]
 
 
 def test_groups_may_have_names_or_come_from_a_function(gateway: AgentGateway, tokenizer: Any) -> None:
@@ -192,10 +200,63 @@ def test_a_group_whose_rows_differ_in_one_role_is_kept_and_one_whose_roles_are_e
     assert batch["group_id"].unique().tolist() == [1]
 
 
-@pytest.mark.parametrize("bad", [lambda leaf: float("nan"), lambda leaf: "high", lambda leaf: leaf.info["missing"]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda leaf: float("nan"),
+        lambda leaf: "high",
+        lambda leaf: leaf.info["missing"],
+        lambda leaf: next(turn for turn in leaf.messages if turn["role"] == "tool"),
+    ],
+)
 def test_a_reward_function_that_fails_is_a_failed_run(gateway: AgentGateway, bad: Any) -> None:
     tasks = [Task(drafts=[1] * 2, rewards=[(1.0, 5.0)] * 2)]
     with AgentCollector(gateway, solves_and_checks, tasks, group_size=2, row_reward=bad) as collector:
         with pytest.raises(Exception, match="bad reward: row_reward or role failed"):
             next(iter(collector))
         assert collector.failures[0].kind == "bad reward"
+
+
+def test_a_reward_function_that_does_not_return_is_a_failed_run(gateway: AgentGateway) -> None:
+    never = threading.Event()
+    tasks = [Task(drafts=[1] * 2, rewards=[(1.0, 5.0)] * 2)]
+    with AgentCollector(
+        gateway, solves_and_checks, tasks, group_size=2, timeout_s=3, row_reward=lambda leaf: never.wait()
+    ) as collector:
+        with pytest.raises(Exception, match="row_reward or role had not ended after timeout_s=3 s"):
+            next(iter(collector))
+        assert collector.failures[0].kind == "timeout"
+    never.set()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "are_equal"), [([1.0, 0.0, 2.0], True), ([1.0, 0.0, 3.0], False)], ids=["same", "differ"]
+)
+def test_groups_are_equal_where_all_advantages_are_0(tokenizer: Any, rewards: list[float], are_equal: bool) -> None:
+    """The rows of a role that one run alone has are compared with none."""
+    leaf = Trajectory(
+        token_ids=(5, 6),
+        loss_mask=(0, 1),
+        log_probs=(0.0, -0.5),
+        weight_versions=(-1, 3),
+        temperatures=(0.0, 1.0),
+        finish_reason="stop",
+        messages=(),
+        parent=None,
+    )
+    leaves = [replace(leaf, session=session) for session in ("a", "a", "a", "b")]
+    given = dict(zip(map(id, leaves), [*rewards, 2.0], strict=True))
+    role = {id(one): "judge" if index < 2 else "solver" for index, one in enumerate(leaves)}
+    runs = [
+        make_run(
+            session,
+            [one for one in leaves if one.session == session],
+            Reward(value=0.0),
+            row_reward=lambda one: given[id(one)],
+            role=lambda one: role[id(one)],
+        )
+        for session in ("a", "b")
+    ]
+    group = Group(number=0, task="?", runs=runs)
+    advantage = group_advantages(make_batch([group], decode=tokenizer.decode))["advantage"]
+    assert group.has_equal_rewards() == are_equal == bool((advantage == 0).all())

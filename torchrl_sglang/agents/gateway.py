@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -49,7 +49,7 @@ class AgentSession:
 
     id: str
     base_url: str
-    api_key: str
+    api_key: str = field(repr=False)
 
 
 class AgentGateway:
@@ -169,8 +169,7 @@ class AgentGateway:
     @property
     def weight_version(self) -> int:
         """The newest weights on the servers, as far as is known: sent by this process, or seen in answers."""
-        pool = self._model.pool
-        return max(pool.weight_version, pool.state.weights.newest_seen.number)
+        return self._model.weight_version
 
     def uses(self, pool: SGLangPool) -> bool:
         """Whether it generates through this very pool, and so with the adapter that was sent through it."""
@@ -268,6 +267,7 @@ def _application(serving: Serving, sessions: Sessions) -> Callable[[], Any]:
             expiring.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await expiring
+            RESERVE.empty()
             await sessions.close()
 
         return make_app(serving), end

@@ -44,9 +44,14 @@ class DescriptorReserve:
             return False
         return True
 
+    def empty(self) -> None:
+        """Give up all."""
+        while self.release():
+            pass
+
 
 RESERVE = DescriptorReserve(_RESERVED)
-"""That of this process."""
+"""That of this process: its gateways share it, and fill it again while they run."""
 
 
 def is_out_of_files(error: BaseException | None) -> bool:

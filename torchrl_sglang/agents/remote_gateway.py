@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import requests
 
@@ -27,15 +29,18 @@ from torchrl_sglang.errors import (
     SGLangError,
     UnknownSessionError,
 )
+from torchrl_sglang.forks import renew_in_forked_children
 from torchrl_sglang.model_files import load_tokenizer
 from torchrl_sglang.pool import SGLangPool
+from torchrl_sglang.proxies import retry_after_s
 from torchrl_sglang.tls import trusted_authorities
 
 __all__ = ["RemoteGateway"]
 
 _CONNECT_S = 10.0
 _AGAIN_S = 0.5
-_PROXY_STATUSES = (502, 503, 504)
+_PROXY_STATUSES = (429, 502, 503, 504)
+"""Of a proxy that refuses for the moment, or does not reach the gateway. The gateway's own 429 has a code."""
 
 
 class RemoteGateway:
@@ -55,15 +60,16 @@ class RemoteGateway:
         admin_key_file: file with that key, instead.
         tokenizer: the model's tokenizer, for texts in batches; by default loaded from the path that the servers use.
         ca_certificate: PEM file of the private authority of an ``https://`` address.
-        timeout_s: longest time of one call.
+        timeout_s: how long a try of a call waits while nothing comes from the gateway.
         unreachable_s: how long calls try again while the gateway can't be reached, such as while it is restarted; after
-            this time every call fails at once, until one gets through.
+            this time calls fail at their first try, until one gets through or none was made for as long.
 
     Attributes:
         url: its address.
 
     Raises:
         ConfigError: a bad argument, a wrong key, or something else than a gateway listens there.
+        ProtocolError: what listens there does not answer with JSON.
         ServerUnreachableError: nothing listens there.
 
     Examples:
@@ -87,6 +93,7 @@ class RemoteGateway:
             isinstance(url, str) and url.startswith(("http://", "https://")),
             f"url must be a gateway's address such as 'http://host:8000', got {url!r}",
         )
+        require("@" not in urlsplit(url).netloc, "url has a user's name or password: only admin_key opens the gateway")
         require("/sessions" not in url, f"{url!r} is the address of a session; the gateway's own ends before /sessions")
         require_number("timeout_s", timeout_s, above=0)
         require_number("unreachable_s", unreachable_s, at_least=0)
@@ -94,26 +101,40 @@ class RemoteGateway:
         self.url = url.rstrip("/")
         self._admin_key = read_key(admin_key_file) if admin_key_file is not None else admin_key
         self._timeout_s, self._unreachable_s = timeout_s, 0.0
-        self._http = requests.Session()
-        self._http.trust_env = False  # no proxy and no .netrc: the gateway is the trainer's own
-        self._http.verify = trusted_authorities(ca_certificate)
-        self._http.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=64))
+        self._authorities = trusted_authorities(ca_certificate)
+        self._http = self._opened()
         self._keys: dict[str, str] = {}
         self._tokenizer = tokenizer
-        self._is_open = True
+        self._closed = threading.Event()
         self._missing_since: float | None = None
+        self._failed_at = -math.inf
         about = self._send("GET", "/info")
         if not isinstance(about, dict) or "weight_version" not in about:
             raise ConfigError(f"{self.url} is no gateway of torchrl-sglang of this version: it answered {about!r:.100}")
         self._about = about
         self._newest = int(about["weight_version"])
         self._unreachable_s = unreachable_s
+        renew_in_forked_children(self)
+
+    def _opened(self) -> requests.Session:
+        http = requests.Session()
+        http.trust_env = False  # no proxy and no .netrc: the gateway is the trainer's own
+        http.verify = self._authorities
+        http.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=64))
+        return http
+
+    def renew_after_fork(self) -> None:
+        """Leave the connections to the parent; called in a forked child."""
+        was_closed, self._closed = self._closed.is_set(), threading.Event()
+        if was_closed:
+            self._closed.set()
+        self._http = self._opened()
 
     # ------------------------------------------------------------------ start and end
 
     def close(self) -> None:
-        """Close the connections. The gateway and its sessions stay."""
-        self._is_open = False
+        """Close the connections; calls that wait for the gateway fail. The gateway and its sessions stay."""
+        self._closed.set()
         self._http.close()
 
     def __enter__(self) -> RemoteGateway:
@@ -127,7 +148,7 @@ class RemoteGateway:
     @property
     def is_running(self) -> bool:
         """Whether it was not closed here."""
-        return self._is_open
+        return not self._closed.is_set()
 
     @property
     def weight_version(self) -> int:
@@ -201,7 +222,11 @@ class RemoteGateway:
         Raises:
             UnknownSessionError: there is none of this id.
         """
-        self._send("DELETE", self._path(session_id), session=session_id, waits=False)
+        try:
+            self._send("DELETE", self._path(session_id), session=session_id, waits=False)
+        except UnknownSessionError:
+            self._keys.pop(session_id, None)
+            raise
         self._keys.pop(session_id, None)
 
     @staticmethod
@@ -217,33 +242,50 @@ class RemoteGateway:
         A session that was made twice, or could not be deleted, expires: a deletion does not wait for the gateway, and
         at its end a collector deletes many.
         """
-        require(self._is_open, "the RemoteGateway was closed")
-        if not waits and self._missing_since is not None:
+        require(self.is_running, "the RemoteGateway was closed")
+        if not waits and self._missing_since is not None and not self._is_forgotten(time.monotonic()):
             raise self._unreachable("no answer before")
         key = self._keys.get(session) or self._admin_key
+        failing_since = math.inf
         while True:
+            begun_at = time.monotonic()
             try:
                 answer = self._http.request(
                     method,
                     self.url + path,
                     json=body,
                     headers={} if key is None else {"Authorization": f"Bearer {key}"},
-                    timeout=(_CONNECT_S, self._timeout_s),
+                    timeout=(min(_CONNECT_S, self._timeout_s), self._timeout_s),
                     allow_redirects=False,
                 )
             except requests.RequestException as error:
                 failure: SGLangError = self._unreachable(type(error).__name__)
             else:
-                if answer.status_code not in _PROXY_STATUSES:
+                if 200 <= answer.status_code < 300:
                     self._missing_since = None
-                    if answer.ok:
-                        return self._parsed(answer)
-                    raise self._refusal(answer, session)
+                    return self._parsed(answer)
                 failure = self._refusal(answer, session)
-            self._missing_since = self._missing_since or time.monotonic()  # of all calls: they end together
-            if not waits or time.monotonic() + _AGAIN_S > self._missing_since + self._unreachable_s:
+                if answer.status_code not in _PROXY_STATUSES or isinstance(failure, OverloadedError):
+                    self._missing_since = None
+                    raise failure
+            # Of this call, too: others may get through while this one never does.
+            failing_since = min(failing_since, time.monotonic(), self._note_failure(begun_at))
+            if not waits or time.monotonic() + _AGAIN_S > failing_since + self._unreachable_s:
                 raise failure
-            time.sleep(_AGAIN_S)
+            if self._closed.wait(_AGAIN_S):
+                raise ConfigError(f"the RemoteGateway was closed while a call waited for {self.url}") from failure
+
+    def _note_failure(self, begun_at: float) -> float:
+        """Since when the gateway is missing, for all calls alike: they end together."""
+        since = self._missing_since
+        if since is None or self._is_forgotten(begun_at):
+            since = time.monotonic()
+        self._missing_since, self._failed_at = since, time.monotonic()
+        return since
+
+    def _is_forgotten(self, now: float) -> bool:
+        """Whether the latest failure is older than calls wait, and so says nothing of now."""
+        return now - self._failed_at > max(self._unreachable_s, _AGAIN_S)
 
     def _unreachable(self, why: str) -> ServerUnreachableError:
         return ServerUnreachableError(
@@ -273,14 +315,18 @@ class RemoteGateway:
         if code == "session_finished":
             return SessionFinishedError(text, session=session)
         if code == "rate_limit_exceeded":
-            return OverloadedError(text, retry_after_s=float(answer.headers.get("retry-after", 1)))
+            return OverloadedError(text, retry_after_s=retry_after_s(answer.status_code, answer.headers) or 1.0)
         if answer.status_code == 401 and session:
             return SessionKeyError(text, session=session)
         if answer.status_code in (401, 403):
             return ConfigError(f"{text} (admin_key of RemoteGateway)")
         if answer.status_code == 404:
             return ConfigError(f"{text}. Is it the address of a gateway of torchrl-sglang, of this version?")
-        if 400 <= answer.status_code < 500:
+        if 300 <= answer.status_code < 400:
+            return ConfigError(
+                f"{text}: it sends calls on to {answer.headers.get('location')!r:.200}; give that address"
+            )
+        if 400 <= answer.status_code < 500 and answer.status_code not in _PROXY_STATUSES:
             return ConfigError(text)
         return ServerError(text, server=self.url)
 

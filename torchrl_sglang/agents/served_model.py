@@ -98,6 +98,14 @@ class ServedModel:
         """Whether calls are read without asking a server."""
         return self.parser is None or self.parser in NEVER_ASKED or self.parser in READ_HERE_TOO
 
+    @property
+    def weight_version(self) -> int:
+        """The newest weights on the servers, as far as is known: sent by this process, or seen on them or in answers.
+
+        Those of a trainer that has begun anew may have a lower number than what the servers held at first.
+        """
+        return self.pool.state.weights.newest_seen.number or self.pool.weight_version
+
     async def close(self) -> None:
         """Close all connections of this event loop. The pool stays open."""
         await self.generator.close()

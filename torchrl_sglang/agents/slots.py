@@ -17,6 +17,8 @@ __all__ = ["ServerSlots"]
 _LOOK_AGAIN_S = 0.25
 _FOLLOW_S = 1.0
 """A pool that is a copy, in another process than the trainer's, learns by then which servers have joined and left."""
+_LONGEST_REFUSAL_S = 60.0
+"""A refusal may be over sooner than its answer says: by then one request looks. Others would wait for it unheard."""
 _SLACK = 8
 """Sequences that a server may have more than twice the least loaded one, before a conversation leaves it: its prefix
 cache holds the conversation, and another server computes all of it again."""
@@ -56,7 +58,8 @@ class ServerSlots:
 
     def refused(self, url: str, wait_s: float) -> None:
         """A server, or a proxy before it, has refused a request: it gets none for a time. Others get them meanwhile."""
-        self._refuses_until[url] = max(self._refuses_until.get(url, 0.0), time.monotonic() + wait_s)
+        until = time.monotonic() + min(wait_s, _LONGEST_REFUSAL_S)
+        self._refuses_until[url] = max(self._refuses_until.get(url, 0.0), until)
 
     @property
     def all_refuse(self) -> bool:

@@ -5,6 +5,7 @@ Once weights were synced, the version in a reply shows it. Before, only the serv
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ class ReplacedServers:
         self._state = state
         self._look = look
         self._lock = threading.Lock()
+        self._asked_at: dict[str, float] = {}
 
     def find(self, clients: Sequence[SGLangClient]) -> None:
         """Look for replaced servers, if a reply would not show them; waits for a look of another thread.
@@ -49,6 +51,8 @@ class ReplacedServers:
         with self._lock:
             quiet = {client.url: client for client in clients if self._is_quiet(client)}
             outcomes = side_by_side({url: partial(_is_replaced, client) for url, client in quiet.items()})
+            # Also of those that have not answered: else each waiting thread would ask them again, one after the other.
+            self._asked_at.update(dict.fromkeys(quiet, time.monotonic()))
             replaced = [quiet[url] for url, outcome in outcomes.items() if outcome.value]
             for client in replaced:
                 self._state.died(client.url, "its process was replaced while nothing was sent to it")
@@ -56,7 +60,8 @@ class ReplacedServers:
                 self._look(replaced)
 
     def _is_quiet(self, client: SGLangClient) -> bool:
-        is_due = time.monotonic() - client.heard_at > _QUIET_S and client.num_generating == 0
+        latest = max(client.heard_at, self._asked_at.get(client.url, -math.inf))
+        is_due = time.monotonic() - latest > _QUIET_S and client.num_generating == 0
         return is_due and client.known_info is not None and self._state.server(client.url).is_routed
 
 

@@ -43,12 +43,12 @@ class AgentCollector(BaseCollector):
             ``.../reward``. Async functions share one event loop, plain functions have a thread each. In a command line
             ``{base_url}``, ``{api_key}`` and ``{task}`` are replaced, without a shell; its reward is the last line of
             its output, unless it posts one. All its processes are killed at its end.
-        tasks: any iterable of tasks, each of which is given to ``run_agent`` as it is. Tasks of a command are strings,
-            or are written as JSON.
+        tasks: any iterable of tasks. Each run of a function gets one with copies of its dicts, lists and sets. Tasks of
+            a command are strings, or are written as JSON.
         group_size: runs of each task.
         concurrency: most runs at a time.
-        timeout_s: longest time of one run. A plain function can't be interrupted: its session ends, and its thread
-            lives until the function returns.
+        timeout_s: longest time of one run, and of ``row_reward`` and ``role`` for it. A plain function can't be
+            interrupted: its session ends, and its thread lives until the function returns.
         groups_per_batch: groups of each yielded batch.
         epochs: passes over ``tasks``; ``None`` never ends. A sequence is shuffled in each pass after :meth:`set_seed`.
         total_frames: end when so many rows were yielded; -1 ends with the tasks.

@@ -149,7 +149,7 @@ class CommandAgent:
             for each in closing:
                 each.cancel()
         if code != 0:
-            shown = errors.decode(errors="replace").strip()[-_SHOWN_ERRORS:].replace(api_key, "***")
+            shown = errors.decode(errors="replace").strip().replace(api_key, "***")[-_SHOWN_ERRORS:]
             raise RunFailedError("error", f"the program {_ending(code)}: {shown or 'it wrote no error'}")
         printed = output.decode(errors="replace")
         shown = last_line(printed).replace(api_key, "***")[-_SHOWN_LINE:]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,12 +73,15 @@ class Group:
         return sum(len(run.trajectories) for run in self.runs)
 
     def has_equal_rewards(self) -> bool:
-        """Whether no row's reward differs from another one's of the same role."""
+        """Whether no row's reward differs from that of another run's row of the same role: all advantages are 0."""
         of_role: dict[str, list[float]] = {}
+        runs_with: Counter[str] = Counter()
         for run in self.runs:
-            for _, reward, role in run.rows():
+            rows = run.rows()
+            runs_with.update({role for _, _, role in rows})
+            for _, reward, role in rows:
                 of_role.setdefault(role, []).append(reward)
-        return all(map(rewards_are_equal, of_role.values()))
+        return all(runs_with[role] < 2 or rewards_are_equal(rewards) for role, rewards in of_role.items())
 
     def oldest_version(self) -> int | None:
         """The oldest weights that sampled a token that is trained on; ``None`` if their version is unknown."""

@@ -15,7 +15,7 @@ from torchrl_sglang.agents.collector.failures import RunFailedError
 from torchrl_sglang.agents.collector.rewards import NoReward, Reward, read_returned
 from torchrl_sglang.errors import ConfigError
 
-__all__ = ["Returned", "RunAgent", "Runner", "make_runner"]
+__all__ = ["Returned", "RunAgent", "Runner", "in_own_thread", "make_runner"]
 
 RunAgent = Callable[[Any, str, str], Any] | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """``(task, base_url, api_key) -> reward``, plain or async, or a command line."""
@@ -55,7 +55,7 @@ def make_runner(run_agent: RunAgent) -> Runner:
         return run_async
 
     async def run_in_thread(task: Any, base_url: str, api_key: str) -> Reward | None:
-        returned = await _in_thread(call, task, base_url, api_key)
+        returned = await in_own_thread(call, task, base_url, api_key)
         if inspect.isawaitable(returned):  # a lambda that calls an async function
             returned = await _without_exit(returned)
         return read_returned(returned)
@@ -104,8 +104,12 @@ async def _without_exit(work: Awaitable[Any]) -> Any:
         raise RunFailedError("error", f"the agent raised {type(error).__name__}({error})") from error
 
 
-async def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a daemon thread of its own: a function that never returns holds up nothing but itself."""
+async def in_own_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a daemon thread of its own: a function that never returns holds up nothing but itself.
+
+    Raises:
+        RunFailedError: it raised what a future can't hold: ``SystemExit``, or the ``StopIteration`` of a ``next()``.
+    """
     loop = asyncio.get_running_loop()
     result: asyncio.Future[Any] = loop.create_future()
 
@@ -117,7 +121,7 @@ async def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
         elif isinstance(error, Exception) and not isinstance(error, StopIteration):
             result.set_exception(error)
         else:
-            result.set_exception(RunFailedError("error", f"the agent raised {type(error).__name__}({error})"))
+            result.set_exception(RunFailedError("error", f"it raised {type(error).__name__}({error})"))
 
     def work() -> None:
         value, error = None, None

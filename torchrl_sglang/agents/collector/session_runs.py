@@ -9,13 +9,13 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torchrl_sglang.agents.collector.clean_up import until_done
 from torchrl_sglang.agents.collector.failures import RunFailedError, RunFailure
 from torchrl_sglang.agents.collector.rewards import Reward
 from torchrl_sglang.agents.collector.rows import Role, RowReward, Run, make_run, trained_trajectories
-from torchrl_sglang.agents.collector.runners import Returned, Runner
+from torchrl_sglang.agents.collector.runners import Returned, Runner, in_own_thread
 from torchrl_sglang.agents.collector.task_stream import NumberedTask
 from torchrl_sglang.agents.collector.task_texts import own_copy
 from torchrl_sglang.agents.gateway import AgentGateway, AgentSession
@@ -174,17 +174,23 @@ class SessionRuns:
         """The run with the rewards and roles of its rows, in a thread: the functions are the user's.
 
         Raises:
-            RunFailedError: one of them raised, or gave no finite number.
+            RunFailedError: one of them raised, gave no finite number, or took too long.
         """
         make = partial(make_run, session.id, trained, reward, row_reward=self._row_reward, role=self._role)
         if self._row_reward is None and self._role is None:
             return make()
-        rating = asyncio.ensure_future(asyncio.to_thread(make))
-        await asyncio.wait({rating})
+        rating = asyncio.ensure_future(in_own_thread(make))
+        rating.add_done_callback(_read_error)
+        done, _ = await asyncio.wait({rating}, timeout=self._timeout_s)
+        if not done:
+            rating.cancel()
+            raise RunFailedError("timeout", f"row_reward or role had not ended after timeout_s={self._timeout_s:g} s")
         error = rating.exception()
         if error is not None:
-            raise RunFailedError("bad reward", f"row_reward or role failed: {_described(error)}") from error
-        return rating.result()
+            what = str(error) if isinstance(error, RunFailedError) else _described(error)
+            raise RunFailedError("bad reward", f"row_reward or role failed: {what}") from error
+        rated: Run = rating.result()
+        return rated
 
     async def _delete(self, session: AgentSession) -> None:
         """Forget the session, which aborts what it still generates; also while this run is given up."""
@@ -198,7 +204,7 @@ class SessionRuns:
 _CLEAN_UP_S = 5.0
 
 
-def _read_error(running: asyncio.Future[Returned]) -> None:
+def _read_error(running: asyncio.Future[Any]) -> None:
     """Else asyncio logs the error of a run that ended while its group was given up."""
     if not running.cancelled():
         running.exception()

@@ -48,12 +48,30 @@ def own_copy(task: Any) -> Any:
         >>> task
         {'messages': ['a']}
     """
+    return _copied(task, {})
+
+
+def _copied(task: Any, made: dict[int, Any]) -> Any:
+    """A copy, in which what is there twice, or holds itself, is one object again."""
     kind = type(task)
+    if id(task) in made:
+        return made[id(task)]
     if kind is dict:
-        return {key: own_copy(value) for key, value in task.items()}
-    if kind in (list, tuple):
-        return kind(own_copy(value) for value in task)
-    return task.copy() if kind is set else task
+        items: dict[Any, Any] = {}
+        made[id(task)] = items
+        items.update((key, _copied(value, made)) for key, value in task.items())
+        return items
+    if kind is list:
+        values: list[Any] = []
+        made[id(task)] = values
+        values.extend(_copied(value, made) for value in task)
+        return values
+    if kind is tuple:
+        return tuple(_copied(value, made) for value in task)
+    if kind is set:
+        made[id(task)] = task.copy()
+        return made[id(task)]
+    return task
 
 
 def _plain(value: Any) -> Any:

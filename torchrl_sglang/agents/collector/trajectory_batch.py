@@ -15,6 +15,8 @@ from torchrl_sglang.errors import ConfigError
 __all__ = ["trajectories_to_batch"]
 
 _SHOWN = 5
+_LARGEST = 2**63 - 1
+"""Of int64."""
 
 
 def trajectories_to_batch(
@@ -31,8 +33,8 @@ def trajectories_to_batch(
     ``GET /sessions/ID/trajectories``, or a file of such answers.
 
     Args:
-        trajectories: all trajectories of each session, in their order: what ``gateway.trajectories(id)`` returns, or
-            its JSON, of several sessions one after the other.
+        trajectories: all trajectories of each session, once and in their order: what ``gateway.trajectories(id)``
+            returns, or its JSON, of several sessions one after the other.
         tokenizer: the model's tokenizer, for the texts.
         group_by: which sessions are compared: those with the same value of this tag, which the session was created
             with, or of this function of a trajectory.
@@ -41,8 +43,8 @@ def trajectories_to_batch(
 
     Returns:
         As :class:`AgentCollector` yields, shape ``(B,)``, group by group in the order of their first sessions.
-        ``group_id`` is the tag where all are whole numbers, else the number of the group. ``query`` is the tag
-        ``"task"``, or all tags; ``position`` the tag ``"position"``.
+        ``group_id`` is the tag where all are whole numbers of 64 bits, else the number of the group. ``query`` is the
+        tag ``"task"``, or all tags; ``position`` the tag ``"position"``.
 
     Raises:
         ConfigError: a session has no reward, has expired, has sampled nothing, is not there as a whole, or lacks the
@@ -67,7 +69,7 @@ def trajectories_to_batch(
         reward = Reward(value=first.reward, info=first.info)
         run = make_run(session, trained_trajectories(leaves), reward, row_reward=row_reward, role=role)
         runs.setdefault(_group(first, group_by), []).append((run, first.tags))
-    numbers = [key for key in runs if isinstance(key, int) and not isinstance(key, bool)]
+    numbers = [key for key in runs if isinstance(key, int) and not isinstance(key, bool) and abs(key) <= _LARGEST]
     if len(numbers) < len(runs):
         numbers = list(range(len(runs)))
     groups = [

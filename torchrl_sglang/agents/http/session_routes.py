@@ -55,13 +55,13 @@ class SessionRoutes:
     async def about(self, request: Request) -> Response:
         """``GET /info``: what it serves."""
         check_admin(request, self._serving.admin_key)
-        pool = self._serving.sessions.model.pool
+        model = self._serving.sessions.model
         return JsonReply(
             {
                 "model": self._serving.model,
-                "tokenizer_path": pool.info.tokenizer_path,
-                "revision": pool.info.revision,
-                "weight_version": max(pool.weight_version, pool.state.weights.newest_seen.number),
+                "tokenizer_path": model.pool.info.tokenizer_path,
+                "revision": model.pool.info.revision,
+                "weight_version": model.weight_version,
                 "sessions": len(self._serving.sessions),
             }
         )
