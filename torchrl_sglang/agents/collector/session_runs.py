@@ -181,9 +181,11 @@ class SessionRuns:
             return make()
         rating = asyncio.ensure_future(in_own_thread(make))
         rating.add_done_callback(_read_error)
-        done, _ = await asyncio.wait({rating}, timeout=self._timeout_s)
+        try:
+            done, _ = await asyncio.wait({rating}, timeout=self._timeout_s)
+        finally:
+            rating.cancel()  # changes nothing once it is done
         if not done:
-            rating.cancel()
             raise RunFailedError("timeout", f"row_reward or role had not ended after timeout_s={self._timeout_s:g} s")
         error = rating.exception()
         if error is not None:
