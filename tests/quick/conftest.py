@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing.process
 import os
 import subprocess
@@ -71,3 +72,12 @@ def replace(tiny_llama: Path) -> Iterator[Callable[..., FakeServer]]:
                     time.sleep(0.05)
 
         yield replaced
+
+
+@pytest.fixture
+def numbered(tokenizer: Any) -> tuple[Any, Any]:
+    """Sessions and their model, each answer of which is another number."""
+    from tests.agent_kit import says, scripted  # needs the extra "agents"
+
+    numbers = itertools.count(1)
+    return scripted(tokenizer, lambda _: says(tokenizer, str(next(numbers)), "<|im_end|>"))

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from tests.agent_kit import run, says, scripted, user
+from tests.agent_kit import run, user
 from torchrl_sglang.agents.types import ChatRequest
 
 ASK = ChatRequest(messages=(user("dog"),))
 RETRY = replace(ASK, attempt=1)
-
-
-@pytest.fixture
-def numbered(tokenizer: Any) -> tuple[Any, Any]:
-    """Every answer is another number."""
-    numbers = itertools.count(1)
-    return scripted(tokenizer, lambda _: says(tokenizer, str(next(numbers)), "<|im_end|>"))
 
 
 def text(turn: Any) -> str:

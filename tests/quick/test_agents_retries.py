@@ -8,20 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
-from tests.agent_kit import Sampled, run, says, scripted, user
+from tests.agent_kit import Sampled, run, user
 from torchrl_sglang.agents.types import ChatRequest
 from torchrl_sglang.errors import ServerLostError
 
 ASK = ChatRequest(messages=(user("dog"),))
-
-
-@pytest.fixture
-def numbered(tokenizer: Any) -> tuple[Any, Any]:
-    """Every answer is another number."""
-    numbers = itertools.count(1)
-    return scripted(tokenizer, lambda _: says(tokenizer, str(next(numbers)), "<|im_end|>"))
 
 
 def text(turn: Any) -> str:

@@ -18,6 +18,15 @@ __all__ = ["read_tool", "read_tool_choice_of_messages"]
 _TEXT = {"type": "string"}
 _WHOLE = {"type": "integer"}
 _RANGE = {"type": "array", "items": _WHOLE, "description": "First and last line; -1 is the end."}
+_FILES = {
+    "path": _TEXT,
+    "view_range": _RANGE,
+    "file_text": _TEXT,
+    "old_str": _TEXT,
+    "new_str": _TEXT,
+    "insert_line": _WHOLE,
+    "insert_text": _TEXT,
+}
 
 
 def _commands(*commands: str, **properties: Any) -> dict[str, Any]:
@@ -33,28 +42,13 @@ _DEFINED: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "text_editor": (
         "Views, creates and changes files.",
-        _commands(
-            *("view", "create", "str_replace", "insert"),
-            path=_TEXT,
-            view_range=_RANGE,
-            file_text=_TEXT,
-            old_str=_TEXT,
-            new_str=_TEXT,
-            insert_line=_WHOLE,
-            insert_text=_TEXT,
-        ),
+        _commands("view", "create", "str_replace", "insert", **_FILES),
     ),
     "memory": (
         "Views, creates and changes files in /memories, which stay for later conversations.",
         _commands(
             *("view", "create", "str_replace", "insert", "delete", "rename"),
-            path=_TEXT,
-            view_range=_RANGE,
-            file_text=_TEXT,
-            old_str=_TEXT,
-            new_str=_TEXT,
-            insert_line=_WHOLE,
-            insert_text=_TEXT,
+            **_FILES,
             old_path=_TEXT,
             new_path=_TEXT,
         ),
