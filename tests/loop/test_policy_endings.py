@@ -108,7 +108,8 @@ def test_prompt_logprobs_fills_the_full_log_probs(engine: AsyncSGLang, model: An
 @pytest.mark.parametrize("on_error", ["raise", "mask"])
 def test_a_prompt_longer_than_the_context_is_not_sent(engine: AsyncSGLang, on_error: str) -> None:
     td = lazy_stack([TensorDict({("tokens", "prompt"): torch.full((n,), 5)}) for n in (3, 4000)])
-    policy = SGLangWrapper(engine, input_mode="tokens", on_error=on_error, generate_kwargs={"max_new_tokens": 4})
+    sampling = {"max_new_tokens": 4, "ignore_eos": True}
+    policy = SGLangWrapper(engine, input_mode="tokens", on_error=on_error, generate_kwargs=sampling)
     if on_error == "raise":
         with pytest.raises(ConfigError, match="prompt 1 has 4000 tokens"):
             policy(td)
