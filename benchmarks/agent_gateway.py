@@ -14,16 +14,18 @@ Both clients run in a process of their own. Printed are the medians over the pai
 the gateway, the client and the whole machine, which should run nothing else. There are four loads:
 
     at once      all ask at the same moment, so each turn also waits for the gateway's work on those before it
-    turn by turn each session has several turns, one after the other, as an agent has
+    turn by turn each session has several turns, one after the other, as an agent has: with answers of equal length,
+                 and of lengths that differ between the sessions
     steady       requests arrive one after the other, at a quarter of the rate that raw reaches when all ask at once
     streamed     at once, answered in pieces: the time to the first token, and between tokens
 
 What each can tell: in the first two the machine is full, and a request waits for all others, so their latency is the
 number of sessions over the throughput: a percent of the throughput of 64 sessions is 5 to 8 ms, which a few pairs do
-not resolve. They tell the throughput. Under the steady load, of short answers, a request waits for few others. It has
-128 requests, each of which is compared with itself. The median of these differences tells the latency; what is printed
-behind it is how far it differs between the pairs. A gateway that shares cores with the server also takes time from it,
-which ``--server-cores`` excludes.
+not resolve. They tell the throughput. Answers of equal length keep raw's sessions in step: all turns end together, and
+the next ones begin as one batch, while the gateway's begin over the time that it works on 64 of them. Under the steady
+load, of short answers, a request waits for few others. It has 128 requests, each of which is compared with itself. The
+median of these differences tells the latency; what is printed behind it is how far it differs between the pairs. A
+gateway that shares cores with the server also takes time from it, which ``--server-cores`` excludes.
 
 Then the memory of 1,000 idle sessions with one turn each (target: less than 200 MB), and how many tokens of the second
 turn's prompt came from the prefix cache.
@@ -127,14 +129,18 @@ def raw_session(url: str, prompts: list[list[int]], new_tokens: int) -> dict[str
 def measure_pairs(
     url: str, gateway: Gateway, num_sessions: int, pairs: int, new_tokens: int, loads: list[str] | None
 ) -> None:
-    def agents(replies: tuple[str, ...] = (), *, count: int = num_sessions, tokens: int = new_tokens) -> Sessions:
-        return [gateway.session(f"{QUESTION}{i}", tokens, replies) for i in range(count)]
+    def agents(
+        replies: tuple[str, ...] = (), *, count: int = num_sessions, tokens: int = new_tokens, spread: bool = False
+    ) -> Sessions:
+        """Sessions with answers of ``tokens`` tokens; with ``spread``, of half of that to one and a half times that."""
+        lengths = [tokens // 2 + tokens * i // count if spread else tokens for i in range(count)]
+        return [gateway.session(f"{QUESTION}{i}", length, replies) for i, length in enumerate(lengths)]
 
-    def raw(replies: tuple[str, ...] = (), *, count: int = num_sessions, tokens: int = new_tokens) -> Sessions:
+    def raw(replies: tuple[str, ...] = (), **options: Any) -> Sessions:
         """The same ids; a first run of the agents shows them, and warms both up."""
-        made = agents(replies, count=count, tokens=tokens)
+        made = agents(replies, **options)
         run_client(made)
-        return [raw_session(url, gateway.prompts(session), tokens) for session in made]
+        return [raw_session(url, gateway.prompts(each), each["bodies"][0]["max_tokens"]) for each in made]
 
     def wants(name: str) -> bool:
         return loads is None or name in loads
@@ -146,6 +152,8 @@ def measure_pairs(
     if wants("turns"):
         print(f"turn by turn, {1 + len(REPLIES)} turns each:")
         _measure(url, gateway, raw(REPLIES), lambda: agents(REPLIES), pairs)
+        print(f"turn by turn, {1 + len(REPLIES)} turns each, of {new_tokens // 2} to {new_tokens * 3 // 2} tokens:")
+        _measure(url, gateway, raw(REPLIES, spread=True), lambda: agents(REPLIES, spread=True), pairs)
     if wants("steady"):
         spread_s = whole_s * STEADY_SESSIONS / num_sessions / STEADY_SHARE
         print(f"steady, {STEADY_SESSIONS} requests of {STEADY_TOKENS} new tokens over {spread_s:.1f} s:")
