@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -14,14 +14,12 @@ import pytest
 from tests.agent_kit import run, told_tokens, user
 from tests.fake_sglang import FakeServer
 from tests.ingress import HTML_502, Ingress, answer
-from torchrl_sglang import ClientConfig, RequestRejectedError, ServerError, ServerTimeoutError, SessionSettings
+from tests.quick.test_agents_generation import serving
+from torchrl_sglang import RequestRejectedError, ServerError, ServerTimeoutError
 from torchrl_sglang.agents import slots
 from torchrl_sglang.agents.http.translation import api_error
-from torchrl_sglang.agents.served_model import ServedModel
 from torchrl_sglang.agents.sessions import Sessions
 from torchrl_sglang.agents.types import ChatRequest
-from torchrl_sglang.client import SGLangClient
-from torchrl_sglang.pool import SGLangPool
 
 Make = Callable[..., FakeServer]
 ASK = ChatRequest(messages=(user("dog"),), sampling={"max_new_tokens": 4, "ignore_eos": True})
@@ -32,17 +30,6 @@ FULL = json.dumps({"error": {"message": "The request queue is full."}})
 def ingress_of() -> Iterator[Callable[..., Ingress]]:
     with ExitStack() as open_:
         yield lambda server: open_.enter_context(Ingress(server.url))
-
-
-@contextmanager
-def serving(*servers: Any, **settings: Any) -> Iterator[Sessions]:
-    pool = SGLangPool([SGLangClient(server.url, ClientConfig()) for server in servers])
-    sessions = Sessions(ServedModel(pool, settings=SessionSettings(**settings)))
-    try:
-        yield sessions
-    finally:
-        run(sessions.close())
-        pool.close()
 
 
 def turn(sessions: Sessions, *, streams: bool = False) -> Any:

@@ -10,10 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import orjson
 
 from torchrl_sglang.agents.conversation.answers import find_calls
-from torchrl_sglang.agents.conversation.kept import Kept
+from torchrl_sglang.agents.conversation.kept import Kept, value_key
 from torchrl_sglang.agents.conversation.template import AgentTemplate
 from torchrl_sglang.agents.generation import Generator
 from torchrl_sglang.agents.image_inputs import ImageInputs
@@ -141,10 +140,8 @@ class ServedModel:
     ) -> SamplingParams:
         """The settings of a request that may call tools; arguments and errors are those of :func:`constrain`."""
         plain = self.sampling(given, prompt_length)
-        try:  # tools come with each turn, and to make a grammar of them takes longer than all else
-            key = orjson.dumps([given, tools, tool_choice, parallel, thinking_end])
-        except TypeError:  # keys that are no texts, integers of more than 64 bits
-            key = json.dumps([given, tools, tool_choice, parallel, thinking_end], default=repr).encode()
+        # Tools come with each turn, and to make a grammar of them takes longer than all else.
+        key = value_key([given, tools, tool_choice, parallel, thinking_end])
         known = self._constrained.get(key)
         if known is None:
             known = constrain(

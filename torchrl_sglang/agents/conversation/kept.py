@@ -1,13 +1,16 @@
-"""``Kept``: results that are asked for again, up to a total size."""
+"""``Kept``: results that are asked for again, up to a total size; ``value_key``: a key for them."""
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-__all__ = ["Kept"]
+import orjson
+
+__all__ = ["Kept", "value_key"]
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -53,3 +56,16 @@ class Kept(Generic[K, V]):
                 self.size += size
             while self.size > self._most:
                 self.size -= self._values.popitem(last=False)[1][1]
+
+
+def value_key(value: Any) -> bytes:
+    """Equal for JSON values that are written alike: the order of fields counts, as templates and grammars write them.
+
+    Examples:
+        >>> value_key({"a": 1, "b": 2}) == value_key({"b": 2, "a": 1})
+        False
+    """
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # keys that are no texts, integers of more than 64 bits, half of a surrogate pair
+        return json.dumps(value, default=repr).encode()

@@ -7,10 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
-
 from torchrl_sglang.agents.conversation.forms import Form, join_contents, with_first_system, without_system
-from torchrl_sglang.agents.conversation.kept import Kept
+from torchrl_sglang.agents.conversation.kept import Kept, value_key
 from torchrl_sglang.agents.conversation.messages import Call, Message
 from torchrl_sglang.agents.conversation.segment_ids import SegmentIds
 from torchrl_sglang.chat.text_deltas import Beginnings
@@ -116,11 +114,7 @@ class AgentTemplate:
         Raises:
             ConfigError: a variable's name is taken.
         """
-        # Not sorted: templates write the fields in their order.
-        try:
-            key = orjson.dumps([tools, variables])
-        except TypeError:  # keys that are no texts, integers of more than 64 bits, half of a surrogate pair
-            key = json.dumps([tools, variables], default=repr).encode()
+        key = value_key([tools, variables])
         known = self._renderers.get(key)
         if known is None:
             given = {"tools": [dict(tool) for tool in tools]} if tools and self.knows_tools else {}
